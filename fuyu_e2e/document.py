@@ -1,0 +1,53 @@
+"""A document: what one sample says, as text and images in order.
+
+Every format of shard becomes documents, and everything after knows documents only.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run of text; `loss` says whether the model learns to write it or only reads it (a prompt)."""
+
+    text: str
+    loss: bool = True
+
+
+@dataclass(frozen=True)
+class Image:
+    """One encoded image file (JPEG, PNG or WebP), not decoded yet."""
+
+    data: bytes
+
+
+Segment = Text | Image
+
+
+@dataclass(frozen=True)
+class Document:
+    """An ordered list of segments, and the key that finds its sample again."""
+
+    key: str
+    segments: tuple[Segment, ...]
+
+    @property
+    def texts(self) -> Iterable[str]:
+        """The text of every text segment, in order."""
+        return (segment.text for segment in self.segments if isinstance(segment, Text))
+
+    @property
+    def prompt(self) -> "Document":
+        """The document up to its last supervised text, which is what a model is asked to continue."""
+        last = max(
+            (i for i, segment in enumerate(self.segments) if isinstance(segment, Text) and segment.loss),
+            default=len(self.segments),
+        )
+        return Document(self.key, self.segments[:last])
+
+    @property
+    def answer(self) -> str:
+        """The last supervised text: what a perfect model continues `prompt` with; empty where there is none."""
+        supervised = [segment.text for segment in self.segments if isinstance(segment, Text) and segment.loss]
+        return supervised[-1] if supervised else ""

@@ -1,0 +1,22 @@
+"""The two ways in which something can be wrong for a user: the whole run, or one sample of its data."""
+
+
+class UserError(Exception):
+    """The run can't go on as it was asked for.
+
+    The message is one sentence that names the file or setting and the remedy. The command line prints it
+    without a traceback and leaves with exit code 2.
+    """
+
+
+class UnusableSampleError(Exception):
+    """One sample can't be used; the run skips it, counts it by `reason` and goes on.
+
+    Attributes:
+        reason: A short fixed slug such as `image-truncated`, the key under which it is counted. Never holds
+            anything of the sample itself, so that the number of distinct reasons stays small.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
