@@ -1,0 +1,38 @@
+"""Counting what became of every sample, so that nothing is lost without a number that says so."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from fuyu_e2e.errors import UnusableSampleError
+
+
+@dataclass
+class Tally:
+    """How many documents were read, and what became of those that were not used.
+
+    Every document that was `read` is used, skipped or still waiting to be packed.
+    """
+
+    read: int = 0
+    """Documents and unusable samples met in the shards."""
+    used: int = 0
+    """Documents that went into a packed row."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Samples left out, by reason."""
+    tokens_cut: int = 0
+    """Tokens cut off documents longer than a row."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """One sample for each reason, in words: the first that was met."""
+
+    def skip(self, error: UnusableSampleError) -> None:
+        """Counts one sample that is left out."""
+        self.skipped[error.reason] += 1
+        self.examples.setdefault(error.reason, str(error))
+
+    def add(self, other: "Tally") -> None:
+        """Adds the counts of `other`, made by another stream or at another time."""
+        self.read += other.read
+        self.used += other.used
+        self.skipped.update(other.skipped)
+        self.tokens_cut += other.tokens_cut
+        self.examples = other.examples | self.examples
