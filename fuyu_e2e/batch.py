@@ -10,12 +10,14 @@ restart in each. Ten tokens, two documents: an image of one patch asked about an
     patch        0         -      -    -      -     -     -      -    -    -
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
+
+from fuyu_e2e.tally import Tally
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +28,17 @@ class PackedBatch:
     counting supervised tokens never wait for it.
     """
 
-    tokens: Int64[Tensor, "T"]
+    tokens: Int64[Tensor, " T"]
     """Token ids; patch positions hold the placeholder's id, the padding at the end any valid id."""
-    positions: Int64[Tensor, "T"]
+    positions: Int64[Tensor, " T"]
     """0, 1, 2, … in each document."""
     patches: UInt8[Tensor, "P C"]
     """Raw pixels, flattened row, column, channel; normalised to [-1, 1] on the device."""
-    patch_positions: Int64[Tensor, "P"]
+    patch_positions: Int64[Tensor, " P"]
     """Where in `tokens` each patch stands."""
-    target_positions: Int64[Tensor, "S"]
+    target_positions: Int64[Tensor, " S"]
     """The positions whose next token carries loss."""
-    targets: Int64[Tensor, "S"]
+    targets: Int64[Tensor, " S"]
     """The id of that next token."""
     document_lengths: tuple[int, ...]
     """Tokens of each document, in order. What is left of `tokens` behind them is padding."""
@@ -44,6 +46,8 @@ class PackedBatch:
     """The key of each document's sample."""
     image_count: int = 0
     """How many images stand in the batch."""
+    tally: Tally = field(default_factory=Tally)
+    """What became of the samples read since the batch before."""
 
     @property
     def padding(self) -> int:

@@ -1,8 +1,8 @@
 """The two ways in which something can be wrong for a user: the whole run, or one sample of its data."""
 
 
-class UserError(Exception):
-    """The run can't go on as it was asked for.
+class UserError(ValueError):
+    """The run can't go on as it was asked for: a setting or a file is wrong.
 
     The message is one sentence that names the file or setting and the remedy. The command line prints it
     without a traceback and leaves with exit code 2.

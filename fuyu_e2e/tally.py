@@ -1,7 +1,7 @@
 """Counting what became of every sample, so that nothing is lost without a number that says so."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fuyu_e2e.errors import UnusableSampleError
 
@@ -36,3 +36,17 @@ class Tally:
         self.skipped.update(other.skipped)
         self.tokens_cut += other.tokens_cut
         self.examples = other.examples | self.examples
+
+    def take(self) -> "Tally":
+        """The counts so far, which start from zero again here."""
+        taken = replace(self)
+        self.read = self.used = self.tokens_cut = 0
+        self.skipped, self.examples = Counter(), {}
+        return taken
+
+    def summary(self) -> str:
+        """One line for a log: `1200 read, 1180 used, 20 skipped (image-truncated 12, caption-empty 8)`."""
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.most_common())
+        skipped = f"{self.skipped.total():,} skipped" + (f" ({reasons})" if reasons else "")
+        cut = f", {self.tokens_cut:,} tokens cut" if self.tokens_cut else ""
+        return f"{self.read:,} read, {self.used:,} used, {skipped}{cut}"

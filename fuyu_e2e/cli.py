@@ -1,0 +1,165 @@
+"""The command line: Lightning's `fit`, `validate`, `test` and `predict`, and the project's own commands."""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+
+from fuyu_e2e import __version__
+from fuyu_e2e.checkpoint import load_model
+from fuyu_e2e.datamodule import FuyuDataModule
+from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.inference.generation import Sampling, continue_texts
+from fuyu_e2e.inspection import draw_sequence, show_tokens
+from fuyu_e2e.quickstart import quickstart
+from fuyu_e2e.recipe import INTERRUPTED, FuyuCLI
+from fuyu_e2e.sequence import Prompt
+from fuyu_e2e.shards.formats import read_documents
+from fuyu_e2e.shards.reading import check_shards, expand_patterns
+from fuyu_e2e.tally import Tally
+from fuyu_e2e.tokenizer import train_tokenizer
+
+USAGE = f"""fuyu-e2e {__version__}: train a multimodal decoder with no vision encoder, from scratch.
+
+usage: fuyu-e2e COMMAND [--help]
+
+  quickstart         train a small model on handwritten digits, score it, show what it reads
+  fit                train:       fuyu-e2e fit --config recipes/X.yaml [--data.train 'PATTERN'] [--ckpt_path last]
+  validate, test     loss and perplexity of a checkpoint on data.val or data.test
+  predict            continue the documents of data.predict, into predictions.jsonl of the run's directory
+  generate           continue one prompt:  fuyu-e2e generate --checkpoint C --image a.png --prompt "..."
+  tokenizer train    train a tokenizer on the text of shards
+  inspect            show a sample as it enters the model
+"""
+LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+class InspectCLI(FuyuCLI):
+    """The same recipe, to look at one of its samples."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(args, run=False)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds which sample to show, and where to."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--index", type=int, default=0, help="Number of the sample in the training shards.")
+        parser.add_argument("--out", default="inspect.png", help="Where the picture of its images goes.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """A trainer that leaves nothing behind; none is needed to look at a sample."""
+        return pl.Trainer(logger=False, enable_checkpointing=False)
+
+
+def inspect(args: Sequence[str]) -> int:
+    """Prints the tokens of one training sample, and draws its images as the model sees them."""
+    cli = InspectCLI(args)
+    data: FuyuDataModule = cli.datamodule
+    check_shards(data.shards("train"))
+    tally = Tally()
+    index = cli.config.index
+    document = next(islice(data.stream("train").documents(tally), index, None), None)
+    if document is None:
+        raise UserError(f"--index {index} is behind the last usable sample ({tally.summary()}).")
+    try:
+        sequence = data.builder.build(document)
+    except UnusableSampleError as error:
+        raise UserError(f"Sample {index} can't be used ({error}): it is skipped and counted in training.") from error
+    Console(highlight=False).print(show_tokens(sequence, data.tokenizer))
+    if sequence.images:
+        draw_sequence(sequence, data.images.patch_size, Path(cli.config.out))
+        print(f"The images with their patches (red) and newline tokens (blue): {cli.config.out}")
+    return 0
+
+
+def generate(args: Sequence[str]) -> int:
+    """Continues one prompt with a checkpoint's model, and prints the text."""
+    parser = ArgumentParser(prog="fuyu-e2e generate", description=generate.__doc__)
+    parser.add_argument("--checkpoint", required=True, help="A checkpoint file, or a run's directory.")
+    parser.add_argument("--image", action="append", default=[], help="An image file; may be given several times.")
+    parser.add_argument("--prompt", default="", help="The text behind the images; empty asks for a caption.")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token.")
+    parser.add_argument("--top-k", type=int, default=None, help="Draw from this many of the likeliest tokens.")
+    parser.add_argument("--top-p", type=float, default=None, help="Draw from the likeliest that reach this share.")
+    parser.add_argument("--seed", type=int, default=0, help="Seeds the draws.")
+    options = parser.parse_args(args)
+    sampling = Sampling(
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
+    )
+    model = load_model(options.checkpoint)
+    try:
+        images = [Image(Path(name).read_bytes()) for name in options.image]
+    except OSError as error:
+        raise UserError(f"--image {error.filename} can't be read: {error.strerror}.") from error
+    text = [Text(options.prompt, loss=False)] if options.prompt else []
+    document = Document("prompt", (*images, *text))
+    try:
+        prompt = Prompt(document, model.builder.prompt(document))
+    except UnusableSampleError as error:
+        raise UserError(f"The prompt can't be used: {error}.") from error
+    print(
+        continue_texts(
+            model.decoder, model.tokenizer, [prompt], max_new_tokens=options.max_new_tokens, sampling=sampling
+        )[0]
+    )
+    return 0
+
+
+def tokenizer(args: Sequence[str]) -> int:
+    """Trains a sentencepiece tokenizer on the text of shards."""
+    parser = ArgumentParser(prog="fuyu-e2e tokenizer", description=tokenizer.__doc__)
+    train = parser.add_subparsers(dest="action", required=True).add_parser("train", help="Train a new tokenizer.")
+    train.add_argument("--shards", required=True, help="Path, glob or brace pattern of shards of any format.")
+    train.add_argument("--vocab-size", type=int, required=True, help="Tokens, special and byte tokens included.")
+    train.add_argument("--out", required=True, help="The file to write.")
+    options = parser.parse_args(args)
+    shards = expand_patterns(options.shards)
+    check_shards(shards)
+    tally = Tally()
+    texts = (text for shard in shards for document in read_documents(shard, tally) for text in document.texts)
+    trained = train_tokenizer(texts, options.vocab_size)
+    trained.save(Path(options.out))
+    print(f"{options.out}: {trained.vocab_size} tokens from {len(shards)} shards ({tally.read} samples read, "
+          f"{tally.skipped.total()} skipped)")
+    return 0
+
+
+def lightning(args: Sequence[str]) -> int:
+    """Runs Lightning's command; a run that Ctrl-C ended has an exit code of its own."""
+    cli = FuyuCLI(args)
+    return INTERRUPTED if cli.interruption.saved else 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    **dict.fromkeys(LIGHTNING_COMMANDS, lightning),
+    "inspect": inspect,
+    "generate": generate,
+    "tokenizer": tokenizer,
+    "quickstart": quickstart,
+}
+
+
+def main() -> int:
+    """Runs one command; what the user can mend ends with a sentence and exit code 2 instead of a traceback."""
+    name, *args = sys.argv[1:] or ["--help"]
+    if name in ("--help", "-h", "--version"):
+        print(USAGE)
+        return 0
+    if name not in COMMANDS:
+        print(f"fuyu-e2e: there is no command {name!r}.\n\n{USAGE}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[name]([name, *args] if name in LIGHTNING_COMMANDS else args)
+    except UserError as error:
+        # An error of a loader's worker arrives as a traceback in text, with the sentence in its last line.
+        sentence = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+        print(f"fuyu-e2e: {sentence}", file=sys.stderr)
+        return 2

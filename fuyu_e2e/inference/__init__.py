@@ -1,0 +1,1 @@
+"""Generation: the key/value cache, sampling, and batched prompts."""

@@ -1,0 +1,128 @@
+"""Continuing prompts: many at once, each with images of its own sizes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.inference.cache import DecodeStep, KeyValueCache, Prefill
+from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.packing import pack_row
+from fuyu_e2e.sequence import Prompt, TokenSequence
+from fuyu_e2e.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen from its logits.
+
+    Raises:
+        UserError: A value is out of its range.
+    """
+
+    temperature: float = 0.0
+    """Divides the logits before the softmax; 0 always takes the likeliest token (greedy)."""
+    top_k: int | None = None
+    """Only this many of the likeliest tokens are candidates."""
+    top_p: float | None = None
+    """Only the likeliest tokens that together reach this probability are (Holtzman et al. 2020, arXiv 1904.09751)."""
+    seed: int = 0
+    """Seeds the draws."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or above.")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}, but must be at least 1.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}, but must be above 0 and at most 1.")
+
+
+GREEDY = Sampling()
+"""Always the likeliest token."""
+
+
+def choose(
+    logits_BV: Float[Tensor, "B V"], sampling: Sampling, generator: torch.Generator | None
+) -> Int64[Tensor, " B"]:
+    """Chooses one token for each row of logits."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    logits_BV = logits_BV.float() / sampling.temperature
+    if sampling.top_k is not None:
+        kth = logits_BV.topk(min(sampling.top_k, logits_BV.shape[-1])).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth, float("-inf"))
+    if sampling.top_p is not None:
+        ranked, order = logits_BV.softmax(dim=-1).sort(descending=True, dim=-1)
+        # A token stays while those before it have not reached top_p, so the likeliest always stays.
+        dropped = ranked.cumsum(dim=-1) - ranked >= sampling.top_p
+        logits_BV = logits_BV.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
+    return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[TokenSequence],
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    sampling: Sampling = GREEDY,
+) -> list[list[int]]:
+    """Continues each prompt until its end of document, or for `max_new_tokens` tokens.
+
+    Args:
+        decoder: In evaluation mode.
+        prompts: As `SequenceBuilder.prompt` makes them, of any lengths.
+        max_new_tokens: Tokens generated at most for a prompt, its end included.
+        eos_id: The token that ends a document.
+        sampling: How tokens are chosen.
+
+    Returns:
+        The new tokens of each prompt, without the end of document.
+    """
+    if not prompts or max_new_tokens < 1:
+        return [[] for _ in prompts]
+    weight = decoder.embed_tokens.weight
+    batch = pack_row(list(prompts)).to(weight.device)
+    generator = torch.Generator(weight.device).manual_seed(sampling.seed)
+    longest = max(batch.document_lengths)
+    cache = KeyValueCache(decoder.config, len(prompts), longest + max_new_tokens, like=weight)
+
+    prefill = Prefill(cache, batch.document_lengths)
+    x_TD = decoder.embed(batch.tokens, batch.patches, batch.patch_positions)
+    hidden_BD = decoder.hidden(x_TD, batch.positions, prefill)[cache.lengths.cumsum(0) - 1]
+    written = []
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=weight.device)
+    while True:
+        chosen = choose(decoder.lm_head(hidden_BD), sampling, generator).masked_fill(ended, eos_id)
+        written.append(chosen)
+        ended |= chosen == eos_id
+        if len(written) == max_new_tokens or bool(ended.all()):
+            break
+        positions = cache.lengths.clone()
+        hidden_BD = decoder.hidden(decoder.embed_tokens(chosen), positions, DecodeStep(cache))
+    rows = torch.stack(written, dim=1).tolist()
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
+
+
+def continue_texts(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+) -> list[str]:
+    """Continues each prompt, as text."""
+    generated = generate(
+        decoder,
+        [prompt.sequence for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        sampling=sampling,
+    )
+    return [tokenizer.decode(ids) for ids in generated]

@@ -1,0 +1,113 @@
+"""What a decoder is made of: `FuyuConfig`, and the named sizes."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+from fuyu_e2e.errors import UserError
+
+SizeName = Literal["1m", "10m", "50m", "125m", "350m", "1b", "3b", "8b"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuyuConfig:
+    """One decoder transformer that reads patches and text in the same sequence.
+
+    The `qwen3` dialect is, weight for weight, what transformers' Qwen3 text model computes: RMSNorm before each
+    half of a block, SwiGLU, rotary positions in the rotate-half layout, RMSNorm on queries and keys, and
+    grouped-query attention without biases.
+
+    Raises:
+        UserError: Two values contradict each other; the sentence says what to change.
+    """
+
+    vocab_size: int
+    """Rows of the token embedding: the size of the tokenizer."""
+    patch_size: int
+    """Side of a patch in pixels."""
+    layers: int
+    """Number of blocks."""
+    width: int
+    """Size of a token's state between blocks."""
+    heads: int
+    """Query heads of a block."""
+    kv_heads: int
+    """Key/value heads of a block, each shared by `heads / kv_heads` query heads."""
+    head_size: int
+    """Size of one head; even, for rotary positions."""
+    feed_forward: int
+    """Inner width of the SwiGLU."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary wavelengths."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in every RMSNorm."""
+    tie_embeddings: bool = False
+    """Whether the output projection is the token embedding itself."""
+    dialect: Literal["qwen3"] = "qwen3"
+    """The combination of block parts."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "patch_size",
+            "layers",
+            "width",
+            "heads",
+            "kv_heads",
+            "head_size",
+            "feed_forward",
+        ):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"decoder.{name} is {value}, but must be at least 1.")
+        if self.heads % self.kv_heads:
+            raise UserError(
+                f"decoder.heads is {self.heads} and decoder.kv_heads is {self.kv_heads}: every key/value head serves "
+                f"the same number of query heads, so set kv_heads to a divisor of {self.heads}."
+            )
+        if self.head_size % 2:
+            raise UserError(
+                f"decoder.head_size is {self.head_size}, but rotary positions turn pairs of values: make it even."
+            )
+        if self.rope_theta <= 1:
+            raise UserError(f"decoder.rope_theta is {self.rope_theta}, but must be above 1; 10000 is usual.")
+        if self.norm_eps <= 0:
+            raise UserError(f"decoder.norm_eps is {self.norm_eps}, but must be above 0; 1e-6 is usual.")
+        if self.dialect != "qwen3":
+            raise UserError(f"decoder.dialect is {self.dialect!r}, but only 'qwen3' is built so far.")
+
+    @property
+    def patch_values(self) -> int:
+        """Values of one flattened patch: side x side x 3 channels."""
+        return self.patch_size**2 * 3
+
+
+def named_size(name: SizeName) -> FuyuConfig:
+    """The decoder of a named size, for a vocabulary of 32,768 (4,096 for `1m`) and patches of 16 pixels (8 for `1m`).
+
+    Names give the parameters, embeddings included, to within a fifth.
+
+    Raises:
+        UserError: No size has that name.
+    """
+    sizes = {
+        #        layers, width, heads, kv_heads, head_size, feed_forward, vocab_size, patch_size
+        "1m": (4, 96, 3, 3, 32, 256, 4_096, 8),
+        "10m": (6, 192, 6, 2, 32, 512, 16_384, 16),
+        "50m": (8, 512, 8, 4, 64, 1_536, 32_768, 16),
+        "125m": (12, 768, 12, 4, 64, 2_048, 32_768, 16),
+        "350m": (24, 1_024, 16, 8, 64, 2_816, 32_768, 16),
+        "1b": (22, 1_920, 15, 5, 128, 5_120, 32_768, 16),
+        "3b": (28, 2_816, 22, 11, 128, 7_680, 32_768, 16),
+        "8b": (36, 4_096, 32, 8, 128, 12_288, 65_536, 30),
+    }
+    if name not in sizes:
+        raise UserError(f"decoder size {name!r} is unknown; the sizes are {', '.join(get_args(SizeName))}.")
+    layers, width, heads, kv_heads, head_size, feed_forward, vocab_size, patch_size = sizes[name]
+    return FuyuConfig(
+        vocab_size=vocab_size,
+        patch_size=patch_size,
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        feed_forward=feed_forward,
+    )

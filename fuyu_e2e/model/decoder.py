@@ -1,0 +1,113 @@
+"""The decoder: one transformer for patches and text.
+
+- a patch enters through ONE linear projection, a token through the embedding; both stand in the same sequence
+- each row of patches ends with a newline token, so that the two dimensions of an image are told in one
+- causal attention everywhere, inside images too, and never from one document to another
+- rotary positions that restart in each document and count patches and newlines like words
+- RMSNorm first in each half of a block, on queries and keys, and before the output
+- output projections of blocks start at zero, so that a new model is its embedding and deepens as it learns
+- the loss is computed where tokens carry it and nowhere else, a chunk of logits at a time
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.model.attention import Attend, AttentionPlan, rotary
+from fuyu_e2e.model.block import Block
+from fuyu_e2e.model.config import FuyuConfig
+
+LOSS_CHUNK = 2_048
+"""Positions whose logits are in memory at once while the loss is computed."""
+
+
+class Decoder(nn.Module):
+    """A Fuyu (Bavishi et al. 2023): a decoder-only transformer with no image encoder."""
+
+    def __init__(self, config: FuyuConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.patch_projection = nn.Linear(config.patch_values, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draws all weights anew from torch's global generator.
+
+        A new model is a uniform guesser: its loss is the logarithm of the vocabulary. That bounds the output
+        projection, and where it is tied the embedding too.
+        """
+        width = self.config.width
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+        nn.init.normal_(self.embed_tokens.weight, std=1.0)
+        nn.init.normal_(
+            self.lm_head.weight, std=min(0.02, 2 / width) if self.config.tie_embeddings else 0.1 / width**0.5
+        )
+        for block in self.blocks:
+            nn.init.zeros_(block.attention.o_proj.weight)
+            nn.init.zeros_(block.mlp.down_proj.weight)
+
+    def embed(
+        self,
+        tokens: Int64[Tensor, " T"],
+        patches: UInt8[Tensor, "P C"],
+        patch_positions: Int64[Tensor, " P"],
+    ) -> Float[Tensor, "T D"]:
+        """Token embeddings, with projected patches in place of their placeholders.
+
+        Runs the projection without patches too, so that a rank with text alone takes part in its gradient.
+        """
+        x_TD = self.embed_tokens(tokens)
+        weight = self.patch_projection.weight
+        x_PD = self.patch_projection((patches.to(weight.dtype) - 127.5) / 127.5)
+        return x_TD.index_copy(0, patch_positions, x_PD.to(x_TD.dtype))
+
+    def hidden(
+        self, x_TD: Float[Tensor, "T D"], positions: Int64[Tensor, " T"], attend: Attend
+    ) -> Float[Tensor, "T D"]:
+        """The states behind the last block, normalised: what the output projection reads."""
+        turns = rotary(positions, self.config.head_size, self.config.rope_theta)
+        for layer, block in enumerate(self.blocks):
+            x_TD = block(x_TD, turns, attend, layer)
+        return self.norm(x_TD)
+
+    def _encode(self, batch: PackedBatch) -> Float[Tensor, "T D"]:
+        plan = AttentionPlan.of((*batch.document_lengths, batch.padding), batch.tokens.device)
+        return self.hidden(
+            self.embed(batch.tokens, batch.patches, batch.patch_positions), batch.positions, plan
+        )
+
+    def forward(self, batch: PackedBatch) -> Float[Tensor, "T V"]:
+        """Logits of the next token at every position."""
+        return self.lm_head(self._encode(batch))
+
+    def loss(self, batch: PackedBatch) -> Float[Tensor, ""]:
+        """The cross-entropy of all supervised tokens, in nats: their sum, float32.
+
+        The caller divides by the supervised tokens of the whole step; a mean here would weigh batches wrongly.
+        """
+        hidden_SD = self._encode(batch).index_select(0, batch.target_positions)
+        chunks = zip(hidden_SD.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True)
+        if hidden_SD.shape[0] <= LOSS_CHUNK:
+            losses = [self._chunk_loss(*chunk) for chunk in chunks]
+        else:
+            losses = [checkpoint(self._chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.stack(losses).sum()
+
+    def _chunk_loss(self, hidden_SD: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.lm_head(hidden_SD).float(), targets, reduction="sum")

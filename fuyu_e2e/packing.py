@@ -1,0 +1,117 @@
+"""Sequences end to end in rows of a fixed token budget.
+
+Best fit over a buffer: a row opens with the sequence that has waited longest, so that none waits for ever, and
+takes the longest that still fits until none does. With the default buffer of four rows, rows of 2,048 tokens are
+filled to 0.98 and more on captioned pictures of mixed sizes (`tests/test_packing.py` holds it above 0.97).
+"""
+
+from bisect import bisect_right, insort
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+
+from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.errors import UnusableSampleError
+from fuyu_e2e.sequence import TokenSequence
+from fuyu_e2e.tally import Tally
+
+LongDocuments = Literal["skip", "cut"]
+
+
+class Packer:
+    """Fills rows of `budget` tokens from a buffer of waiting sequences.
+
+    Args:
+        budget: Tokens of a row.
+        long_documents: What becomes of a sequence longer than a row: `skip` leaves it out, counted as
+            `longer-than-row`; `cut` keeps the longest beginning that is still a valid sequence, and counts the
+            tokens lost.
+        tally: Where used, skipped and cut are counted.
+        buffer_rows: Sequences worth this many rows wait before a row is filled; more of them fill it better.
+    """
+
+    def __init__(self, budget: int, long_documents: LongDocuments, tally: Tally, buffer_rows: int = 4) -> None:
+        self.budget = budget
+        self.long_documents = long_documents
+        self.tally = tally
+        self.buffer_tokens = buffer_rows * budget
+        self._arrivals = 0
+        self._waiting: dict[int, TokenSequence] = {}  # by arrival, the oldest first
+        self._by_length: list[
+            tuple[int, int]
+        ] = []  # (length, -arrival), so that the oldest of a length goes first
+        self._waiting_tokens = 0
+
+    def pack(self, sequences: Iterable[TokenSequence]) -> Iterator[PackedBatch]:
+        """Packs all sequences, and at their end what still waits."""
+        for sequence in sequences:
+            self._add(sequence)
+            while self._waiting_tokens >= self.buffer_tokens:
+                yield self._fill_row()
+        while self._waiting:
+            yield self._fill_row()
+
+    def _add(self, sequence: TokenSequence) -> None:
+        fitting = sequence.cut(self.budget) if self.long_documents == "cut" else sequence
+        if fitting is None or len(fitting) > self.budget:
+            self.tally.skip(
+                UnusableSampleError("longer-than-row", f"{sequence.key} has {len(sequence)} tokens")
+            )
+            return
+        self.tally.tokens_cut += len(sequence) - len(fitting)
+        self._waiting[self._arrivals] = fitting
+        insort(self._by_length, (len(fitting), -self._arrivals))
+        self._waiting_tokens += len(fitting)
+        self._arrivals += 1
+
+    def _fill_row(self) -> PackedBatch:
+        row = [self._take(next(iter(self._waiting)))]
+        room = self.budget - len(row[0])
+        while fitting := bisect_right(self._by_length, (room, 0)):
+            row.append(self._take(-self._by_length[fitting - 1][1]))
+            room -= len(row[-1])
+        self.tally.used += len(row)
+        return pack_row(row, self.budget)
+
+    def _take(self, arrival: int) -> TokenSequence:
+        sequence = self._waiting.pop(arrival)
+        self._by_length.remove((len(sequence), -arrival))
+        self._waiting_tokens -= len(sequence)
+        return sequence
+
+
+def pack_row(sequences: list[TokenSequence], budget: int | None = None) -> PackedBatch:
+    """Lays sequences end to end as one row, padded to `budget` tokens where one is given.
+
+    Raises:
+        ValueError: The sequences hold more tokens than the budget.
+    """
+    lengths = [len(sequence) for sequence in sequences]
+    padding = 0 if budget is None else budget - sum(lengths)
+    if padding < 0:
+        raise ValueError(f"{sum(lengths)} tokens don't fit a row of {budget}.")
+    starts = np.cumsum([0, *lengths[:-1]])
+    patch_positions = [
+        sequence.patch_positions + start for sequence, start in zip(sequences, starts, strict=True)
+    ]
+    tokens = np.concatenate([*(sequence.tokens for sequence in sequences), np.zeros(padding, np.int64)])
+    # The first token of a document has nothing before it in that document to be guessed from.
+    guessed = np.concatenate(
+        [
+            np.flatnonzero(sequence.loss[1:]) + 1 + start
+            for sequence, start in zip(sequences, starts, strict=True)
+        ]
+    )
+    return PackedBatch(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(np.concatenate([np.arange(length) for length in (*lengths, padding)])),
+        patches=torch.from_numpy(np.concatenate([sequence.patches for sequence in sequences])),
+        patch_positions=torch.from_numpy(np.concatenate(patch_positions)),
+        target_positions=torch.from_numpy(guessed - 1),
+        targets=torch.from_numpy(tokens[guessed]),
+        document_lengths=tuple(lengths),
+        keys=tuple(sequence.key for sequence in sequences),
+        image_count=sum(len(sequence.images) for sequence in sequences),
+    )

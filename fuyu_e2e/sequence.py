@@ -1,0 +1,219 @@
+"""A document as the decoder reads it: token ids, the patches that stand among them, and what carries loss.
+
+The layout is the released Fuyu's, so that its processor writes the same ids for the same prompt:
+
+    image        each row of patches as `|SPEAKER|` x columns, then `|NEWLINE|`; rows from the top
+    text         `<s>` before the first text of a document, then the text's own tokens
+    answer       a supervised text that an unsupervised one asked for: `<0x04>` before it, `</s>` behind it
+    end          `</s>` behind the last token of a document, once
+
+An image of 1 x 2 patches, the question "q" and the answer "7":
+
+    token   |SPEAKER| |SPEAKER| |NEWLINE| <s>  q  <0x04>  7  </s>
+    loss        -         -         -      -   -    -     x    x
+
+Loss belongs to the token that is to be guessed: "7" is guessed at the position of `<0x04>`. Tokens of answers,
+captions and their ends carry it, tokens of prompts, patches and newlines never do.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Int64, UInt8
+
+from fuyu_e2e.document import Document, Image, Segment
+from fuyu_e2e.errors import UnusableSampleError
+from fuyu_e2e.image import ImagePatches, ImagePolicy, load_patches, to_pixels
+from fuyu_e2e.tally import Tally
+from fuyu_e2e.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """Where one image stands in a sequence: `rows` x (`cols` patches and a newline) from `start`."""
+
+    start: int
+    rows: int
+    cols: int
+
+    @property
+    def stop(self) -> int:
+        """The position behind the last newline."""
+        return self.start + self.rows * (self.cols + 1)
+
+    @property
+    def patch_positions(self) -> Int64[np.ndarray, " P"]:
+        """The position of each patch, row by row."""
+        rows = np.arange(self.rows, dtype=np.int64)[:, None] * (self.cols + 1)
+        return (self.start + rows + np.arange(self.cols)).ravel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSequence:
+    """One document as `n` tokens and `P` patches."""
+
+    key: str
+    tokens: Int64[np.ndarray, " n"]
+    loss: Bool[np.ndarray, " n"]
+    """Whether the token is one that the model learns to write."""
+    patches: UInt8[np.ndarray, "P C"]
+    """The patches of all images, in the order of their positions."""
+    images: tuple[ImageSpan, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def patch_positions(self) -> Int64[np.ndarray, " P"]:
+        """The position of each patch."""
+        return np.concatenate([np.empty(0, np.int64), *(span.patch_positions for span in self.images)])
+
+    @property
+    def pictures(self) -> list[UInt8[np.ndarray, "H W 3"]]:
+        """The pixels of each image as the model sees them, padding to whole patches included."""
+        ends = np.cumsum([span.rows * span.cols for span in self.images])
+        parts = np.split(self.patches, ends[:-1]) if self.images else []
+        return [
+            to_pixels(ImagePatches(span.rows, span.cols, values))
+            for span, values in zip(self.images, parts, strict=True)
+        ]
+
+    def cut(self, budget: int) -> "TokenSequence | None":
+        """The longest valid beginning of at most `budget` tokens; None where nothing in it could be learnt.
+
+        A cut never goes through an image: one that doesn't fit goes whole, with all behind it. What is cut off
+        had an end of document, so the beginning has none.
+        """
+        if len(self) <= budget:
+            return self
+        stop = next((span.start for span in self.images if span.start < budget < span.stop), budget)
+        if not self.loss[1:stop].any():
+            return None
+        images = tuple(span for span in self.images if span.stop <= stop)
+        patches = sum(span.rows * span.cols for span in images)
+        return replace(
+            self,
+            tokens=self.tokens[:stop],
+            loss=self.loss[:stop],
+            patches=self.patches[:patches],
+            images=images,
+        )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A document up to its last supervised text, and that text."""
+
+    document: Document
+    sequence: TokenSequence
+    """What a model is given to continue."""
+
+    @property
+    def truth(self) -> str:
+        """What a perfect model continues it with; empty where the document says nothing of it."""
+        return self.document.answer
+
+
+@dataclass(frozen=True)
+class SequenceBuilder:
+    """Turns documents into sequences, for training and for prompting alike."""
+
+    tokenizer: Tokenizer
+    images: ImagePolicy
+
+    def build(self, document: Document) -> TokenSequence:
+        """The sequence that a model learns from.
+
+        Raises:
+            UnusableSampleError: An image can't be used (see `fuyu_e2e.image`), or no token carries loss
+                (`nothing-to-learn`).
+        """
+        tokens = self._lay_out(document.segments)
+        tokens.end_document()
+        if not any(tokens.loss):
+            raise UnusableSampleError("nothing-to-learn", document.key)
+        return tokens.sequence(document.key)
+
+    def prompt(self, document: Document) -> TokenSequence:
+        """The sequence that a model continues: the document, with an answer begun where its last text asks for one.
+
+        Raises:
+            UnusableSampleError: An image can't be used.
+        """
+        tokens = self._lay_out(document.segments)
+        tokens.begin_text(loss=True)
+        return tokens.sequence(document.key)
+
+    def prompts(self, documents: Iterable[Document], tally: Tally) -> Iterator[Prompt]:
+        """Each document as a prompt; those whose images can't be used are counted in `tally`."""
+        for document in documents:
+            try:
+                yield Prompt(document, self.prompt(document.prompt))
+                tally.used += 1
+            except UnusableSampleError as error:
+                tally.skip(error)
+
+    def _lay_out(self, segments: Iterable[Segment]) -> "_Tokens":
+        tokens = _Tokens(self.tokenizer, self.images)
+        for segment in segments:
+            if isinstance(segment, Image):
+                tokens.add_image(segment.data)
+            else:
+                tokens.begin_text(segment.loss)
+                tokens.add_text(segment.text, segment.loss)
+        return tokens
+
+
+class _Tokens:
+    """A sequence while it grows."""
+
+    def __init__(self, tokenizer: Tokenizer, policy: ImagePolicy) -> None:
+        self.tokenizer, self.policy = tokenizer, policy
+        self.ids: list[int] = []
+        self.loss: list[bool] = []
+        self.patches: list[UInt8[np.ndarray, "P C"]] = []
+        self.images: list[ImageSpan] = []
+        self.opened = False
+        self.state: Literal["none", "asked", "answering", "captioned"] = "none"
+
+    def extend(self, ids: list[int], loss: bool) -> None:
+        self.ids.extend(ids)
+        self.loss.extend([loss] * len(ids))
+
+    def begin_text(self, loss: bool) -> None:
+        if not self.opened:
+            self.extend([self.tokenizer.bos_id], loss=False)
+            self.opened = True
+        if loss and self.state == "asked":
+            self.extend([self.tokenizer.answer_id], loss=False)
+            self.state = "answering"
+
+    def add_text(self, text: str, loss: bool) -> None:
+        self.extend(self.tokenizer.encode(text), loss)
+        if self.state == "answering":
+            self.extend([self.tokenizer.eos_id], loss=True)
+        self.state = "captioned" if loss else "asked"
+
+    def add_image(self, data: bytes) -> None:
+        patches = load_patches(data, self.policy)
+        self.images.append(ImageSpan(len(self.ids), patches.rows, patches.cols))
+        self.patches.append(patches.values)
+        row = [self.tokenizer.patch_id] * patches.cols + [self.tokenizer.newline_id]
+        self.extend(row * patches.rows, loss=False)
+
+    def end_document(self) -> None:
+        """Ends the document; the end is to be guessed where it follows a supervised text."""
+        if self.ids and self.ids[-1] != self.tokenizer.eos_id:
+            self.extend([self.tokenizer.eos_id], loss=self.loss[-1])
+
+    def sequence(self, key: str) -> TokenSequence:
+        no_patches = np.empty((0, self.policy.patch_size**2 * 3), np.uint8)
+        return TokenSequence(
+            key=key,
+            tokens=np.array(self.ids, np.int64),
+            loss=np.array(self.loss, bool),
+            patches=np.concatenate([no_patches, *self.patches]),
+            images=tuple(self.images),
+        )

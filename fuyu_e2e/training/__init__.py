@@ -1,0 +1,1 @@
+"""Training through Lightning: the module, its optimizers and schedule, and the callbacks around a step."""

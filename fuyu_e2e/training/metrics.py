@@ -1,0 +1,40 @@
+"""Loss and perplexity over tokens, whatever the batches they came in."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class TokenLoss(Metric):
+    """The mean cross-entropy of supervised tokens, in nats, from sums that batches and ranks add to.
+
+    torchmetrics' own Perplexity wants the logits of every position at once, which a packed row never has.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.tensor(0), dist_reduce_fx="sum")
+        self.total: Tensor
+        self.tokens: Tensor
+
+    def update(self, loss_sum: Tensor, tokens: int) -> None:
+        """Adds the summed loss of `tokens` supervised tokens."""
+        self.total += loss_sum.detach()
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        """The mean; nan where no token was seen."""
+        return (self.total / self.tokens).float()
+
+
+class TokenPerplexity(TokenLoss):
+    """The exponential of the mean loss."""
+
+    def compute(self) -> Tensor:
+        """The perplexity; nan where no token was seen."""
+        return super().compute().exp()

@@ -1,0 +1,166 @@
+"""The LightningModule: loss, optimizer, logging, and what goes into a checkpoint."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.checkpoint import SECTION, Description
+from fuyu_e2e.datamodule import FuyuDataModule
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.inference.generation import continue_texts
+from fuyu_e2e.model.config import FuyuConfig, SizeName, named_size
+from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.sequence import Prompt
+from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
+from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
+from fuyu_e2e.training.schedule import Schedule
+
+
+class FuyuModule(pl.LightningModule):
+    """Trains a decoder on packed batches.
+
+    The loss of a step is the sum over its supervised tokens divided by their number, over all micro-batches and
+    ranks: a mean of the micro-batches' means would weigh a token by the company it came in.
+
+    Args:
+        decoder: The decoder's shape, or the name of one (`1m` to `8b`).
+        optimizer: Which optimizer, and its rates.
+        schedule: The learning rate over the run.
+        max_new_tokens: Tokens written at most for a document in `predict` and in sample generations.
+    """
+
+    def __init__(
+        self,
+        decoder: FuyuConfig | SizeName,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        schedule: Schedule = Schedule(),
+        max_new_tokens: int = 64,
+    ) -> None:
+        super().__init__()
+        self.config = decoder if isinstance(decoder, FuyuConfig) else named_size(decoder)
+        self.optimizer_config = optimizer
+        self.schedule = schedule
+        self.max_new_tokens = max_new_tokens
+        self.tokens_seen = 0
+        """Tokens of documents trained on so far, over all ranks; padding doesn't count."""
+        self.validation = torch.nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
+        self.testing = torch.nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
+        self._step_totals: list[Tensor] = []
+
+    @property
+    def datamodule(self) -> FuyuDataModule:
+        """The data of the run that this module is attached to."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    @property
+    def description(self) -> Description:
+        """What a checkpoint of this run says about itself."""
+        return Description(self.config, self.datamodule.tokenizer, self.datamodule.images)
+
+    def setup(self, stage: str) -> None:
+        """Checks what can't be seen from the settings alone.
+
+        Raises:
+            UserError: The tokenizer doesn't fit the decoder, or `fit` has no end.
+        """
+        vocabulary = self.datamodule.tokenizer.vocab_size
+        if vocabulary != self.config.vocab_size:
+            raise UserError(
+                f"{self.datamodule.tokenizer_path} has {vocabulary} tokens, but the decoder is made for "
+                f"{self.config.vocab_size}: set model.decoder.vocab_size to {vocabulary}, or train a tokenizer with "
+                f"--vocab-size {self.config.vocab_size}."
+            )
+        if stage == "fit" and self.trainer.max_steps < 1:
+            raise UserError(
+                "trainer.max_steps is not set: training data is an endless stream and the learning rate follows the "
+                "steps, so say how many there are."
+            )
+
+    def configure_model(self) -> None:
+        """Builds the decoder, here so that a strategy can shard it as it is made."""
+        if not hasattr(self, "decoder"):
+            self.decoder = Decoder(self.config)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and the schedule over `trainer.max_steps`."""
+        optimizer = build_optimizer(self.decoder, self.optimizer_config)
+        steps = self.trainer.max_steps
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """The summed loss of one micro-batch, its gradient still to be divided by the step's supervised tokens."""
+        loss = self.decoder.loss(batch)
+        counts = loss.new_tensor([batch.targets.numel(), sum(batch.document_lengths)])
+        self._step_totals.append(torch.cat((loss.detach()[None], counts)).double())
+        # Undoes the division by the number of micro-batches that Lightning is about to do.
+        return loss * self.trainer.accumulate_grad_batches
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divides the gradient by the supervised tokens of the whole step, and logs the step."""
+        totals = torch.stack(self._step_totals).sum(dim=0)
+        self._step_totals.clear()
+        loss, supervised, tokens = self.trainer.strategy.reduce(totals, reduce_op="sum").unbind()
+        # Data-parallel strategies average gradients over ranks; the sum is wanted.
+        factor = (self.trainer.world_size / supervised.clamp(min=1)).float()
+        torch._foreach_mul_([weight.grad for weight in self.parameters() if weight.grad is not None], factor)
+        mean = (loss / supervised.clamp(min=1)).float()
+        self.tokens_seen += int(tokens)
+        self.log("train/loss", mean, prog_bar=True)
+        self.log("train/perplexity", mean.exp())
+        self.log("tokens", float(self.tokens_seen), prog_bar=True)
+        for group in optimizer.param_groups:
+            self.log(f"lr/{group['kind']}", group["lr"])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the norm over all weights, and logs the norm before it."""
+        limit = float("inf") if gradient_clip_val is None else gradient_clip_val
+        self.log("train/gradient_norm", torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Adds a batch to the validation loss."""
+        self._evaluate(batch, self.validation, "val")
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Adds a batch to the test loss."""
+        self._evaluate(batch, self.testing, "test")
+
+    def _evaluate(self, batch: PackedBatch, metrics: torch.nn.ModuleDict, stage: str) -> None:
+        loss = self.decoder.loss(batch)
+        for name, metric in metrics.items():
+            metric.update(loss, batch.targets.numel())
+            self.log(f"{stage}/{name}", metric, on_epoch=True, batch_size=1, prog_bar=name == "loss")
+
+    def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[dict[str, str]]:
+        """Continues each prompt; gives its key, the true continuation and the generated one."""
+        texts = self.continue_prompts(batch)
+        return [
+            {"key": prompt.document.key, "truth": prompt.truth, "generated": text}
+            for prompt, text in zip(batch, texts, strict=True)
+        ]
+
+    def continue_prompts(self, prompts: list[Prompt]) -> list[str]:
+        """The likeliest continuation of each prompt, as text."""
+        return continue_texts(self.decoder, self.datamodule.tokenizer, prompts, max_new_tokens=self.max_new_tokens)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what the checkpoint says about itself."""
+        checkpoint[SECTION] = self.description.section() | {"tokens_seen": self.tokens_seen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another configuration before anything of it is used.
+
+        Raises:
+            UserError: Says what differs.
+        """
+        source = str(self.trainer.ckpt_path or "The checkpoint")
+        self.description.check_same(Description.of(checkpoint, source), source)
+        self.tokens_seen = checkpoint[SECTION]["tokens_seen"]

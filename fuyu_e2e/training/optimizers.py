@@ -1,0 +1,162 @@
+"""AdamW with decoupled weight decay on matrices only, and Muon for the blocks' matrices beside it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.decoder import Decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Which optimizer updates which weights, and how fast.
+
+    Raises:
+        UserError: A value is out of its range.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """`adamw` updates everything; `muon` the matrices of the blocks, and AdamW what is left."""
+    lr: float = 3e-4
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averaging factors of the gradient and of its square."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices under AdamW, times the learning rate, a step; vectors don't decay."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon."""
+    muon_momentum: float = 0.95
+    """Muon's averaging factor of the gradient."""
+    muon_weight_decay: float = 0.01
+    """Decoupled decay of the matrices under Muon, times its learning rate, a step."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "muon_lr"):
+            if (value := getattr(self, name)) <= 0:
+                raise UserError(f"optimizer.{name} is {value}, but must be above 0.")
+        for name in ("weight_decay", "muon_weight_decay"):
+            if (value := getattr(self, name)) < 0:
+                raise UserError(f"optimizer.{name} is {value}, but must be 0 or above.")
+        for name, value in (("betas", beta) for beta in self.betas):
+            if not 0 <= value < 1:
+                raise UserError(f"optimizer.{name} holds {value}, but must lie in [0, 1).")
+        if not 0 <= self.muon_momentum < 1:
+            raise UserError(f"optimizer.muon_momentum is {self.muon_momentum}, but must lie in [0, 1).")
+
+
+def build_optimizer(decoder: Decoder, config: OptimizerConfig) -> "MuonAdamW":
+    """The optimizer of all weights of `decoder`."""
+    in_blocks = {id(weight) for weight in decoder.blocks.parameters() if weight.ndim == 2}
+    muon, decaying, plain = [], [], []
+    for weight in decoder.parameters():
+        if config.name == "muon" and id(weight) in in_blocks:
+            muon.append(weight)
+        else:
+            (decaying if weight.ndim >= 2 else plain).append(weight)
+    adamw_options = {"kind": "adamw", "lr": config.lr, "betas": config.betas, "eps": 1e-8}
+    groups = [
+        {"params": decaying, "weight_decay": config.weight_decay, **adamw_options},
+        {"params": plain, "weight_decay": 0.0, **adamw_options},
+        {
+            "params": muon,
+            "kind": "muon",
+            "lr": config.muon_lr,
+            "momentum": config.muon_momentum,
+            "weight_decay": config.muon_weight_decay,
+        },
+    ]
+    return MuonAdamW([group for group in groups if group["params"]])
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) and AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) in one optimizer.
+
+    One object, because Lightning's automatic optimization and torch's distributed checkpoint take one. Each group
+    names its `kind`, `muon` or `adamw`. Muon's update has the root mean square of AdamW's when scaled by
+    sqrt(max(1, rows / columns)), as in the reference.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates every weight that has a gradient; `closure` computes the loss and the gradients first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if weights:
+                (self._step_muon if group["kind"] == "muon" else self._step_adamw)(group, weights)
+        return loss
+
+    def _step_adamw(self, group: dict[str, Any], weights: list[Tensor]) -> None:
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(weight),
+                    "exp_avg_sq": torch.zeros_like(weight),
+                }
+        states = [self.state[weight] for weight in weights]
+        adamw(
+            weights,
+            [weight.grad for weight in weights],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _step_muon(self, group: dict[str, Any], weights: list[Tensor]) -> None:
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight] = {"momentum": torch.zeros_like(weight)}
+            by_shape.setdefault(weight.shape, []).append(weight)
+        for shape, alike in by_shape.items():
+            gradients = [weight.grad for weight in alike]
+            momenta = [self.state[weight]["momentum"] for weight in alike]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
+            updates = orthogonalize(torch.stack(nesterov))
+            torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            torch._foreach_add_(alike, list(updates.to(alike[0].dtype).unbind()), alpha=-group["lr"] * scale)
+
+
+def orthogonalize(matrices: Float[Tensor, "n rows cols"], iterations: int = 5) -> Float[Tensor, "n rows cols"]:
+    """The nearest semi-orthogonal matrices, roughly: singular values end between 0.7 and 1.2.
+
+    The quintic Newton-Schulz iteration with Jordan's coefficients, over all matrices of one shape at once. In
+    bfloat16 on CUDA devices, in float32 elsewhere: few CPUs are fast at bfloat16.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x

@@ -1,0 +1,42 @@
+"""Sample generations at each validation: what the model writes, beside the images it writes about."""
+
+from itertools import islice
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from fuyu_e2e.sequence import Prompt
+from fuyu_e2e.tally import Tally
+from fuyu_e2e.training.module import FuyuModule
+
+
+class SampleGenerations(Callback):
+    """Continues the first validation documents at each validation, and logs images and texts to TensorBoard.
+
+    Args:
+        count: How many documents.
+    """
+
+    def __init__(self, count: int = 4) -> None:
+        self.count = count
+        self._prompts: list[Prompt] | None = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Generates and logs, on the first process."""
+        logger = trainer.logger
+        if trainer.sanity_checking or not trainer.is_global_zero or not isinstance(logger, TensorBoardLogger):
+            return
+        assert isinstance(pl_module, FuyuModule)
+        if self._prompts is None:
+            stream = pl_module.datamodule.stream("val")
+            self._prompts = list(islice(stream.builder.prompts(stream.documents(Tally()), Tally()), self.count))
+        texts = pl_module.continue_prompts(self._prompts)
+        for index, (prompt, text) in enumerate(zip(self._prompts, texts, strict=True)):
+            written = f"truth:\n\n    {prompt.truth}\n\ngenerated:\n\n    {text}"
+            logger.experiment.add_text(f"samples/{index}", written, trainer.global_step)
+            for number, pixels in enumerate(prompt.sequence.pictures):
+                logger.experiment.add_image(
+                    f"samples/{index}/image{number}", torch.from_numpy(pixels), trainer.global_step, dataformats="HWC"
+                )

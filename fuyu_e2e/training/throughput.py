@@ -1,0 +1,90 @@
+"""How fast a run is, and where its time goes."""
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.callbacks import Callback
+
+from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.model.cost import cost
+from fuyu_e2e.training.module import FuyuModule
+
+
+class Throughput(Callback):
+    """Logs tokens/s, images/s, packing efficiency, the share of time spent waiting for data, and MFU.
+
+    Each figure is over the batches since the one logged before, validation and checkpoints left out. Rates are of all
+    processes, taken to be as fast as this one. MFU is training operations, counted by `fuyu_e2e.model.cost`, over
+    what the device could do at its peak; it is logged where Lightning knows that peak.
+
+    Attributes:
+        tokens: Tokens of documents this process has trained on since training began.
+        seconds: Time spent on that, waiting for data included.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+        self._window = _Window()
+        self._last_end = 0.0
+        self._started_at = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self._window = _Window()
+        self._last_end = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leaves validation out."""
+        self._last_end = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Counts what passed since the last batch as waiting."""
+        self._started_at = time.perf_counter()
+        self._window.waited += self._started_at - self._last_end
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
+    ) -> None:
+        """Counts the batch, and logs at every `log_every_n_steps`-th step."""
+        assert isinstance(pl_module, FuyuModule)
+        window, now = self._window, time.perf_counter()
+        row = cost(
+            pl_module.config,
+            document_lengths=batch.document_lengths,
+            patches=batch.patches.shape[0],
+            targets=batch.targets.shape[0],
+        )
+        window.tokens += row.tokens
+        window.budget += batch.tokens.shape[0]
+        window.images += batch.image_count
+        window.flops += row.training_flops
+        window.seconds += now - self._last_end
+        self._last_end = now
+        if trainer.fit_loop.epoch_loop._should_accumulate() or trainer.global_step % trainer.log_every_n_steps:
+            return
+        self.tokens += window.tokens
+        self.seconds += window.seconds
+        self._log(trainer, pl_module)
+        self._window = _Window()
+
+    def _log(self, trainer: pl.Trainer, pl_module: FuyuModule) -> None:
+        window, processes = self._window, trainer.world_size
+        pl_module.log("tokens/s", processes * window.tokens / window.seconds, prog_bar=True)
+        pl_module.log("throughput/images_per_second", processes * window.images / window.seconds)
+        pl_module.log("throughput/packing_efficiency", window.tokens / window.budget)
+        pl_module.log("throughput/data_wait_share", window.waited / window.seconds)
+        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+        if peak := get_available_flops(pl_module.device, dtype):
+            pl_module.log("throughput/mfu", window.flops / window.seconds / peak)
+
+
+class _Window:
+    """Sums over the batches since the last log."""
+
+    def __init__(self) -> None:
+        self.tokens = self.budget = self.images = self.flops = 0
+        self.seconds = self.waited = 0.0
