@@ -73,9 +73,7 @@ class Description:
         """
         mine, theirs = asdict(self.config), asdict(other.config)
         differing = [
-            f"decoder.{name} is {mine[name]} but {theirs[name]} there"
-            for name in mine
-            if mine[name] != theirs[name]
+            f"decoder.{name} is {mine[name]} but {theirs[name]} there" for name in mine if mine[name] != theirs[name]
         ]
         if differing:
             raise UserError(

@@ -91,9 +91,7 @@ def generate(args: Sequence[str]) -> int:
     parser.add_argument("--top-p", type=float, default=None, help="Draw from the likeliest that reach this share.")
     parser.add_argument("--seed", type=int, default=0, help="Seeds the draws.")
     options = parser.parse_args(args)
-    sampling = Sampling(
-        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
-    )
+    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     model = load_model(options.checkpoint)
     try:
         images = [Image(Path(name).read_bytes()) for name in options.image]
@@ -127,8 +125,10 @@ def tokenizer(args: Sequence[str]) -> int:
     texts = (text for shard in shards for document in read_documents(shard, tally) for text in document.texts)
     trained = train_tokenizer(texts, options.vocab_size)
     trained.save(Path(options.out))
-    print(f"{options.out}: {trained.vocab_size} tokens from {len(shards)} shards ({tally.read} samples read, "
-          f"{tally.skipped.total()} skipped)")
+    print(
+        f"{options.out}: {trained.vocab_size} tokens from {len(shards)} shards ({tally.read} samples read, "
+        f"{tally.skipped.total()} skipped)"
+    )
     return 0
 
 

@@ -39,9 +39,7 @@ class Packer:
         self.buffer_tokens = buffer_rows * budget
         self._arrivals = 0
         self._waiting: dict[int, TokenSequence] = {}  # by arrival, the oldest first
-        self._by_length: list[
-            tuple[int, int]
-        ] = []  # (length, -arrival), so that the oldest of a length goes first
+        self._by_length: list[tuple[int, int]] = []  # (length, -arrival), so that the oldest of a length goes first
         self._waiting_tokens = 0
 
     def pack(self, sequences: Iterable[TokenSequence]) -> Iterator[PackedBatch]:
@@ -56,9 +54,7 @@ class Packer:
     def _add(self, sequence: TokenSequence) -> None:
         fitting = sequence.cut(self.budget) if self.long_documents == "cut" else sequence
         if fitting is None or len(fitting) > self.budget:
-            self.tally.skip(
-                UnusableSampleError("longer-than-row", f"{sequence.key} has {len(sequence)} tokens")
-            )
+            self.tally.skip(UnusableSampleError("longer-than-row", f"{sequence.key} has {len(sequence)} tokens"))
             return
         self.tally.tokens_cut += len(sequence) - len(fitting)
         self._waiting[self._arrivals] = fitting
@@ -93,16 +89,11 @@ def pack_row(sequences: list[TokenSequence], budget: int | None = None) -> Packe
     if padding < 0:
         raise ValueError(f"{sum(lengths)} tokens don't fit a row of {budget}.")
     starts = np.cumsum([0, *lengths[:-1]])
-    patch_positions = [
-        sequence.patch_positions + start for sequence, start in zip(sequences, starts, strict=True)
-    ]
+    patch_positions = [sequence.patch_positions + start for sequence, start in zip(sequences, starts, strict=True)]
     tokens = np.concatenate([*(sequence.tokens for sequence in sequences), np.zeros(padding, np.int64)])
     # The first token of a document has nothing before it in that document to be guessed from.
     guessed = np.concatenate(
-        [
-            np.flatnonzero(sequence.loss[1:]) + 1 + start
-            for sequence, start in zip(sequences, starts, strict=True)
-        ]
+        [np.flatnonzero(sequence.loss[1:]) + 1 + start for sequence, start in zip(sequences, starts, strict=True)]
     )
     return PackedBatch(
         tokens=torch.from_numpy(tokens),

@@ -46,9 +46,7 @@ class WritePredictions(BasePredictionWriter):
         self._path(trainer).parent.mkdir(parents=True, exist_ok=True)
         self._path(trainer).write_text("")
 
-    def write_on_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Any, *_: Any
-    ) -> None:
+    def write_on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Any, *_: Any) -> None:
         """Appends a batch."""
         with self._path(trainer).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in prediction)
@@ -78,7 +76,12 @@ class FuyuCLI(LightningCLI):
                 "default_root_dir": "runs/default",
                 "precision": "bf16-mixed" if bf16 else "32-true",
                 "callbacks": [
-                    self.throughput, DataReport(), SampleGenerations(), WritePredictions(), self.interruption],
+                    self.throughput,
+                    DataReport(),
+                    SampleGenerations(),
+                    WritePredictions(),
+                    self.interruption,
+                ],
             },
             parser_kwargs={"prog": "fuyu-e2e"},
             auto_configure_optimizers=False,
@@ -104,7 +107,9 @@ class FuyuCLI(LightningCLI):
         named = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
         if named and named not in ("last", "best", "hpc", "registry"):
             if not Path(named).is_file():
-                raise UserError(f"--ckpt_path {named} is no file; `last` continues the run of trainer.default_root_dir.")
+                raise UserError(
+                    f"--ckpt_path {named} is no file; `last` continues the run of trainer.default_root_dir."
+                )
             Description.of(read_checkpoint(Path(named)), named)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

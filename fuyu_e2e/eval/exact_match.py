@@ -58,4 +58,6 @@ def exchange_images(documents: Sequence[Document]) -> Iterator[Document]:
 
 def chance_of_exchange(documents: Sequence[Document]) -> float:
     """The exact match of a perfect reader on exchanged images: how often two neighbours share their truth."""
-    return sum(a.answer == b.answer for a, b in zip(documents, [documents[-1], *documents[:-1]], strict=True)) / len(documents)
+    return sum(a.answer == b.answer for a, b in zip(documents, [documents[-1], *documents[:-1]], strict=True)) / len(
+        documents
+    )

@@ -5,8 +5,8 @@ row costs the sum of squares of its documents' lengths instead of the square of 
 tokens of its document, where a causal token never looks: no mask is ever built.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,19 +18,11 @@ LENGTH_STEP = 16
 """Documents are padded to a multiple of this many tokens, which bounds the number of groups and of kernel calls."""
 
 
-class Attend(Protocol):
-    """How the queries, keys and values of one block become its attention output.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""How a block attends: (layer, queries "T H K", keys "T G K", values "T G K") to outputs "T H K".
 
-    Training and prefill attend within the row; decoding attends to a cache. A block can't tell.
-    """
-
-    def __call__(
-        self,
-        layer: int,
-        queries: Float[Tensor, "T H K"],
-        keys: Float[Tensor, "T G K"],
-        values: Float[Tensor, "T G K"],
-    ) -> Float[Tensor, "T H K"]: ...
+Training and prefill attend within the row (`AttentionPlan`), decoding attends to a cache; a block can't tell.
+"""
 
 
 @dataclass(frozen=True)

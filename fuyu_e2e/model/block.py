@@ -23,9 +23,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
         self.k_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
 
-    def forward(
-        self, x_TD: Float[Tensor, "T D"], rotary: Rotary, attend: Attend, layer: int
-    ) -> Float[Tensor, "T D"]:
+    def forward(self, x_TD: Float[Tensor, "T D"], rotary: Rotary, attend: Attend, layer: int) -> Float[Tensor, "T D"]:
         q_THK = rotate(self.q_norm(self.q_proj(x_TD).unflatten(-1, (-1, self.head_size))), *rotary)
         k_TGK = rotate(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_size))), *rotary)
         v_TGK = self.v_proj(x_TD).unflatten(-1, (-1, self.head_size))
@@ -55,8 +53,6 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(
-        self, x_TD: Float[Tensor, "T D"], rotary: Rotary, attend: Attend, layer: int
-    ) -> Float[Tensor, "T D"]:
+    def forward(self, x_TD: Float[Tensor, "T D"], rotary: Rotary, attend: Attend, layer: int) -> Float[Tensor, "T D"]:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotary, attend, layer)
         return x_TD + self.mlp(self.mlp_norm(x_TD))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Literal, get_args
+
 from fuyu_e2e.errors import UserError
 
 SizeName = Literal["1m", "10m", "50m", "125m", "350m", "1b", "3b", "8b"]

@@ -88,9 +88,7 @@ class Decoder(nn.Module):
 
     def _encode(self, batch: PackedBatch) -> Float[Tensor, "T D"]:
         plan = AttentionPlan.of((*batch.document_lengths, batch.padding), batch.tokens.device)
-        return self.hidden(
-            self.embed(batch.tokens, batch.patches, batch.patch_positions), batch.positions, plan
-        )
+        return self.hidden(self.embed(batch.tokens, batch.patches, batch.patch_positions), batch.positions, plan)
 
     def forward(self, batch: PackedBatch) -> Float[Tensor, "T V"]:
         """Logits of the next token at every position."""

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from typing import Literal
+
 from fuyu_e2e.errors import UserError
 
 
@@ -30,7 +31,7 @@ class Schedule:
                 raise UserError(f"schedule.{name} is {value}, but is a share and must lie in [0, 1].")
         if self.warmup + self.decay > 1:
             raise UserError(
-                f"schedule.warmup ({self.warmup}) and schedule.decay ({self.decay}) add up to more than the whole run: "
+                f"schedule.warmup ({self.warmup}) and schedule.decay ({self.decay}) add up to more than the run: "
                 "lower one of them."
             )
 

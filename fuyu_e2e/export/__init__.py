@@ -1,0 +1,1 @@
+"""Out of the trainer: the layouts that other software reads."""

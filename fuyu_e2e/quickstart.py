@@ -1,0 +1,168 @@
+"""The first command: from handwritten digits to a model that reads them, with its figures and a picture."""
+
+import json
+import time
+from argparse import ArgumentParser
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fuyu_e2e.checkpoint import TrainedModel, load_model
+from fuyu_e2e.document import Document
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.eval.contact_sheet import Cell, contact_sheet
+from fuyu_e2e.eval.digits import write_shards
+from fuyu_e2e.eval.exact_match import Reading, by_group, chance_of_exchange, exact_match, exchange_images, read
+from fuyu_e2e.recipe import INTERRUPTED, FuyuCLI
+from fuyu_e2e.shards.formats import read_documents
+from fuyu_e2e.shipped import shipped
+from fuyu_e2e.tally import Tally
+from fuyu_e2e.tokenizer import train_tokenizer
+
+VOCAB_SIZE = 320
+MAX_NEW_TOKENS = 16
+TEST_SEED = 1_000_003
+"""Test and validation pictures are the same for every seed of training, so that seeds can be compared."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where everything of one quickstart lies."""
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        """Shards and tokenizer."""
+        return self.root / "data"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The trained tokenizer."""
+        return self.data / "tokenizer.model"
+
+    def pattern(self, split: str) -> str:
+        """The shards of a split."""
+        return str(self.data / f"{split}-*.tar")
+
+
+def quickstart(args: Sequence[str]) -> int:
+    """Writes shards of composed digits, trains a tokenizer and a model on them, and scores what it reads."""
+    parser = ArgumentParser(prog="fuyu-e2e quickstart", description=quickstart.__doc__)
+    parser.add_argument("--out", default="runs/quickstart", help="Directory of the run (default: %(default)s).")
+    parser.add_argument("--seed", type=int, default=0, help="Seeds the training pictures, their order, the weights.")
+    parser.add_argument("--pictures", type=int, default=60_000, help="Training pictures (default: %(default)s).")
+    parser.add_argument("--test-pictures", type=int, default=1_000, help="Pictures of each test (default: %(default)s).")
+    parser.add_argument("--max-steps", type=int, help="Training steps, instead of the recipe's.")
+    options = parser.parse_args(args)
+    place = Workplace(Path(options.out))
+    if any(place.root.glob("checkpoints/*.ckpt")):
+        raise UserError(f"{place.root} already holds a run: name another directory with --out, or remove it.")
+    console = Console(highlight=False)
+    started_at = time.perf_counter()
+
+    console.rule("1. Pictures")
+    prepare(place, options.seed, options.pictures, options.test_pictures)
+    console.print(f"{options.pictures:,} training pictures in {place.data} ({time.perf_counter() - started_at:.0f} s)")
+
+    console.rule("2. Training")
+    cli = train(place, options.seed, options.max_steps)
+    if cli.interruption.saved:
+        console.print(f"Go on with: fuyu-e2e fit --config {place.root}/config.yaml --ckpt_path last")
+        return INTERRUPTED
+
+    console.rule("3. Reading")
+    model = load_model(place.root / "checkpoints" / "last.ckpt")
+    results, readings = score(model, place)
+    results["seconds"] = round(time.perf_counter() - started_at, 1)
+    results["tokens_per_second"] = round(cli.throughput.tokens / cli.throughput.seconds)
+    results["seed"] = options.seed
+    results["steps"] = model.step
+    (place.root / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    sheet = place.root / "contact_sheet.png"
+    contact_sheet([cell(reading) for reading in readings[:48]], sheet)
+    report(console, place, results, sheet)
+    return 0
+
+
+def prepare(place: Workplace, seed: int, pictures: int, test_pictures: int) -> None:
+    """Writes the shards of all splits, and a tokenizer trained on those to train on."""
+    place.data.mkdir(parents=True, exist_ok=True)
+    shards = write_shards(place.data, split="train", count=pictures, seed=seed)
+    write_shards(place.data, split="val", count=200, seed=TEST_SEED)
+    write_shards(place.data, split="test", count=test_pictures, seed=TEST_SEED)
+    write_shards(place.data, split="test-new-sizes", count=test_pictures, seed=TEST_SEED, new_sizes=True)
+    texts = (text for document in documents(shards[:1]) for text in document.texts)
+    train_tokenizer(texts, VOCAB_SIZE).save(place.tokenizer)
+
+
+def documents(shards: Iterable[Path]) -> Iterable[Document]:
+    """All documents of some shards."""
+    return (document for shard in shards for document in read_documents(str(shard), Tally()))
+
+
+def train(place: Workplace, seed: int, max_steps: int | None) -> FuyuCLI:
+    """Trains as `fuyu-e2e fit` does, with the shipped recipe."""
+    settings: dict[str, Any] = {
+        "config": shipped("recipes/quickstart.yaml"),
+        "seed_everything": seed,
+        "trainer.default_root_dir": place.root,
+        "data.tokenizer": place.tokenizer,
+        "data.train": place.pattern("train"),
+        "data.val": place.pattern("val"),
+    }
+    if max_steps is not None:
+        settings["trainer.max_steps"] = max_steps
+        settings["trainer.val_check_interval"] = max_steps
+    return FuyuCLI(["fit", *(f"--{name}={value}" for name, value in settings.items())])
+
+
+def score(model: TrainedModel, place: Workplace) -> tuple[dict[str, Any], list[Reading]]:
+    """Reads all test pictures; gives the figures and the readings in trained sizes."""
+    seen, new = (list(documents(sorted(place.data.glob(f"{split}-0*.tar")))) for split in ("test", "test-new-sizes"))
+    readings = read_all(model, seen)
+    return {
+        "exact_match": exact_match(readings),
+        "exact_match_by_digits": by_group(readings, lambda reading: len(reading.prompt.truth)),
+        "exact_match_new_sizes": exact_match(read_all(model, new)),
+        "exact_match_images_exchanged": exact_match(read_all(model, list(exchange_images(seen)))),
+        "chance_images_exchanged": chance_of_exchange(seen),
+    }, readings
+
+
+def read_all(model: TrainedModel, asked: list[Document]) -> list[Reading]:
+    """What the model reads in each picture."""
+    return read(model, list(model.builder.prompts(asked, Tally())), MAX_NEW_TOKENS)
+
+
+def cell(reading: Reading) -> Cell:
+    """A reading as it stands on the contact sheet."""
+    return Cell(reading.prompt.sequence.pictures[0], reading.prompt.truth, reading.text)
+
+
+def report(console: Console, place: Workplace, results: dict[str, Any], sheet: Path) -> None:
+    """Prints the figures and what to try next."""
+    table = Table("pictures from scans never trained on", "read letter for letter")
+    table.add_row("sizes trained on", f"{results['exact_match']:.3f}")
+    for digits, share in results["exact_match_by_digits"].items():
+        table.add_row(f"  {digits} digit{'s' if digits > 1 else ''}", f"{share:.3f}")
+    table.add_row("sizes never trained on", f"{results['exact_match_new_sizes']:.3f}")
+    table.add_row(
+        "images exchanged (blind)",
+        f"{results['exact_match_images_exchanged']:.3f} (chance {results['chance_images_exchanged']:.3f})",
+    )
+    console.print(table)
+    console.print(
+        f"{results['seconds']:.0f} s in all, {results['tokens_per_second']:,} tokens/s in training\n\n"
+        f"See what it reads:   {sheet}\n"
+        f"All figures:         {place.root}/results.json\n"
+        f"Curves and samples:  tensorboard --logdir {place.root}\n"
+        f"Ask it:              fuyu-e2e generate --checkpoint {place.root} --image PICTURE.png "
+        '--prompt "Read the digits."\n'
+        f"What it is given:    fuyu-e2e inspect --config {place.root}/config.yaml --index 7\n"
+        f"Your own shards:     fuyu-e2e fit --config recipes/quickstart.yaml --data.train 'FOLDER/*.tar'"
+    )
