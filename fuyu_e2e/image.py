@@ -1,0 +1,160 @@
+"""Images of any resolution: safe decoding, a budget instead of a fixed size, and raw patches.
+
+An image keeps its native size. Only one that needs more patches than the budget is scaled down, keeping its aspect
+ratio, until it fits; none is scaled up, cropped or squared. At the bottom and right it is padded to whole patches.
+"""
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image as Pillow
+from PIL import ImageOps
+
+from fuyu_e2e.errors import UnusableSampleError, UserError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""The decoders that untrusted bytes may reach."""
+PADDING = 1
+"""Pixel value that fills up the last patches: transformers' Fuyu pads the image of 0..255 with 1.0."""
+GROUND = (255, 255, 255)
+"""What shows behind transparent pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePolicy:
+    """Which images are used, and at which size.
+
+    Raises:
+        UserError: A limit that would refuse every image.
+    """
+
+    patch_size: int
+    """Side of a patch in pixels."""
+    max_patches: int = 1024
+    """Patch budget of an image; a larger one is scaled down to it."""
+    max_pixels: int = 2**26
+    """Pixels of an image, as its header says, above which it is not decoded: 64 megapixels."""
+    max_bytes: int = 2**25
+    """Bytes of an image file above which it is not opened: 32 MiB."""
+    max_aspect: float = 200.0
+    """Longer side over shorter above which an image is left out."""
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "max_patches", "max_pixels", "max_bytes", "max_aspect"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"{name} is {value}, but must be at least 1.")
+
+
+@dataclass(frozen=True)
+class ImagePatches:
+    """An image as `rows` x `cols` patches, row by row from the top."""
+
+    rows: int
+    cols: int
+    values: UInt8[np.ndarray, "P C"]
+    """Each patch flattened row, column, channel: the order of transformers' Fuyu."""
+
+
+def load_patches(data: bytes, policy: ImagePolicy) -> ImagePatches:
+    """The patches of an encoded image.
+
+    Raises:
+        UnusableSampleError: As in `decode_image`.
+    """
+    return to_patches(decode_image(data, policy), policy.patch_size)
+
+
+def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]:
+    """Decodes an image as a person would see it, scaled down to the patch budget where it exceeds it.
+
+    Rotated as EXIF says; transparency lies on white; 16-bit grey is scaled to 8 bits; of an animation the first frame.
+
+    Raises:
+        UnusableSampleError: `image-empty`, `image-too-many-bytes`, `image-too-many-pixels` and `image-aspect` before
+            anything is decoded, `image-unreadable` for all that Pillow can't read to its end.
+    """
+    if not data:
+        raise UnusableSampleError("image-empty")
+    if len(data) > policy.max_bytes:
+        raise UnusableSampleError("image-too-many-bytes", f"{len(data):,} bytes")
+    try:
+        with warnings.catch_warnings():
+            # Whatever Pillow warns about (corrupt EXIF, huge sizes) is either harmless or refused below.
+            warnings.simplefilter("ignore")
+            with Pillow.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_size(*image.size, policy)
+                if image.format == "JPEG":
+                    # Decodes at a fraction of the size where the budget allows it; no effect on images that fit.
+                    image.draft(None, fit_budget(*image.size, policy))
+                upright = ImageOps.exif_transpose(image)
+                rgb = _to_rgb(upright)
+    except UnusableSampleError:
+        raise
+    except Pillow.DecompressionBombError as error:
+        raise UnusableSampleError("image-too-many-pixels", str(error)) from error
+    except Exception as error:  # Pillow's plugins raise nearly anything on bytes that are not what they claim to be
+        raise UnusableSampleError("image-unreadable", f"{type(error).__name__}: {error}") from error
+    size = fit_budget(*rgb.size, policy)
+    if size != rgb.size:
+        rgb = rgb.resize(size, Pillow.Resampling.BILINEAR)
+    return np.asarray(rgb)
+
+
+def _check_size(width: int, height: int, policy: ImagePolicy) -> None:
+    if width * height > policy.max_pixels:
+        raise UnusableSampleError("image-too-many-pixels", f"{width} x {height}")
+    if max(width, height) > policy.max_aspect * min(width, height):
+        raise UnusableSampleError("image-aspect", f"{width} x {height}")
+
+
+def _to_rgb(image: Pillow.Image) -> Pillow.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip to white
+        return Pillow.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layered = image.convert("RGBA")
+        return Pillow.alpha_composite(Pillow.new("RGBA", layered.size, (*GROUND, 255)), layered).convert("RGB")
+    return image.convert("RGB")
+
+
+def fit_budget(width: int, height: int, policy: ImagePolicy) -> tuple[int, int]:
+    """The size, in pixels, at which an image enters: its own, or the largest that the patch budget holds."""
+
+    def patches(width: int, height: int) -> int:
+        return math.ceil(width / policy.patch_size) * math.ceil(height / policy.patch_size)
+
+    if patches(width, height) <= policy.max_patches:
+        return width, height
+    # Whole patches jump as the scale grows, so the largest scale that fits is found by halving.
+    low, high = 0.0, 1.0
+    for _ in range(32):
+        scale = (low + high) / 2
+        if patches(*_scaled(width, height, scale)) <= policy.max_patches:
+            low = scale
+        else:
+            high = scale
+    return _scaled(width, height, low)
+
+
+def _scaled(width: int, height: int, scale: float) -> tuple[int, int]:
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def to_patches(pixels: UInt8[np.ndarray, "H W 3"], patch_size: int) -> ImagePatches:
+    """Cuts pixels into patches, padding the last row and column of them with `PADDING`."""
+    height, width = pixels.shape[:2]
+    rows, cols = math.ceil(height / patch_size), math.ceil(width / patch_size)
+    padded = np.full((rows * patch_size, cols * patch_size, 3), PADDING, np.uint8)
+    padded[:height, :width] = pixels
+    grid = padded.reshape(rows, patch_size, cols, patch_size, 3).swapaxes(1, 2)
+    return ImagePatches(rows, cols, grid.reshape(rows * cols, patch_size * patch_size * 3))
+
+
+def to_pixels(patches: ImagePatches) -> UInt8[np.ndarray, "H W 3"]:
+    """The pixels that patches were cut from, padding included."""
+    side = math.isqrt(patches.values.shape[1] // 3)
+    grid = patches.values.reshape(patches.rows, patches.cols, side, side, 3).swapaxes(1, 2)
+    return grid.reshape(patches.rows * side, patches.cols * side, 3)

@@ -1,0 +1,1 @@
+"""From webdataset shards to packed rows. Knows nothing of models."""

@@ -1,0 +1,110 @@
+"""What most tests need: a tokenizer trained in process, small decoders, and random sequences."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from PIL import Image as Pillow
+
+from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.image import ImagePolicy
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.sequence import SequenceBuilder
+from fuyu_e2e.tokenizer import Tokenizer, train_tokenizer
+
+settings.register_profile(
+    "suite", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("suite")
+
+VOCAB_SIZE = 320
+PATCH_SIZE = 4
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["Read the digits.", "What is it?", "a red square", "4072", "19 8 3"] * 10, VOCAB_SIZE)
+
+
+@pytest.fixture(scope="session")
+def builder(tokenizer: Tokenizer) -> SequenceBuilder:
+    return SequenceBuilder(tokenizer, ImagePolicy(patch_size=PATCH_SIZE))
+
+
+@pytest.fixture(scope="session")
+def config() -> FuyuConfig:
+    return FuyuConfig(
+        vocab_size=VOCAB_SIZE,
+        patch_size=PATCH_SIZE,
+        layers=3,
+        width=48,
+        heads=4,
+        kv_heads=2,
+        head_size=12,
+        feed_forward=80,
+    )
+
+
+@pytest.fixture(scope="session")
+def decoder(config: FuyuConfig) -> Decoder:
+    """A decoder whose blocks have something to say, unlike a new one's."""
+    torch.manual_seed(0)
+    decoder = Decoder(config)
+    with torch.no_grad():
+        for weight in decoder.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+    return decoder.eval()
+
+
+def png(height: int, width: int, seed: int = 0) -> bytes:
+    """An encoded image of random pixels."""
+    pixels = np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), np.uint8)
+    file = io.BytesIO()
+    Pillow.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def make_png() -> Callable[..., bytes]:
+    return png
+
+
+@pytest.fixture(scope="session")
+def random_document() -> Callable[[int], Document]:
+    """Makes the document of a seed: text, an image, several images, questions and answers, extreme shapes."""
+
+    def make(seed: int) -> Document:
+        rng = np.random.default_rng(seed)
+
+        def image() -> Image:
+            shape = [(1, 1), (1, 97), (90, 1), (13, 7), (8, 8), (5, 40), (33, 18)][rng.integers(7)]
+            return Image(png(*shape, seed=seed))
+
+        def text(loss: bool) -> Text:
+            return Text("".join(rng.choice(list("abc 0123?é"), rng.integers(1, 30))), loss)
+
+        kinds = {
+            "text": [text(True)],
+            "caption": [image(), text(True)],
+            "question": [image(), text(False), text(True)],
+            "chat": [image(), text(False), text(True), text(False), text(True)],
+            "interleaved": [text(True), image(), text(True), image(), image(), text(True)],
+        }
+        return Document(f"doc{seed}", tuple(list(kinds.values())[seed % len(kinds)]))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return Path(__file__).parent.parent
