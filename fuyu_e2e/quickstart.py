@@ -95,7 +95,7 @@ def prepare(place: Workplace, seed: int, pictures: int, test_pictures: int) -> N
     shards = write_shards(place.data, split="train", count=pictures, seed=seed)
     write_shards(place.data, split="val", count=200, seed=TEST_SEED)
     write_shards(place.data, split="test", count=test_pictures, seed=TEST_SEED)
-    write_shards(place.data, split="test-new-sizes", count=test_pictures, seed=TEST_SEED, new_sizes=True)
+    write_shards(place.data, split="test-new-sizes", count=test_pictures, seed=TEST_SEED)
     texts = (text for document in documents(shards[:1]) for text in document.texts)
     train_tokenizer(texts, VOCAB_SIZE).save(place.tokenizer)
 

@@ -1,0 +1,1 @@
+"""Tasks and metrics: what a model is asked, how the answer is scored, and pictures of it."""

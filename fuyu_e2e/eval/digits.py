@@ -1,0 +1,225 @@
+"""The digits task: real handwriting in pictures of many sizes, to be read from left to right and top to bottom.
+
+One to four scans of `data/digits` stand on up to three lines, at varying scales and places, slightly warped in
+training, dark on light or light on dark. A picture is 16 to 64 pixels high and 16 to 128 wide. One patch grid in five
+is never trained on, spread among those that are, so that reading in new sizes can be scored.
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import webdataset
+from jaxtyping import Float, UInt8
+from PIL import Image as Pillow
+
+from fuyu_e2e.shipped import shipped
+
+Split = Literal["train", "val", "test", "test-new-sizes"]
+
+QUESTION = "Read the digits."
+MOST_DIGITS = 4
+HEIGHTS, WIDTHS = (16, 64), (16, 128)
+"""Smallest and largest picture, in pixels."""
+DIGIT_HEIGHTS = (12, 24)
+"""Smallest and largest digit, in pixels."""
+ASPECT = 0.8
+"""Width of a digit over its height."""
+PATCH_SIZE = 8
+"""The patch that sizes are held out by."""
+HELD_OUT = {"val": 150, "test": 150}
+"""Scans kept from training."""
+
+
+@dataclass(frozen=True)
+class Scans:
+    """Scans of single digits."""
+
+    pixels: UInt8[np.ndarray, "scans 8 8"]
+    """0 (white) to 16 (ink)."""
+    labels: UInt8[np.ndarray, " scans"]
+
+
+@cache
+def load_scans(split: Split) -> Scans:
+    """The scans of a split: 1,497 to train on, 150 to validate on, 150 to test on; no scan is in two of them."""
+    with gzip.open(shipped("data/digits/digits.csv.gz"), "rt") as file:
+        rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+    order = np.random.default_rng(0).permutation(len(rows))
+    val, test = HELD_OUT["val"], HELD_OUT["test"]
+    chosen = {"val": order[:val], "test": order[val : val + test], "train": order[val + test :]}[split.split("-")[0]]
+    return Scans(rows[chosen, :64].reshape(-1, 8, 8), rows[chosen, 64])
+
+
+@dataclass(frozen=True)
+class Box:
+    """Where a digit stands, in pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def is_new_size(height: int, width: int) -> bool:
+    """Whether pictures of this size are kept from training: every fifth patch grid, on the diagonals."""
+    rows, cols = -(-height // PATCH_SIZE), -(-width // PATCH_SIZE)
+    return (rows + 2 * cols) % 5 == 0
+
+
+def draw_size(rng: np.random.Generator, digits: int, new_sizes: bool) -> tuple[int, int]:
+    """Draws (height, width) that holds so many digits, among the sizes trained on or the others."""
+    while True:
+        height, width = (int(rng.integers(low, high + 1)) for low, high in (HEIGHTS, WIDTHS))
+        if is_new_size(height, width) == new_sizes and possible_lines(digits, height, width):
+            return height, width
+
+
+def possible_lines(digits: int, height: int, width: int) -> list[int]:
+    """The numbers of lines on which so many digits fit at their smallest."""
+    smallest = DIGIT_HEIGHTS[0]
+    return [
+        lines
+        for lines in range(1, min(3, digits) + 1)
+        if lines * smallest <= height and -(-digits // lines) * round(smallest * ASPECT) <= width
+    ]
+
+
+def lay_out(rng: np.random.Generator, digits: int, height: int, width: int) -> list[Box]:
+    """Places digits in reading order: lines one below the other, digits of a line side by side, nothing overlapping.
+
+    The picture must have room for them (`possible_lines`).
+    """
+    lines = int(rng.choice(possible_lines(digits, height, width)))
+    counts = [len(part) for part in np.array_split(np.arange(digits), lines)]
+    rng.shuffle(counts)
+    smallest, largest = DIGIT_HEIGHTS
+    room = min(largest, height // lines, int(width / max(counts) / ASPECT))
+    tall = int(rng.integers(smallest, max(room, smallest) + 1))
+    boxes = []
+    tops = _spread(rng, [tall] * lines, height)
+    for top, count in zip(tops, counts, strict=True):
+        heights = [max(smallest, round(tall * share)) for share in rng.uniform(0.85, 1.0, count)]
+        widths = [round(h * ASPECT) for h in heights]
+        for left, w, h in zip(_spread(rng, widths, width), widths, heights, strict=True):
+            boxes.append(Box(left, top + int(rng.integers(tall - h + 1)), w, h))
+    return boxes
+
+
+def _spread(rng: np.random.Generator, lengths: Sequence[int], room: int) -> list[int]:
+    """Starts of intervals with these lengths, in order, the free room shared out between them at random."""
+    free = np.sort(rng.integers(0, room - sum(lengths) + 1, len(lengths)))
+    return (free + np.cumsum([0, *lengths[:-1]])).tolist()
+
+
+def compose(
+    rng: np.random.Generator, scans: Scans, digits: int, height: int, width: int, warp: bool
+) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+    """A picture of `digits` scans and the digits it holds, in reading order; `warp` turns and shears each a little."""
+    chosen = rng.integers(len(scans.labels), size=digits)
+    ink = np.zeros((height, width), np.float32)
+    for scan, box in zip(chosen, lay_out(rng, digits, height, width), strict=True):
+        drawn = _draw(rng, scans.pixels[scan], box, warp)
+        ink[box.top : box.top + box.height, box.left : box.left + box.width] = drawn
+    ground, pen = _colours(rng, height, width)
+    pixels = ground + ink[:, :, None] * (pen - ground)
+    pixels += rng.normal(0, rng.uniform(0, 8), pixels.shape).astype(np.float32)
+    truth = "".join(str(label) for label in scans.labels[chosen])
+    return pixels.clip(0, 255).astype(np.uint8), truth
+
+
+def _draw(rng: np.random.Generator, scan: UInt8[np.ndarray, "8 8"], box: Box, warp: bool) -> Float[np.ndarray, "h w"]:
+    angle, shear = rng.uniform(-1, 1, 2) * ([0.17, 0.15] if warp else [0.0, 0.0])
+    # From the middle of a pixel of the box to the middle of the scan, in pixels of the scan.
+    matrix = np.array([[np.cos(angle), shear - np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    matrix = matrix @ np.diag([8 / box.width, 8 / box.height])
+    offset = 4 - matrix @ [box.width / 2, box.height / 2]
+    small = Pillow.fromarray((scan * (255 / 16)).astype(np.uint8))
+    coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
+    drawn = small.transform(
+        (box.width, box.height), Pillow.Transform.AFFINE, coefficients, Pillow.Resampling.BICUBIC, fillcolor=0
+    )
+    return np.asarray(drawn, np.float32) / 255
+
+
+def _colours(
+    rng: np.random.Generator, height: int, width: int
+) -> tuple[Float[np.ndarray, "H W 3"], Float[np.ndarray, " 3"]]:
+    """A ground that runs from one colour to another, and a pen that stands out from both."""
+    dark, light = rng.uniform(0, 90, (2, 3)), rng.uniform(165, 255, (2, 3))
+    (start, end), (pen, _) = (dark, light) if rng.random() < 0.5 else (light, dark)
+    direction = rng.uniform(-1, 1, 2)
+    across = direction[0] * np.linspace(0, 1, height)[:, None] + direction[1] * np.linspace(0, 1, width)
+    across = (across - across.min()) / max(float(np.ptp(across)), 1e-6)
+    ground = start + across[:, :, None] * (end - start)
+    return ground.astype(np.float32), pen.astype(np.float32)
+
+
+def write_shards(
+    directory: Path,
+    *,
+    split: Split,
+    count: int,
+    seed: int,
+    processes: int = 2,
+    shard_size: int = 2_500,
+) -> list[Path]:
+    """Writes `count` pictures as webdataset shards, each a JPEG with LLaVA's JSON beside it.
+
+    Args:
+        directory: Where `{split}-00000.tar` and those behind it go.
+        split: Which scans and sizes they are made of; `test-new-sizes` are test scans in sizes never trained on.
+        count: Pictures in all, one to four digits equally often.
+        seed: Seeds the pictures; their bytes don't depend on `processes`.
+        processes: Shards written at once.
+        shard_size: Pictures of a shard.
+
+    Returns:
+        The shards, in order.
+    """
+    starts = range(0, count, shard_size)
+    paths = [directory / f"{split}-{number:05}.tar" for number in range(len(starts))]
+    jobs = [
+        (path, split, start, min(shard_size, count - start), seed) for path, start in zip(paths, starts, strict=True)
+    ]
+    if processes == 1 or len(jobs) == 1:
+        for job in jobs:
+            _write_shard(*job)
+    else:
+        # A forked copy of a process that runs torch's threads can hang.
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            for written in [pool.submit(_write_shard, *job) for job in jobs]:
+                written.result()
+    return paths
+
+
+def _write_shard(path: Path, split: Split, start: int, count: int, seed: int) -> None:
+    scans = load_scans(split)
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), start])
+    with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="") as writer:
+        for number in range(start, start + count):
+            key = f"{split}-{number:06}"
+            digits = int(rng.integers(1, MOST_DIGITS + 1))
+            size = draw_size(rng, digits, new_sizes=split == "test-new-sizes")
+            pixels, truth = compose(rng, scans, digits, *size, warp=split == "train")
+            writer.write({"__key__": key, "jpg": _jpeg(pixels), "json": _conversation(key, truth)})
+
+
+def _jpeg(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    file = io.BytesIO()
+    Pillow.fromarray(pixels).save(file, "JPEG", quality=92, subsampling=0)
+    return file.getvalue()
+
+
+def _conversation(key: str, truth: str) -> bytes:
+    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": truth}]
+    return json.dumps({"id": key, "image": f"{key}.jpg", "conversations": turns}).encode()
