@@ -17,6 +17,7 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.data_report import DataReport
 from fuyu_e2e.training.interruption import StopOnInterrupt
 from fuyu_e2e.training.module import FuyuModule
+from fuyu_e2e.training.progress import Progress
 from fuyu_e2e.training.samples import SampleGenerations
 from fuyu_e2e.training.throughput import Throughput
 
@@ -78,6 +79,7 @@ class FuyuCLI(LightningCLI):
                 "callbacks": [
                     self.throughput,
                     DataReport(),
+                    Progress(),
                     SampleGenerations(),
                     WritePredictions(),
                     self.interruption,
@@ -103,7 +105,7 @@ class FuyuCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, and reads the checkpoint that was named before Lightning does, whose errors are tracebacks."""
-        super().parse_arguments(parser, args)
+        self.config = parser.parse_args(args)
         named = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
         if named and named not in ("last", "best", "hpc", "registry"):
             if not Path(named).is_file():

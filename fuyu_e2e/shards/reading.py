@@ -44,12 +44,10 @@ def expand_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
     shards: dict[str, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", pattern):
-            raise UserError(f"{pattern}: only local shards are read so far; copy them to this machine and name the path.")
-        found = sorted(
-            match
-            for path in braceexpand.braceexpand(pattern)
-            for match in (map(str, Path(path).glob("*.tar")) if Path(path).is_dir() else glob.glob(path, recursive=True))
-        )
+            raise UserError(
+                f"{pattern}: only local shards are read so far; copy them to this machine and name the path."
+            )
+        found = sorted(shard for path in braceexpand.braceexpand(pattern) for shard in _expand(path))
         if not found:
             raise UserError(
                 f"{pattern!r} matches no shard: quote the pattern so that the shell leaves it alone, and see that it "
@@ -57,6 +55,12 @@ def expand_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
             )
         shards.update(dict.fromkeys(found))
     return tuple(shards)
+
+
+def _expand(path: str) -> list[str]:
+    if Path(path).is_dir():
+        return [str(shard) for shard in Path(path).glob("*.tar")]
+    return glob.glob(path, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
 
 
 def check_shards(shards: Sequence[str]) -> None:

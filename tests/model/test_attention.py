@@ -43,9 +43,7 @@ def test_rotary_scores_depend_on_distance_alone() -> None:
     query, key = torch.randn(2, 1, 1, 16)
 
     def score(query_at: int, key_at: int) -> float:
-        turned = [
-            rotate(x, *rotary(torch.tensor([at]), 16, 10_000.0)) for x, at in ((query, query_at), (key, key_at))
-        ]
+        turned = [rotate(x, *rotary(torch.tensor([at]), 16, 10_000.0)) for x, at in ((query, query_at), (key, key_at))]
         return float((turned[0] * turned[1]).sum())
 
     assert abs(score(5, 2) - score(105, 102)) < 1e-4

@@ -1,0 +1,24 @@
+"""The progress bar: tokens seen, tokens/s and loss."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
+
+
+class Progress(RichProgressBar):
+    """Lightning's bar with figures as a person reads them."""
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        """The figures behind the bar, those that are known by now."""
+        known = trainer.progress_bar_metrics
+        formats = {"train/loss": "{:.3f}", "val/loss": "{:.3f}", "test/loss": "{:.3f}"}
+        shown = {name: text.format(known[name]) for name, text in formats.items() if name in known}
+        shown |= {name: _short(float(known[name])) for name in ("tokens", "tokens/s") if name in known}
+        return dict(shown)
+
+
+def _short(count: float) -> str:
+    """A count in at most five letters: 950, 12.3k, 4.56M, 7.89B."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g}{unit}"
+    return f"{count:.0f}"
