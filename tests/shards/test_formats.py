@@ -1,0 +1,162 @@
+"""Every format of sample becomes a document; every sample that can't is counted by reason."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset
+
+from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.shards.formats import TEXT_BYTES, read_documents
+from fuyu_e2e.tally import Tally
+
+Shard = Callable[[dict[str, bytes | str | dict | list]], str]
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Shard:
+    """Writes a tar of members by name."""
+
+    def write(members: dict[str, Any]) -> str:
+        path = tmp_path / "shard.tar"
+        with tarfile.open(path, "w") as tar:
+            for name, content in members.items():
+                data = content if isinstance(content, bytes) else content.encode() if isinstance(content, str) else json.dumps(content).encode()
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return str(path)
+
+    return write
+
+
+def read(path: str) -> list[Document]:
+    tally = Tally()
+    found = list(read_documents(path, tally))
+    assert tally.read == len(found)
+    assert not tally.skipped
+    return found
+
+
+def reasons(path: str) -> dict[str, int]:
+    tally = Tally()
+    used = len(list(read_documents(path, tally)))
+    assert tally.read == used + tally.skipped.total()
+    assert len(tally.examples) == len(tally.skipped)
+    return dict(tally.skipped)
+
+
+A, B = Image(b"jpeg a"), Image(b"png b")
+
+
+@pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "webp", "JPG"])
+def test_caption_in_text(shard: Shard, extension: str) -> None:
+    assert read(shard({f"0.{extension}": A.data, "0.txt": "\ufeffa cat\n"})) == [Document("0", (A, Text("a cat")))]
+
+
+def test_caption_in_json_and_both_as_img2dataset_writes_them(shard: Shard) -> None:
+    described = {"caption": "from json", "url": "http://x", "key": "0", "status": "success", "width": 256, "exif": "{}"}
+    assert read(shard({"0.jpg": A.data, "0.json": described})) == [Document("0", (A, Text("from json")))]
+    both = {"0.jpg": A.data, "0.txt": "from text", "0.json": described}
+    assert read(shard(both)) == [Document("0", (A, Text("from text")))]
+
+
+def test_shards_of_webdatasets_own_writer(tmp_path: Path, make_png: Callable[..., bytes]) -> None:
+    with webdataset.ShardWriter(str(tmp_path / "%05d.tar"), maxcount=3, verbose=0) as writer:
+        for number in range(7):
+            sample = {"__key__": f"{number:09}", "png": make_png(9, 5), "txt": f"picture {number}", "json": {"width": 5}}
+            writer.write({**sample, "png": sample["png"]})
+    found = [document for file in sorted(tmp_path.glob("*.tar")) for document in read(str(file))]
+    assert [document.answer for document in found] == [f"picture {number}" for number in range(7)]
+    assert found[0].segments[0] == Image(make_png(9, 5))
+
+
+def test_chat_in_llavas_form(shard: Shard) -> None:
+    turns = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A cat."},
+        {"from": "human", "value": "Sure?"},
+        {"from": "gpt", "value": "Yes."},
+    ]
+    asked = [Text("What is it?", False), Text("A cat."), Text("Sure?", False), Text("Yes.")]
+    described = {"id": "7", "image": "7.jpg", "conversations": turns}
+    assert read(shard({"7.jpg": A.data, "7.json": described})) == [Document("7", (A, *asked))]
+    no_image = {"conversations": [{**turn, "value": turn["value"].removeprefix("<image>\n")} for turn in turns]}
+    assert read(shard({"7.json": no_image})) == [Document("7", tuple(asked))]
+    assert read(shard({"7.jpg": A.data, "7.json": no_image})) == [Document("7", (A, *asked))]
+
+
+def test_chat_images_stand_where_their_placeholders_stand(shard: Shard) -> None:
+    turns = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "user", "value": "Compare <image>\nwith\n<image>"},
+        {"from": "assistant", "value": "Same."},
+    ]
+    found = read(shard({"7.0.jpg": A.data, "7.1.png": B.data, "7.json": {"conversations": turns}}))
+    expected = (Text("Be brief.", False), Text("Compare ", False), A, Text("with", False), B, Text("Same."))
+    assert found == [Document("7", expected)]
+
+
+def test_interleaved_images_and_text(shard: Shard) -> None:
+    segments = [{"text": "one"}, {"image": "0.jpg"}, {"text": "two", "loss": False}, {"image": "1.png"}, {"image": "0.jpg"}]
+    found = read(shard({"3.json": {"segments": segments}, "3.0.jpg": A.data, "3.1.png": B.data}))
+    assert found == [Document("3", (Text("one"), A, Text("two", False), B, A))]
+
+
+def test_plain_text_and_lines_of_json(shard: Shard) -> None:
+    assert read(shard({"0.txt": "hello"})) == [Document("0", (Text("hello"),))]
+    lines = b'{"text": "a"}\n\n{"text": " b "}\n{"conversations": [{"from": "gpt", "value": "c"}]}\n'
+    found = read(shard({"0.jsonl": lines}))
+    assert [(document.key, document.answer) for document in found] == [("0/0", "a"), ("0/1", " b "), ("0/2", "c")]
+
+
+def test_parts_share_the_documents_out(shard: Shard) -> None:
+    path = shard({f"{number}.txt": str(number) for number in range(10)})
+    parts = [list(read_documents(path, Tally(), part, 3)) for part in range(3)]
+    assert [len(part) for part in parts] == [4, 3, 3]
+    assert sorted(document.key for part in parts for document in part) == [str(number) for number in range(10)]
+
+
+def turn(speaker: object = "gpt", value: object = "a") -> dict:
+    return {"conversations": [{"from": speaker, "value": value}]}
+
+
+BAD = {
+    "empty caption": ({"0.jpg": b"x", "0.txt": " \n"}, "caption-empty"),
+    "empty text": ({"0.txt": ""}, "text-empty"),
+    "image alone": ({"0.jpg": b"x"}, "format-unknown"),
+    "nothing known": ({"0.mp4": b"x"}, "format-unknown"),
+    "code": ({"0.pyd": b"x", "0.pkl": b"x", "0.pth": b"x", "0.pickle": b"x"}, "format-unknown"),
+    "two images for a caption": ({"0.a.jpg": b"x", "0.b.jpg": b"x", "0.txt": "x"}, "caption-of-several-images"),
+    "invalid UTF-8": ({"0.txt": b"\xff\xfe"}, "text-not-utf8"),
+    "huge text": ({"0.txt": b"a" * (TEXT_BYTES + 1)}, "text-too-long"),
+    "NaN": ({"0.json": '{"caption": "x", "score": NaN}', "0.jpg": b"x"}, "json-invalid"),
+    "no object": ({"0.json": "[1]"}, "json-invalid"),
+    "deep nesting": ({"0.json": "[" * 100_000}, "json-invalid"),
+    "broken JSON": ({"0.json": '{"caption": '}, "json-invalid"),
+    "caption of another type": ({"0.json": {"caption": 3}, "0.jpg": b"x"}, "json-type"),
+    "chat without turns": ({"0.json": {"conversations": []}}, "chat-turns"),
+    "chat of strings": ({"0.json": {"conversations": ["hi"]}}, "chat-speaker"),
+    "unknown speaker": ({"0.json": turn("robot")}, "chat-speaker"),
+    "speaker of another type": ({"0.json": turn(["gpt"])}, "chat-speaker"),
+    "chat without an answer": ({"0.json": turn("human")}, "chat-no-answer"),
+    "turn without text": ({"0.json": turn(value=None)}, "json-type"),
+    "more placeholders than images": ({"0.jpg": b"x", "0.json": turn(value="<image> <image>")}, "chat-images"),
+    "segments of another type": ({"0.json": {"segments": "x"}}, "segments-list"),
+    "segment of no kind": ({"0.json": {"segments": [{"video": "x"}]}}, "segments-kind"),
+    "segment image missing": ({"0.json": {"segments": [{"image": "9.jpg"}]}}, "segments-image"),
+    "segment loss of another type": ({"0.json": {"segments": [{"text": "x", "loss": "no"}]}}, "segments-loss"),
+    "line of nothing known": ({"0.jsonl": '{"title": "x"}'}, "format-unknown"),
+    "line that is empty text": ({"0.jsonl": '{"text": " "}'}, "text-empty"),
+}
+
+
+@pytest.mark.parametrize(("members", "reason"), BAD.values(), ids=BAD)
+def test_bad_samples_are_counted_and_the_next_one_is_read(shard: Shard, members: dict, reason: str) -> None:
+    path = shard({**members, "good.txt": "still read"})
+    assert reasons(path) == {reason: 1}
+    assert [document.answer for document in read_documents(path, Tally())] == ["still read"]

@@ -1,0 +1,84 @@
+"""Every text comes back as it was, and no text says anything special."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.tokenizer import Tokenizer, train_tokenizer
+
+TEXT = ["The quick brown fox jumps over the lazy dog.", "  two  spaces ", "naïve café", "12345"] * 20
+
+
+@given(text=st.text())
+@example("\u2581 and \u2581\u2581")
+@example("\0 nul \0")
+@example("  leading, double  and trailing  ")
+@example("line\nline\r\n\ttab")
+@example("e\u0301 is not é; ﬁ is not fi; Ⅳ is not IV")
+@example("שלום مرحبا \u202eabc")
+@example("👩‍👩‍👧‍👦🏳️‍🌈")
+@example("|SPEAKER||NEWLINE|<s></s><unk><0x04>\x04")
+@example("")
+def test_round_trip_is_exact(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(text=st.text() | st.sampled_from(["|SPEAKER|", "|NEWLINE|", "<s>", "</s>", "<0x04>", "|UNUSED0|", "<unk>"]))
+def test_text_never_yields_a_special_token(tokenizer: Tokenizer, text: str) -> None:
+    special = {tokenizer.patch_id, tokenizer.newline_id, tokenizer.bos_id, tokenizer.eos_id}
+    unused = {token for token in range(tokenizer.vocab_size) if tokenizer.piece(token).startswith("|UNUSED")}
+    ids = tokenizer.encode(text.replace("\x04", ""))
+    assert not (special | unused | {tokenizer.answer_id}) & set(ids)
+
+
+def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UnusableSampleError, match="text-not-unicode"):
+        tokenizer.encode("half \ud83d pair")
+
+
+def test_training_gives_the_size_asked_for_and_learns_words() -> None:
+    for size in (300, 340, 1_000):
+        trained = train_tokenizer(TEXT, size)
+        assert trained.vocab_size == size
+    pieces = [trained.piece(token) for token in trained.encode("The quick brown fox")]
+    assert len(pieces) <= 6
+    assert [trained.piece(token) for token in trained.encode("12345")] == list("12345"), "digits stand alone"
+
+
+def test_training_is_deterministic() -> None:
+    assert train_tokenizer(TEXT, 330).digest == train_tokenizer(TEXT, 330).digest
+
+
+def test_special_tokens_are_the_released_fuyus(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.patch_id, tokenizer.newline_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.answer_id
+    assert [tokenizer.piece(token) for token in ids] == ["|SPEAKER|", "|NEWLINE|", "<s>", "</s>", "<0x04>"]
+    assert tokenizer.decode([tokenizer.bos_id, tokenizer.patch_id, *tokenizer.encode("a"), tokenizer.eos_id]) == "a"
+
+
+def test_a_tokenizer_travels_to_workers_and_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "new" / "tokenizer.model")
+    for copy in (pickle.loads(pickle.dumps(tokenizer)), Tokenizer.from_file(tmp_path / "new" / "tokenizer.model")):  # noqa: S301
+        assert copy.digest == tokenizer.digest
+        assert copy.encode("Read the digits.") == tokenizer.encode("Read the digits.")
+
+
+def test_impossible_vocabularies_are_refused_with_the_possible_size() -> None:
+    with pytest.raises(UserError, match=r"takes at least (\d+)") as caught:
+        train_tokenizer(TEXT, 100)
+    smallest = int(str(caught.value).split("at least ")[1].rstrip("."))
+    assert train_tokenizer(TEXT, smallest + 1).vocab_size == smallest + 1
+    with pytest.raises(UserError, match="no text"):
+        train_tokenizer([], 300)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a model", b"\x0a\x05hello"], ids=["missing", "empty", "text", "proto"])
+def test_other_files_are_refused_with_the_command_to_run(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "tokenizer.model"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.model can't be read.*fuyu-e2e tokenizer train"):
+        Tokenizer.from_file(file)
