@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import ExifTags, ImageOps
 from PIL import Image as Pillow
-from PIL import ImageOps
 
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
@@ -45,7 +45,7 @@ class ImagePolicy:
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "max_patches", "max_pixels", "max_bytes", "max_aspect"):
-            if (value := getattr(self, name)) < 1:
+            if not (value := getattr(self, name)) >= 1:  # also when it is not a number
                 raise UserError(f"{name} is {value}, but must be at least 1.")
 
 
@@ -76,6 +76,7 @@ def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]
     Raises:
         UnusableSampleError: `image-empty`, `image-too-many-bytes`, `image-too-many-pixels` and `image-aspect` before
             anything is decoded, `image-unreadable` for all that Pillow can't read to its end.
+        MemoryError: The machine is at fault, not the sample, so it is not skipped.
     """
     if not data:
         raise UnusableSampleError("image-empty")
@@ -87,21 +88,13 @@ def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]
             warnings.simplefilter("ignore")
             with Pillow.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(*image.size, policy)
-                if image.format == "JPEG":
-                    # Decodes at a fraction of the size where the budget allows it; no effect on images that fit.
-                    image.draft(None, fit_budget(*image.size, policy))
-                upright = ImageOps.exif_transpose(image)
-                rgb = _to_rgb(upright)
-    except UnusableSampleError:
+                return np.asarray(_fitted(image, policy))
+    except (UnusableSampleError, MemoryError):
         raise
     except Pillow.DecompressionBombError as error:
         raise UnusableSampleError("image-too-many-pixels", str(error)) from error
     except Exception as error:  # Pillow's plugins raise nearly anything on bytes that are not what they claim to be
         raise UnusableSampleError("image-unreadable", f"{type(error).__name__}: {error}") from error
-    size = fit_budget(*rgb.size, policy)
-    if size != rgb.size:
-        rgb = rgb.resize(size, Pillow.Resampling.BILINEAR)
-    return np.asarray(rgb)
 
 
 def _check_size(width: int, height: int, policy: ImagePolicy) -> None:
@@ -111,13 +104,26 @@ def _check_size(width: int, height: int, policy: ImagePolicy) -> None:
         raise UnusableSampleError("image-aspect", f"{width} x {height}")
 
 
+def _fitted(image: Pillow.Image, policy: ImagePolicy) -> Pillow.Image:
+    size = fit_budget(*image.size, policy)
+    turned = image.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
+    # A JPEG decodes at a fraction of its size where the budget allows it; no effect on other formats and images that
+    # fit. It rounds that size up, so the size to scale to is taken from the header's.
+    image.draft(None, size)
+    ImageOps.exif_transpose(image, in_place=True)
+    return _to_rgb(image).resize(size[::-1] if turned else size, Pillow.Resampling.BILINEAR)
+
+
 def _to_rgb(image: Pillow.Image) -> Pillow.Image:
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip to white
-        return Pillow.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8)).convert("RGB")
+        wide = np.asarray(image)
+        grey = ((wide.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        grey[wide == image.info.get("transparency", -1)] = GROUND[0]
+        return Pillow.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         layered = image.convert("RGBA")
         return Pillow.alpha_composite(Pillow.new("RGBA", layered.size, (*GROUND, 255)), layered).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit_budget(width: int, height: int, policy: ImagePolicy) -> tuple[int, int]:
