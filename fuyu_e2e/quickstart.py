@@ -55,7 +55,7 @@ def quickstart(args: Sequence[str]) -> int:
     parser = ArgumentParser(prog="fuyu-e2e quickstart", description=quickstart.__doc__)
     parser.add_argument("--out", default="runs/quickstart", help="Directory of the run (default: %(default)s).")
     parser.add_argument("--seed", type=int, default=0, help="Seeds the training pictures, their order, the weights.")
-    parser.add_argument("--pictures", type=int, default=60_000, help="Training pictures (default: %(default)s).")
+    parser.add_argument("--pictures", type=int, default=80_000, help="Training pictures (default: %(default)s).")
     parser.add_argument(
         "--test-pictures", type=int, default=1_000, help="Pictures of each test (default: %(default)s)."
     )

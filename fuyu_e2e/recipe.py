@@ -33,7 +33,10 @@ class SaveRecipe(SaveConfigCallback):
         if stage == "fit":
             root = Path(trainer.default_root_dir)
             root.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, root / self.config_filename, skip_none=False, overwrite=True)
+            recipe = self.config.clone()
+            for key in ("ckpt_path", "weights_only"):  # of this start, not of the run
+                recipe.pop(key, None)
+            self.parser.save(recipe, root / self.config_filename, skip_none=False, overwrite=True)
 
 
 class WritePredictions(BasePredictionWriter):

@@ -1,8 +1,8 @@
 """The digits task: real handwriting in pictures of many sizes, to be read from left to right and top to bottom.
 
 One to four scans of `data/digits` stand on up to three lines, at varying scales and places, slightly warped in
-training, dark on light or light on dark. A picture is 16 to 64 pixels high and 16 to 128 wide. One patch grid in five
-is never trained on, spread among those that are, so that reading in new sizes can be scored.
+training, in dark inks on light tinted grounds. A picture is 16 to 64 pixels high and 16 to 128 wide. One patch grid in
+five is never trained on, spread among those that are, so that reading in new sizes can be scored.
 """
 
 import gzip
@@ -30,6 +30,8 @@ QUESTION = "Read the digits."
 MOST_DIGITS = 4
 HEIGHTS, WIDTHS = (16, 64), (16, 128)
 """Smallest and largest picture, in pixels."""
+PIXELS_PER_DIGIT = 700
+"""Area of a picture at most for each digit in it; mostly empty ones teach little for their tokens."""
 DIGIT_HEIGHTS = (12, 24)
 """Smallest and largest digit, in pixels."""
 ASPECT = 0.8
@@ -79,8 +81,9 @@ def is_new_size(height: int, width: int) -> bool:
 def draw_size(rng: np.random.Generator, digits: int, new_sizes: bool) -> tuple[int, int]:
     """Draws (height, width) that holds so many digits, among the sizes trained on or the others."""
     while True:
-        height, width = (int(rng.integers(low, high + 1)) for low, high in (HEIGHTS, WIDTHS))
-        if is_new_size(height, width) == new_sizes and possible_lines(digits, height, width):
+        height, width = (int(np.exp(rng.uniform(*np.log([low, high + 1])))) for low, high in (HEIGHTS, WIDTHS))
+        roomy = height * width > PIXELS_PER_DIGIT * digits
+        if is_new_size(height, width) == new_sizes and possible_lines(digits, height, width) and not roomy:
             return height, width
 
 
@@ -130,8 +133,8 @@ def compose(
     for scan, box in zip(chosen, lay_out(rng, digits, height, width), strict=True):
         drawn = _draw(rng, scans.pixels[scan], box, warp)
         ink[box.top : box.top + box.height, box.left : box.left + box.width] = drawn
-    ground, pen = _colours(rng, height, width)
-    pixels = ground + ink[:, :, None] * (pen - ground)
+    ground, colour = _colours(rng, height, width)
+    pixels = ground + ink[:, :, None] * (colour - ground)
     pixels += rng.normal(0, rng.uniform(0, 8), pixels.shape).astype(np.float32)
     truth = "".join(str(label) for label in scans.labels[chosen])
     return pixels.clip(0, 255).astype(np.uint8), truth
@@ -154,14 +157,13 @@ def _draw(rng: np.random.Generator, scan: UInt8[np.ndarray, "8 8"], box: Box, wa
 def _colours(
     rng: np.random.Generator, height: int, width: int
 ) -> tuple[Float[np.ndarray, "H W 3"], Float[np.ndarray, " 3"]]:
-    """A ground that runs from one colour to another, and a pen that stands out from both."""
-    dark, light = rng.uniform(0, 90, (2, 3)), rng.uniform(165, 255, (2, 3))
-    (start, end), (pen, _) = (dark, light) if rng.random() < 0.5 else (light, dark)
+    """A light ground that runs from one tint to another, and a dark ink."""
+    start, end, ink = *rng.uniform(165, 255, (2, 3)), rng.uniform(0, 90, 3)
     direction = rng.uniform(-1, 1, 2)
     across = direction[0] * np.linspace(0, 1, height)[:, None] + direction[1] * np.linspace(0, 1, width)
     across = (across - across.min()) / max(float(np.ptp(across)), 1e-6)
     ground = start + across[:, :, None] * (end - start)
-    return ground.astype(np.float32), pen.astype(np.float32)
+    return ground.astype(np.float32), ink.astype(np.float32)
 
 
 def write_shards(

@@ -1,0 +1,112 @@
+"""Cached generation is the uncached forward, token for token."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.inference.cache import KeyValueCache
+from fuyu_e2e.inference.generation import Sampling, choose, continue_texts, generate
+from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.packing import pack_row
+from fuyu_e2e.sequence import Prompt, SequenceBuilder, TokenSequence
+
+RandomDocument = Callable[[int], Document]
+
+
+def uncached(decoder: Decoder, prompt: TokenSequence, steps: int, eos_id: int) -> list[int]:
+    """The definition: the whole sequence anew for every token."""
+    row = pack_row([prompt])
+    written: list[int] = []
+    while len(written) < steps:
+        tokens = torch.cat((row.tokens, torch.tensor(written, dtype=torch.int64)))
+        longer = type(row)(
+            tokens=tokens,
+            positions=torch.arange(len(tokens)),
+            patches=row.patches,
+            patch_positions=row.patch_positions,
+            target_positions=row.target_positions[:0],
+            targets=row.targets[:0],
+            document_lengths=(len(tokens),),
+        )
+        chosen = int(decoder(longer)[-1].argmax())
+        if chosen == eos_id:
+            break
+        written.append(chosen)
+    return written
+
+
+@torch.no_grad()
+@given(seeds=st.lists(st.integers(0, 1_000), min_size=1, max_size=6))
+def test_cached_greedy_generation_is_the_uncached_forward(
+    seeds: list[int], decoder: Decoder, builder: SequenceBuilder, random_document: RandomDocument
+) -> None:
+    prompts = [builder.prompt(random_document(seed).prompt) for seed in seeds]
+    together = generate(decoder, prompts, max_new_tokens=6, eos_id=builder.tokenizer.eos_id)
+    assert together == [uncached(decoder, prompt, 6, builder.tokenizer.eos_id) for prompt in prompts]
+
+
+def test_generation_stops_at_the_end_of_the_document(
+    decoder: Decoder, builder: SequenceBuilder, random_document: RandomDocument
+) -> None:
+    """Whatever token a prompt is continued with first, taken as the end it ends that prompt and no other."""
+    prompts = [builder.prompt(random_document(seed).prompt) for seed in range(6)]
+    free = generate(decoder, prompts, max_new_tokens=5, eos_id=-1)
+    end = free[0][2]
+    stopped = generate(decoder, prompts, max_new_tokens=5, eos_id=end)
+    assert stopped == [row[: row.index(end)] if end in row else row for row in free]
+    assert generate(decoder, [], max_new_tokens=5, eos_id=end) == []
+    assert generate(decoder, prompts[:1], max_new_tokens=0, eos_id=end) == [[]]
+
+
+@given(seed=st.integers(0, 1_000), top_k=st.integers(1, 12), top_p=st.floats(0.05, 1.0))
+def test_sampling_draws_only_candidates(seed: int, top_k: int, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(4, 12, generator=generator) * 3
+    by_k = choose(logits, Sampling(temperature=1.0, top_k=top_k), generator)
+    ranks = (logits > logits.gather(1, by_k[:, None])).sum(dim=1)
+    assert (ranks < top_k).all()
+    by_p = choose(logits, Sampling(temperature=1.0, top_p=top_p), generator)
+    probabilities = logits.softmax(dim=1)
+    before = torch.where(probabilities > probabilities.gather(1, by_p[:, None]), probabilities, 0).sum(dim=1)
+    assert (before < top_p).all()
+
+
+def test_sampling_follows_the_probabilities_and_the_seed() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0]]).repeat(20_000, 1)
+    for temperature in (0.5, 1.0, 2.0):
+        drawn = choose(logits, Sampling(temperature=temperature), torch.Generator().manual_seed(0))
+        shares = torch.bincount(drawn, minlength=3) / len(drawn)
+        torch.testing.assert_close(shares, (logits[0] / temperature).softmax(0), atol=0.015, rtol=0)
+    assert (choose(logits, Sampling(), None) == 2).all()
+
+
+def test_the_same_seed_writes_the_same_text(
+    decoder: Decoder, builder: SequenceBuilder, make_png: Callable[..., bytes]
+) -> None:
+    document = Document("key", (Image(make_png(9, 30)), Text("What?", loss=False)))
+    prompts = [Prompt(document, builder.prompt(document))]
+
+    def write(seed: int) -> str:
+        sampling = Sampling(temperature=1.5, seed=seed)
+        return continue_texts(decoder, builder.tokenizer, prompts, max_new_tokens=20, sampling=sampling)[0]
+
+    assert write(1) == write(1) != write(2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [({"temperature": -1.0}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p")],
+)
+def test_impossible_sampling_is_refused(wrong: dict, name: str) -> None:
+    with pytest.raises(UserError, match=name):
+        Sampling(**wrong)
+
+
+def test_the_cache_says_what_it_takes(decoder: Decoder) -> None:
+    cache = KeyValueCache(decoder.config, sequences=3, capacity=10, like=torch.zeros(1))
+    assert cache.bytes == 2 * 3 * 3 * 10 * 2 * 12 * 4
