@@ -1,6 +1,7 @@
 """Laws of packed rows, and how full they are."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.document import Document
+from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.packing import Packer, pack_row
 from fuyu_e2e.sequence import ImageSpan, SequenceBuilder, TokenSequence
 from fuyu_e2e.tally import Tally
@@ -30,13 +31,11 @@ def sequence(length: int, rows: int = 0, cols: int = 0, key: str = "key") -> Tok
 
 
 def test_the_row_that_the_batch_module_shows(builder: SequenceBuilder, make_png: Callable[..., bytes]) -> None:
-    from fuyu_e2e.document import Image, Text
-
     about_an_image = builder.build(Document("1", (Image(make_png(1, 1)), Text("q", loss=False), Text("7"))))
     plain = builder.build(Document("2", (Text("a"),)))
     row = pack_row([about_an_image, plain])
     tokenizer = builder.tokenizer
-    shown = "|SPEAKER| |NEWLINE| <s> <0x71> <0x04> 7 </s> <s> a </s>".split()
+    shown = ["|SPEAKER|", "|NEWLINE|", "<s>", "<0x71>", "<0x04>", "7", "</s>", "<s>", "a", "</s>"]
     assert [tokenizer.piece(token) for token in row.tokens.tolist()] == shown
     assert row.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
     assert row.target_positions.tolist() == [4, 5, 7, 8]
@@ -60,7 +59,7 @@ def test_rows_keep_documents_whole_and_lose_none_without_a_number(
     for row in rows:
         assert row.tokens.shape == (budget,)
         starts = np.cumsum([0, *row.document_lengths])
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in pairwise(starts.tolist()):
             assert row.positions[start:stop].tolist() == list(range(stop - start))
         ends = set((starts[1:] - 1).tolist())
         assert not ends & set(row.target_positions.tolist()), "a target crosses into the next document"
@@ -115,9 +114,7 @@ def test_rows_of_a_caption_mixture_are_at_least_97_percent_full(budget: int) -> 
     assert sum(sum(row.document_lengths) for row in rows) / (budget * len(rows)) >= 0.97
 
 
-def test_a_batch_moves_with_all_it_knows(
-    builder: SequenceBuilder, random_document: Callable[[int], Document]
-) -> None:
+def test_a_batch_moves_with_all_it_knows(builder: SequenceBuilder, random_document: Callable[[int], Document]) -> None:
     batch = pack_row([builder.build(random_document(1))])
     moved = batch.to("meta")
     assert moved.tokens.device.type == moved.patches.device.type == "meta"

@@ -75,7 +75,9 @@ def test_impossible_vocabularies_are_refused_with_the_possible_size() -> None:
         train_tokenizer([], 300)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not a model", b"\x0a\x05hello"], ids=["missing", "empty", "text", "proto"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"not a model", b"\x0a\x05hello"], ids=["missing", "empty", "text", "proto"]
+)
 def test_other_files_are_refused_with_the_command_to_run(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "tokenizer.model"
     if content is not None:

@@ -7,7 +7,9 @@ from lightning.pytorch.callbacks import RichProgressBar
 class Progress(RichProgressBar):
     """Lightning's bar with figures as a person reads them."""
 
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         """The figures behind the bar, those that are known by now."""
         known = trainer.progress_bar_metrics
         formats = {"train/loss": "{:.3f}", "val/loss": "{:.3f}", "test/loss": "{:.3f}"}

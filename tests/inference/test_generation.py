@@ -100,7 +100,12 @@ def test_the_same_seed_writes_the_same_text(
 
 @pytest.mark.parametrize(
     ("wrong", "name"),
-    [({"temperature": -1.0}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p")],
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+    ],
 )
 def test_impossible_sampling_is_refused(wrong: dict, name: str) -> None:
     with pytest.raises(UserError, match=name):

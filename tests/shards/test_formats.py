@@ -25,7 +25,13 @@ def shard(tmp_path: Path) -> Shard:
         path = tmp_path / "shard.tar"
         with tarfile.open(path, "w") as tar:
             for name, content in members.items():
-                data = content if isinstance(content, bytes) else content.encode() if isinstance(content, str) else json.dumps(content).encode()
+                data = (
+                    content
+                    if isinstance(content, bytes)
+                    else content.encode()
+                    if isinstance(content, str)
+                    else json.dumps(content).encode()
+                )
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -59,7 +65,14 @@ def test_caption_in_text(shard: Shard, extension: str) -> None:
 
 
 def test_caption_in_json_and_both_as_img2dataset_writes_them(shard: Shard) -> None:
-    described = {"caption": "from json", "url": "http://x", "key": "0", "status": "success", "width": 256, "exif": "{}"}
+    described = {
+        "caption": "from json",
+        "url": "http://x",
+        "key": "0",
+        "status": "success",
+        "width": 256,
+        "exif": "{}",
+    }
     assert read(shard({"0.jpg": A.data, "0.json": described})) == [Document("0", (A, Text("from json")))]
     both = {"0.jpg": A.data, "0.txt": "from text", "0.json": described}
     assert read(shard(both)) == [Document("0", (A, Text("from text")))]
@@ -68,7 +81,12 @@ def test_caption_in_json_and_both_as_img2dataset_writes_them(shard: Shard) -> No
 def test_shards_of_webdatasets_own_writer(tmp_path: Path, make_png: Callable[..., bytes]) -> None:
     with webdataset.ShardWriter(str(tmp_path / "%05d.tar"), maxcount=3, verbose=0) as writer:
         for number in range(7):
-            sample = {"__key__": f"{number:09}", "png": make_png(9, 5), "txt": f"picture {number}", "json": {"width": 5}}
+            sample = {
+                "__key__": f"{number:09}",
+                "png": make_png(9, 5),
+                "txt": f"picture {number}",
+                "json": {"width": 5},
+            }
             writer.write({**sample, "png": sample["png"]})
     found = [document for file in sorted(tmp_path.glob("*.tar")) for document in read(str(file))]
     assert [document.answer for document in found] == [f"picture {number}" for number in range(7)]
@@ -102,7 +120,13 @@ def test_chat_images_stand_where_their_placeholders_stand(shard: Shard) -> None:
 
 
 def test_interleaved_images_and_text(shard: Shard) -> None:
-    segments = [{"text": "one"}, {"image": "0.jpg"}, {"text": "two", "loss": False}, {"image": "1.png"}, {"image": "0.jpg"}]
+    segments = [
+        {"text": "one"},
+        {"image": "0.jpg"},
+        {"text": "two", "loss": False},
+        {"image": "1.png"},
+        {"image": "0.jpg"},
+    ]
     found = read(shard({"3.json": {"segments": segments}, "3.0.jpg": A.data, "3.1.png": B.data}))
     assert found == [Document("3", (Text("one"), A, Text("two", False), B, A))]
 

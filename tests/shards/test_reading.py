@@ -100,7 +100,9 @@ def test_bad_members_cost_their_sample_and_are_counted(
     assert tally.read == 3
 
 
-@pytest.mark.parametrize("cut_at", [512 * 9, 512 * 9 + 100, 512 * 10, 512 * 10 + 5], ids=["block", "header", "body", "in body"])
+@pytest.mark.parametrize(
+    "cut_at", [512 * 9, 512 * 9 + 100, 512 * 10, 512 * 10 + 5], ids=["block", "header", "body", "in body"]
+)
 def test_a_shard_that_is_cut_is_reported(tmp_path: Path, cut_at: int) -> None:
     shard = write(tmp_path / "cut.tar", tar_bytes(TEN)[:cut_at])
     tally = Tally()

@@ -58,7 +58,9 @@ def test_rows_are_the_same_for_every_number_of_readers(
     shards: tuple[str, ...], builder: SequenceBuilder, readers: int
 ) -> None:
     alone = keys(list(islice(stream(shards, builder).rows(), 24)))
-    parts = [keys(list(islice(stream(shards, builder).rows(reader, readers), 24 // readers))) for reader in range(readers)]
+    parts = [
+        keys(list(islice(stream(shards, builder).rows(reader, readers), 24 // readers))) for reader in range(readers)
+    ]
     assert [parts[index % readers][index // readers] for index in range(24)] == alone
 
 

@@ -1,0 +1,216 @@
+"""The step is exact whatever its micro-batches, resumes where it stopped, and learns."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from fuyu_e2e.checkpoint import load_model
+from fuyu_e2e.datamodule import FuyuDataModule
+from fuyu_e2e.document import Document
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.inference.generation import continue_texts
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.packing import pack_row
+from fuyu_e2e.sequence import SequenceBuilder
+from fuyu_e2e.tally import Tally
+from fuyu_e2e.tokenizer import Tokenizer
+from fuyu_e2e.training.data_report import DataReport
+from fuyu_e2e.training.module import FuyuModule
+from fuyu_e2e.training.optimizers import OptimizerConfig
+from fuyu_e2e.training.schedule import Schedule
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+RandomDocument = Callable[[int], Document]
+
+
+@pytest.fixture
+def data(tmp_path: Path, tokenizer: Tokenizer, make_png: Callable[..., bytes]) -> Callable[..., FuyuDataModule]:
+    """Makes a data module over a shard of question/answer samples."""
+    tokenizer.save(tmp_path / "tokenizer.model")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for number in range(8):
+            turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"{number * 37}"}]
+            members = {
+                "png": make_png(8 + number, 20, seed=number),
+                "json": json.dumps({"conversations": turns}).encode(),
+            }
+            for extension, content in members.items():
+                info = tarfile.TarInfo(f"{number}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+    def make(**changed: Any) -> FuyuDataModule:
+        settings = {"budget": 128, "lanes": 2, "shuffle": 4, "train": str(tmp_path / "train.tar")} | changed
+        return FuyuDataModule(str(tmp_path / "tokenizer.model"), 4, **settings)
+
+    return make
+
+
+def trainer(path: Path, **settings: Any) -> pl.Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "default_root_dir": path,
+    }
+    return pl.Trainer(**defaults | settings)
+
+
+class Rows(Callback):
+    """Keeps the keys of every batch trained on."""
+
+    def __init__(self) -> None:
+        self.keys: list[tuple[str, ...]] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
+        self.keys.append(batch.keys)
+
+
+def module(config: FuyuConfig, **settings: Any) -> FuyuModule:
+    torch.manual_seed(3)
+    return FuyuModule(config, **settings)
+
+
+def test_micro_batches_give_the_gradient_of_the_one_big_batch(
+    config: FuyuConfig, builder: SequenceBuilder, random_document: RandomDocument, data: Any, tmp_path: Path
+) -> None:
+    """Two micro-batches with very unequal numbers of supervised tokens, through Lightning's own accumulation."""
+    sequences = [builder.build(random_document(seed)) for seed in range(8)]
+    few, many = pack_row(sequences[:2]), pack_row(sequences[2:])
+    assert few.targets.numel() * 3 < many.targets.numel()
+
+    def gradients(batches: list) -> dict[str, torch.Tensor]:
+        kept: dict[str, torch.Tensor] = {}
+
+        class Keep(FuyuModule):
+            def configure_gradient_clipping(self, *args: Any, **options: Any) -> None:
+                kept.update({name: weight.grad.clone() for name, weight in self.decoder.named_parameters()})
+
+        class Fixed(FuyuDataModule):
+            def train_dataloader(self) -> Any:
+                return batches
+
+        data_module = data()
+        data_module.__class__ = Fixed
+        torch.manual_seed(3)
+        trainer(tmp_path, max_steps=1, accumulate_grad_batches=len(batches)).fit(Keep(config), data_module)
+        return kept
+
+    together, apart = gradients([pack_row(sequences)]), gradients([few, many])
+    assert together["lm_head.weight"].abs().sum() > 0
+    for name, gradient in together.items():
+        torch.testing.assert_close(apart[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_eight_real_samples_are_learnt_by_heart_within_200_steps(
+    config: FuyuConfig, data: Callable[..., FuyuDataModule], tmp_path: Path
+) -> None:
+    losses: list[float] = []
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    learner = module(config, optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.0), schedule=Schedule(warmup=0.05))
+    data_module = data(budget=512, lanes=1, shuffle=8)
+    trainer(tmp_path, max_steps=200, gradient_clip_val=1.0, callbacks=[Losses()]).fit(learner, data_module)
+    assert losses[0] > 4
+    assert max(losses[-5:]) < 0.05
+    prompts = list(data_module.builder.prompts(data_module.stream("train").documents(Tally()), Tally()))
+    texts = continue_texts(learner.decoder.eval(), data_module.tokenizer, prompts, max_new_tokens=8)
+    assert texts == [prompt.truth for prompt in prompts]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
+    config: FuyuConfig, data: Callable[..., FuyuDataModule], tmp_path: Path, workers: int, accumulate: int
+) -> None:
+    def fit(steps: int, stop_at: int | None = None, ckpt_path: Path | None = None) -> tuple[FuyuModule, list]:
+        rows = Rows()
+        saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=stop_at or 100, save_top_k=-1)
+        learner = module(config, optimizer=OptimizerConfig(name="muon"))
+        run = trainer(
+            tmp_path,
+            max_steps=steps,
+            accumulate_grad_batches=accumulate,
+            enable_checkpointing=True,
+            callbacks=[rows, saving],
+        )
+        run.fit(learner, data(workers=workers), ckpt_path=ckpt_path)
+        return learner, rows.keys
+
+    whole, all_keys = fit(7, stop_at=3)
+    resumed, keys = fit(7, ckpt_path=tmp_path / "step=3.ckpt")
+    assert keys == all_keys[3 * accumulate :]
+    for name, weight in whole.decoder.state_dict().items():
+        assert torch.equal(weight, resumed.decoder.state_dict()[name]), name
+    assert whole.tokens_seen == resumed.tokens_seen > 0
+
+
+def test_a_checkpoint_is_all_it_takes_to_generate(
+    config: FuyuConfig, data: Callable[..., FuyuDataModule], tmp_path: Path
+) -> None:
+    learner, data_module = module(config), data()
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(learner, data_module)
+    run.save_checkpoint(tmp_path / "run" / "last.ckpt")
+    for path in (tmp_path / "run", tmp_path / "run" / "last.ckpt"):
+        model = load_model(path)
+        assert model.step == 2
+        assert model.tokenizer.digest == data_module.tokenizer.digest
+        assert model.builder.images == data_module.images
+        for name, weight in learner.decoder.state_dict().items():
+            assert torch.equal(weight, model.decoder.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"layers": 2}, "decoder.layers is 2 but 3 there"),
+        ({"rope_theta": 5e5}, "decoder.rope_theta is 500000.0 but 10000.0 there"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(
+    config: FuyuConfig, data: Callable[..., FuyuDataModule], tmp_path: Path, change: dict, sentence: str
+) -> None:
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module(config), data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    other = FuyuConfig(**{**config.__dict__, **change})
+    with pytest.raises(UserError, match=sentence):
+        trainer(tmp_path, max_steps=2).fit(module(other), data(), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_a_run_without_an_end_is_refused(
+    config: FuyuConfig, data: Callable[..., FuyuDataModule], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"trainer\.max_steps is not set"):
+        trainer(tmp_path, max_epochs=1).fit(module(config), data())
+
+
+def test_skipped_samples_are_counted_and_shown(
+    config: FuyuConfig, data: Callable[..., FuyuDataModule], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        for number in range(4):
+            tar.addfile(tarfile.TarInfo(f"{number}.txt"))
+    report = DataReport()
+    data_module = data(train=[str(tmp_path / "train.tar"), str(tmp_path / "bad.tar")], lanes=1)
+    run = trainer(tmp_path, max_steps=6, log_every_n_steps=1, callbacks=[report])
+    with caplog.at_level("INFO"):
+        run.fit(module(config), data_module)
+    tally = report.tallies["train"]
+    assert tally.skipped["text-empty"] >= 4
+    assert run.callback_metrics["data/skipped/text-empty"] == tally.skipped["text-empty"]
+    assert tally.read >= tally.used + tally.skipped.total()
