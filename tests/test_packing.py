@@ -35,7 +35,7 @@ def test_the_row_that_the_batch_module_shows(builder: SequenceBuilder, make_png:
     plain = builder.build(Document("2", (Text("a"),)))
     row = pack_row([about_an_image, plain])
     tokenizer = builder.tokenizer
-    shown = ["|SPEAKER|", "|NEWLINE|", "<s>", "<0x71>", "<0x04>", "7", "</s>", "<s>", "a", "</s>"]
+    shown = ["|SPEAKER|", "|NEWLINE|", "<s>", "q", "<0x04>", "7", "</s>", "<s>", "a", "</s>"]
     assert [tokenizer.piece(token) for token in row.tokens.tolist()] == shown
     assert row.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
     assert row.target_positions.tolist() == [4, 5, 7, 8]

@@ -80,9 +80,10 @@ class FuyuConfig:
         return self.patch_size**2 * 3
 
 
-def named_size(name: SizeName) -> FuyuConfig:
-    """The decoder of a named size, for a vocabulary of 32,768 (4,096 for `1m`) and patches of 16 pixels (8 for `1m`).
+def named_size(name: str) -> FuyuConfig:
+    """The decoder of a named size, `1m` to `8b`.
 
+    The vocabulary is 32,768 (`1m`: 2,048, `10m`: 16,384, `8b`: 65,536), a patch 16 pixels (`1m`: 8, `8b`: 30).
     Names give the parameters, embeddings included, to within a fifth.
 
     Raises:
@@ -90,7 +91,7 @@ def named_size(name: SizeName) -> FuyuConfig:
     """
     sizes = {
         #        layers, width, heads, kv_heads, head_size, feed_forward, vocab_size, patch_size
-        "1m": (4, 96, 3, 3, 32, 256, 4_096, 8),
+        "1m": (4, 96, 3, 3, 32, 256, 2_048, 8),
         "10m": (6, 192, 6, 2, 32, 512, 16_384, 16),
         "50m": (8, 512, 8, 4, 64, 1_536, 32_768, 16),
         "125m": (12, 768, 12, 4, 64, 2_048, 32_768, 16),

@@ -99,7 +99,7 @@ def _chat(turns: Any, images: list[Image], where: str) -> tuple[Segment, ...]:
     said: list[tuple[str, bool]] = []
     for turn in turns:
         speaker = turn.get("from") if isinstance(turn, dict) else None
-        if speaker not in SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise UnusableSampleError("chat-speaker", f"{where}: {speaker!r} is none of {', '.join(SPEAKERS)}")
         said.append((_string(turn.get("value"), "value", where), SPEAKERS[speaker]))
     if not any(loss for _, loss in said):

@@ -111,7 +111,7 @@ def _members(stream: BinaryIO) -> Iterator[dict[str, Any]]:
     def raise_all(error: Exception) -> bool:
         raise error
 
-    # No name is special to us: webdataset would drop those like __this__ without a word.
+    # Names like __this__ in the root are webdataset's own metadata, which it passes over; below folders they are not.
     return tar_file_iterator(stream, skip_meta=None, handler=raise_all)
 
 
@@ -130,8 +130,10 @@ def _add(sample: Sample, extension: str, member: dict[str, Any]) -> None:
 
 
 def _check_end(stream: BinaryIO) -> None:
-    stream.seek(0, 2)
-    size = stream.tell()
-    stream.seek(max(0, size - 2 * BLOCK))
-    if size % BLOCK or stream.read().strip(b"\0"):
-        raise tarfile.ReadError("it ends without the two empty blocks that end a tar, so it was cut")
+    """Walks the headers once more: tarfile takes a damaged header behind the first for the end, without a word."""
+    stream.seek(0)
+    with tarfile.open(fileobj=stream, mode="r:") as tar:
+        tar.getmembers()
+        stream.seek(tar.offset)
+        if stream.read(2 * BLOCK) != bytes(2 * BLOCK):
+            raise tarfile.ReadError(f"at byte {tar.offset} there is neither a header nor the end of the archive")

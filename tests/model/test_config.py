@@ -51,4 +51,4 @@ def test_named_sizes_have_about_the_parameters_they_are_named_for(name: SizeName
 
 def test_an_unknown_size_is_refused() -> None:
     with pytest.raises(UserError, match=r"the sizes are 1m, .*8b"):
-        named_size("7b")  # type: ignore[arg-type]
+        named_size("7b")

@@ -98,7 +98,7 @@ def test_micro_batches_give_the_gradient_of_the_one_big_batch(
 
         class Fixed(FuyuDataModule):
             def train_dataloader(self) -> Any:
-                return batches
+                return torch.utils.data.DataLoader(batches, batch_size=None)
 
         data_module = data()
         data_module.__class__ = Fixed
