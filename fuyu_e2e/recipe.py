@@ -82,7 +82,6 @@ class FuyuCLI(LightningCLI):
                 "callbacks": [
                     self.throughput,
                     DataReport(),
-                    Progress(),
                     SampleGenerations(),
                     WritePredictions(),
                     self.interruption,
@@ -117,11 +116,27 @@ class FuyuCLI(LightningCLI):
                 )
             Description.of(read_checkpoint(Path(named)), named)
 
+    def instantiate_classes(self) -> None:
+        """Builds module, data and trainer.
+
+        Raises:
+            UserError: A setting was refused; jsonargparse wraps what a setting's own type says of it.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from error
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Builds the trainer, with TensorBoard in the run's directory unless the recipe names another logger."""
         settings = self._get(self.config_init, "trainer")
         if settings["logger"] is None:
             kwargs["logger"] = TensorBoardLogger(settings["default_root_dir"], name="tensorboard", version="")
+        if settings["enable_progress_bar"] is not False:
+            kwargs["callbacks"] = [*(settings["callbacks"] or []), Progress()]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:

@@ -1,0 +1,294 @@
+"""The commands as a user runs them, and what they say of bad input: one sentence, exit code 2, no traceback."""
+
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import webdataset
+from PIL import Image as Pillow
+
+from fuyu_e2e.cli import main
+from fuyu_e2e.shipped import shipped
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+VOCABULARY = 320
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, make_png: Callable[..., bytes]) -> Path:
+    """A working folder with shards in the form of img2dataset, written by webdataset's own writer."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "shards").mkdir()
+    with webdataset.ShardWriter(str(folder / "shards" / "%05d.tar"), maxcount=30, verbose=0) as writer:
+        for number in range(60):
+            file = io.BytesIO()
+            Pillow.open(io.BytesIO(make_png(40 + number, 200 - number, seed=number))).save(file, "JPEG")
+            described = {"caption": f"a picture of {number}", "url": "http://x", "status": "success", "width": 200}
+            sample = {
+                "__key__": f"{number:09}",
+                "jpg": file.getvalue(),
+                "txt": described["caption"],
+                "json": described,
+            }
+            writer.write(sample)
+    return folder
+
+
+@pytest.fixture
+def run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> Callable[..., tuple[int, str]]:
+    """Runs the command line in that folder; gives the exit code and all that was logged and printed."""
+    caplog.set_level("INFO")
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["fuyu-e2e", *arguments])
+        capfd.readouterr()
+        caplog.clear()
+        try:
+            code = main()
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        printed = capfd.readouterr()
+        return code, caplog.text + printed.out + printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(folder: Path) -> Path:
+    """Where the recipe expects it."""
+    from fuyu_e2e.shards.formats import read_documents
+    from fuyu_e2e.tally import Tally
+    from fuyu_e2e.tokenizer import train_tokenizer
+
+    path = folder / "runs" / "quickstart" / "data" / "tokenizer.model"
+    shards = sorted((folder / "shards").glob("*.tar"))
+    texts = [text for shard in shards for document in read_documents(str(shard), Tally()) for text in document.texts]
+    train_tokenizer(texts, VOCABULARY).save(path)
+    return path
+
+
+def recipe() -> str:
+    return str(shipped("recipes/quickstart.yaml"))
+
+
+SHORT = ("--trainer.max_steps", "3", "--trainer.enable_progress_bar", "false", "--data.shuffle", "4")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, tokenizer_file: Path) -> Path:
+    """A run of three steps over the folder."""
+    from fuyu_e2e.recipe import FuyuCLI
+
+    run = folder / "runs" / "trained"
+    FuyuCLI(
+        [
+            "fit",
+            f"--config={recipe()}",
+            f"--data.train={folder}/shards/*.tar",
+            f"--data.val={folder}/shards/00000.tar",
+            f"--data.tokenizer={tokenizer_file}",
+            f"--trainer.default_root_dir={run}",
+            "--trainer.val_check_interval=2",
+            *SHORT,
+        ]
+    )
+    return run
+
+
+def refused(result: tuple[int, str], *named: str) -> None:
+    code, printed = result
+    assert code == 2, printed
+    assert "Traceback" not in printed
+    sentence = printed.strip().splitlines()[-1]
+    assert all(part in sentence for part in named), sentence
+
+
+def test_a_tokenizer_is_trained_on_shards(run: Callable, folder: Path) -> None:
+    code, printed = run(
+        "tokenizer", "train", "--shards", "shards/*.tar", "--vocab-size", "300", "--out", "new/t.model"
+    )
+    assert code == 0
+    assert "300 tokens from 2 shards (60 samples read, 0 skipped)" in printed
+    assert (folder / "new" / "t.model").exists()
+
+
+def test_fit_runs_unchanged_on_shards_of_other_software(run: Callable, tokenizer_file: Path, folder: Path) -> None:
+    """The README's command for one's own shards; only shorter."""
+    code, printed = run("fit", "--config", recipe(), "--data.train", "shards/*.tar", *SHORT)
+    assert code == 0, printed
+    assert "used, 0 skipped" in printed
+    assert (folder / "runs" / "default" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_run_leaves_its_recipe_its_curves_and_a_checkpoint(trained: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert (trained / "config.yaml").exists()
+    events = EventAccumulator(str(trained / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert "val/loss" in tags["scalars"]
+    assert "val/perplexity" in tags["scalars"]
+    assert any(tag.startswith("samples/0") for tag in tags["images"])
+
+
+def test_curves_hold_what_a_run_is_judged_by(run: Callable, tokenizer_file: Path, folder: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = folder / "runs" / "curves"
+    code, printed = run(
+        "fit", "--config", recipe(), "--data.train", "shards/*.tar", *SHORT, "--trainer.log_every_n_steps", "1",
+        "--trainer.default_root_dir", str(out),
+    )  # fmt: skip
+    assert code == 0, printed
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert {
+        "train/loss", "train/perplexity", "train/gradient_norm", "lr/adamw", "lr/muon", "tokens", "tokens/s",
+        "throughput/images_per_second", "throughput/packing_efficiency", "throughput/data_wait_share", "data/read",
+    } <= set(events.Tags()["scalars"])  # fmt: skip
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_checkpoint_is_evaluated_by_lightnings_commands(run: Callable, trained: Path, command: str) -> None:
+    data = {"validate": "val", "test": "test", "predict": "predict"}[command]
+    code, printed = run(
+        command, "--config", str(trained / "config.yaml"), f"--data.{data}", "shards/00001.tar",
+        "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"), "--model.max_new_tokens", "4",
+    )  # fmt: skip
+    assert code == 0, printed
+    if command == "predict":
+        lines = [json.loads(line) for line in (trained / "predictions.jsonl").read_text().splitlines()]
+        assert [line["key"] for line in lines] == [f"{number:09}" for number in range(30, 60)]
+        assert lines[0]["truth"] == "a picture of 30"
+    else:
+        assert f"{data}/perplexity" in printed
+
+
+def test_generate_continues_a_prompt(run: Callable, trained: Path, folder: Path, make_png: Callable) -> None:
+    (folder / "a.png").write_bytes(make_png(20, 30))
+    arguments = ("--image", "a.png", "--image", "a.png", "--prompt", "What is it?", "--max-new-tokens", "3")
+    code, printed = run("generate", "--checkpoint", str(trained), *arguments)
+    assert code == 0, printed
+    drawn = ("--temperature", "1.0", "--top-k", "5", "--top-p", "0.9", "--seed", "1")
+    assert run("generate", "--checkpoint", str(trained / "checkpoints" / "last.ckpt"), *arguments, *drawn)[0] == 0
+
+
+def test_inspect_shows_a_sample_of_a_run(run: Callable, trained: Path, folder: Path) -> None:
+    code, printed = run("inspect", "--config", str(trained / "config.yaml"), "--index", "3", "--out", "seen.png")
+    assert code == 0, printed
+    assert "000000003" in printed
+    assert "|SPEAKER|x25 |NEWLINE|" in printed
+    assert Pillow.open(folder / "seen.png").width > 200
+
+
+def test_a_stopped_run_goes_on(run: Callable, trained: Path) -> None:
+    code, printed = run(
+        "fit", "--config", str(trained / "config.yaml"), "--ckpt_path", "last", "--trainer.max_steps", "5"
+    )
+    assert code == 0, printed
+    assert torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5  # noqa: TID251
+
+
+# Bad input
+
+
+def test_a_pattern_that_matches_nothing(run: Callable, tokenizer_file: Path) -> None:
+    fit = ("fit", "--config", recipe(), "--trainer.default_root_dir", "runs/none")
+    refused(run(*fit, "--data.train", "nothing/*.tar"), "nothing/*.tar", "matches no shard")
+    refused(run(*fit), "data.train is not set")
+
+
+def test_a_shard_that_is_not_a_tar(run: Callable, tokenizer_file: Path, folder: Path) -> None:
+    (folder / "fake.tar").write_text("no tar" * 500)
+    fit = ("fit", "--config", recipe(), "--data.train", "fake.tar", "--trainer.default_root_dir", "runs/fake")
+    refused(run(*fit), "fake.tar", "is not a tar file")
+    train = ("tokenizer", "train", "--shards", "fake.tar", "--vocab-size", "300", "--out", "x.model")
+    refused(run(*train), "fake.tar", "is not a tar file")
+
+
+def test_shards_without_a_usable_sample(run: Callable, tokenizer_file: Path, folder: Path) -> None:
+    with tarfile.open(folder / "empty.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("0.txt"))
+    fit = ("fit", "--config", recipe(), "--data.train", "empty.tar", "--trainer.default_root_dir", "runs/empty")
+    refused(run(*fit), "empty.tar", "text-empty 1")
+    refused(run(*fit, "--data.lanes", "2", "--data.workers", "2"), "empty.tar", "text-empty 1")
+
+
+def test_a_tokenizer_that_does_not_fit(run: Callable, tokenizer_file: Path) -> None:
+    fit = ("fit", "--config", recipe(), "--data.train", "shards/*.tar", "--trainer.default_root_dir", "runs/unfit")
+    refused(
+        run(*fit, "--model.decoder.vocab_size", "500"), "tokenizer.model has 320 tokens", "500", "--vocab-size 500"
+    )
+    refused(run(*fit, "--data.tokenizer", "gone.model"), "gone.model can't be read", "fuyu-e2e tokenizer train")
+
+
+def test_a_checkpoint_of_another_configuration(run: Callable, trained: Path, folder: Path) -> None:
+    checkpoint = str(trained / "checkpoints" / "last.ckpt")
+    fit = ("fit", "--config", recipe(), "--data.train", "shards/*.tar", "--trainer.default_root_dir", "runs/other")
+    refused(run(*fit, "--ckpt_path", checkpoint, "--model.decoder.layers", "2"), checkpoint, "layers is 2 but 4 there")
+    (folder / "junk.ckpt").write_bytes(b"junk" * 100)
+    refused(run(*fit, "--ckpt_path", "junk.ckpt"), "junk.ckpt can't be read as a checkpoint")
+    refused(run(*fit, "--ckpt_path", "gone.ckpt"), "gone.ckpt is no file")
+    refused(run("generate", "--checkpoint", "junk.ckpt", "--prompt", "a"), "junk.ckpt can't be read as a checkpoint")
+    refused(run("generate", "--checkpoint", "gone", "--prompt", "a"), "gone is no checkpoint file")
+
+
+def test_another_tokenizer_than_the_one_trained_with(run: Callable, trained: Path, folder: Path) -> None:
+    train = ("tokenizer", "train", "--shards", "shards/00000.tar", "--vocab-size", "320", "--out", "other.model")
+    assert run(*train)[0] == 0
+    again = ("fit", "--config", str(trained / "config.yaml"), "--ckpt_path", "last", "--trainer.max_steps", "9")
+    refused(run(*again, "--data.tokenizer", "other.model"), "was trained with another tokenizer")
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_and_does_not_run(run: Callable, folder: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (open, (str(folder / "HIT"), "w"))
+
+    torch.save({"fuyu_e2e": Evil()}, folder / "evil.ckpt")
+    refused(run("generate", "--checkpoint", "evil.ckpt", "--prompt", "a"), "evil.ckpt can't be read")
+    assert not (folder / "HIT").exists()
+
+
+def test_a_directory_that_holds_a_run_is_not_trained_into(run: Callable, trained: Path) -> None:
+    fit = ("fit", "--config", recipe(), "--data.train", "shards/*.tar", "--trainer.default_root_dir", str(trained))
+    refused(run(*fit), "already holds a run", "--ckpt_path last")
+
+
+def test_bad_settings(run: Callable, tokenizer_file: Path) -> None:
+    fit = ("fit", "--config", recipe(), "--data.train", "shards/*.tar", "--trainer.default_root_dir", "runs/bad")
+    for setting, value, sentence in [
+        ("--model.decoder.kv_heads", "2", "set kv_heads to a divisor of 3"),
+        ("--data.budget", "0", "data.budget is 0"),
+        ("--data.lanes", "3", "multiple of 2"),
+        ("--trainer.max_steps", "-1", "trainer.max_steps is not set"),
+        ("--model.schedule.warmup", "2.0", "schedule.warmup is 2.0"),
+    ]:
+        code, printed = run(*fit, "--data.workers", "2", setting, value)
+        assert code == 2, (setting, printed)
+        assert sentence in printed
+        assert "Traceback" not in printed
+    assert run(*fit, "--model.decoder.widht", "3")[0] == 2, "a typo in a key is an error"
+
+
+def test_bad_prompts_and_commands(run: Callable, trained: Path, folder: Path) -> None:
+    (folder / "broken.png").write_bytes(b"no image")
+    ask = ("generate", "--checkpoint", str(trained), "--prompt", "a")
+    refused(run(*ask, "--image", "broken.png"), "image-unreadable")
+    refused(run(*ask, "--image", "gone.png"), "gone.png can't be read")
+    refused(run(*ask, "--temperature", "-1"), "temperature is -1")
+    refused(run("inspect", "--config", str(trained / "config.yaml"), "--index", "60"), "--index 60 is behind the last")
+    assert run("fly")[0] == 2
+    code, printed = run("--help")
+    assert code == 0
+    assert "quickstart" in printed
