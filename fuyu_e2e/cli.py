@@ -135,7 +135,7 @@ def tokenizer(args: Sequence[str]) -> int:
 def lightning(args: Sequence[str]) -> int:
     """Runs Lightning's command; a run that Ctrl-C ended has an exit code of its own."""
     cli = FuyuCLI(args)
-    return INTERRUPTED if cli.interruption.saved else 0
+    return INTERRUPTED if cli.last_checkpoint.interrupted else 0
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

@@ -73,7 +73,7 @@ def quickstart(args: Sequence[str]) -> int:
 
     console.rule("2. Training")
     cli = train(place, options.seed, options.max_steps)
-    if cli.interruption.saved:
+    if cli.last_checkpoint.interrupted:
         console.print(f"Go on with: fuyu-e2e fit --config {place.root}/config.yaml --ckpt_path last")
         return INTERRUPTED
 

@@ -15,7 +15,7 @@ from fuyu_e2e.checkpoint import Description, read_checkpoint
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.data_report import DataReport
-from fuyu_e2e.training.interruption import StopOnInterrupt
+from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.progress import Progress
 from fuyu_e2e.training.samples import SampleGenerations
@@ -67,7 +67,7 @@ class FuyuCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
-        self.interruption = StopOnInterrupt()
+        self.last_checkpoint = LastCheckpoint()
         self.throughput = Throughput()
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__init__(
@@ -84,7 +84,7 @@ class FuyuCLI(LightningCLI):
                     DataReport(),
                     SampleGenerations(),
                     WritePredictions(),
-                    self.interruption,
+                    self.last_checkpoint,
                 ],
             },
             parser_kwargs={"prog": "fuyu-e2e"},

@@ -1,8 +1,11 @@
 """What most tests need: a tokenizer trained in process, small decoders, and random sequences."""
 
 import io
+import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image as Pillow
 
+from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.image import ImagePolicy
 from fuyu_e2e.model.config import FuyuConfig
@@ -101,6 +105,29 @@ def random_document() -> Callable[[int], Document]:
             "interleaved": [text(True), image(), text(True), image(), image(), text(True)],
         }
         return Document(f"doc{seed}", tuple(list(kinds.values())[seed % len(kinds)]))
+
+    return make
+
+
+@pytest.fixture
+def question_data(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., FuyuDataModule]:
+    """Makes a data module over a shard of question/answer samples."""
+    tokenizer.save(tmp_path / "tokenizer.model")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for number in range(8):
+            turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"{number * 37}"}]
+            members = {
+                "png": png(8 + number, 20, seed=number),
+                "json": json.dumps({"conversations": turns}).encode(),
+            }
+            for extension, content in members.items():
+                info = tarfile.TarInfo(f"{number}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+    def make(**changed: Any) -> FuyuDataModule:
+        settings = {"budget": 128, "lanes": 2, "shuffle": 4, "train": str(tmp_path / "train.tar")} | changed
+        return FuyuDataModule(str(tmp_path / "tokenizer.model"), 4, **settings)
 
     return make
 

@@ -1,7 +1,5 @@
 """The step is exact whatever its micro-batches, resumes where it stopped, and learns."""
 
-import io
-import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,6 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.tally import Tally
-from fuyu_e2e.tokenizer import Tokenizer
 from fuyu_e2e.training.data_report import DataReport
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
@@ -29,29 +26,6 @@ from fuyu_e2e.training.schedule import Schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 RandomDocument = Callable[[int], Document]
-
-
-@pytest.fixture
-def data(tmp_path: Path, tokenizer: Tokenizer, make_png: Callable[..., bytes]) -> Callable[..., FuyuDataModule]:
-    """Makes a data module over a shard of question/answer samples."""
-    tokenizer.save(tmp_path / "tokenizer.model")
-    with tarfile.open(tmp_path / "train.tar", "w") as tar:
-        for number in range(8):
-            turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"{number * 37}"}]
-            members = {
-                "png": make_png(8 + number, 20, seed=number),
-                "json": json.dumps({"conversations": turns}).encode(),
-            }
-            for extension, content in members.items():
-                info = tarfile.TarInfo(f"{number}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-
-    def make(**changed: Any) -> FuyuDataModule:
-        settings = {"budget": 128, "lanes": 2, "shuffle": 4, "train": str(tmp_path / "train.tar")} | changed
-        return FuyuDataModule(str(tmp_path / "tokenizer.model"), 4, **settings)
-
-    return make
 
 
 def trainer(path: Path, **settings: Any) -> pl.Trainer:
@@ -82,7 +56,7 @@ def module(config: FuyuConfig, **settings: Any) -> FuyuModule:
 
 
 def test_micro_batches_give_the_gradient_of_the_one_big_batch(
-    config: FuyuConfig, builder: SequenceBuilder, random_document: RandomDocument, data: Any, tmp_path: Path
+    config: FuyuConfig, builder: SequenceBuilder, random_document: RandomDocument, question_data: Any, tmp_path: Path
 ) -> None:
     """Two micro-batches with very unequal numbers of supervised tokens, through Lightning's own accumulation."""
     sequences = [builder.build(random_document(seed)) for seed in range(8)]
@@ -100,7 +74,7 @@ def test_micro_batches_give_the_gradient_of_the_one_big_batch(
             def train_dataloader(self) -> Any:
                 return torch.utils.data.DataLoader(batches, batch_size=None)
 
-        data_module = data()
+        data_module = question_data()
         data_module.__class__ = Fixed
         torch.manual_seed(3)
         trainer(tmp_path, max_steps=1, accumulate_grad_batches=len(batches)).fit(Keep(config), data_module)
@@ -113,7 +87,7 @@ def test_micro_batches_give_the_gradient_of_the_one_big_batch(
 
 
 def test_eight_real_samples_are_learnt_by_heart_within_200_steps(
-    config: FuyuConfig, data: Callable[..., FuyuDataModule], tmp_path: Path
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path
 ) -> None:
     losses: list[float] = []
 
@@ -122,7 +96,7 @@ def test_eight_real_samples_are_learnt_by_heart_within_200_steps(
             losses.append(float(trainer.callback_metrics["train/loss"]))
 
     learner = module(config, optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.0), schedule=Schedule(warmup=0.05))
-    data_module = data(budget=512, lanes=1, shuffle=8)
+    data_module = question_data(budget=512, lanes=1, shuffle=8)
     trainer(tmp_path, max_steps=200, gradient_clip_val=1.0, callbacks=[Losses()]).fit(learner, data_module)
     assert losses[0] > 4
     assert max(losses[-5:]) < 0.05
@@ -134,7 +108,7 @@ def test_eight_real_samples_are_learnt_by_heart_within_200_steps(
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
-    config: FuyuConfig, data: Callable[..., FuyuDataModule], tmp_path: Path, workers: int, accumulate: int
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path, workers: int, accumulate: int
 ) -> None:
     def fit(steps: int, stop_at: int | None = None, ckpt_path: Path | None = None) -> tuple[FuyuModule, list]:
         rows = Rows()
@@ -147,7 +121,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
             enable_checkpointing=True,
             callbacks=[rows, saving],
         )
-        run.fit(learner, data(workers=workers), ckpt_path=ckpt_path)
+        run.fit(learner, question_data(workers=workers), ckpt_path=ckpt_path)
         return learner, rows.keys
 
     whole, all_keys = fit(7, stop_at=3)
@@ -159,9 +133,9 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
 
 
 def test_a_checkpoint_is_all_it_takes_to_generate(
-    config: FuyuConfig, data: Callable[..., FuyuDataModule], tmp_path: Path
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path
 ) -> None:
-    learner, data_module = module(config), data()
+    learner, data_module = module(config), question_data()
     run = trainer(tmp_path, max_steps=2)
     run.fit(learner, data_module)
     run.save_checkpoint(tmp_path / "run" / "last.ckpt")
@@ -182,31 +156,31 @@ def test_a_checkpoint_is_all_it_takes_to_generate(
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(
-    config: FuyuConfig, data: Callable[..., FuyuDataModule], tmp_path: Path, change: dict, sentence: str
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path, change: dict, sentence: str
 ) -> None:
     run = trainer(tmp_path, max_steps=1)
-    run.fit(module(config), data())
+    run.fit(module(config), question_data())
     run.save_checkpoint(tmp_path / "a.ckpt")
     other = FuyuConfig(**{**config.__dict__, **change})
     with pytest.raises(UserError, match=sentence):
-        trainer(tmp_path, max_steps=2).fit(module(other), data(), ckpt_path=tmp_path / "a.ckpt")
+        trainer(tmp_path, max_steps=2).fit(module(other), question_data(), ckpt_path=tmp_path / "a.ckpt")
 
 
 def test_a_run_without_an_end_is_refused(
-    config: FuyuConfig, data: Callable[..., FuyuDataModule], tmp_path: Path
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"trainer\.max_steps is not set"):
-        trainer(tmp_path, max_epochs=1).fit(module(config), data())
+        trainer(tmp_path, max_epochs=1).fit(module(config), question_data())
 
 
 def test_skipped_samples_are_counted_and_shown(
-    config: FuyuConfig, data: Callable[..., FuyuDataModule], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with tarfile.open(tmp_path / "bad.tar", "w") as tar:
         for number in range(4):
             tar.addfile(tarfile.TarInfo(f"{number}.txt"))
     report = DataReport()
-    data_module = data(train=[str(tmp_path / "train.tar"), str(tmp_path / "bad.tar")], lanes=1)
+    data_module = question_data(train=[str(tmp_path / "train.tar"), str(tmp_path / "bad.tar")], lanes=1)
     run = trainer(tmp_path, max_steps=6, log_every_n_steps=1, callbacks=[report])
     with caplog.at_level("INFO"):
         run.fit(module(config), data_module)
