@@ -135,7 +135,7 @@ class FuyuDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         # Batches whose step is done: Lightning fetches one ahead, so counting what the loader gave would be wrong.
-        return self._loader("train", lambda: progress.total.processed)
+        return self._loader("train", lambda: progress.total.processed)  # type: ignore[attr-defined]
 
     def val_dataloader(self) -> "RowLoader | list[RowLoader]":
         """The rows of the validation shards, once; none where the recipe names no shards."""

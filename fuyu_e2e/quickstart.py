@@ -74,7 +74,7 @@ def quickstart(args: Sequence[str]) -> int:
     console.rule("2. Training")
     cli = train(place, options.seed, options.max_steps)
     if cli.last_checkpoint.interrupted:
-        console.print(f"Go on with: fuyu-e2e fit --config {place.root}/config.yaml --ckpt_path last")
+        console.print(f"Go on with: fuyu-e2e fit --config {place.root}/config.yaml --ckpt_path last", soft_wrap=True)
         return INTERRUPTED
 
     console.rule("3. Reading")
@@ -166,5 +166,6 @@ def report(console: Console, place: Workplace, results: dict[str, Any], sheet: P
         f"Ask it:              fuyu-e2e generate --checkpoint {place.root} --image PICTURE.png "
         '--prompt "Read the digits."\n'
         f"What it is given:    fuyu-e2e inspect --config {place.root}/config.yaml --index 7\n"
-        f"Your own shards:     fuyu-e2e fit --config recipes/quickstart.yaml --data.train 'FOLDER/*.tar'"
+        f"Your own shards:     fuyu-e2e fit --config recipes/quickstart.yaml --data.train 'FOLDER/*.tar'",
+        soft_wrap=True,
     )

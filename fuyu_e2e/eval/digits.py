@@ -112,7 +112,7 @@ def lay_out(rng: np.random.Generator, digits: int, height: int, width: int) -> l
     tops = _spread(rng, [tall] * lines, height)
     for top, count in zip(tops, counts, strict=True):
         heights = [max(smallest, round(tall * share)) for share in rng.uniform(0.85, 1.0, count)]
-        widths = [round(h * ASPECT) for h in heights]
+        widths = [int(h * ASPECT) for h in heights]
         for left, w, h in zip(_spread(rng, widths, width), widths, heights, strict=True):
             boxes.append(Box(left, top + int(rng.integers(tall - h + 1)), w, h))
     return boxes

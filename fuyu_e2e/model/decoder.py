@@ -65,6 +65,7 @@ class Decoder(nn.Module):
         colours = self.patch_projection.weight.view(width, -1, 3)
         colours.sub_(colours.mean(dim=1, keepdim=True)).mul_(PATCH_GAIN)
         for block in self.blocks:
+            assert isinstance(block, Block)
             nn.init.zeros_(block.attention.o_proj.weight)
             nn.init.zeros_(block.mlp.down_proj.weight)
 

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.tally import Tally
+from fuyu_e2e.training.module import steps_between_logs
 
 
 class DataReport(Callback):
@@ -36,7 +37,7 @@ class DataReport(Callback):
         """Counts a batch, and logs the counts of this process at every `log_every_n_steps`-th step."""
         tally = self.tallies["train"]
         tally.add(batch.tally)
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % steps_between_logs(trainer) == 0:
             pl_module.log("data/read", float(tally.read))
             for reason, count in tally.skipped.items():
                 pl_module.log(f"data/skipped/{reason}", float(count))

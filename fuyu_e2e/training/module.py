@@ -19,6 +19,11 @@ from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
 from fuyu_e2e.training.schedule import Schedule
 
 
+def steps_between_logs(trainer: pl.Trainer) -> int:
+    """The trainer's `log_every_n_steps`, which Lightning sets without declaring it."""
+    return trainer.log_every_n_steps  # type: ignore[attr-defined]
+
+
 class FuyuModule(pl.LightningModule):
     """Trains a decoder on packed batches.
 
@@ -136,6 +141,7 @@ class FuyuModule(pl.LightningModule):
     def _evaluate(self, batch: PackedBatch, metrics: torch.nn.ModuleDict, stage: str) -> None:
         loss = self.decoder.loss(batch)
         for name, metric in metrics.items():
+            assert isinstance(metric, TokenLoss)
             metric.update(loss, batch.targets.numel())
             self.log(f"{stage}/{name}", metric, on_epoch=True, batch_size=1, prog_bar=name == "loss")
 

@@ -53,7 +53,9 @@ class OptimizerConfig:
 def build_optimizer(decoder: Decoder, config: OptimizerConfig) -> "MuonAdamW":
     """The optimizer of all weights of `decoder`."""
     in_blocks = {id(weight) for weight in decoder.blocks.parameters() if weight.ndim == 2}
-    muon, decaying, plain = [], [], []
+    muon: list[Tensor] = []
+    decaying: list[Tensor] = []
+    plain: list[Tensor] = []
     for weight in decoder.parameters():
         if config.name == "muon" and id(weight) in in_blocks:
             muon.append(weight)
@@ -109,7 +111,7 @@ class MuonAdamW(torch.optim.Optimizer):
         states = [self.state[weight] for weight in weights]
         adamw(
             weights,
-            [weight.grad for weight in weights],
+            _gradients(weights),
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -130,7 +132,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[weight] = {"momentum": torch.zeros_like(weight)}
             by_shape.setdefault(weight.shape, []).append(weight)
         for shape, alike in by_shape.items():
-            gradients = [weight.grad for weight in alike]
+            gradients = _gradients(alike)
             momenta = [self.state[weight]["momentum"] for weight in alike]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
@@ -138,6 +140,10 @@ class MuonAdamW(torch.optim.Optimizer):
             torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             torch._foreach_add_(alike, list(updates.to(alike[0].dtype).unbind()), alpha=-group["lr"] * scale)
+
+
+def _gradients(weights: list[Tensor]) -> list[Tensor]:
+    return [weight.grad for weight in weights if weight.grad is not None]
 
 
 def orthogonalize(matrices: Float[Tensor, "n rows cols"], iterations: int = 5) -> Float[Tensor, "n rows cols"]:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.model.cost import cost
-from fuyu_e2e.training.module import FuyuModule
+from fuyu_e2e.training.module import FuyuModule, steps_between_logs
 
 
 class Throughput(Callback):
@@ -63,11 +63,11 @@ class Throughput(Callback):
         window.images += batch.image_count
         window.flops += row.training_flops
         window.seconds += now - self._last_end
+        self.tokens += row.tokens
+        self.seconds += now - self._last_end
         self._last_end = now
-        if trainer.fit_loop.epoch_loop._should_accumulate() or trainer.global_step % trainer.log_every_n_steps:
+        if trainer.fit_loop.epoch_loop._should_accumulate() or trainer.global_step % steps_between_logs(trainer):
             return
-        self.tokens += window.tokens
-        self.seconds += window.seconds
         self._log(trainer, pl_module)
         self._window = _Window()
 

@@ -1,0 +1,59 @@
+"""The quickstart from end to end, too short to learn anything."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image as Pillow
+
+from fuyu_e2e.quickstart import quickstart
+
+SMALL = ["--pictures", "400", "--test-pictures", "24"]
+MAIN = "import sys; from fuyu_e2e.cli import main; sys.exit(main())"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_quickstart_leaves_its_figures_and_pictures(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    out = tmp_path / "run"
+    assert quickstart(["--out", str(out), "--max-steps", "6", *SMALL]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert {
+        "exact_match",
+        "exact_match_new_sizes",
+        "exact_match_images_exchanged",
+        "seconds",
+        "tokens_per_second",
+    } <= set(results)
+    assert results["steps"] == 6
+    assert Pillow.open(out / "contact_sheet.png").width > 1000
+    assert f"fuyu-e2e generate --checkpoint {out}" in capfd.readouterr().out.replace("\n", " ").replace("  ", " ")
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_the_printed_command_continues(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", MAIN, "quickstart", "--out", str(out), "--max-steps", "4000", *SMALL]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while not list(out.glob("checkpoints/*.ckpt")):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+            if list(out.glob("tensorboard/events*")):
+                time.sleep(6)  # into training, which has its own handler from its first step on
+                os.kill(process.pid, signal.SIGINT)
+                break
+        assert process.wait(timeout=120) == 130, (tmp_path / "log").read_text()
+    printed = (tmp_path / "log").read_text().replace("\n", " ")
+    assert f"fuyu-e2e fit --config {out}/config.yaml --ckpt_path last" in printed
+    more = ["fit", "--config", f"{out}/config.yaml", "--ckpt_path", "last"]
+    step = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]  # noqa: TID251
+    assert step > 0
+    subprocess.run([sys.executable, "-c", MAIN, *more, "--trainer.max_steps", str(step + 2)], check=True)
+    assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step + 2  # noqa: TID251

@@ -1,0 +1,31 @@
+"""Every shipped recipe says what it is, loads, and builds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.recipe import FuyuCLI
+from fuyu_e2e.shipped import shipped
+
+RECIPES = sorted(shipped("recipes").glob("*.yaml"))
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_opens_with_what_it_shows_and_builds(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = recipe.read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert any(hardware in first for hardware in ("CPU", "GPU"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cli = FuyuCLI([f"--config={recipe}", "--trainer.accelerator=cpu", "--trainer.devices=1"], run=False)
+    assert cli.trainer.max_steps > 0
+    assert cli.datamodule.images.patch_size == cli.model.config.patch_size
+    with torch.device("meta"):
+        assert sum(weight.numel() for weight in Decoder(cli.model.config).parameters()) > 1e5
+
+
+def test_the_readme_names_every_recipe(repository: Path) -> None:
+    readme = (repository / "README.md").read_text()
+    assert all(f"recipes/{recipe.name}" in readme for recipe in RECIPES)
