@@ -1,6 +1,8 @@
 """The command line: Lightning's `fit`, `validate`, `test` and `predict`, and the project's own commands."""
 
+import logging
 import sys
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -156,6 +158,7 @@ def main() -> int:
     if name not in COMMANDS:
         print(f"fuyu-e2e: there is no command {name!r}.\n\n{USAGE}", file=sys.stderr)
         return 2
+    _silence_what_no_user_can_act_on()
     try:
         return COMMANDS[name]([name, *args] if name in LIGHTNING_COMMANDS else args)
     except UserError as error:
@@ -163,3 +166,11 @@ def main() -> int:
         sentence = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
         print(f"fuyu-e2e: {sentence}", file=sys.stderr)
         return 2
+
+
+def _silence_what_no_user_can_act_on() -> None:
+    """Keeps a product's advertisement and a deprecation inside Lightning out of every run's first lines."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")

@@ -1,0 +1,57 @@
+"""The house: a room imports only from rooms below it, and nothing imports late to hide that it doesn't."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fuyu_e2e
+
+FLOORS = [
+    {"cli"},
+    {"quickstart", "bench"},
+    {"inspection", "recipe"},
+    {"eval", "export", "training"},
+    {"datamodule"},
+    {"checkpoint", "inference", "shards"},
+    {"packing", "model"},
+    {"sequence"},
+    {"tokenizer", "image"},
+    {"document", "batch", "shipped"},
+    {"tally"},
+    {"errors", "__init__"},
+]
+"""Rooms from the top of the house to its ground."""
+PACKAGE = Path(fuyu_e2e.__file__).parent
+
+
+def floor(room: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def imports(path: Path) -> set[tuple[str, bool]]:
+    """The rooms that a file imports from, and whether it does so at its top."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fuyu_e2e":
+            parts = (node.module or "").split(".")
+            found.add((parts[1] if len(parts) > 1 else "__init__", node in tree.body))
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_from_rooms_below_it(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for other, at_the_top in imports(path):
+        assert at_the_top, f"{path.name} imports {other} inside a function"
+        if other != room:
+            assert floor(other) > floor(room), f"{room} imports {other}, which stands no lower"
+
+
+def test_the_model_knows_nothing_of_files_lightning_or_tokenizers() -> None:
+    for path in (PACKAGE / "model").glob("*.py"):
+        source = path.read_text()
+        assert "lightning" not in source
+        assert "sentencepiece" not in source
+        assert {other for other, _ in imports(path)} <= {"model", "batch", "errors"}
