@@ -225,7 +225,16 @@ def test_shards_without_a_usable_sample(run: Callable, tokenizer_file: Path, fol
 
 
 def test_a_tokenizer_that_does_not_fit(run: Callable, tokenizer_file: Path) -> None:
-    fit = ("fit", "--config", recipe(), "--data.train", "shards/*.tar", "--trainer.default_root_dir", "runs/unfit")
+    fit = (
+        "fit",
+        "--config",
+        recipe(),
+        "--data.train",
+        "shards/*.tar",
+        "--trainer.default_root_dir",
+        "runs/unfit",
+        *SHORT,
+    )
     refused(
         run(*fit, "--model.decoder.vocab_size", "500"), "tokenizer.model has 320 tokens", "500", "--vocab-size 500"
     )
@@ -234,7 +243,16 @@ def test_a_tokenizer_that_does_not_fit(run: Callable, tokenizer_file: Path) -> N
 
 def test_a_checkpoint_of_another_configuration(run: Callable, trained: Path, folder: Path) -> None:
     checkpoint = str(trained / "checkpoints" / "last.ckpt")
-    fit = ("fit", "--config", recipe(), "--data.train", "shards/*.tar", "--trainer.default_root_dir", "runs/other")
+    fit = (
+        "fit",
+        "--config",
+        recipe(),
+        "--data.train",
+        "shards/*.tar",
+        "--trainer.default_root_dir",
+        "runs/other",
+        *SHORT,
+    )
     refused(run(*fit, "--ckpt_path", checkpoint, "--model.decoder.layers", "2"), checkpoint, "layers is 2 but 4 there")
     (folder / "junk.ckpt").write_bytes(b"junk" * 100)
     refused(run(*fit, "--ckpt_path", "junk.ckpt"), "junk.ckpt can't be read as a checkpoint")
@@ -261,12 +279,30 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_does_not_run(run: Callable,
 
 
 def test_a_directory_that_holds_a_run_is_not_trained_into(run: Callable, trained: Path) -> None:
-    fit = ("fit", "--config", recipe(), "--data.train", "shards/*.tar", "--trainer.default_root_dir", str(trained))
+    fit = (
+        "fit",
+        "--config",
+        recipe(),
+        "--data.train",
+        "shards/*.tar",
+        "--trainer.default_root_dir",
+        str(trained),
+        *SHORT,
+    )
     refused(run(*fit), "already holds a run", "--ckpt_path last")
 
 
 def test_bad_settings(run: Callable, tokenizer_file: Path) -> None:
-    fit = ("fit", "--config", recipe(), "--data.train", "shards/*.tar", "--trainer.default_root_dir", "runs/bad")
+    fit = (
+        "fit",
+        "--config",
+        recipe(),
+        "--data.train",
+        "shards/*.tar",
+        "--trainer.default_root_dir",
+        "runs/bad",
+        *SHORT,
+    )
     for setting, value, sentence in [
         ("--model.decoder.kv_heads", "2", "set kv_heads to a divisor of 3"),
         ("--data.budget", "0", "data.budget is 0"),
