@@ -60,7 +60,8 @@ def test_micro_batches_give_the_gradient_of_the_one_big_batch(
 ) -> None:
     """Two micro-batches with very unequal numbers of supervised tokens, through Lightning's own accumulation."""
     sequences = [builder.build(random_document(seed)) for seed in range(8)]
-    few, many = pack_row(sequences[:2]), pack_row(sequences[2:])
+    few, many, one_row = pack_row(sequences[:2]), pack_row(sequences[2:]), pack_row(sequences)
+    expected: list[dict[str, torch.Tensor]] = []
     assert few.targets.numel() * 3 < many.targets.numel()
 
     def gradients(batches: list) -> dict[str, torch.Tensor]:
@@ -68,7 +69,11 @@ def test_micro_batches_give_the_gradient_of_the_one_big_batch(
 
         class Keep(FuyuModule):
             def configure_gradient_clipping(self, *args: Any, **options: Any) -> None:
-                kept.update({name: weight.grad.clone() for name, weight in self.decoder.named_parameters()})
+                weights = dict(self.decoder.named_parameters())
+                kept.update({name: weight.grad.clone() for name, weight in weights.items()})
+                with torch.enable_grad():
+                    mean = self.decoder.loss(one_row) / one_row.targets.numel()
+                expected.append(dict(zip(weights, torch.autograd.grad(mean, list(weights.values())), strict=True)))
 
         class Fixed(FuyuDataModule):
             def train_dataloader(self) -> Any:
@@ -80,9 +85,10 @@ def test_micro_batches_give_the_gradient_of_the_one_big_batch(
         trainer(tmp_path, max_steps=1, accumulate_grad_batches=len(batches)).fit(Keep(config), data_module)
         return kept
 
-    together, apart = gradients([pack_row(sequences)]), gradients([few, many])
-    assert together["lm_head.weight"].abs().sum() > 0
-    for name, gradient in together.items():
+    together, apart = gradients([one_row]), gradients([few, many])
+    assert expected[0]["lm_head.weight"].abs().sum() > 0
+    for name, gradient in expected[0].items():
+        torch.testing.assert_close(together[name], gradient, atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(apart[name], gradient, atol=1e-6, rtol=1e-4)
 
 
