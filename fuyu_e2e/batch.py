@@ -42,10 +42,12 @@ class PackedBatch:
     """The id of that next token."""
     document_lengths: tuple[int, ...]
     """Tokens of each document, in order. What is left of `tokens` behind them is padding."""
+    newline_positions: Int64[Tensor, " N"] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """Where in `tokens` the newline token of each row of patches stands."""
+    image_patches: tuple[int, ...] = ()
+    """Patches of each image, in the order of `patches`."""
     keys: tuple[str, ...] = ()
     """The key of each document's sample."""
-    image_count: int = 0
-    """How many images stand in the batch."""
     tally: Tally = field(default_factory=Tally)
     """What became of the samples read since the batch before."""
 
@@ -53,6 +55,11 @@ class PackedBatch:
     def padding(self) -> int:
         """Tokens at the end that belong to no document."""
         return self.tokens.shape[0] - sum(self.document_lengths)
+
+    @property
+    def image_count(self) -> int:
+        """How many images stand in the batch."""
+        return len(self.image_patches)
 
     def _apply(self, move: Any) -> "PackedBatch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -55,7 +55,7 @@ class Description:
         section = checkpoint[SECTION]
         try:
             return cls(
-                FuyuConfig(**section["decoder"]),
+                FuyuConfig.from_dict(section["decoder"]),
                 Tokenizer(section["tokenizer"].numpy().tobytes()),
                 ImagePolicy(**section["images"]),
             )

@@ -3,7 +3,7 @@
 import logging
 import sys
 import warnings
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,11 +14,14 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from fuyu_e2e import __version__
-from fuyu_e2e.checkpoint import load_model
+from fuyu_e2e.checkpoint import TrainedModel, load_model
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.inference.depth import token_depth
+from fuyu_e2e.inference.depth_map import depth_map
 from fuyu_e2e.inference.generation import Sampling, continue_texts
+from fuyu_e2e.inference.generation import generate as generate_ids
 from fuyu_e2e.inspection import draw_sequence, show_tokens
 from fuyu_e2e.quickstart import quickstart
 from fuyu_e2e.recipe import INTERRUPTED, FuyuCLI
@@ -37,6 +40,7 @@ usage: fuyu-e2e COMMAND [--help]
   validate, test     loss and perplexity of a checkpoint on data.val or data.test
   predict            continue the documents of data.predict, into predictions.jsonl of the run's directory
   generate           continue one prompt:  fuyu-e2e generate --checkpoint C --image a.png --prompt "..."
+  routing            show how much depth each token of a prompt gets in a model with routed blocks
   tokenizer train    train a tokenizer on the text of shards
   inspect            show a sample as it enters the model
 """
@@ -84,9 +88,7 @@ def inspect(args: Sequence[str]) -> int:
 def generate(args: Sequence[str]) -> int:
     """Continues one prompt with a checkpoint's model, and prints the text."""
     parser = ArgumentParser(prog="fuyu-e2e generate", description=generate.__doc__)
-    parser.add_argument("--checkpoint", required=True, help="A checkpoint file, or a run's directory.")
-    parser.add_argument("--image", action="append", default=[], help="An image file; may be given several times.")
-    parser.add_argument("--prompt", default="", help="The text behind the images; empty asks for a caption.")
+    _add_prompt(parser)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token.")
     parser.add_argument("--top-k", type=int, default=None, help="Draw from this many of the likeliest tokens.")
@@ -94,6 +96,42 @@ def generate(args: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="Seeds the draws.")
     options = parser.parse_args(args)
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    model, prompt = _prompted(options)
+    texts = continue_texts(
+        model.decoder, model.tokenizer, [prompt], max_new_tokens=options.max_new_tokens, sampling=sampling
+    )
+    print(texts[0])
+    return 0
+
+
+def routing(args: Sequence[str]) -> int:
+    """Shows how many routed blocks each token of a prompt and of its continuation passes, as a picture."""
+    parser = ArgumentParser(prog="fuyu-e2e routing", description=routing.__doc__)
+    _add_prompt(parser)
+    parser.add_argument("--out", default="map.png", help="Where the picture goes (default: %(default)s).")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    options = parser.parse_args(args)
+    model, prompt = _prompted(options)
+    eos_id = model.tokenizer.eos_id
+    [written] = generate_ids(model.decoder, [prompt.sequence], max_new_tokens=options.max_new_tokens, eos_id=eos_id)
+    depth = token_depth(model.decoder, prompt.sequence, written)
+    depth_map(depth, model.tokenizer).save(options.out)
+    print(f"{model.tokenizer.decode(written)}\n\nShare of the {len(depth.blocks)} routed blocks that tokens passed:")
+    for name, share in depth.shares.items():
+        print(f"  {name:8} {share:6.1%}")
+    print(f"The heat map: {options.out}")
+    return 0
+
+
+def _add_prompt(parser: ArgumentParser) -> None:
+    """What `_prompted` reads."""
+    parser.add_argument("--checkpoint", required=True, help="A checkpoint file, or a run's directory.")
+    parser.add_argument("--image", action="append", default=[], help="An image file; may be given several times.")
+    parser.add_argument("--prompt", default="", help="The text behind the images; empty asks for a caption.")
+
+
+def _prompted(options: Namespace) -> tuple[TrainedModel, Prompt]:
+    """The model and the prompt that a command was given."""
     model = load_model(options.checkpoint)
     try:
         images = [Image(Path(name).read_bytes()) for name in options.image]
@@ -102,15 +140,9 @@ def generate(args: Sequence[str]) -> int:
     text = [Text(options.prompt, loss=False)] if options.prompt else []
     document = Document("prompt", (*images, *text))
     try:
-        prompt = Prompt(document, model.builder.prompt(document))
+        return model, Prompt(document, model.builder.prompt(document))
     except UnusableSampleError as error:
         raise UserError(f"The prompt can't be used: {error}.") from error
-    print(
-        continue_texts(
-            model.decoder, model.tokenizer, [prompt], max_new_tokens=options.max_new_tokens, sampling=sampling
-        )[0]
-    )
-    return 0
 
 
 def tokenizer(args: Sequence[str]) -> int:
@@ -144,6 +176,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     **dict.fromkeys(LIGHTNING_COMMANDS, lightning),
     "inspect": inspect,
     "generate": generate,
+    "routing": routing,
     "tokenizer": tokenizer,
     "quickstart": quickstart,
 }

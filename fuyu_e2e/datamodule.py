@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,11 @@ class FuyuDataModule(pl.LightningDataModule):
             shuffle=self.shuffle if training else 0,
             seed=self.seed,
         )
+
+    def validation_prompts(self, count: int) -> list[Prompt]:
+        """The first usable documents of the validation shards, as prompts to be continued."""
+        stream = self.stream("val")
+        return list(islice(stream.builder.prompts(stream.documents(Tally()), Tally()), count))
 
     @property
     def _world_size(self) -> int:

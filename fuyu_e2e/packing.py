@@ -90,6 +90,7 @@ def pack_row(sequences: list[TokenSequence], budget: int | None = None) -> Packe
         raise ValueError(f"{sum(lengths)} tokens don't fit a row of {budget}.")
     starts = np.cumsum([0, *lengths[:-1]])
     patch_positions = [sequence.patch_positions + start for sequence, start in zip(sequences, starts, strict=True)]
+    newlines = [sequence.newline_positions + start for sequence, start in zip(sequences, starts, strict=True)]
     tokens = np.concatenate([*(sequence.tokens for sequence in sequences), np.zeros(padding, np.int64)])
     # The first token of a document has nothing before it in that document to be guessed from.
     guessed = np.concatenate(
@@ -104,5 +105,6 @@ def pack_row(sequences: list[TokenSequence], budget: int | None = None) -> Packe
         targets=torch.from_numpy(tokens[guessed]),
         document_lengths=tuple(lengths),
         keys=tuple(sequence.key for sequence in sequences),
-        image_count=sum(len(sequence.images) for sequence in sequences),
+        newline_positions=torch.from_numpy(np.concatenate(newlines)),
+        image_patches=tuple(span.rows * span.cols for sequence in sequences for span in sequence.images),
     )

@@ -54,6 +54,11 @@ def quickstart(args: Sequence[str]) -> int:
     """Writes shards of composed digits, trains a tokenizer and a model on them, and scores what it reads."""
     parser = ArgumentParser(prog="fuyu-e2e quickstart", description=quickstart.__doc__)
     parser.add_argument("--out", default="runs/quickstart", help="Directory of the run (default: %(default)s).")
+    parser.add_argument(
+        "--recipe",
+        default="recipes/quickstart.yaml",
+        help="What to train; recipes/quickstart-mod.yaml has routed blocks (default: %(default)s).",
+    )
     parser.add_argument("--seed", type=int, default=0, help="Seeds the training pictures, their order, the weights.")
     parser.add_argument("--pictures", type=int, default=80_000, help="Training pictures (default: %(default)s).")
     parser.add_argument(
@@ -72,7 +77,7 @@ def quickstart(args: Sequence[str]) -> int:
     console.print(f"{options.pictures:,} training pictures in {place.data} ({time.perf_counter() - started_at:.0f} s)")
 
     console.rule("2. Training")
-    cli = train(place, options.seed, options.max_steps)
+    cli = train(place, options.recipe, options.seed, options.max_steps)
     if cli.last_checkpoint.interrupted:
         console.print(f"Go on with: fuyu-e2e fit --config {place.root}/config.yaml --ckpt_path last", soft_wrap=True)
         return INTERRUPTED
@@ -107,10 +112,10 @@ def documents(shards: Iterable[Path]) -> Iterable[Document]:
     return (document for shard in shards for document in read_documents(str(shard), Tally()))
 
 
-def train(place: Workplace, seed: int, max_steps: int | None) -> FuyuCLI:
-    """Trains as `fuyu-e2e fit` does, with the shipped recipe."""
+def train(place: Workplace, recipe: str, seed: int, max_steps: int | None) -> FuyuCLI:
+    """Trains as `fuyu-e2e fit` does, with a recipe that is a file or shipped."""
     settings: dict[str, Any] = {
-        "config": shipped("recipes/quickstart.yaml"),
+        "config": recipe if Path(recipe).is_file() else shipped(recipe),
         "seed_everything": seed,
         "trainer.default_root_dir": place.root,
         "data.tokenizer": place.tokenizer,

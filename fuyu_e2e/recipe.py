@@ -18,6 +18,7 @@ from fuyu_e2e.training.data_report import DataReport
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.progress import Progress
+from fuyu_e2e.training.routing_report import RoutingReport
 from fuyu_e2e.training.samples import SampleGenerations
 from fuyu_e2e.training.throughput import Throughput
 
@@ -83,6 +84,7 @@ class FuyuCLI(LightningCLI):
                     self.throughput,
                     DataReport(),
                     SampleGenerations(),
+                    RoutingReport(),
                     WritePredictions(),
                     self.last_checkpoint,
                 ],

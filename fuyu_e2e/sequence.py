@@ -49,6 +49,11 @@ class ImageSpan:
         rows = np.arange(self.rows, dtype=np.int64)[:, None] * (self.cols + 1)
         return (self.start + rows + np.arange(self.cols)).ravel()
 
+    @property
+    def newline_positions(self) -> Int64[np.ndarray, " N"]:
+        """The position of the newline behind each row."""
+        return self.start + self.cols + np.arange(self.rows, dtype=np.int64) * (self.cols + 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSequence:
@@ -69,6 +74,11 @@ class TokenSequence:
     def patch_positions(self) -> Int64[np.ndarray, " P"]:
         """The position of each patch."""
         return np.concatenate([np.empty(0, np.int64), *(span.patch_positions for span in self.images)])
+
+    @property
+    def newline_positions(self) -> Int64[np.ndarray, " N"]:
+        """The position of each newline token."""
+        return np.concatenate([np.empty(0, np.int64), *(span.newline_positions for span in self.images)])
 
     @property
     def pictures(self) -> list[UInt8[np.ndarray, "H W 3"]]:

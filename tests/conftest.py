@@ -1,9 +1,11 @@
 """What most tests need: a tokenizer trained in process, small decoders, and random sequences."""
 
+import copy
 import io
 import json
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from PIL import Image as Pillow
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.image import ImagePolicy
-from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.routing import Progress, RoutingTrace
+from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.tokenizer import Tokenizer, train_tokenizer
 
@@ -68,6 +72,32 @@ def decoder(config: FuyuConfig) -> Decoder:
         for weight in decoder.parameters():
             weight.add_(torch.randn_like(weight) * 0.2)
     return decoder.eval()
+
+
+@pytest.fixture(scope="session")
+def routed_decoder(
+    config: FuyuConfig, builder: SequenceBuilder, random_document: Callable[[int], Document]
+) -> Callable[..., Decoder]:
+    """Makes a decoder of five blocks of which two are routed, with random weights and settled thresholds."""
+    made: dict[str, Decoder] = {}
+    rows = [pack_row([builder.build(random_document(seed)) for seed in range(s, s + 50)]) for s in (100, 150)]
+
+    def make(**routing: Any) -> Decoder:
+        if (name := repr(routing)) not in made:
+            torch.manual_seed(0)
+            decoder = Decoder(replace(config, layers=5, routing=RoutingConfig(**routing)))
+            with torch.no_grad():
+                for name_, weight in decoder.named_parameters():
+                    weight.add_(torch.randn_like(weight) * (0.05 if ".rule." in name_ else 0.2))
+            for row in rows:
+                trace = RoutingTrace()
+                decoder.eval()(row, trace)
+                decoder.observe(trace)
+            decoder.update_thresholds(Progress(), lambda counts: counts)
+            made[name] = decoder
+        return copy.deepcopy(made[name]).eval()
+
+    return make
 
 
 def png(height: int, width: int, seed: int = 0) -> bytes:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 
@@ -40,7 +41,16 @@ def transformers_state_dict(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def transformers_config(config: FuyuConfig, *, patch_id: int, bos_id: int, eos_id: int) -> dict[str, Any]:
-    """The arguments of transformers' `FuyuConfig`, its `text_config` as the arguments of a `Qwen3Config`."""
+    """The arguments of transformers' `FuyuConfig`, its `text_config` as the arguments of a `Qwen3Config`.
+
+    Raises:
+        UserError: The decoder is routed, which no text model of transformers is.
+    """
+    if config.routing is not None:
+        raise UserError(
+            "A decoder with routed blocks can't be exported as transformers' FuyuForCausalLM, which would run every "
+            "token through every block: generate with `fuyu-e2e generate`."
+        )
     return {
         "patch_size": config.patch_size,
         "image_token_id": patch_id,

@@ -1,34 +1,97 @@
-"""The key/value cache: what a decoder remembers of each sequence, block by block."""
+"""The key/value cache: what a decoder remembers of each sequence, block by block.
+
+A dense block remembers every token. A routed block remembers those that passed it, or every token where skipped ones
+leave their keys behind.
+"""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from fuyu_e2e.model.attention import AttentionPlan
+from fuyu_e2e.model.attention import Attend, AttentionPlan, Passing, RowAttention
 from fuyu_e2e.model.config import FuyuConfig
 
+GROWTH = 8
+"""A full cache of a routed block grows by this fraction of its places: seldom copied, and never much too large."""
 
-class KeyValueCache:
-    """Keys and values of a batch of sequences, each from place 0 on, with room for `capacity` tokens each.
+
+class BlockCache:
+    """Keys and values of one block, those of each sequence from place 0 on; grows as it is written to.
 
     Sequences grow independently, so prompts of different lengths need no padding between prompt and answer.
     """
 
-    def __init__(self, config: FuyuConfig, sequences: int, capacity: int, like: Tensor) -> None:
-        shape = (config.layers, sequences, capacity, config.kv_heads, config.head_size)
+    def __init__(self, config: FuyuConfig, sequences: int, like: Tensor) -> None:
         # Places behind a sequence's end are masked, but must hold numbers: 0 x nan would still be nan.
-        self.keys = like.new_zeros(shape)
-        self.values = like.new_zeros(shape)
+        self.keys = like.new_zeros((sequences, 0, config.kv_heads, config.head_size))
+        self.values = self.keys
         self.lengths = torch.zeros(sequences, dtype=torch.int64, device=like.device)
+        self.longest = 0
+
+    def reserve(self, places: int) -> None:
+        """Makes room for so many tokens of each sequence."""
+        if (more := places - self.keys.shape[1]) > 0:
+            self.keys, self.values = (F.pad(part, (0, 0, 0, 0, 0, more)) for part in (self.keys, self.values))
+
+    def write(
+        self,
+        sequence: Int64[Tensor, " n"],
+        keys: Float[Tensor, "n G K"],
+        values: Float[Tensor, "n G K"],
+        longest: int | None = None,
+    ) -> None:
+        """Appends tokens.
+
+        Args:
+            sequence: Of each token, in ascending order.
+            keys: Of each token.
+            values: Of each token.
+            longest: Tokens of the longest sequence with these; where the host doesn't know, it is read.
+        """
+        counts = torch.bincount(sequence, minlength=len(self.lengths))
+        place = torch.arange(len(sequence), device=sequence.device) - (counts.cumsum(0) - counts)[sequence]
+        place = place + self.lengths[sequence]
+        self.lengths = self.lengths + counts
+        self.longest = int(self.lengths.max()) if longest is None else longest
+        if self.longest > self.keys.shape[1]:
+            self.reserve(self.longest + self.longest // GROWTH)
+        self.keys[sequence, place] = keys
+        self.values[sequence, place] = values
+
+    def attend(self, sequence: Int64[Tensor, " n"], queries: Float[Tensor, "n H K"]) -> Float[Tensor, "n H K"]:
+        """Attention of one token of each of some sequences to all cached ones of its own."""
+        lengths = self.lengths[sequence]
+        keys, values = (part[sequence, : self.longest].transpose(1, 2) for part in (self.keys, self.values))
+        attended = F.scaled_dot_product_attention(
+            queries[:, :, None],
+            keys,
+            values,
+            attn_mask=(torch.arange(self.longest, device=lengths.device) < lengths[:, None])[:, None, None],
+            enable_gqa=queries.shape[1] != keys.shape[1],
+        )
+        return attended[:, :, 0]
+
+
+class KeyValueCache:
+    """The caches of all blocks, and how many tokens each sequence has."""
+
+    def __init__(self, config: FuyuConfig, sequences: int, capacity: int, like: Tensor) -> None:
+        self.blocks = [BlockCache(config, sequences, like) for _ in range(config.layers)]
+        for layer, block in enumerate(self.blocks):
+            if layer not in config.routed:
+                block.reserve(capacity)
+        self.lengths = torch.zeros(sequences, dtype=torch.int64, device=like.device)
+        self.longest = 0
+        """Tokens of the longest sequence, known to the host."""
 
     @property
     def bytes(self) -> int:
         """Memory that the cache takes."""
-        return self.keys.nbytes + self.values.nbytes
+        return sum(block.keys.nbytes + block.values.nbytes for block in self.blocks)
 
 
-class Prefill:
+class Prefill(RowAttention):
     """Attends within a packed row of prompts, and writes their keys and values to the cache.
 
     Args:
@@ -37,13 +100,10 @@ class Prefill:
     """
 
     def __init__(self, cache: KeyValueCache, document_lengths: tuple[int, ...]) -> None:
-        device = cache.keys.device
         self.cache = cache
-        self.plan = AttentionPlan.of(document_lengths, device)
-        cache.lengths.copy_(torch.tensor(document_lengths))
-        self.sequence = torch.repeat_interleave(cache.lengths)
-        starts = cache.lengths.cumsum(0) - cache.lengths
-        self.place = torch.arange(len(self.sequence), device=device) - starts[self.sequence]
+        self.plan = AttentionPlan.of(document_lengths, cache.lengths.device)
+        cache.lengths = torch.tensor(document_lengths, device=cache.lengths.device)
+        cache.longest = max(document_lengths)
 
     def __call__(
         self,
@@ -53,21 +113,38 @@ class Prefill:
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
         """Attention as in training."""
-        self.cache.keys[layer, self.sequence, self.place] = keys
-        self.cache.values[layer, self.sequence, self.place] = values
+        self.cache.blocks[layer].write(self.plan.document, keys, values, self.cache.longest)
         return self.plan(layer, queries, keys, values)
 
+    def among(self, passing: Passing) -> Attend:
+        """Attention of passing tokens to each other, of which alone the cache keeps something."""
+        return self._writing(self.plan.document.index_select(0, passing.index), self.plan.among(passing))
 
-class DecodeStep:
-    """Attends from one new token of each sequence to all of its cached ones and itself."""
+    def asking(self, passing: Passing) -> Attend:
+        """Attention of passing tokens to the whole row, which the cache keeps."""
+        return self._writing(self.plan.document, self.plan.asking(passing))
+
+    def _writing(self, sequence: Int64[Tensor, " n"], attend: Attend) -> Attend:
+        def write_and_attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            self.cache.blocks[layer].write(sequence, keys, values)
+            return attend(layer, queries, keys, values)
+
+        return write_and_attend
+
+
+class DecodeStep(RowAttention):
+    """Attends from one new token of each sequence to all of its cached ones and itself.
+
+    Attributes:
+        positions: Of the new tokens in their documents.
+    """
 
     def __init__(self, cache: KeyValueCache) -> None:
         self.cache = cache
-        self.place: Int64[Tensor, " B"] = cache.lengths.clone()
-        self.sequence = torch.arange(len(self.place), device=self.place.device)
-        self.longest = int(self.place.max()) + 1
-        self.allowed = torch.arange(self.longest, device=self.place.device) <= self.place[:, None]
-        cache.lengths += 1
+        self.positions = cache.lengths
+        self.sequence = torch.arange(len(cache.lengths), device=cache.lengths.device)
+        cache.lengths = cache.lengths + 1
+        cache.longest += 1
 
     def __call__(
         self,
@@ -77,15 +154,23 @@ class DecodeStep:
         values: Float[Tensor, "B G K"],
     ) -> Float[Tensor, "B H K"]:
         """Attention of each sequence's new token."""
-        self.cache.keys[layer, self.sequence, self.place] = keys
-        self.cache.values[layer, self.sequence, self.place] = values
-        cached_keys = self.cache.keys[layer, :, : self.longest].transpose(1, 2)
-        cached_values = self.cache.values[layer, :, : self.longest].transpose(1, 2)
-        attended = F.scaled_dot_product_attention(
-            queries[:, :, None],
-            cached_keys,
-            cached_values,
-            attn_mask=self.allowed[:, None, None],
-            enable_gqa=queries.shape[1] != keys.shape[1],
-        )
-        return attended[:, :, 0]
+        block = self.cache.blocks[layer]
+        block.write(self.sequence, keys, values, self.cache.longest)
+        return block.attend(self.sequence, queries)
+
+    def among(self, passing: Passing) -> Attend:
+        """Attention of the passing ones of the new tokens to what passed before them."""
+        sequence = self.sequence.index_select(0, passing.index)
+        return self._writing(sequence, sequence)
+
+    def asking(self, passing: Passing) -> Attend:
+        """Attention of the passing ones of the new tokens to all before them."""
+        return self._writing(self.sequence, self.sequence.index_select(0, passing.index))
+
+    def _writing(self, written: Int64[Tensor, " n"], asking: Int64[Tensor, " m"]) -> Attend:
+        def write_and_attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            block = self.cache.blocks[layer]
+            block.write(written, keys, values)
+            return block.attend(asking, queries)
+
+        return write_and_attend

@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import DecodeStep, KeyValueCache, Prefill
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.routing import Layout, RoutingTrace
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import Prompt, TokenSequence
 from fuyu_e2e.tokenizer import Tokenizer
@@ -75,7 +77,7 @@ def generate(
     """Continues each prompt until its end of document, or for `max_new_tokens` tokens.
 
     Args:
-        decoder: In evaluation mode.
+        decoder: In evaluation mode, or routed blocks would drop tokens.
         prompts: As `SequenceBuilder.prompt` makes them, of any lengths.
         max_new_tokens: Tokens generated at most for a prompt, its end included.
         eos_id: The token that ends a document.
@@ -91,10 +93,7 @@ def generate(
     generator = torch.Generator(weight.device).manual_seed(sampling.seed)
     longest = max(batch.document_lengths)
     cache = KeyValueCache(decoder.config, len(prompts), longest + max_new_tokens, like=weight)
-
-    prefill = Prefill(cache, batch.document_lengths)
-    x_TD = decoder.embed(batch.tokens, batch.patches, batch.patch_positions)
-    hidden_BD = decoder.hidden(x_TD, batch.positions, prefill)[cache.lengths.cumsum(0) - 1]
+    hidden_BD = prefill(decoder, batch, cache)
     written = []
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=weight.device)
     while True:
@@ -103,10 +102,32 @@ def generate(
         ended |= chosen == eos_id
         if len(written) == max_new_tokens or bool(ended.all()):
             break
-        positions = cache.lengths.clone()
-        hidden_BD = decoder.hidden(decoder.embed_tokens(chosen), positions, DecodeStep(cache))
+        hidden_BD = decode_step(decoder, chosen, cache)
     rows = torch.stack(written, dim=1).tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
+
+
+def prefill(
+    decoder: Decoder, batch: PackedBatch, cache: KeyValueCache, trace: RoutingTrace | None = None
+) -> Float[Tensor, "B D"]:
+    """Reads a packed row of prompts into an empty cache, and gives the last state of each prompt."""
+    trace = trace or RoutingTrace()
+    if decoder.config.routing is not None:
+        trace.layout = Layout.of(batch, decoder.config, decoder.progress, training=False)
+    x_TD = decoder.embed(batch.tokens, batch.patches, batch.patch_positions)
+    hidden_TD = decoder.hidden(x_TD, batch.positions, Prefill(cache, batch.document_lengths), trace)
+    return hidden_TD[cache.lengths.cumsum(0) - 1]
+
+
+def decode_step(
+    decoder: Decoder, tokens: Int64[Tensor, " B"], cache: KeyValueCache, trace: RoutingTrace | None = None
+) -> Float[Tensor, "B D"]:
+    """Reads one more token of each sequence, and gives its state."""
+    step = DecodeStep(cache)
+    trace = trace or RoutingTrace()
+    if decoder.config.routing is not None:
+        trace.layout = Layout.of_new_tokens(step.positions)
+    return decoder.hidden(decoder.embed_tokens(tokens), step.positions, step, trace)
 
 
 def continue_texts(

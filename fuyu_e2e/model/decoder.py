@@ -5,9 +5,12 @@
 - causal attention everywhere, inside images too, and never from one document to another
 - rotary positions that restart in each document and count patches and newlines like words
 - RMSNorm first in each half of a block, on queries and keys, and before the output
+- some blocks may be routed: only tokens that a rule chooses pass them (Mixture-of-Depths, `fuyu_e2e.model.routing`)
 - output projections of blocks start at zero, so that a new model is its embedding and deepens as it learns
 - the loss is computed where tokens carry it and nowhere else, a chunk of logits at a time
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.model.attention import Attend, AttentionPlan, rotary
-from fuyu_e2e.model.block import Block
+from fuyu_e2e.model.attention import Attend, AttentionPlan, RowAttention, rotary
+from fuyu_e2e.model.block import Block, DenseBlock, RoutedBlock
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.routing import Layout, Progress, RoutingTrace, Scorer, Threshold
 
 PATCH_GAIN = 3.0
 """Brings patches of usual contrast, about a third of the range of values, to the scale of token embeddings."""
@@ -34,11 +38,16 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.patch_projection = nn.Linear(config.patch_values, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            RoutedBlock(config, layer) if layer in config.routed else DenseBlock(config)
+            for layer in range(config.layers)
+        )
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.progress = Progress()
+        """How far its training has come, for the annealing of shares; whoever trains it sets this in each step."""
         self.initialize()
 
     @torch.no_grad()
@@ -58,6 +67,8 @@ class Decoder(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
+            elif isinstance(module, Scorer):
+                module.initialize()
         nn.init.normal_(self.embed_tokens.weight, std=0.5)
         nn.init.normal_(
             self.lm_head.weight, std=min(0.02, 2 / width) if self.config.tie_embeddings else 0.1 / width**0.5
@@ -85,28 +96,51 @@ class Decoder(nn.Module):
         return x_TD.index_copy(0, patch_positions, x_PD.to(x_TD.dtype))
 
     def hidden(
-        self, x_TD: Float[Tensor, "T D"], positions: Int64[Tensor, " T"], attend: Attend
+        self,
+        x_TD: Float[Tensor, "T D"],
+        positions: Int64[Tensor, " T"],
+        attend: Attend | RowAttention,
+        trace: RoutingTrace | None = None,
     ) -> Float[Tensor, "T D"]:
-        """The states behind the last block, normalised: what the output projection reads."""
+        """The states behind the last block, normalised: what the output projection reads.
+
+        Args:
+            x_TD: What `embed` gives.
+            positions: Of each token in its document.
+            attend: How the blocks attend; a `RowAttention` where some are routed.
+            trace: With the layout of the row where some blocks are routed; what happens there is added to it.
+        """
         turns = rotary(positions, self.config.head_size, self.config.rope_theta)
         for layer, block in enumerate(self.blocks):
-            x_TD = block(x_TD, turns, attend, layer)
+            if isinstance(block, RoutedBlock):
+                assert trace is not None
+                assert trace.layout is not None
+                capacity = block.rule.capacity(trace.layout) if self.training else None
+                x_TD, routed = block(x_TD, turns, attend, layer, trace.layout, capacity)
+                trace.blocks.append(routed)
+            else:
+                x_TD = block(x_TD, turns, attend, layer)
         return self.norm(x_TD)
 
-    def _encode(self, batch: PackedBatch) -> Float[Tensor, "T D"]:
+    def _encode(self, batch: PackedBatch, trace: RoutingTrace | None) -> Float[Tensor, "T D"]:
         plan = AttentionPlan.of((*batch.document_lengths, batch.padding), batch.tokens.device)
-        return self.hidden(self.embed(batch.tokens, batch.patches, batch.patch_positions), batch.positions, plan)
+        trace = RoutingTrace() if trace is None else trace
+        if self.config.routing is not None:
+            trace.layout = Layout.of(batch, self.config, self.progress, self.training)
+        x_TD = self.embed(batch.tokens, batch.patches, batch.patch_positions)
+        return self.hidden(x_TD, batch.positions, plan, trace)
 
-    def forward(self, batch: PackedBatch) -> Float[Tensor, "T V"]:
-        """Logits of the next token at every position."""
-        return self.lm_head(self._encode(batch))
+    def forward(self, batch: PackedBatch, trace: RoutingTrace | None = None) -> Float[Tensor, "T V"]:
+        """Logits of the next token at every position; what happens at routed blocks goes to `trace`."""
+        return self.lm_head(self._encode(batch, trace))
 
-    def loss(self, batch: PackedBatch) -> Float[Tensor, ""]:
+    def loss(self, batch: PackedBatch, trace: RoutingTrace | None = None) -> Float[Tensor, ""]:
         """The cross-entropy of all supervised tokens, in nats: their sum, float32.
 
-        The caller divides by the supervised tokens of the whole step; a mean here would weigh batches wrongly.
+        The caller divides by the supervised tokens of the whole step; a mean here would weigh batches wrongly. What
+        happens at routed blocks goes to `trace`, a rule's own loss among it.
         """
-        hidden_SD = self._encode(batch).index_select(0, batch.target_positions)
+        hidden_SD = self._encode(batch, trace).index_select(0, batch.target_positions)
         chunks = zip(hidden_SD.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True)
         if hidden_SD.shape[0] <= LOSS_CHUNK:
             losses = [self._chunk_loss(*chunk) for chunk in chunks]
@@ -116,3 +150,35 @@ class Decoder(nn.Module):
 
     def _chunk_loss(self, hidden_SD: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.lm_head(hidden_SD).float(), targets, reduction="sum")
+
+    @property
+    def _thresholds(self) -> dict[int, Threshold]:
+        """The threshold rules, by block."""
+        rules = {layer: block.rule for layer, block in enumerate(self.blocks) if isinstance(block, RoutedBlock)}
+        return {layer: rule for layer, rule in rules.items() if isinstance(rule, Threshold)}
+
+    @torch.no_grad()
+    def observe(self, trace: RoutingTrace) -> None:
+        """Counts the scores of a training row, from which `update_thresholds` sets the next step's thresholds."""
+        thresholds = self._thresholds
+        for routed in trace.blocks:
+            if routed.block in thresholds:
+                assert trace.layout is not None
+                thresholds[routed.block].observe(routed, trace.layout)
+
+    @torch.no_grad()
+    def update_thresholds(self, progress: Progress, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Sets the thresholds that hold from the next step on.
+
+        Args:
+            progress: Of the next step.
+            reduce: Sums counts over all ranks.
+        """
+        rules = list(self._thresholds.values())
+        if not rules:
+            return
+        assert self.config.routing is not None
+        counts = reduce(torch.cat([rule.counts for rule in rules]))
+        dense = progress.dense(self.config.routing)
+        for rule, own in zip(rules, counts.split([len(rule.counts) for rule in rules]), strict=True):
+            rule.update(own, dense)

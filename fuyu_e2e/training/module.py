@@ -1,18 +1,21 @@
 """The LightningModule: loss, optimizer, logging, and what goes into a checkpoint."""
 
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.checkpoint import SECTION, Description
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.generation import continue_texts
-from fuyu_e2e.model.config import FuyuConfig, SizeName, named_size
+from fuyu_e2e.model.config import FuyuConfig, RoutingConfig, SizeName, named_size
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.routing import Progress, RoutingTrace
 from fuyu_e2e.sequence import Prompt
 from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
 from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
@@ -35,6 +38,7 @@ class FuyuModule(pl.LightningModule):
         optimizer: Which optimizer, and its rates.
         schedule: The learning rate over the run.
         max_new_tokens: Tokens written at most for a document in `predict` and in sample generations.
+        routing: Mixture-of-Depths for a decoder that has none of its own, so that a named size can have it too.
     """
 
     def __init__(
@@ -43,9 +47,14 @@ class FuyuModule(pl.LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         schedule: Schedule = Schedule(),
         max_new_tokens: int = 64,
+        routing: RoutingConfig | None = None,
     ) -> None:
         super().__init__()
         self.config = decoder if isinstance(decoder, FuyuConfig) else named_size(decoder)
+        if routing is not None:
+            if self.config.routing is not None:
+                raise UserError("Both model.routing and model.decoder.routing are set: leave one of them out.")
+            self.config = replace(self.config, routing=routing)
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.max_new_tokens = max_new_tokens
@@ -53,6 +62,8 @@ class FuyuModule(pl.LightningModule):
         """Tokens of documents trained on so far, over all ranks; padding doesn't count."""
         self.validation = torch.nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
         self.testing = torch.nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
+        self.trace = RoutingTrace()
+        """What happened at routed blocks in the last batch."""
         self._step_totals: list[Tensor] = []
 
     @property
@@ -88,6 +99,9 @@ class FuyuModule(pl.LightningModule):
         """Builds the decoder, here so that a strategy can shard it as it is made."""
         if not hasattr(self, "decoder"):
             self.decoder = Decoder(self.config)
+            # Each rank counts the scores of its own rows; DDP would overwrite them with those of the first.
+            counts = [name for name, _ in self.named_buffers() if name.endswith(".rule.counts")]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, counts)
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule over `trainer.max_steps`."""
@@ -98,11 +112,18 @@ class FuyuModule(pl.LightningModule):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The summed loss of one micro-batch, its gradient still to be divided by the step's supervised tokens."""
-        loss = self.decoder.loss(batch)
+        self.decoder.progress = self._progress_after(0)
+        self.trace = RoutingTrace()
+        loss = self.decoder.loss(batch, self.trace)
+        self.decoder.observe(self.trace)
         counts = loss.new_tensor([batch.targets.numel(), sum(batch.document_lengths)])
         self._step_totals.append(torch.cat((loss.detach()[None], counts)).double())
         # Undoes the division by the number of micro-batches that Lightning is about to do.
-        return loss * self.trainer.accumulate_grad_batches
+        return (loss + self.trace.auxiliary * batch.targets.numel()) * self.trainer.accumulate_grad_batches
+
+    def _progress_after(self, steps: int) -> Progress:
+        step = self.trainer.global_step + steps
+        return Progress(step, step / self.trainer.max_steps)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradient by the supervised tokens of the whole step, and logs the step."""
@@ -112,6 +133,9 @@ class FuyuModule(pl.LightningModule):
         # Data-parallel strategies average gradients over ranks; the sum is wanted.
         factor = (self.trainer.world_size / supervised.clamp(min=1)).float()
         torch._foreach_mul_([weight.grad for weight in self.parameters() if weight.grad is not None], factor)
+        self.decoder.update_thresholds(
+            self._progress_after(1), lambda counts: self.trainer.strategy.reduce(counts, reduce_op="sum")
+        )
         mean = (loss / supervised.clamp(min=1)).float()
         self.tokens_seen += int(tokens)
         self.log("train/loss", mean, prog_bar=True)
@@ -139,7 +163,8 @@ class FuyuModule(pl.LightningModule):
         self._evaluate(batch, self.testing, "test")
 
     def _evaluate(self, batch: PackedBatch, metrics: torch.nn.ModuleDict, stage: str) -> None:
-        loss = self.decoder.loss(batch)
+        self.trace = RoutingTrace()
+        loss = self.decoder.loss(batch, self.trace)
         for name, metric in metrics.items():
             assert isinstance(metric, TokenLoss)
             metric.update(loss, batch.targets.numel())

@@ -1,14 +1,11 @@
 """Sample generations at each validation: what the model writes, beside the images it writes about."""
 
-from itertools import islice
-
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from fuyu_e2e.sequence import Prompt
-from fuyu_e2e.tally import Tally
 from fuyu_e2e.training.module import FuyuModule
 
 
@@ -30,8 +27,7 @@ class SampleGenerations(Callback):
             return
         assert isinstance(pl_module, FuyuModule)
         if self._prompts is None:
-            stream = pl_module.datamodule.stream("val")
-            self._prompts = list(islice(stream.builder.prompts(stream.documents(Tally()), Tally()), self.count))
+            self._prompts = pl_module.datamodule.validation_prompts(self.count)
         texts = pl_module.continue_prompts(self._prompts)
         for index, (prompt, text) in enumerate(zip(self._prompts, texts, strict=True)):
             written = f"truth:\n\n    {prompt.truth}\n\ngenerated:\n\n    {text}"

@@ -52,11 +52,13 @@ class Throughput(Callback):
         """Counts the batch, and logs at every `log_every_n_steps`-th step."""
         assert isinstance(pl_module, FuyuModule)
         window, now = self._window, time.perf_counter()
+        routing = pl_module.config.routing
         row = cost(
             pl_module.config,
             document_lengths=batch.document_lengths,
             patches=batch.patches.shape[0],
             targets=batch.targets.shape[0],
+            dense=pl_module.decoder.progress.dense(routing) if routing is not None else 0.0,
         )
         window.tokens += row.tokens
         window.budget += batch.tokens.shape[0]

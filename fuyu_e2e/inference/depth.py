@@ -1,0 +1,79 @@
+"""How much depth each token of a prompt gets: the routed blocks that it passed."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.inference.cache import KeyValueCache
+from fuyu_e2e.inference.generation import decode_step, prefill
+from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.routing import Kind, RoutingTrace
+from fuyu_e2e.packing import pack_row
+from fuyu_e2e.sequence import TokenSequence
+
+KIND_NAMES = {Kind.PATCH: "patches", Kind.NEWLINE: "newlines", Kind.TEXT: "text", Kind.ANSWER: "answers"}
+"""How figures by kind of token are named, in the order in which they are shown."""
+
+
+@dataclass(frozen=True)
+class TokenDepth:
+    """What the tokens of one prompt and of its continuation passed."""
+
+    sequence: TokenSequence
+    """The prompt."""
+    continuation: list[int]
+    """The tokens behind it, which the model generated."""
+    blocks: tuple[int, ...]
+    """The routed blocks."""
+    passed: Bool[Tensor, "blocks tokens"]
+    """Whether each token, of the prompt and behind it, passed each of them."""
+    kinds: Int64[Tensor, " tokens"]
+    """The `Kind` of each token."""
+
+    @property
+    def counts(self) -> Int64[Tensor, " tokens"]:
+        """How many routed blocks each token passed."""
+        return self.passed.sum(dim=0)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of the routed blocks that tokens of each kind passed; kinds that don't occur are left out."""
+        return {
+            name: float(self.passed[:, self.kinds == kind].float().mean())
+            for kind, name in KIND_NAMES.items()
+            if (self.kinds == kind).any()
+        }
+
+
+@torch.no_grad()
+def token_depth(decoder: Decoder, sequence: TokenSequence, continuation: list[int]) -> TokenDepth:
+    """Reads a prompt, and then its continuation token by token, as generation does.
+
+    Args:
+        decoder: In evaluation mode, with routed blocks.
+        sequence: The prompt.
+        continuation: What the model continued it with.
+
+    Raises:
+        UserError: The decoder has no routed blocks.
+    """
+    if decoder.config.routing is None:
+        raise UserError("The model is dense: every token passes every block, so there is no depth to show.")
+    weight = decoder.embed_tokens.weight
+    batch = pack_row([sequence]).to(weight.device)
+    cache = KeyValueCache(decoder.config, 1, len(sequence) + len(continuation), like=weight)
+    traces = [RoutingTrace() for _ in range(1 + len(continuation))]
+    prefill(decoder, batch, cache, traces[0])
+    for token, trace in zip(continuation, traces[1:], strict=True):
+        decode_step(decoder, torch.tensor([token], device=weight.device), cache, trace)
+    layouts = [trace.layout.kind for trace in traces if trace.layout is not None]
+    return TokenDepth(
+        sequence,
+        continuation,
+        decoder.config.routed,
+        torch.cat([torch.stack([routed.passed for routed in trace.blocks]) for trace in traces], dim=1).cpu(),
+        torch.cat(layouts).cpu(),
+    )

@@ -1,0 +1,131 @@
+"""A picture of depth: over each image how many routed blocks each patch passed, and the text in the same colours."""
+
+import itertools
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image as Pillow
+from PIL import ImageDraw, ImageFont
+
+from fuyu_e2e.inference.depth import TokenDepth
+from fuyu_e2e.tokenizer import Tokenizer
+
+WIDTH = 960
+"""Pixels of a picture across."""
+PICTURE_HEIGHT = 420
+"""Pixels that an image is enlarged to at most."""
+MARGIN = 16
+LINE = 34
+"""Pixels from one line of text to the next."""
+INK, GROUND = (30, 30, 30), (255, 255, 255)
+SCALE = (
+    (0.0, (247, 247, 247)),
+    (0.25, (254, 217, 118)),
+    (0.5, (253, 141, 60)),
+    (0.75, (227, 26, 28)),
+    (1.0, (110, 0, 60)),
+)
+"""From no routed block to all of them: light to dark, so that it reads in grey too."""
+
+
+def depth_map(depth: TokenDepth, tokenizer: Tokenizer) -> Pillow.Image:
+    """Draws the images of a prompt, each beside its heat map, then the text, a legend and the shares by kind."""
+    most = len(depth.blocks)
+    panels = [_panel(*drawn, most) for drawn in _images(depth)]
+    font = ImageFont.load_default(20)
+    lines = _lines(depth, tokenizer, font)
+    height = sum(panel.height + MARGIN for panel in panels) + LINE * (len(lines) + 3) + 2 * MARGIN
+    sheet = Pillow.new("RGB", (WIDTH, height), GROUND)
+    pen = ImageDraw.Draw(sheet)
+    top = MARGIN
+    for panel in panels:
+        sheet.paste(panel, (MARGIN, top))
+        top += panel.height + MARGIN
+    for line in lines:
+        left = MARGIN
+        for piece, share in line:
+            width = int(pen.textlength(piece, font=font)) + 8
+            pen.rectangle([left, top, left + width - 2, top + LINE - 8], fill=colour(share), outline=(200, 200, 200))
+            pen.text((left + 4, top + 1), piece, fill=INK if share < 0.6 else GROUND, font=font)
+            left += width
+        top += LINE
+    _legend(pen, depth, top + MARGIN // 2, font)
+    return sheet
+
+
+def colour(share: float) -> tuple[int, int, int]:
+    """The colour of a share between 0 and 1."""
+    for (low, start), (high, end) in itertools.pairwise(SCALE):
+        if share <= high:
+            part = (share - low) / (high - low)
+            red, green, blue = (round(a + (b - a) * part) for a, b in zip(start, end, strict=True))
+            return red, green, blue
+    return SCALE[-1][1]
+
+
+def _images(depth: TokenDepth) -> list[tuple[UInt8[np.ndarray, "H W 3"], Float[np.ndarray, "rows cols"]]]:
+    """The pixels of each image, and the share of the routed blocks that each of its patches passed."""
+    shares = (depth.counts / len(depth.blocks)).numpy()
+    return [
+        (pixels, shares[span.patch_positions].reshape(span.rows, span.cols))
+        for pixels, span in zip(depth.sequence.pictures, depth.sequence.images, strict=True)
+    ]
+
+
+def _panel(pixels: UInt8[np.ndarray, "H W 3"], shares: Float[np.ndarray, "rows cols"], most: int) -> Pillow.Image:
+    height, width = pixels.shape[:2]
+    scale = min((WIDTH - 3 * MARGIN) / 2 / width, PICTURE_HEIGHT / height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    plain = Pillow.fromarray(pixels).resize(size, Pillow.Resampling.NEAREST)
+    heat = np.array([[colour(float(share)) for share in row] for row in shares], np.uint8)
+    hot = Pillow.fromarray(heat).resize(size, Pillow.Resampling.NEAREST)
+    # The picture's own light and dark stay visible through the colours.
+    hot = Pillow.blend(hot, plain.convert("L").convert("RGB"), 0.25)
+    pen = ImageDraw.Draw(hot)
+    rows, cols = shares.shape
+    if (side := min(size[0] // cols, size[1] // rows)) >= 20:
+        font = ImageFont.load_default(max(10, side // 4))
+        for (row, col), share in np.ndenumerate(shares):
+            place = ((col + 0.5) * size[0] / cols, (row + 0.5) * size[1] / rows)
+            ink = INK if share < 0.6 else GROUND
+            pen.text(place, str(round(float(share) * most)), fill=ink, font=font, anchor="mm")
+    panel = Pillow.new("RGB", (2 * size[0] + MARGIN, size[1]), GROUND)
+    panel.paste(plain, (0, 0))
+    panel.paste(hot, (size[0] + MARGIN, 0))
+    return panel
+
+
+def _lines(
+    depth: TokenDepth, tokenizer: Tokenizer, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> list[list[tuple[str, float]]]:
+    """The tokens that are no part of an image, broken into lines, each with its share."""
+    inside = {place for span in depth.sequence.images for place in range(span.start, span.stop)}
+    tokens = [*depth.sequence.tokens.tolist(), *depth.continuation]
+    lines: list[list[tuple[str, float]]] = [[]]
+    used = 0.0
+    for place, token in enumerate(tokens):
+        if place in inside:
+            continue
+        piece = tokenizer.piece(token)
+        width = font.getlength(piece) + 8
+        if used + width > WIDTH - 2 * MARGIN and lines[-1]:
+            lines.append([])
+            used = 0.0
+        lines[-1].append((piece, float(depth.counts[place]) / len(depth.blocks)))
+        used += width
+    return lines if lines[0] else []
+
+
+def _legend(
+    pen: ImageDraw.ImageDraw, depth: TokenDepth, top: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> None:
+    most, left = len(depth.blocks), MARGIN
+    pen.text((left, top), "routed blocks passed:", fill=INK, font=font)
+    left += int(pen.textlength("routed blocks passed: ", font=font))
+    for count in range(most + 1):
+        pen.rectangle([left, top, left + 30, top + LINE - 8], fill=colour(count / most), outline=(200, 200, 200))
+        ink = INK if count / most < 0.6 else GROUND
+        pen.text((left + 15, top + 12), str(count), fill=ink, font=font, anchor="mm")
+        left += 34
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in depth.shares.items())
+    pen.text((MARGIN, top + LINE), f"share of depth: {shares}", fill=INK, font=font)
