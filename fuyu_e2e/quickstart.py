@@ -15,18 +15,13 @@ from fuyu_e2e.checkpoint import TrainedModel, load_model
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.contact_sheet import Cell, contact_sheet
-from fuyu_e2e.eval.digits import write_shards
+from fuyu_e2e.eval.digits import MAX_NEW_TOKENS, TEST_SEED, VOCAB_SIZE, write_shards
 from fuyu_e2e.eval.exact_match import Reading, by_group, chance_of_exchange, exact_match, exchange_images, read
 from fuyu_e2e.recipe import INTERRUPTED, FuyuCLI
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.shipped import shipped
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import train_tokenizer
-
-VOCAB_SIZE = 320
-MAX_NEW_TOKENS = 16
-TEST_SEED = 1_000_003
-"""Test and validation pictures are the same for every seed of training, so that seeds can be compared."""
 
 
 @dataclass(frozen=True)

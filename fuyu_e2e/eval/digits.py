@@ -27,6 +27,12 @@ from fuyu_e2e.shipped import shipped
 Split = Literal["train", "val", "test", "test-new-sizes"]
 
 QUESTION = "Read the digits."
+VOCAB_SIZE = 320
+"""Of a tokenizer for this task: hardly more than bytes and special tokens."""
+MAX_NEW_TOKENS = 16
+"""Room for an answer, with some to spare."""
+TEST_SEED = 1_000_003
+"""Test and validation pictures are the same for every seed of training, so that seeds can be compared."""
 MOST_DIGITS = 4
 HEIGHTS, WIDTHS = (16, 64), (16, 128)
 """Smallest and largest picture, in pixels."""

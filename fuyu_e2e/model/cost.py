@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from fuyu_e2e.model.config import FuyuConfig
 
-
 Counts = Sequence[int | float]
 """Tokens of each document; a fraction where a share of them is meant."""
 

@@ -32,7 +32,7 @@ LIMIT = 8.0
 """Bound of a score, so that one histogram holds them all."""
 BINS = 4_096
 """Bins of the histogram of scores."""
-MEMORY = 0.9
+MEMORY = 0.8
 """What is left of the histogram of past steps after each step."""
 CAPACITIES = 32
 """A routed block's capacity is a multiple of this fraction of the row, so that few shapes occur."""
@@ -204,7 +204,11 @@ def gather_passing(passes: Bool[Tensor, " T"], capacity: int | None) -> Passing:
 
 
 class Scorer(nn.Module):
-    """One number for each token: a learnt direction of its normalised state, bounded by `LIMIT`, in float32."""
+    """One number for each token: a learnt direction of its normalised state, bounded by `LIMIT`, in float32.
+
+    The direction has a length of about the square root of the width, divided off again: so a step of the optimizer
+    turns it by little, and thresholds can follow.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -212,12 +216,13 @@ class Scorer(nn.Module):
 
     def initialize(self) -> None:
         """Draws the direction so that a new model's scores have a variance of 1."""
-        nn.init.normal_(self.weight, std=self.weight.shape[0] ** -0.5)
+        nn.init.normal_(self.weight)
 
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, " T"]:
         with torch.autocast(x_TD.device.type, enabled=False):
             # Rounded as in a row of any length: a matrix product would group its sums by the row's shape.
             raw = (F.rms_norm(x_TD.float(), x_TD.shape[-1:]) * self.weight.float()).sum(dim=-1)
+            raw = raw * self.weight.shape[0] ** -0.5
             return LIMIT * torch.tanh(raw / LIMIT)
 
 

@@ -1,17 +1,20 @@
 """Cached generation is the uncached forward, token for token."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import KeyValueCache
-from fuyu_e2e.inference.generation import Sampling, choose, continue_texts, generate
+from fuyu_e2e.inference.depth import token_depth
+from fuyu_e2e.inference.generation import Sampling, choose, continue_texts, generate, prefill
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.routing import Progress, RoutingTrace
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import Prompt, SequenceBuilder, TokenSequence
 
@@ -31,6 +34,8 @@ def uncached(decoder: Decoder, prompt: TokenSequence, steps: int, eos_id: int) -
             patch_positions=row.patch_positions,
             target_positions=row.target_positions[:0],
             targets=row.targets[:0],
+            newline_positions=row.newline_positions,
+            image_patches=row.image_patches,
             document_lengths=(len(tokens),),
         )
         chosen = int(decoder(longer)[-1].argmax())
@@ -115,3 +120,92 @@ def test_impossible_sampling_is_refused(wrong: dict, name: str) -> None:
 def test_the_cache_says_what_it_takes(decoder: Decoder) -> None:
     cache = KeyValueCache(decoder.config, sequences=3, capacity=10, like=torch.zeros(1))
     assert cache.bytes == 2 * 3 * 3 * 10 * 2 * 12 * 4
+
+
+ROUTED = [
+    {"rule": "threshold", "share": 0.3},
+    {"rule": "threshold", "share": 0.3, "skipped": "keys"},
+    {"rule": "threshold", "share": 0.05},
+    {"rule": "topk", "share": 0.3},
+    {"rule": "image_topk", "share": 0.3},
+    {"rule": "fixed", "share": 0.2, "text_share": 0.6},
+    {"rule": "random", "share": 0.3},
+]
+
+
+def label(routing: dict) -> str:
+    return "-".join(map(str, routing.values()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("routing", ROUTED, ids=label)
+@given(seeds=st.lists(st.integers(0, 1_000), min_size=1, max_size=6))
+@settings(max_examples=10)
+def test_routed_cached_generation_is_the_uncached_forward(
+    routing: dict,
+    seeds: list[int],
+    routed_decoder: Callable[..., Decoder],
+    builder: SequenceBuilder,
+    random_document: RandomDocument,
+) -> None:
+    decoder = routed_decoder(**routing)
+    prompts = [builder.prompt(random_document(seed).prompt) for seed in seeds]
+    together = generate(decoder, prompts, max_new_tokens=6, eos_id=builder.tokenizer.eos_id)
+    assert together == [uncached(decoder, prompt, 6, builder.tokenizer.eos_id) for prompt in prompts]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skipped", ["nothing", "keys"])
+def test_cached_decoding_chooses_the_tokens_of_the_training_forward(
+    routed_decoder: Callable[..., Decoder],
+    builder: SequenceBuilder,
+    random_document: RandomDocument,
+    skipped: str,
+    dtype: torch.dtype,
+) -> None:
+    """Each document read token by token behind its image, against all at once in a row with a fixed capacity."""
+    decoder = routed_decoder(share=0.3, skipped=skipped, slack=3.0, explore=0.0).to(dtype)
+    same = total = 0
+    for seed in range(40):
+        sequence = builder.build(random_document(seed))
+        start = max((span.stop for span in sequence.images), default=0) + 1
+        trace = RoutingTrace()
+        decoder.train()(pack_row([sequence]), trace)
+        assert not any((routed.chosen & ~routed.passed).any() for routed in trace.blocks)
+        expected = torch.stack([routed.passed for routed in trace.blocks])
+        prompt = sequence.cut(start) or replace(sequence, tokens=sequence.tokens[:start], loss=sequence.loss[:start])
+        depth = token_depth(decoder.eval(), prompt, sequence.tokens[start:].tolist())
+        assert depth.passed.shape == expected.shape
+        same += int((depth.passed == expected).sum())
+        total += expected.numel()
+    assert total > 2_000
+    assert same == total if dtype == torch.float32 else same >= 0.999 * total
+
+
+@torch.no_grad()
+def test_a_routed_cache_holds_what_passed(
+    routed_decoder: Callable[..., Decoder], builder: SequenceBuilder, make_png: Callable[..., bytes]
+) -> None:
+    """At a share of 0.125 in every second block, little more than (1 + 0.125) / 2 of a dense cache."""
+    settings = {"share": 0.125, "blocks": (1, 3), "slack": 0.0}
+    documents = [Document(f"{seed}", (Image(make_png(120, 120, seed=seed)),)) for seed in range(4)]
+    rows = pack_row([builder.prompt(document) for document in documents])
+    sizes = {}
+    for skipped in ("nothing", "keys"):
+        decoder = routed_decoder(**settings, skipped=skipped)
+        for _ in range(30):  # thresholds of these very documents
+            trace = RoutingTrace()
+            decoder(rows, trace)
+            decoder.observe(trace)
+            decoder.update_thresholds(Progress(), lambda counts: counts)
+        cache = KeyValueCache(decoder.config, 4, max(rows.document_lengths), like=torch.zeros(1))
+        prefill(decoder, rows, cache)
+        sizes[skipped] = [block.keys.shape[1] for block in cache.blocks]
+        dense = 2 * 5 * 4 * max(rows.document_lengths) * 2 * 12 * 4
+        assert cache.bytes < (3 + 2 * 1.0) / 5 * 1.06 * dense
+        if skipped == "nothing":
+            assert cache.bytes == pytest.approx((3 + 2 * 0.125 * 9 / 8) / 5 * dense, rel=0.12)
+    assert all(places == rows.document_lengths[0] for places in sizes["nothing"][::2])
+    assert max(sizes["nothing"][1::2]) < 0.3 * rows.document_lengths[0]
+    assert min(sizes["keys"][1::2]) >= rows.document_lengths[0]

@@ -1,14 +1,17 @@
 """The counted cost against torch's own counter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.model.attention import reference_attention
-from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.attention import Attend, Passing, RowAttention, reference_attention
+from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.model.cost import cost
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.routing import Layout, Progress, RoutingTrace
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -57,3 +60,86 @@ def test_training_flops_agree_with_torchs_counter(heads: int, kv_heads: int, tie
     assert counted.training_flops == pytest.approx(measured, rel=0.01)
     assert counted.parameters == sum(weight.numel() for weight in decoder.parameters())
     assert counted.training_flops_per_token == pytest.approx(measured / length, rel=0.01)
+
+
+@pytest.mark.parametrize("skipped", ["nothing", "keys"])
+@pytest.mark.parametrize("rule", ["threshold", "topk"])
+def test_routed_flops_agree_with_torchs_counter(rule: str, skipped: str) -> None:
+    """One document, of which the definition of attention runs over the passing tokens alone."""
+    routing = RoutingConfig(rule=rule, share=0.3, skipped=skipped, slack=0.0)
+    config = FuyuConfig(
+        vocab_size=500, patch_size=8, layers=5, width=64, heads=4, kv_heads=2, head_size=16, feed_forward=160,
+        routing=routing,
+    )  # fmt: skip
+    decoder, length = Decoder(config), 320
+    tokens = torch.randint(0, 500, (length,))
+    batch = PackedBatch(
+        tokens=tokens,
+        positions=torch.arange(length),
+        patches=torch.zeros(30, 192, dtype=torch.uint8),
+        patch_positions=torch.arange(30),
+        target_positions=torch.arange(30, length - 1),
+        targets=tokens[31:],
+        document_lengths=(length,),
+        image_patches=(30,),
+    )
+
+    class Definition(RowAttention):
+        def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            if len(q) < len(k):  # those that ask see all keys; the mask costs nothing
+                k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+                weights = torch.einsum("chk,thk->hct", q, k).softmax(dim=-1)
+                return torch.einsum("hct,thk->chk", weights, v)
+            return reference_attention(q, k, v, (len(q),))
+
+        def among(self, passing: Passing) -> Attend:
+            return self
+
+        def asking(self, passing: Passing) -> Attend:
+            return self
+
+    decoder.eval()
+    trace = RoutingTrace(Layout.of(batch, config, Progress(), training=True))
+    for _ in range(2):
+        trace.blocks.clear()
+        decoder.hidden(
+            decoder.embed(tokens, batch.patches, batch.patch_positions), batch.positions, Definition(), trace
+        )
+        decoder.observe(trace)
+        decoder.update_thresholds(Progress(), lambda counts: counts)
+
+    def loss() -> torch.Tensor:
+        trace.blocks.clear()
+        x = decoder.embed(batch.tokens, batch.patches, batch.patch_positions)
+        hidden = decoder.hidden(x, batch.positions, Definition(), trace)[batch.target_positions]
+        return decoder._chunk_loss(hidden, batch.targets)
+
+    with FlopCounterMode(display=False) as forward:
+        result = loss()
+    with FlopCounterMode(display=False) as backward:
+        result.backward()
+    passing = [[int(routed.passed.sum())] for routed in trace.blocks]
+    assert all(0 < counts[0] < length for counts in passing)
+    counted = cost(config, document_lengths=(length,), patches=30, targets=length - 31, passing=passing)
+    assert counted.forward_flops == pytest.approx(forward.get_total_flops(), rel=0.01)
+    if rule == "threshold":
+        measured = forward.get_total_flops() + backward.get_total_flops()
+        assert counted.training_flops == pytest.approx(measured, rel=0.01)
+    assert counted.parameters == sum(weight.numel() for weight in decoder.parameters())
+
+
+def test_the_shares_asked_for_are_what_counts_where_nothing_else_is_known() -> None:
+    shape = {"vocab_size": 500, "patch_size": 8, "layers": 9, "width": 64, "heads": 4, "kv_heads": 2, "head_size": 16}
+    dense = FuyuConfig(**shape, feed_forward=160)
+    row = {"document_lengths": (100, 60), "patches": 80, "targets": 10}
+    for routing, shares in (
+        (RoutingConfig(share=0.25), (0.25, 0.25, 0.25)),
+        (RoutingConfig(share=(0.5, 0.25, 0.125)), (0.5, 0.25, 0.125)),
+        (RoutingConfig(share=0.1, text_share=0.7), (0.4, 0.4, 0.4)),
+        (RoutingConfig(rule="image_topk", share=0.5), (0.75, 0.75, 0.75)),
+    ):
+        config = replace(dense, routing=routing)
+        asked = [[100 * share, 60 * share] for share in shares]
+        assert cost(config, **row).training_flops == cost(config, **row, passing=asked).training_flops
+        whole = cost(config, **row, dense=1.0).training_flops
+        assert whole == cost(dense, **row).training_flops > cost(config, **row).training_flops

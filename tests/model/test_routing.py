@@ -337,7 +337,8 @@ def row(lengths, images):
         keys=tuple(map(str, lengths)),
     )
 
-rows = [row([100, 200, 150], [30, 20]), row([60] * 8, [7, 50, 30]), row([400, 90], [30, 14]), row([33] * 15, [10] * 12)]
+sizes = [([100, 200, 150], [30, 20]), ([60] * 8, [7, 50, 30]), ([400, 90], [30, 14]), ([33] * 15, [10] * 12)]
+rows = [row(*size) for size in sizes]
 for rule, skipped in (("threshold", "nothing"), ("threshold", "keys"), ("image_topk", "nothing"), ("topk", "nothing")):
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -1,0 +1,23 @@
+"""`python -m fuyu_e2e.bench NAME [options]`: every benchmark prints a table and writes its figures as JSON."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from fuyu_e2e.bench.isoflop import isoflop
+from fuyu_e2e.bench.mod import mod
+
+BENCHMARKS: dict[str, Callable[[Sequence[str]], None]] = {"mod": mod, "isoflop": isoflop}
+
+
+def main() -> int:
+    """Runs the benchmark that is named."""
+    name, *args = sys.argv[1:] or [""]
+    if name not in BENCHMARKS:
+        print(f"usage: python -m fuyu_e2e.bench {{{','.join(BENCHMARKS)}}} [--help]", file=sys.stderr)
+        return 2
+    BENCHMARKS[name](args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
