@@ -15,13 +15,18 @@ from fuyu_e2e.checkpoint import TrainedModel, load_model
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.contact_sheet import Cell, contact_sheet
+from fuyu_e2e.eval.depth import depth_shares, reading_depths
 from fuyu_e2e.eval.digits import MAX_NEW_TOKENS, TEST_SEED, VOCAB_SIZE, write_shards
 from fuyu_e2e.eval.exact_match import Reading, by_group, chance_of_exchange, exact_match, exchange_images, read
+from fuyu_e2e.inference.depth_map import depth_map
 from fuyu_e2e.recipe import INTERRUPTED, FuyuCLI
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.shipped import shipped
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import train_tokenizer
+
+DEPTH_PICTURES = 200
+"""Test pictures over which a routed model's depth is averaged."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ def quickstart(args: Sequence[str]) -> int:
     results["tokens_per_second"] = round(cli.throughput.tokens / cli.throughput.seconds)
     results["seed"] = options.seed
     results["steps"] = model.step
+    if model.decoder.config.routing is not None:
+        depths = reading_depths(model, readings[:DEPTH_PICTURES])
+        results["share_of_depth"] = depth_shares(depths)
+        shown = max(depths[:48], key=lambda depth: len(depth.sequence.patches))
+        depth_map(shown, model.tokenizer).save(place.root / "depth_map.png")
     (place.root / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     sheet = place.root / "contact_sheet.png"
     contact_sheet([cell(reading) for reading in readings[:48]], sheet)
@@ -158,6 +168,12 @@ def report(console: Console, place: Workplace, results: dict[str, Any], sheet: P
         f"{results['exact_match_images_exchanged']:.3f} (chance {results['chance_images_exchanged']:.3f})",
     )
     console.print(table)
+    if "share_of_depth" in results:
+        depth = Table("share of the routed blocks passed by", "")
+        for name, share in results["share_of_depth"].items():
+            depth.add_row(name.replace("_", " "), f"{share:.1%}")
+        console.print(depth)
+        console.print(f"Heat map of a picture: {place.root}/depth_map.png", soft_wrap=True)
     console.print(
         f"{results['seconds']:.0f} s in all, {results['tokens_per_second']:,} tokens/s in training\n\n"
         f"See what it reads:   {sheet}\n"

@@ -85,7 +85,7 @@ def routed_decoder(
     def make(**routing: Any) -> Decoder:
         if (name := repr(routing)) not in made:
             torch.manual_seed(0)
-            decoder = Decoder(replace(config, layers=5, routing=RoutingConfig(**routing)))
+            decoder = Decoder(replace(config, layers=5, routing=RoutingConfig(**{"blocks": (1, 3)} | routing)))
             with torch.no_grad():
                 for name_, weight in decoder.named_parameters():
                     weight.add_(torch.randn_like(weight) * (0.05 if ".rule." in name_ else 0.2))
@@ -102,10 +102,19 @@ def routed_decoder(
 
 def png(height: int, width: int, seed: int = 0) -> bytes:
     """An encoded image of random pixels."""
-    pixels = np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), np.uint8)
+    return encoded(np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def encoded(pixels: np.ndarray) -> bytes:
+    """Pixels as a PNG file."""
     file = io.BytesIO()
     Pillow.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def encode_png() -> Callable[[np.ndarray], bytes]:
+    return encoded
 
 
 @pytest.fixture(scope="session")

@@ -158,6 +158,91 @@ def test_curves_hold_what_a_run_is_judged_by(run: Callable, tokenizer_file: Path
     assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2]
 
 
+@pytest.fixture(scope="module")
+def routed(folder: Path, tokenizer_file: Path) -> Path:
+    """A run of six steps of a decoder with routed blocks."""
+    from fuyu_e2e.recipe import FuyuCLI
+
+    run = folder / "runs" / "routed"
+    FuyuCLI(
+        [
+            "fit",
+            f"--config={shipped('recipes/quickstart-mod.yaml')}",
+            f"--data.train={folder}/shards/*.tar",
+            f"--data.val={folder}/shards/00000.tar",
+            f"--data.tokenizer={tokenizer_file}",
+            f"--trainer.default_root_dir={run}",
+            "--trainer.val_check_interval=3",
+            "--trainer.log_every_n_steps=1",
+            "--model.max_new_tokens=4",
+            *SHORT,
+            "--trainer.max_steps=6",
+        ]
+    )
+    return run
+
+
+def test_a_routed_run_shows_how_much_depth_each_kind_of_token_gets(routed: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(routed / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    for prefix in ("routing", "val/routing"):
+        kinds = {
+            f"{prefix}/block{block}/{kind}" for block in (2, 4) for kind in ("patches", "newlines", "text", "answers")
+        }
+        assert kinds | {f"{prefix}/overflow"} <= set(tags["scalars"])
+    assert {"routing/block2/threshold", "routing/block2/score_spread"} <= set(tags["scalars"])
+    assert events.Scalars("routing/block2/all")[0].value == 1
+    assert len(events.Scalars("val/routing/changed_choices")) == 1, "two validations have one change between them"
+    assert {"routing/0", "routing/3"} <= set(tags["images"])
+
+
+def test_routing_draws_the_depth_of_a_prompt(run: Callable, routed: Path, folder: Path) -> None:
+    Pillow.new("RGB", (70, 30), "white").save(folder / "white.png")
+    code, printed = run(
+        "routing", "--checkpoint", str(routed), "--image", "white.png", "--prompt", "Read the digits.",
+        "--max-new-tokens", "3", "--out", "depth.png",
+    )  # fmt: skip
+    assert code == 0, printed
+    assert "Share of the 2 routed blocks" in printed
+    assert all(kind in printed for kind in ("patches", "newlines", "text", "answers"))
+    assert Pillow.open(folder / "depth.png").width > 500
+
+
+def test_routing_of_a_dense_model_is_refused(run: Callable, trained: Path) -> None:
+    refused(run("routing", "--checkpoint", str(trained), "--prompt", "a"), "dense", "every block")
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("share=0", "above 0 and at most 1"),
+        ("share=1.5", "above 0 and at most 1"),
+        ("share=0.0001", "data.budget to at least 10000"),
+        ("blocks=[0,1,2,3,4,5]", "names all 6 blocks"),
+    ],
+)
+def test_impossible_routing_is_refused(run: Callable, tokenizer_file: Path, setting: str, sentence: str) -> None:
+    recipe = str(shipped("recipes/quickstart-mod.yaml"))
+    refused(
+        run(
+            "fit", "--config", recipe, "--data.train", "shards/*.tar", f"--model.decoder.routing.{setting}", *SHORT,
+            "--trainer.default_root_dir", "runs/refused-routing",
+        ),
+        sentence,
+    )  # fmt: skip
+
+
+def test_an_unknown_rule_is_refused_by_its_type(run: Callable) -> None:
+    recipe = str(shipped("recipes/quickstart-mod.yaml"))
+    code, printed = run("fit", "--config", recipe, "--model.decoder.routing.rule", "best")
+    assert code == 2
+    assert "threshold" in printed
+    assert "Traceback" not in printed
+
+
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_a_checkpoint_is_evaluated_by_lightnings_commands(run: Callable, trained: Path, command: str) -> None:
     data = {"validate": "val", "test": "test", "predict": "predict"}[command]

@@ -35,6 +35,18 @@ def test_the_quickstart_leaves_its_figures_and_pictures(tmp_path: Path, capfd: p
     assert f"fuyu-e2e generate --checkpoint {out}" in capfd.readouterr().out.replace("\n", " ").replace("  ", " ")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_quickstart_with_routed_blocks_shows_its_depth(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    out = tmp_path / "run"
+    recipe = "recipes/quickstart-mod.yaml"
+    assert quickstart(["--out", str(out), "--recipe", recipe, "--max-steps", "12", *SMALL]) == 0
+    results = json.loads((out / "results.json").read_text())
+    kinds = {"patches", "patches_with_ink", "patches_without_ink", "newlines", "text"}
+    assert kinds <= set(results["share_of_depth"])
+    assert Pillow.open(out / "depth_map.png").width > 500
+    assert "patches with ink" in capfd.readouterr().out
+
+
 def test_ctrl_c_leaves_a_checkpoint_that_the_printed_command_continues(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-c", MAIN, "quickstart", "--out", str(out), "--max-steps", "4000", *SMALL]

@@ -23,7 +23,7 @@ def report(results: Sequence[dict[str, Any]], picture: Path) -> None:
     _plot(results, names, picture)
 
 
-def _values(results: Sequence[dict[str, Any]], name: str, budget: int, key: str) -> list[float]:
+def _values(results: Sequence[dict[str, Any]], name: str, budget: int, key: str) -> list[int | float]:
     return [result[key] for result in results if (result["contender"], result["budget"]) == (name, budget)]
 
 

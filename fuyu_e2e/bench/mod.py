@@ -175,7 +175,7 @@ def _settle(decoder: Decoder, row: PackedBatch) -> None:
 
 
 @torch.no_grad()
-def _flops(decoder: Decoder, row: PackedBatch) -> dict[str, float]:
+def _flops(decoder: Decoder, row: PackedBatch) -> dict[str, int]:
     """Operations of a training step, a prefill and a step of decoding, with the tokens that really pass."""
     trace = RoutingTrace()
     decoder(row, trace)

@@ -178,6 +178,7 @@ def write_shards(
     split: Split,
     count: int,
     seed: int,
+    most_digits: int = MOST_DIGITS,
     processes: int = 2,
     shard_size: int = 2_500,
 ) -> list[Path]:
@@ -186,8 +187,9 @@ def write_shards(
     Args:
         directory: Where `{split}-00000.tar` and those behind it go.
         split: Which scans and sizes they are made of; `test-new-sizes` are test scans in sizes never trained on.
-        count: Pictures in all, one to four digits equally often.
+        count: Pictures in all, of one to `most_digits` digits equally often.
         seed: Seeds the pictures; their bytes don't depend on `processes`.
+        most_digits: Digits in a picture at most.
         processes: Shards written at once.
         shard_size: Pictures of a shard.
 
@@ -197,7 +199,8 @@ def write_shards(
     starts = range(0, count, shard_size)
     paths = [directory / f"{split}-{number:05}.tar" for number in range(len(starts))]
     jobs = [
-        (path, split, start, min(shard_size, count - start), seed) for path, start in zip(paths, starts, strict=True)
+        (path, split, start, min(shard_size, count - start), seed, most_digits)
+        for path, start in zip(paths, starts, strict=True)
     ]
     if processes == 1 or len(jobs) == 1:
         for job in jobs:
@@ -210,13 +213,13 @@ def write_shards(
     return paths
 
 
-def _write_shard(path: Path, split: Split, start: int, count: int, seed: int) -> None:
+def _write_shard(path: Path, split: Split, start: int, count: int, seed: int, most_digits: int) -> None:
     scans = load_scans(split)
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), start])
     with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="") as writer:
         for number in range(start, start + count):
             key = f"{split}-{number:06}"
-            digits = int(rng.integers(1, MOST_DIGITS + 1))
+            digits = int(rng.integers(1, most_digits + 1))
             size = draw_size(rng, digits, new_sizes=split == "test-new-sizes")
             pixels, truth = compose(rng, scans, digits, *size, warp=split == "train")
             writer.write({"__key__": key, "jpg": _jpeg(pixels), "json": _conversation(key, truth)})

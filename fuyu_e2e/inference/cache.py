@@ -53,6 +53,8 @@ class BlockCache:
         place = torch.arange(len(sequence), device=sequence.device) - (counts.cumsum(0) - counts)[sequence]
         place = place + self.lengths[sequence]
         self.lengths = self.lengths + counts
+        if self.longest == 0:  # under autocast, keys and values come in other types than weights
+            self.keys, self.values = self.keys.to(keys.dtype), self.values.to(values.dtype)
         self.longest = int(self.lengths.max()) if longest is None else longest
         if self.longest > self.keys.shape[1]:
             self.reserve(self.longest + self.longest // GROWTH)

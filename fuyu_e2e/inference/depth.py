@@ -39,6 +39,11 @@ class TokenDepth:
         return self.passed.sum(dim=0)
 
     @property
+    def kind_names(self) -> list[str]:
+        """The name of each token's kind."""
+        return [KIND_NAMES[Kind(kind)] for kind in self.kinds.tolist()]
+
+    @property
     def shares(self) -> dict[str, float]:
         """The share of the routed blocks that tokens of each kind passed; kinds that don't occur are left out."""
         return {

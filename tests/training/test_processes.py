@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from fuyu_e2e.datamodule import FuyuDataModule
@@ -13,10 +14,14 @@ from fuyu_e2e.shipped import shipped
 COMMAND = Path(sys.executable).parent / "fuyu-e2e"
 
 
+@pytest.mark.parametrize("routing", [[], ["--model.decoder.routing.share=0.3", "--model.decoder.routing.anneal=0.5"]])
 def test_two_processes_give_the_weights_of_one_with_two_micro_batches(
-    question_data: Callable[..., FuyuDataModule], tmp_path: Path
+    question_data: Callable[..., FuyuDataModule], tmp_path: Path, routing: list[str]
 ) -> None:
-    """Rank r takes every second row, and loss is divided by the supervised tokens of both ranks."""
+    """Rank r takes every second row, and loss is divided by the supervised tokens of both ranks.
+
+    Thresholds of routed blocks come from the scores of both.
+    """
     data = question_data()
     weights = []
     for name, settings in {
@@ -34,6 +39,7 @@ def test_two_processes_give_the_weights_of_one_with_two_micro_batches(
             "--trainer.accelerator=cpu",
             "--trainer.enable_progress_bar=false",
             f"--trainer.default_root_dir={tmp_path / name}",
+            *routing,
             *settings,
         ]
         done = subprocess.run([COMMAND, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=240)
@@ -42,5 +48,8 @@ def test_two_processes_give_the_weights_of_one_with_two_micro_batches(
         weights.append(checkpoint["state_dict"])
         assert checkpoint["fuyu_e2e"]["tokens_seen"] > 4 * 96
     one, two = weights
+    thresholds = [name for name in one if name.endswith(".threshold")]
+    assert len(thresholds) == (1 if routing else 0)
+    assert all(one[name].isfinite() for name in thresholds)
     for name, weight in one.items():
         torch.testing.assert_close(weight, two[name], atol=1e-5, rtol=1e-4)

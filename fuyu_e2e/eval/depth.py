@@ -1,0 +1,45 @@
+"""How much depth a routed model gives to what it reads: by kind of token, and to ink against empty ground."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, UInt8
+
+from fuyu_e2e.checkpoint import TrainedModel
+from fuyu_e2e.eval.exact_match import Reading
+from fuyu_e2e.image import PADDING
+from fuyu_e2e.inference.depth import TokenDepth, token_depth
+from fuyu_e2e.sequence import TokenSequence
+
+DARK = 128
+"""Brightness below which a pixel is taken for ink."""
+
+
+def reading_depths(model: TrainedModel, readings: Sequence[Reading]) -> list[TokenDepth]:
+    """The depth of every token of some prompts and of what the model wrote behind them."""
+    return [
+        token_depth(model.decoder, reading.prompt.sequence, model.tokenizer.encode(reading.text))
+        for reading in readings
+    ]
+
+
+def depth_shares(depths: Sequence[TokenDepth]) -> dict[str, float]:
+    """The share of the routed blocks that tokens passed, by kind; patches also apart, with and without ink."""
+    passed = torch.cat([depth.passed for depth in depths], dim=1).float().mean(dim=0).numpy()
+    kinds = [np.array(depth.kind_names, dtype=object) for depth in depths]
+    for names, depth in zip(kinds, depths, strict=True):
+        ink = has_ink(depth.sequence)
+        places = depth.sequence.patch_positions
+        names[places] = np.where(ink, "patches_with_ink", "patches_without_ink")
+    names = np.concatenate(kinds)
+    shares = {name: float(passed[names == name].mean()) for name in sorted(set(names.tolist()))}
+    patches = np.array([name.startswith("patches") for name in names.tolist()])
+    return {"patches": float(passed[patches].mean()), **shares}
+
+
+def has_ink(sequence: TokenSequence) -> Bool[np.ndarray, " P"]:
+    """Whether each patch of pictures of dark ink on light ground holds any of it."""
+    pixels: UInt8[np.ndarray, "P pixels 3"] = sequence.patches.reshape(len(sequence.patches), -1, 3)
+    padding = (pixels == PADDING).all(axis=-1)
+    return ((pixels.mean(axis=-1) < DARK) & ~padding).any(axis=-1)

@@ -1,0 +1,67 @@
+"""The benchmarks run, at a size that measures nothing, and leave the figures that the docs quote."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from fuyu_e2e.bench.__main__ import main
+from fuyu_e2e.bench.isoflop import CONTENDERS, isoflop
+from fuyu_e2e.bench.measure import alternate
+from fuyu_e2e.bench.mod import mod
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+def test_contenders_alternate_and_give_their_medians() -> None:
+    order: list[str] = []
+    seconds = alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warm_up=1)
+    assert order == ["a", "b"] * 4
+    assert set(seconds) == {"a", "b"}
+    assert all(value >= 0 for value in seconds.values())
+
+
+def test_mod_times_training_prefill_and_decoding(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "mod.json"
+    mod(["--widths", "64", "--lengths", "128", "--document", "64", "--rounds", "1", "--modes", "eager",
+         "--out", str(out)])  # fmt: skip
+    written = json.loads(out.read_text())
+    assert {"device", "torch", "date"} <= set(written)
+    assert {(result["phase"], result["skipped"]) for result in written["results"]} == {
+        (phase, skipped) for phase in ("train", "prefill", "decode") for skipped in ("nothing", "keys")
+    }
+    for result in written["results"]:
+        assert 0.4 < result["flop_ratio"] < 1
+        if result["phase"] == "prefill" and result["skipped"] == "nothing":
+            assert 0.45 < result["cache_ratio"] < 0.75
+    assert "saving_of_ideal" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_isoflop_trains_each_contender_to_the_same_operations(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra `bench`")
+    out = tmp_path / "isoflop.json"
+    arguments = ["--budgets", "4", "--seeds", "0", "--pictures", "300", "--test-pictures", "4", "--out", str(out)]
+    isoflop([*arguments, "--contenders", "dense", "threshold 0.125"])
+    first = json.loads(out.read_text())["results"]
+    isoflop([*arguments, "--contenders", "dense", "topk 0.125"])
+    results = json.loads(out.read_text())["results"]
+    assert results[:2] == first, "what was done is not done again"
+    assert [result["contender"] for result in results] == ["dense", "threshold 0.125", "topk 0.125"]
+    assert results[0]["steps"] == 4 < results[1]["steps"]
+    for result in results:
+        assert result["training_flops"] == pytest.approx(results[0]["training_flops"], rel=0.3)
+        assert result["loss"] > 0
+    assert "loss_looking_ahead" in results[2]
+    assert (tmp_path / "isoflop.png").stat().st_size > 10_000
+
+
+def test_every_rule_is_a_contender() -> None:
+    rules = {config.routing.rule for config in CONTENDERS.values() if config.routing is not None}
+    assert rules == {"threshold", "topk", "image_topk", "fixed", "random"}
+
+
+def test_an_unknown_benchmark_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "speed"])
+    assert main() == 2
+    assert "mod,isoflop" in capsys.readouterr().err
