@@ -12,6 +12,7 @@ import torch
 import webdataset
 from PIL import Image as Pillow
 
+from fuyu_e2e.checkpoint import load_model
 from fuyu_e2e.cli import main
 from fuyu_e2e.shipped import shipped
 
@@ -175,6 +176,8 @@ def routed(folder: Path, tokenizer_file: Path) -> Path:
             "--trainer.val_check_interval=3",
             "--trainer.log_every_n_steps=1",
             "--model.max_new_tokens=4",
+            "--model.decoder.routing.share=[0.5,0.25]",
+            "--model.decoder.routing.blocks=[2,4]",
             *SHORT,
             "--trainer.max_steps=6",
         ]
@@ -207,6 +210,7 @@ def test_routing_draws_the_depth_of_a_prompt(run: Callable, routed: Path, folder
     )  # fmt: skip
     assert code == 0, printed
     assert "Share of the 2 routed blocks" in printed
+    assert load_model(routed).decoder.config.shares(4).patches == 0.25
     assert all(kind in printed for kind in ("patches", "newlines", "text", "answers"))
     assert Pillow.open(folder / "depth.png").width > 500
 

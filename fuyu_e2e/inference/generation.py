@@ -111,6 +111,7 @@ def prefill(
     decoder: Decoder, batch: PackedBatch, cache: KeyValueCache, trace: RoutingTrace | None = None
 ) -> Float[Tensor, "B D"]:
     """Reads a packed row of prompts into an empty cache, and gives the last state of each prompt."""
+    assert not decoder.training, "a decoder generates in evaluation mode"
     trace = trace or RoutingTrace()
     if decoder.config.routing is not None:
         trace.layout = Layout.of(batch, decoder.config, decoder.progress, training=False)

@@ -403,7 +403,8 @@ class ImageTopK(Rule):
     def choose(self, x_TD: Float[Tensor, "T D"], layout: Layout, capacity: int | None) -> Choice:
         """Chooses among the patches of each image."""
         scores = self.scorer(x_TD)
-        by_score = scores.detach().index_select(0, layout.patch_positions).argsort(descending=True, stable=True)
+        ranked = scores.detach().masked_fill(self._exempt(layout), LIMIT).index_select(0, layout.patch_positions)
+        by_score = ranked.argsort(descending=True, stable=True)
         # Sorted by image, and by score within each: a patch's place behind the first of its image is its rank.
         order = by_score[layout.patch_image[by_score].argsort(stable=True)]
         rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))

@@ -35,11 +35,10 @@ def test_mod_times_training_prefill_and_decoding(tmp_path: Path, capsys: pytest.
         assert 0.4 < result["flop_ratio"] < 1
         if result["phase"] == "prefill" and result["skipped"] == "nothing":
             assert 0.45 < result["cache_ratio"] < 0.75
-    assert "saving_of_ideal" in capsys.readouterr().out.replace("\n", "")
+    assert "prefill" in capsys.readouterr().out
 
 
 def test_isoflop_trains_each_contender_to_the_same_operations(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs the extra `bench`")
     out = tmp_path / "isoflop.json"
     arguments = ["--budgets", "4", "--seeds", "0", "--pictures", "300", "--test-pictures", "4", "--out", str(out)]
     isoflop([*arguments, "--contenders", "dense", "threshold 0.125"])

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.transformers import transformers_config, transformers_state_dict
-from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `export`")
@@ -51,6 +52,12 @@ def test_logits_equal_stock_fuyu_with_a_qwen3_text_model(shape: dict, rows: int,
         ours, theirs = decoder(batch), stock(input_ids=tokens[None], **pixels).logits[0]
     assert ours.std() > 0.5, "the models say nothing, so the comparison means nothing"
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_a_routed_decoder_is_not_exported_as_a_dense_one() -> None:
+    decoder = random_decoder(0, heads=2, kv_heads=1, routing=RoutingConfig(share=0.5))
+    with pytest.raises(UserError, match="routed blocks can't be exported"):
+        transformers_config(decoder.config, patch_id=PATCH, bos_id=BOS, eos_id=EOS)
 
 
 def stock_fuyu(decoder: Decoder) -> torch.nn.Module:

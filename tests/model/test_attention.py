@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuyu_e2e.model.attention import AttentionPlan, reference_attention, rotary, rotate
+from fuyu_e2e.model.attention import AttentionPlan, MaskedAttention, reference_attention, rotary, rotate
+from fuyu_e2e.model.routing import gather_passing
 
 lengths = st.lists(st.integers(1, 70), min_size=1, max_size=12)
 
@@ -36,6 +37,33 @@ def test_a_row_costs_its_documents_squares_not_its_own(lengths: list[int]) -> No
     paid = sum(documents * length**2 for documents, length in plan.groups)
     assert paid <= sum((length + 15) ** 2 for length in lengths)
     assert sum(documents for documents, _ in plan.groups) == len(lengths)
+
+
+@given(lengths=lengths, seed=st.integers(0, 1_000), skipped=st.sampled_from(["nothing", "keys"]))
+def test_attention_of_passing_tokens_is_the_reference(lengths: list[int], seed: int, skipped: str) -> None:
+    """As planned on the CPU and as masked elsewhere, against the whole row with a mask over its keys."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    queries, keys, values = (torch.randn(total, heads, 8, generator=generator) for heads in (4, 2, 2))
+    passes = torch.rand(total, generator=generator) < torch.rand(1, generator=generator)
+    capacity = min(total, int(passes.sum()) + 3)
+    passing = gather_passing(passes, capacity) if capacity else gather_passing(passes, None)
+    known = passes if skipped == "nothing" else torch.ones_like(passes)
+    expected = reference_attention(queries, keys, values, tuple(lengths), known)[passes]
+    plan = AttentionPlan.of(tuple(lengths), torch.device("cpu"))
+    asked = queries[passing.index]
+    if skipped == "nothing":
+        document = plan._documents_of(passing)
+        given = (asked, keys[passing.index], values[passing.index])
+        contenders = [plan.among(passing), MaskedAttention.among(document)]
+    else:
+        given = (asked, keys, values)
+        contenders = [plan.asking(passing), MaskedAttention.asking(passing.index, plan.document)]
+    for attend in contenders:
+        attended = attend(0, *given)
+        assert attended.shape == asked.shape
+        assert attended.isfinite().all()
+        torch.testing.assert_close(attended[passing.real], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_rotary_scores_depend_on_distance_alone() -> None:
