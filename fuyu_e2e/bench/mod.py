@@ -84,6 +84,7 @@ def _row(length: int, document: int, device: str) -> PackedBatch:
 
 def _measure(width: int, length: int, mode: str, device: str, options: Any) -> list[dict[str, Any]]:
     torch.manual_seed(0)
+    torch.compiler.reset()  # or widths measured before would use up the compilations that a function may have
     row = _row(length, options.document, device)
     blocks = tuple(range(0, options.layers - 1, 2))
     routings = {
