@@ -142,10 +142,12 @@ class _Rows(IterableDataset):
 def _run_seed(job: Job) -> None:
     torch.set_num_threads(job.threads)
     wanted = [(name, budget) for budget in job.budgets for name in job.contenders if (name, budget) not in job.done]
+    if not wanted:
+        return
     with TemporaryDirectory() as folder:
         data = _prepare(Path(folder), job)
         steps = {run: _steps(CONTENDERS[run[0]], run[1], data.stream("train").rows()) for run in wanted}
-        data.store(max(steps.values(), default=0))
+        data.store(max(steps.values()))
         for run in wanted:
             result = _train(*run, job.seed, steps[run], data, Path(folder))
             with job.results.open("a") as file:
