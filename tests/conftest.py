@@ -89,11 +89,15 @@ def routed_decoder(
             with torch.no_grad():
                 for name_, weight in decoder.named_parameters():
                     weight.add_(torch.randn_like(weight) * (0.05 if ".rule." in name_ else 0.2))
-            for row in rows:
-                trace = RoutingTrace()
-                decoder.eval()(row, trace)
-                decoder.observe(trace)
-            decoder.update_thresholds(Progress(), lambda counts: counts)
+            for _ in range(2):  # the later block's scores settle once the earlier one's threshold has
+                for name_, buffer in decoder.named_buffers():
+                    if name_.endswith(".history"):
+                        buffer.zero_()
+                for row in rows:
+                    trace = RoutingTrace()
+                    decoder.eval()(row, trace)
+                    decoder.observe(trace)
+                decoder.update_thresholds(Progress(), lambda counts: counts)
             made[name] = decoder
         return copy.deepcopy(made[name]).eval()
 

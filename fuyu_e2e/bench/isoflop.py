@@ -83,9 +83,7 @@ class Job:
 def isoflop(args: Sequence[str]) -> None:
     """Trains dense and routed decoders to equal operations, and compares held-out loss and exact match."""
     parser = ArgumentParser(prog="python -m fuyu_e2e.bench isoflop", description=isoflop.__doc__)
-    parser.add_argument(
-        "--budgets", type=int, nargs="+", default=[150, 300, 600], help="Steps of the dense decoder."
-    )
+    parser.add_argument("--budgets", type=int, nargs="+", default=[150, 300, 600], help="Steps of the dense decoder.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--pictures", type=int, default=30_000, help="Training pictures (default: %(default)s).")
