@@ -15,7 +15,7 @@ COMMAND = Path(sys.executable).parent / "fuyu-e2e"
 
 
 @pytest.mark.parametrize("routing", [[], ["--model.decoder.routing.share=0.3", "--model.decoder.routing.anneal=0.5"]])
-def test_two_processes_give_the_weights_of_one_with_two_micro_batches(
+def test_two_processes_give_the_weights_of_one_with_twice_the_micro_batches(
     question_data: Callable[..., FuyuDataModule], tmp_path: Path, routing: list[str]
 ) -> None:
     """Rank r takes every second row, and loss is divided by the supervised tokens of both ranks.
@@ -25,8 +25,8 @@ def test_two_processes_give_the_weights_of_one_with_two_micro_batches(
     data = question_data()
     weights = []
     for name, settings in {
-        "one": ["--trainer.accumulate_grad_batches=2"],
-        "two": ["--trainer.devices=2", "--trainer.strategy=ddp"],
+        "one": ["--trainer.accumulate_grad_batches=4"],
+        "two": ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accumulate_grad_batches=2"],
     }.items():
         arguments = [
             "fit",
