@@ -26,8 +26,9 @@ from fuyu_e2e.inspection import draw_sequence, show_tokens
 from fuyu_e2e.quickstart import quickstart
 from fuyu_e2e.recipe import INTERRUPTED, FuyuCLI
 from fuyu_e2e.sequence import Prompt
+from fuyu_e2e.shards.commands import shards
 from fuyu_e2e.shards.formats import read_documents
-from fuyu_e2e.shards.reading import check_shards, expand_patterns
+from fuyu_e2e.shards.sources import ShardCache, expand_patterns
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import train_tokenizer
 
@@ -42,6 +43,7 @@ usage: fuyu-e2e COMMAND [--help]
   generate           continue one prompt:  fuyu-e2e generate --checkpoint C --image a.png --prompt "..."
   routing            show how much depth each token of a prompt gets in a model with routed blocks
   tokenizer train    train a tokenizer on the text of shards
+  shards             index, verify, stats or write: what shards hold, and new ones from your own files
   inspect            show a sample as it enters the model
 """
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
@@ -68,10 +70,9 @@ def inspect(args: Sequence[str]) -> int:
     """Prints the tokens of one training sample, and draws its images as the model sees them."""
     cli = InspectCLI(args)
     data: FuyuDataModule = cli.datamodule
-    check_shards(data.shards("train"))
     tally = Tally()
     index = cli.config.index
-    document = next(islice(data.stream("train").documents(tally), index, None), None)
+    document = next(islice(data.documents("train", tally), index, None), None)
     if document is None:
         raise UserError(f"--index {index} is behind the last usable sample ({tally.summary()}).")
     try:
@@ -153,14 +154,19 @@ def tokenizer(args: Sequence[str]) -> int:
     train.add_argument("--vocab-size", type=int, required=True, help="Tokens, special and byte tokens included.")
     train.add_argument("--out", required=True, help="The file to write.")
     options = parser.parse_args(args)
-    shards = expand_patterns(options.shards)
-    check_shards(shards)
+    found = expand_patterns(options.shards)
+    cache = ShardCache.at()
     tally = Tally()
-    texts = (text for shard in shards for document in read_documents(shard, tally) for text in document.texts)
+    texts = (
+        text
+        for shard in found
+        for document in read_documents(cache.path(shard), tally, shard)
+        for text in document.texts
+    )
     trained = train_tokenizer(texts, options.vocab_size)
     trained.save(Path(options.out))
     print(
-        f"{options.out}: {trained.vocab_size} tokens from {len(shards)} shards ({tally.read} samples read, "
+        f"{options.out}: {trained.vocab_size} tokens from {len(found)} shards ({tally.read} samples read, "
         f"{tally.skipped.total()} skipped)"
     )
     return 0
@@ -177,6 +183,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "inspect": inspect,
     "generate": generate,
     "routing": routing,
+    "shards": shards,
     "tokenizer": tokenizer,
     "quickstart": quickstart,
 }

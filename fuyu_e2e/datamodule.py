@@ -1,22 +1,30 @@
 """Shards in, packed batches out: the LightningDataModule."""
 
+import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from dataclasses import asdict
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.image import ImagePolicy
 from fuyu_e2e.packing import LongDocuments
 from fuyu_e2e.sequence import Prompt, SequenceBuilder
-from fuyu_e2e.shards.reading import check_shards, expand_patterns
-from fuyu_e2e.shards.stream import Stream
+from fuyu_e2e.shards.formats import read_documents
+from fuyu_e2e.shards.manifest import check_complete, facts_of
+from fuyu_e2e.shards.mixture import MixBy, Source
+from fuyu_e2e.shards.sources import CACHE_FOLDER, CACHE_GIGABYTES, ShardCache, expand_patterns
+from fuyu_e2e.shards.stream import LaneState, Stream, StreamRow, StreamSource
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import Tokenizer
 
@@ -29,7 +37,8 @@ class FuyuDataModule(pl.LightningDataModule):
     Args:
         tokenizer: A sentencepiece model, as `fuyu-e2e tokenizer train` writes it.
         patch_size: Side of a patch in pixels; the command line takes it from the decoder.
-        train: Shards to train on: a path, glob or brace pattern, a folder, or a list of them. Read without end.
+        train: Shards to train on: a path, URL, glob or brace pattern, a folder, or a list of them; or a mixture, as
+            named sources with shards and a weight each. Read without end.
         val: Shards for `validate` and for validation during `fit`; read once.
         test: Shards for `test`; read once.
         predict: Shards for `predict`, whose documents are continued from before their last supervised text.
@@ -39,26 +48,34 @@ class FuyuDataModule(pl.LightningDataModule):
         max_patches: Patch budget of an image; a larger one is scaled down to it, a smaller one never up.
         lanes: Sample streams that rows are drawn from in turn. Fixes the order of the data together with the
             seed, so that it doesn't depend on processes and workers; a multiple of processes x workers.
-        shuffle: Documents in each lane's shuffle buffer.
+        shuffle: Documents that each lane shuffles together. They are read where they stand, not held in memory.
+        mix_by: Whether the weights of a mixture are shares of its `tokens` or of its `documents`.
         workers: Worker processes that read and decode; 0 does it in the training process.
         seed: Seeds the order of the data.
+        cache_dir: Where shards from elsewhere are kept on this machine.
+        cache_gigabytes: What they may take up there at most; the least recently used go first.
+        allow_pipe: Whether `pipe:COMMAND` may stand for a shard. The command runs in a shell.
     """
 
     def __init__(
         self,
         tokenizer: str,
         patch_size: int,
-        train: Patterns = None,
+        train: str | list[str] | dict[str, Source] | None = None,
         val: Patterns = None,
         test: Patterns = None,
         predict: Patterns = None,
         budget: int = 2048,
         long_documents: LongDocuments = "skip",
         max_patches: int = 1024,
-        lanes: int = 8,
-        shuffle: int = 256,
+        lanes: int = 16,
+        shuffle: int = 4096,
+        mix_by: MixBy = "tokens",
         workers: int = 0,
         seed: int = 0,
+        cache_dir: str = CACHE_FOLDER,
+        cache_gigabytes: float = CACHE_GIGABYTES,
+        allow_pipe: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("budget", budget), ("lanes", lanes), ("shuffle", shuffle)):
@@ -66,13 +83,21 @@ class FuyuDataModule(pl.LightningDataModule):
                 raise UserError(f"data.{name} is {value}, but must be at least 1.")
         self.tokenizer_path = Path(tokenizer)
         self.images = ImagePolicy(patch_size=patch_size, max_patches=max_patches)
-        self.patterns: dict[str, Patterns] = {"train": train, "val": val, "test": test, "predict": predict}
+        self.patterns: dict[str, str | list[str] | dict[str, Source] | None] = {
+            "train": train,
+            "val": val,
+            "test": test,
+            "predict": predict,
+        }
         self.budget = budget
         self.long_documents: LongDocuments = long_documents
         self.lanes = lanes
         self.shuffle = shuffle
+        self.mix_by: MixBy = mix_by
         self.workers = workers
         self.seed = seed
+        self.cache = ShardCache.at(cache_dir, cache_gigabytes)
+        self.allow_pipe = allow_pipe
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -84,64 +109,107 @@ class FuyuDataModule(pl.LightningDataModule):
         """Turns the documents of the run into sequences."""
         return SequenceBuilder(self.tokenizer, self.images)
 
+    def prepare_data(self) -> None:
+        """Indexes local shards that no manifest knows, in one process of a machine for all."""
+        assert self.trainer is not None
+        assert self.trainer.state.fn is not None
+        for split in self._needed(self.trainer.state.fn.value):
+            self.stream_sources(split)
+
     def setup(self, stage: str) -> None:
         """Checks the shards that the stage is about to read.
 
         Raises:
-            UserError: A pattern is missing or matches nothing, a file is not a tar, the tokenizer can't be read.
+            UserError: A pattern is missing or matches nothing, a shard is not what its manifest says or no tar, the
+                tokenizer can't be read.
         """
-        needed = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}[stage]
-        if stage == "fit" and self.patterns["val"] is not None:
-            needed.append("val")
-        for split in needed:
-            check_shards(self.shards(split))
+        for split in self._needed(stage):
+            self.stream_sources(split)
         assert self.tokenizer
 
-    def shards(self, split: str) -> tuple[str, ...]:
-        """The shards of `train`, `val`, `test` or `predict`.
+    def _needed(self, stage: str) -> list[str]:
+        needed = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}[stage]
+        return [*needed, "val"] if stage == "fit" and self.patterns["val"] is not None else needed
+
+    def sources(self, split: str) -> dict[str, Source]:
+        """The sources of `train`, `val`, `test` or `predict` by name; a single one is called as the split.
 
         Raises:
-            UserError: No pattern was given for them, or it matches nothing.
+            UserError: None was named.
         """
         patterns = self.patterns[split]
-        if patterns is None:
+        if not patterns:
             raise UserError(f"data.{split} is not set: name the shards to read, as in --data.{split} 'folder/*.tar'.")
-        return expand_patterns(patterns)
+        return patterns if isinstance(patterns, dict) else {split: Source(patterns)}
+
+    def shards(self, split: str) -> tuple[str, ...]:
+        """The shards of all sources of a split.
+
+        Raises:
+            UserError: No pattern was given for them, or one matches nothing.
+        """
+        return tuple(shard for source in self.sources(split).values() for shard in self._expanded(source))
+
+    def stream_sources(self, split: str) -> tuple[StreamSource, ...]:
+        """The sources of a split with what their shards hold; local shards that no manifest knows are indexed.
+
+        Raises:
+            UserError: A pattern matches nothing, or a shard is not what its manifest says, is gone, or no tar.
+        """
+        found = []
+        for name, source in self.sources(split).items():
+            shards = self._expanded(source)
+            check_complete(shards, self.cache)
+            found.append(StreamSource(name=name, source=source, shards=shards, facts=facts_of(shards, self.cache)))
+        return tuple(found)
+
+    def _expanded(self, source: Source) -> tuple[str, ...]:
+        return expand_patterns(source.shards, allow_pipe=self.allow_pipe)
+
+    def documents(self, split: str, tally: Tally) -> Iterator[Document]:
+        """All documents of a split once, in stored order; unusable samples are counted in `tally`."""
+        for shard in self.shards(split):
+            yield from read_documents(self.cache.path(shard), tally, shard)
 
     def stream(self, split: str) -> Stream:
         """The stream of a split: endless and shuffled for `train`, once and in stored order for the others."""
         training = split == "train"
         return Stream(
-            shards=self.shards(split),
+            sources=self.train_sources if training else self.stream_sources(split),
+            cache=self.cache,
             builder=self.builder,
             budget=self.budget,
             long_documents=self.long_documents,
             lanes=self.lanes if training else self._world_size * max(1, self.workers),
             shuffle=self.shuffle if training else 0,
             seed=self.seed,
+            mix_by=self.mix_by,
+            rows_per_step=self._world_size * (self.trainer.accumulate_grad_batches if self.trainer else 1),
         )
 
     def validation_prompts(self, count: int) -> list[Prompt]:
         """The first usable documents of the validation shards, as prompts to be continued."""
-        stream = self.stream("val")
-        return list(islice(stream.builder.prompts(stream.documents(Tally()), Tally()), count))
+        return list(islice(self.builder.prompts(self.documents("val", Tally()), Tally()), count))
 
     @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
 
-    def _loader(self, split: str, consumed: Callable[[], int] | None = None) -> "RowLoader":
+    def _loader(self, split: str, settled: Callable[[], int] | None = None) -> "RowLoader":
         rank = self.trainer.global_rank if self.trainer else 0
         rows = RowDataset(self.stream(split), rank, self._world_size)
         pin = torch.cuda.is_available()
-        return RowLoader(rows, consumed, batch_size=None, num_workers=self.workers, pin_memory=pin)
+        return RowLoader(rows, settled, batch_size=None, num_workers=self.workers, pin_memory=pin)
+
+    @cached_property
+    def train_sources(self) -> tuple[StreamSource, ...]:
+        """The sources of the training data, looked up once."""
+        return self.stream_sources("train")
 
     def train_dataloader(self) -> "RowLoader":
         """Rows without end, continued where a resumed run stopped."""
         assert self.trainer is not None
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        # Batches whose step is done: Lightning fetches one ahead, so counting what the loader gave would be wrong.
-        return self._loader("train", lambda: progress.total.processed)  # type: ignore[attr-defined]
+        return self._loader("train", partial(settled_rows, self.trainer))
 
     def val_dataloader(self) -> "RowLoader | list[RowLoader]":
         """The rows of the validation shards, once; none where the recipe names no shards."""
@@ -154,12 +222,25 @@ class FuyuDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """Lists of 32 prompts to be continued."""
         self.prompt_tally = Tally()
-        prompts = PromptDataset(self.stream("predict"), self.prompt_tally)
+        prompts = PromptDataset(self, self.prompt_tally)
         return DataLoader(prompts, batch_size=32, collate_fn=list, num_workers=0)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Moves packed batches; prompts stay on the host until they are packed."""
         return batch.to(device) if isinstance(batch, PackedBatch) else batch
+
+
+def settled_rows(trainer: pl.Trainer) -> int:
+    """Rows of this process whose optimizer step is done.
+
+    Lightning fetches one ahead, and gradients of a step that is not done are not saved: a resumed run has to read its
+    rows again.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    done = loop.batch_progress
+    if loop._num_ready_batches_reached():  # the last step of an epoch may have fewer micro-batches
+        return done.total.processed  # type: ignore[attr-defined]
+    return done.total.processed - done.current.processed % trainer.accumulate_grad_batches  # type: ignore[attr-defined]
 
 
 class RowDataset(IterableDataset):
@@ -170,55 +251,109 @@ class RowDataset(IterableDataset):
         self.rank = rank
         self.world_size = world_size
         self.start = 0
+        """Rows of this process to leave out, since they were read before."""
+        self.states: dict[int, LaneState] = {}
+        """Where each lane stood behind them."""
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __iter__(self) -> Iterator[StreamRow]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        # The loader asks worker 0 first, whose turn it is not where an odd number of rows was consumed before.
-        turn = (worker + self.start) % workers
-        consumed = max(0, -(-(self.start - turn) // workers))
-        reader = self.rank + self.world_size * turn
-        return self.stream.rows(reader, self.world_size * workers, consumed)
+        first = (self.start + worker) * self.world_size + self.rank
+        return self.stream.rows(first, self.world_size * workers, self.states)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the order of rows depends on, in primitives."""
+        stream = self.stream
+        settings = {name: getattr(stream, name) for name in ("seed", "lanes", "shuffle", "budget", "mix_by")}
+        digests = {
+            source.name: hashlib.sha256("".join(facts.sha256 for facts in source.facts).encode()).hexdigest()
+            for source in stream.sources
+        }
+        return settings | {"long_documents": stream.long_documents, "train": digests}
 
 
 class RowLoader(DataLoader):
-    """A loader that Lightning can stop and resume: its state is the number of rows consumed.
+    """A loader that Lightning can stop and resume, also with another number of processes and workers.
+
+    Its state is where each lane stood behind the last row whose optimizer step is done.
 
     Args:
         dataset: The rows of this process.
-        consumed: How many rows are consumed by now; None for a loader that always begins at its first row.
+        settled: How many of its rows are behind a step that is done; None for a loader that begins anew each time.
         options: As in torch's DataLoader.
     """
 
-    def __init__(self, dataset: RowDataset, consumed: Callable[[], int] | None, **options: Any) -> None:
+    def __init__(self, dataset: RowDataset, settled: Callable[[], int] | None, **options: Any) -> None:
         super().__init__(dataset, **options)
         self.rows = dataset
-        self.consumed = consumed
+        self.settled = settled
+        self._given: deque[StreamRow] = deque()
 
     def __iter__(self) -> Any:
-        self.rows.start = self.consumed() if self.consumed else 0
-        return super().__iter__()
+        if self.settled:
+            self._settle()
+            self._given.clear()
+        return self._batches(super().__iter__())
 
-    def state_dict(self) -> dict[str, int]:
-        """The rows consumed."""
-        return {"rows": self.consumed() if self.consumed else 0}
+    def _batches(self, rows: Iterator[StreamRow]) -> Iterator[PackedBatch]:
+        for row in rows:
+            if self.settled:
+                self._settle()
+                self._given.append(row)
+            yield row.batch
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Checks that Lightning's own count, which the loader goes by, is the one that was saved.
+    def _settle(self) -> None:
+        assert self.settled
+        while self.rows.start < self.settled() and self._given:
+            row = self._given.popleft()
+            self.rows.states[row.lane] = row.state
+            self.rows.start += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows whose step is done, over all processes, and where each lane stands behind them; in primitives."""
+        if not self.settled:
+            return {}
+        self._settle()
+        states = {lane: asdict(state) for lane, state in self.rows.states.items()}
+        if self.rows.world_size > 1:
+            gathered: list[Any] = [None] * self.rows.world_size
+            dist.all_gather_object(gathered, states)
+            # Each process knows the lanes that it reads; of the others it may know where they were when it began.
+            for rank, known in enumerate(gathered):
+                states |= {lane: state for lane, state in known.items() if lane % self.rows.world_size == rank}
+        return {
+            "rows": self.rows.start * self.rows.world_size,
+            "world_size": self.rows.world_size,
+            "lanes": states,
+            "data": self.rows.identity,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where the state was taken.
 
         Raises:
-            UserError: The counts differ, as after a change of the number of processes.
+            UserError: The data or its order are others than the state's.
         """
-        if self.consumed and self.consumed() != state["rows"]:
-            raise UserError(f"The checkpoint was saved after {state['rows']} rows, not {self.consumed()}.")
+        if not self.settled:
+            return
+        for name, value in self.rows.identity.items():
+            if value != (said := state["data"][name]):
+                raise UserError(
+                    f"The checkpoint was trained on other data: data.{name} is not what it was"
+                    + (f" ({said} there, {value} here)" if not isinstance(value, dict) else "")
+                    + ". Give the run the same shards and settings, so that it goes on where it stopped."
+                )
+        self.rows.start = state["rows"] // self.rows.world_size
+        self.rows.states = {lane: LaneState(**kept) for lane, kept in state["lanes"].items()}
 
 
 class PromptDataset(IterableDataset):
-    """The documents of a stream as prompts to be continued; what can't be used is counted in `tally`."""
+    """The documents to be predicted as prompts to be continued; what can't be used is counted in `tally`."""
 
-    def __init__(self, stream: Stream, tally: Tally) -> None:
-        self.stream = stream
+    def __init__(self, data: FuyuDataModule, tally: Tally) -> None:
+        self.data = data
         self.tally = tally
 
     def __iter__(self) -> Iterator[Prompt]:
-        return self.stream.builder.prompts(self.stream.documents(self.tally), self.tally)
+        return self.data.builder.prompts(self.data.documents("predict", self.tally), self.tally)

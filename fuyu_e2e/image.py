@@ -7,6 +7,8 @@ ratio, until it fits; none is scaled up, cropped or squared. At the bottom and r
 import io
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +80,22 @@ def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]
             anything is decoded, `image-unreadable` for all that Pillow can't read to its end.
         MemoryError: The machine is at fault, not the sample, so it is not skipped.
     """
+    with _opened(data, policy) as image:
+        return np.asarray(_fitted(image, policy))
+
+
+def image_size(data: bytes, policy: ImagePolicy) -> tuple[int, int]:
+    """Width and height of an encoded image in pixels, as its header says; nothing is decoded.
+
+    Raises:
+        UnusableSampleError: As in `decode_image`, as far as the header tells.
+    """
+    with _opened(data, policy) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(data: bytes, policy: ImagePolicy) -> Iterator[Pillow.Image]:
     if not data:
         raise UnusableSampleError("image-empty")
     if len(data) > policy.max_bytes:
@@ -88,7 +106,7 @@ def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]
             warnings.simplefilter("ignore")
             with Pillow.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(*image.size, policy)
-                return np.asarray(_fitted(image, policy))
+                yield image
     except (UnusableSampleError, MemoryError):
         raise
     except Pillow.DecompressionBombError as error:
@@ -128,21 +146,21 @@ def _to_rgb(image: Pillow.Image) -> Pillow.Image:
 
 def fit_budget(width: int, height: int, policy: ImagePolicy) -> tuple[int, int]:
     """The size, in pixels, at which an image enters: its own, or the largest that the patch budget holds."""
-
-    def patches(width: int, height: int) -> int:
-        return math.ceil(width / policy.patch_size) * math.ceil(height / policy.patch_size)
-
-    if patches(width, height) <= policy.max_patches:
+    if _patches(width, height, policy) <= policy.max_patches:
         return width, height
     # Whole patches jump as the scale grows, so the largest scale that fits is found by halving.
     low, high = 0.0, 1.0
     for _ in range(32):
         scale = (low + high) / 2
-        if patches(*_scaled(width, height, scale)) <= policy.max_patches:
+        if _patches(*_scaled(width, height, scale), policy) <= policy.max_patches:
             low = scale
         else:
             high = scale
     return _scaled(width, height, low)
+
+
+def _patches(width: int, height: int, policy: ImagePolicy) -> int:
+    return math.ceil(width / policy.patch_size) * math.ceil(height / policy.patch_size)
 
 
 def _scaled(width: int, height: int, scale: float) -> tuple[int, int]:

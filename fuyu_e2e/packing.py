@@ -7,7 +7,7 @@ filled to 0.98 and more on captioned pictures of mixed sizes (`tests/test_packin
 
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,31 +38,44 @@ class Packer:
         self.tally = tally
         self.buffer_tokens = buffer_rows * budget
         self._arrivals = 0
-        self._waiting: dict[int, TokenSequence] = {}  # by arrival, the oldest first
+        self._waiting: dict[int, tuple[TokenSequence, Any]] = {}  # by arrival, the oldest first
         self._by_length: list[tuple[int, int]] = []  # (length, -arrival), so that the oldest of a length goes first
         self._waiting_tokens = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether the buffer holds enough to fill a row well."""
+        return self._waiting_tokens >= self.buffer_tokens
+
+    @property
+    def waiting(self) -> list[Any]:
+        """The tickets of the sequences that wait, the oldest first: added again in this order, they pack the same."""
+        return [ticket for _, ticket in self._waiting.values()]
 
     def pack(self, sequences: Iterable[TokenSequence]) -> Iterator[PackedBatch]:
         """Packs all sequences, and at their end what still waits."""
         for sequence in sequences:
-            self._add(sequence)
-            while self._waiting_tokens >= self.buffer_tokens:
-                yield self._fill_row()
+            self.add(sequence)
+            while self.full:
+                yield self.fill_row()
         while self._waiting:
-            yield self._fill_row()
+            yield self.fill_row()
 
-    def _add(self, sequence: TokenSequence) -> None:
+    def add(self, sequence: TokenSequence, ticket: Any = None) -> int:
+        """Lets a sequence wait; `ticket` is what `waiting` gives for it. Gives its tokens, 0 where it is left out."""
         fitting = sequence.cut(self.budget) if self.long_documents == "cut" else sequence
         if fitting is None or len(fitting) > self.budget:
             self.tally.skip(UnusableSampleError("longer-than-row", f"{sequence.key} has {len(sequence)} tokens"))
-            return
+            return 0
         self.tally.tokens_cut += len(sequence) - len(fitting)
-        self._waiting[self._arrivals] = fitting
+        self._waiting[self._arrivals] = fitting, ticket
         insort(self._by_length, (len(fitting), -self._arrivals))
         self._waiting_tokens += len(fitting)
         self._arrivals += 1
+        return len(fitting)
 
-    def _fill_row(self) -> PackedBatch:
+    def fill_row(self) -> PackedBatch:
+        """A row of what waits, which must not be nothing."""
         row = [self._take(next(iter(self._waiting)))]
         room = self.budget - len(row[0])
         while fitting := bisect_right(self._by_length, (room, 0)):
@@ -72,7 +85,7 @@ class Packer:
         return pack_row(row, self.budget)
 
     def _take(self, arrival: int) -> TokenSequence:
-        sequence = self._waiting.pop(arrival)
+        sequence, _ = self._waiting.pop(arrival)
         self._by_length.remove((len(sequence), -arrival))
         self._waiting_tokens -= len(sequence)
         return sequence

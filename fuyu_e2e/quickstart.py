@@ -114,7 +114,7 @@ def prepare(place: Workplace, seed: int, pictures: int, test_pictures: int) -> N
 
 def documents(shards: Iterable[Path]) -> Iterable[Document]:
     """All documents of some shards."""
-    return (document for shard in shards for document in read_documents(str(shard), Tally()))
+    return (document for shard in shards for document in read_documents(shard, Tally()))
 
 
 def train(place: Workplace, recipe: str, seed: int, max_steps: int | None) -> FuyuCLI:

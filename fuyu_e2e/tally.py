@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fuyu_e2e.errors import UnusableSampleError
 
@@ -21,8 +22,26 @@ class Tally:
     """Samples left out, by reason."""
     tokens_cut: int = 0
     """Tokens cut off documents longer than a row."""
+    read_of: Counter[str] = field(default_factory=Counter)
+    """Of a mixture, documents read by source; empty where there is one source only."""
+    used_of: Counter[str] = field(default_factory=Counter)
+    """Of a mixture, usable documents drawn by source."""
+    tokens_of: Counter[str] = field(default_factory=Counter)
+    """Of a mixture, tokens of usable documents drawn by source."""
     examples: dict[str, str] = field(default_factory=dict)
     """One sample for each reason, in words: the first that was met."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts as primitives."""
+        return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, counts: dict[str, Any]) -> "Tally":
+        """The tally that `to_dict` described."""
+        tally = cls()
+        for name, value in counts.items():
+            setattr(tally, name, type(getattr(tally, name))(value))
+        return tally
 
     def skip(self, error: UnusableSampleError) -> None:
         """Counts one sample that is left out."""
@@ -35,6 +54,9 @@ class Tally:
         self.used += other.used
         self.skipped.update(other.skipped)
         self.tokens_cut += other.tokens_cut
+        self.read_of.update(other.read_of)
+        self.used_of.update(other.used_of)
+        self.tokens_of.update(other.tokens_of)
         self.examples = other.examples | self.examples
 
     def take(self) -> "Tally":
@@ -42,6 +64,7 @@ class Tally:
         taken = replace(self)
         self.read = self.used = self.tokens_cut = 0
         self.skipped, self.examples = Counter(), {}
+        self.read_of, self.used_of, self.tokens_of = Counter(), Counter(), Counter()
         return taken
 
     def summary(self) -> str:

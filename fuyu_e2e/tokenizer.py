@@ -82,7 +82,8 @@ class Tokenizer:
             UnusableSampleError: `text-not-unicode` for a text with half a surrogate pair.
         """
         try:
-            parts = self._processor.Encode([part.encode() for part in text.split(SPACE)])
+            # One by one: given a list, sentencepiece starts threads anew in each call, which takes 30 times as long.
+            parts = [self._processor.Encode(part.encode()) for part in text.split(SPACE)]
         except UnicodeEncodeError as error:
             raise UnusableSampleError("text-not-unicode", str(error)) from error
         ids = list(parts[0])

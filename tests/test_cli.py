@@ -71,7 +71,7 @@ def tokenizer_file(folder: Path) -> Path:
 
     path = folder / "runs" / "quickstart" / "data" / "tokenizer.model"
     shards = sorted((folder / "shards").glob("*.tar"))
-    texts = [text for shard in shards for document in read_documents(str(shard), Tally()) for text in document.texts]
+    texts = [text for shard in shards for document in read_documents(shard, Tally()) for text in document.texts]
     train_tokenizer(texts, VOCABULARY).save(path)
     return path
 

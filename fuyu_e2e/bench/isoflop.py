@@ -122,7 +122,7 @@ class StoredRows(FuyuDataModule):
 
     def store(self, count: int) -> None:
         """Packs the first rows."""
-        self.rows = list(islice(self.stream("train").rows(), count))
+        self.rows = [row.batch for row in islice(self.stream("train").rows(), count)]
 
     def train_dataloader(self) -> DataLoader:  # type: ignore[override]
         """The stored rows, from the first on."""
@@ -144,7 +144,8 @@ def _run_seed(job: Job) -> None:
         return
     with TemporaryDirectory() as folder:
         data = _prepare(Path(folder), job)
-        steps = {run: _steps(CONTENDERS[run[0]], run[1], data.stream("train").rows()) for run in wanted}
+        sample = [row.batch for row in islice(data.stream("train").rows(), 16)]
+        steps = {run: _steps(CONTENDERS[run[0]], run[1], sample) for run in wanted}
         data.store(max(steps.values()))
         for run in wanted:
             result = _train(*run, job.seed, steps[run], data, Path(folder))
@@ -157,7 +158,7 @@ def _prepare(folder: Path, job: Job) -> StoredRows:
         folder, split="train", count=job.pictures, seed=job.seed, most_digits=MOST_DIGITS, processes=1
     )
     write_shards(folder, split="test", count=job.test_pictures, seed=TEST_SEED, most_digits=MOST_DIGITS, processes=1)
-    texts = (text for document in read_documents(str(train[0]), Tally()) for text in document.texts)
+    texts = (text for document in read_documents(train[0], Tally()) for text in document.texts)
     train_tokenizer(texts, VOCAB_SIZE).save(folder / "tokenizer.model")
     return StoredRows(
         str(folder / "tokenizer.model"),
@@ -181,9 +182,8 @@ def _row_cost(config: FuyuConfig, row: PackedBatch, dense: float) -> int:
     ).training_flops
 
 
-def _steps(config: FuyuConfig, budget: int, rows: Iterator[PackedBatch]) -> int:
+def _steps(config: FuyuConfig, budget: int, sample: list[PackedBatch]) -> int:
     """How many steps cost what `budget` steps of the dense decoder do, the annealing counted in."""
-    sample = list(islice(rows, 16))
     dense = sum(_row_cost(DENSE, row, 0.0) for row in sample)
     annealed = config.routing.anneal / 2 if config.routing is not None else 0.0
     routed = sum(
@@ -219,7 +219,7 @@ def _train(name: str, budget: int, seed: int, steps: int, data: StoredRows, fold
     anneal = (lambda step: Progress(step, step / steps).dense(routing)) if routing is not None else (lambda step: 0.0)
     flops = sum(_row_cost(decoder.config, row, anneal(step)) for step, row in enumerate(data.rows[:steps]))
     model = TrainedModel(decoder.eval(), data.builder, steps)
-    documents = list(data.stream("val").documents(Tally()))
+    documents = list(data.documents("val", Tally()))
     prompts = list(data.builder.prompts(documents, Tally()))
     result = {
         "contender": name,
@@ -240,5 +240,5 @@ def _train(name: str, budget: int, seed: int, steps: int, data: StoredRows, fold
 
 @torch.no_grad()
 def _loss(decoder: Decoder, data: StoredRows) -> float:
-    rows = list(data.stream("val").rows())
+    rows = [row.batch for row in data.stream("val").rows()]
     return sum(float(decoder.loss(row)) for row in rows) / sum(len(row.targets) for row in rows)

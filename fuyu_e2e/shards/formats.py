@@ -7,13 +7,13 @@ text          txt, or jsonl with one object a line that has a "text" or "convers
 """
 
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from fuyu_e2e.document import Document, Image, Segment, Text
 from fuyu_e2e.errors import UnusableSampleError
-from fuyu_e2e.shards.reading import Sample, read_samples
+from fuyu_e2e.shards.reading import Sample, Shard
 from fuyu_e2e.tally import Tally
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -25,44 +25,32 @@ SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assist
 """Whether what a speaker says carries loss."""
 
 
-def read_documents(shard: str, tally: Tally, part: int = 0, parts: int = 1) -> Iterator[Document]:
-    """The usable documents of a shard, or of its `part`-th of `parts` equal parts, in stored order.
+def read_documents(path: Path, tally: Tally, name: str | None = None) -> Iterator[Document]:
+    """The usable documents of a local shard, in stored order; `name` is what errors call it.
 
     Counts every document as read, and those that can't be used by reason.
+
+    Raises:
+        UserError: The file can't be read, or is no tar.
     """
-    for index, sample in enumerate(read_samples(shard, tally if part == 0 else Tally())):
-        if index % parts != part:
-            continue
-        for make in documents(sample):
-            tally.read += 1
-            try:
-                yield make()
-            except UnusableSampleError as error:
-                tally.skip(error)
-
-
-def documents(sample: Sample) -> Iterator[Callable[[], Document]]:
-    """Makers of the documents of a sample: one, or as many as a jsonl has lines.
-
-    Each raises UnusableSampleError when called, where its document can't be used.
-    """
-    if sample.fault is None and "jsonl" in sample.members:
-        lines = sample.members["jsonl"].split(b"\n")
-        for number, line in enumerate(line for line in lines if line.strip()):
-            yield partial(_from_line, f"{sample.key}/{number}", line)
-    else:
-        yield partial(document, sample)
+    shard = Shard(path, name)
+    for number in range(len(shard)):
+        tally.read += 1
+        try:
+            yield document(shard.sample(number))
+        except UnusableSampleError as error:
+            tally.skip(error)
 
 
 def document(sample: Sample) -> Document:
-    """The document of a sample of any format but jsonl.
+    """The document that a sample says.
 
     Raises:
         UnusableSampleError: It is of no known format, or not what its format says.
     """
-    if sample.fault is not None:
-        raise sample.fault
     members, where = sample.members, f"{sample.shard}: {sample.key}"
+    if "jsonl" in members:
+        return _from_line(sample.key, members["jsonl"], where)
     images = {name: Image(data) for name, data in sorted(members.items()) if name.split(".")[-1] in IMAGE_EXTENSIONS}
     described = _parse(members["json"], where) if "json" in members else {}
     if "conversations" in described:
@@ -82,14 +70,14 @@ def document(sample: Sample) -> Document:
     return Document(sample.key, (*images.values(), Text(text)))
 
 
-def _from_line(key: str, line: bytes) -> Document:
-    described = _parse(line, key)
+def _from_line(key: str, line: bytes, where: str) -> Document:
+    described = _parse(line, where)
     if "conversations" in described:
-        return Document(key, _chat(described["conversations"], [], key))
+        return Document(key, _chat(described["conversations"], [], where))
     if "text" not in described:
-        raise UnusableSampleError("format-unknown", f"{key} has neither text nor conversations")
-    if not (text := _string(described["text"], "text", key)).strip():
-        raise UnusableSampleError("text-empty", key)
+        raise UnusableSampleError("format-unknown", f"{where} has neither text nor conversations")
+    if not (text := _string(described["text"], "text", where)).strip():
+        raise UnusableSampleError("text-empty", where)
     return Document(key, (Text(text),))
 
 
@@ -143,16 +131,17 @@ def _interleaved(listed: Any, images: dict[str, Image], where: str) -> tuple[Seg
 
 
 def _parse(data: bytes, where: str) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        parsed = json.loads(_decode(data, where), parse_constant=refuse)
+        parsed = json.loads(_decode(data, where), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise UnusableSampleError("json-invalid", f"{where}: {error}") from error
     if not isinstance(parsed, dict):
         raise UnusableSampleError("json-invalid", f"{where}: a {type(parsed).__name__} where an object is expected")
     return parsed
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _decode(data: bytes, where: str) -> str:

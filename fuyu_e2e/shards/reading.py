@@ -1,139 +1,206 @@
-"""Samples from webdataset shards: tar files whose members belong together by the part of the name before the dot.
+"""Documents of a local webdataset shard by number: a tar whose members belong together by the name before the dot.
 
-webdataset opens and walks the tar; grouping is ours, because its own lets repeated members, absolute names and cut
-archives pass in silence.
+A shard is scanned once, headers only, for where its samples stand; each is then read alone, in any order. That is what
+lets a stream shuffle without a buffer and resume from a number. Grouping is ours, because webdataset's own lets
+repeated members, absolute names and cut archives pass in silence; taking a sample's members out of the tar is
+webdataset's.
 """
 
-import glob
-import re
+import io
 import tarfile
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import braceexpand
+import numpy as np
+from jaxtyping import Int64
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.tally import Tally
 
 BLOCK = 512
 """Bytes of a tar block; an archive ends with two blocks of zeros."""
-MEMBER_BYTES = 2**28
-"""Bytes above which a member is not kept: 256 MiB."""
+SAMPLE_BYTES = 2**28
+"""Bytes of a sample, headers included, above which it is not read: 256 MiB."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sample:
-    """The members of one sample, by extension: what stands behind the first dot of their names, in lower case."""
+    """The members of one document, by extension: what stands behind the first dot of their names, in lower case.
+
+    A line of a `jsonl` member is a document of its own: its key is `sample/line`, its only member `jsonl`.
+    """
 
     key: str
     shard: str
     members: dict[str, bytes] = field(default_factory=dict)
-    fault: UnusableSampleError | None = None
-    """Why the sample can't be used, where reading it already showed that."""
 
 
-def expand_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """The shards that paths, globs, brace patterns and folders name, each once, in the order named.
+class Shard:
+    """A shard whose documents are read by number.
 
-    Raises:
-        UserError: A pattern matches nothing, or is no local path.
-    """
-    shards: dict[str, None] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", pattern):
-            raise UserError(
-                f"{pattern}: only local shards are read so far; copy them to this machine and name the path."
-            )
-        found = sorted(shard for path in braceexpand.braceexpand(pattern) for shard in _expand(path))
-        if not found:
-            raise UserError(
-                f"{pattern!r} matches no shard: quote the pattern so that the shell leaves it alone, and see that it "
-                "names .tar files or a folder of them."
-            )
-        shards.update(dict.fromkeys(found))
-    return tuple(shards)
+    A shard that breaks off or is damaged ends with one document that can't be read, in place of all that nobody can
+    count: so what was read is always what was used and what was skipped.
 
-
-def _expand(path: str) -> list[str]:
-    if Path(path).is_dir():
-        return [str(shard) for shard in Path(path).glob("*.tar")]
-    return glob.glob(path, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
-
-
-def check_shards(shards: Sequence[str]) -> None:
-    """Looks at the first header of each shard.
+    Args:
+        path: A tar file on this machine.
+        name: What errors call it; the path where it is None.
 
     Raises:
-        UserError: A file can't be read, or is not a tar.
+        UserError: The file can't be read, or is not a tar.
     """
-    for shard in shards:
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path = path
+        self.name = name or str(path)
+        self.broken: str | None = None
+        """Where and how the archive is damaged."""
+        self._starts: Int64[np.ndarray, " documents"]
+        self._sizes: Int64[np.ndarray, " documents"]
+        self._line_samples: list[tuple[int, int, str]] = []  # first document, the one behind the last, and key of each
         try:
-            with Path(shard).open("rb") as file:
-                tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
+            with path.open("rb") as file:
+                check_header(file, self.name)
+                spans = list(self._scan(file))
         except OSError as error:
-            raise UserError(f"The shard {shard} can't be read: {error.strerror}.") from error
-        except tarfile.HeaderError as error:
-            raise UserError(
-                f"The shard {shard} is not a tar file ({error}): name only .tar files, uncompressed, as webdataset "
-                "and img2dataset write them."
-            ) from error
+            raise UserError(f"The shard {self.name} can't be read: {error.strerror}.") from error
+        self._starts, self._sizes = np.array(spans, np.int64).reshape(-1, 2).T
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def sample(self, number: int) -> Sample:
+        """The members of a document.
+
+        Raises:
+            UnusableSampleError: `shard-broken` for the last document of a damaged shard, `sample-missing` behind it;
+                `sample-too-many-bytes`; `member-path`, `member-name` or `member-duplicate` where a member is not what
+                it should be.
+            OSError: The file is gone or the machine is at fault.
+        """
+        if number >= len(self):
+            raise UnusableSampleError("sample-missing", f"{self.name} has no document {number}")
+        start, size = int(self._starts[number]), int(self._sizes[number])
+        if size < 0:
+            raise UnusableSampleError("shard-broken", f"{self.name}: {self.broken}")
+        if size > SAMPLE_BYTES:
+            raise UnusableSampleError("sample-too-many-bytes", f"{self.name}: {size:,} bytes from byte {start}")
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(start)
+            data = _read_all(file, size)
+        before = bisect_right(self._line_samples, number, key=lambda lines: lines[0]) - 1
+        if before >= 0 and number < self._line_samples[before][1]:
+            first, _, key = self._line_samples[before]
+            return Sample(f"{key}/{number - first}", self.name, {"jsonl": data})
+        return self._grouped(data)
+
+    def _grouped(self, data: bytes) -> Sample:
+        members: dict[str, bytes] = {}
+        key = ""
+        try:
+            # Names like __this__ in the root are webdataset's own metadata, which it passes over; below folders they
+            # are not.
+            for member in tar_file_iterator(io.BytesIO(data), skip_meta=None):
+                key, extension = _split(member["fname"])
+                self._check(member["fname"], extension, members)
+                members[extension] = member["data"]
+        except (tarfile.TarError, EOFError, ValueError) as error:  # the file changed since it was scanned
+            raise UnusableSampleError("sample-unreadable", f"{self.name}: {error}") from error
+        return Sample(key, self.name, members)
+
+    def _check(self, name: str, extension: str, known: Any) -> None:
+        where = f"{self.name}: {name}"
+        if name.startswith("/") or ".." in Path(name).parts:
+            raise UnusableSampleError("member-path", where)
+        if not extension:
+            raise UnusableSampleError("member-name", f"{where} has no extension")
+        if extension in known:
+            raise UnusableSampleError("member-duplicate", where)
+
+    def _scan(self, file: BinaryIO) -> Iterator[tuple[int, int]]:
+        """Start and bytes of each document; a size of -1 stands for the damage at the end."""
+        documents = 0
+        current: list[tarfile.TarInfo] = []
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for info in _headers(tar):
+                    if current and _split(info.name)[0] != _split(current[0].name)[0]:
+                        for span in self._spans(file, current, documents, info.offset):
+                            documents += 1
+                            yield span
+                        current.clear()
+                    current.append(info)
+                end = tar.offset
+                file.seek(end)
+                # tarfile takes a damaged header behind the first for the end, without a word.
+                if file.read(2 * BLOCK) != bytes(2 * BLOCK):
+                    raise tarfile.ReadError(f"at byte {end} is neither a header nor the end of the archive")
+            if current:
+                yield from self._spans(file, current, documents, end)
+        except (tarfile.TarError, EOFError, ValueError) as error:
+            self.broken = str(error)
+            yield 0, -1  # in place of the sample that it broke in, too: nobody knows whether it is whole
+
+    def _spans(self, file: BinaryIO, infos: list[tarfile.TarInfo], first: int, end: int) -> Iterator[tuple[int, int]]:
+        extensions = [_split(info.name)[1] for info in infos]
+        start, size = infos[0].offset, end - infos[0].offset
+        if "jsonl" not in extensions or size > SAMPLE_BYTES:
+            yield start, size
+            return
+        try:
+            for number, (info, extension) in enumerate(zip(infos, extensions, strict=True)):
+                self._check(info.name, extension, extensions[:number])
+        except UnusableSampleError:
+            yield start, size  # found again, and counted, when it is read
+            return
+        lines = infos[extensions.index("jsonl")]
+        file.seek(lines.offset_data)
+        position = lines.offset_data
+        spans = []
+        for line in file.read(lines.size).split(b"\n"):
+            if line.strip():
+                spans.append((position, len(line)))
+            position += len(line) + 1
+        spans = spans or [(position, 0)]  # a file without lines is one document that can't be used
+        self._line_samples.append((first, first + len(spans), _split(lines.name)[0]))
+        yield from spans
 
 
-def read_samples(shard: str, tally: Tally) -> Iterator[Sample]:
-    """The samples of a shard, in stored order.
+def check_header(file: BinaryIO, name: str) -> None:
+    """Looks at the first header of a shard, and goes back to its start.
 
-    A shard that breaks off or is damaged is counted in `tally` as `shard-broken` beside the samples, since nobody
-    knows how many are missing; the sample that it broke in is left out.
+    Raises:
+        UserError: It is not a tar file.
     """
-    current: Sample | None = None
     try:
-        with Path(shard).open("rb") as stream:
-            for member in _members(stream):
-                key, extension = base_plus_ext(member["fname"])
-                key = key or member["fname"]
-                if current is not None and key != current.key:
-                    yield current
-                    current = None
-                current = current or Sample(key, shard)
-                _add(current, (extension or "").lower(), member)
-            _check_end(stream)
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        tally.skip(UnusableSampleError("shard-broken", f"{shard}: {error}"))
-        current = None
-    if current is not None:
-        yield current
+        tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise UserError(
+            f"The shard {name} is not a tar file ({error}): name only .tar files, uncompressed, as webdataset "
+            "and img2dataset write them."
+        ) from error
+    file.seek(0)
 
 
-def _members(stream: BinaryIO) -> Iterator[dict[str, Any]]:
-    def raise_all(error: Exception) -> bool:
-        raise error
-
-    # Names like __this__ in the root are webdataset's own metadata, which it passes over; below folders they are not.
-    return tar_file_iterator(stream, skip_meta=None, handler=raise_all)
-
-
-def _add(sample: Sample, extension: str, member: dict[str, Any]) -> None:
-    name, data = member["fname"], member["data"]
-    if name.startswith("/") or ".." in Path(name).parts:
-        sample.fault = UnusableSampleError("member-path", f"{sample.shard}: {name}")
-    elif not extension:
-        sample.fault = UnusableSampleError("member-name", f"{sample.shard}: {name} has no extension")
-    elif extension in sample.members:
-        sample.fault = UnusableSampleError("member-duplicate", f"{sample.shard}: {name}")
-    elif len(data) > MEMBER_BYTES:
-        sample.fault = UnusableSampleError("member-too-many-bytes", f"{sample.shard}: {name}")
-    else:
-        sample.members[extension] = data
+def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members that samples are made of; what webdataset passes over, its own metadata too, is left out."""
+    while (info := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # which tarfile would keep, a kilobyte each
+        if info.isreg() and not (info.name.startswith("__") and info.name.endswith("__") and "/" not in info.name):
+            yield info
 
 
-def _check_end(stream: BinaryIO) -> None:
-    """Walks the headers once more: tarfile takes a damaged header behind the first for the end, without a word."""
-    stream.seek(0)
-    with tarfile.open(fileobj=stream, mode="r:") as tar:
-        tar.getmembers()
-        stream.seek(tar.offset)
-        if stream.read(2 * BLOCK) != bytes(2 * BLOCK):
-            raise tarfile.ReadError(f"at byte {tar.offset} there is neither a header nor the end of the archive")
+def _split(name: str) -> tuple[str, str]:
+    """The key and the extension of a member."""
+    key, extension = base_plus_ext(name)
+    return key or name, (extension or "").lower()
+
+
+def _read_all(file: Any, size: int) -> bytes:
+    pieces = []
+    while size > 0 and (piece := file.read(size)):
+        pieces.append(piece)
+        size -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -1,31 +1,71 @@
 """Endless or single passes over shards, as packed rows in an order that depends on the seed alone.
 
-A stream consists of lanes (see `Lane`). The global order of rows is lane 0, 1, …, L-1, 0, 1, …; reader r of R takes
-the rows whose index is r modulo R, so the rows are the same for every number of processes and workers that divides
-the number of lanes.
+A stream consists of lanes (see `Lane`). The global order of rows is lane 0, 1, …, L-1, 0, 1, …; a reader takes every
+R-th of them, so the rows are the same for every number of processes and workers that divides the number of lanes. Each
+row comes with the state from which its lane goes on behind it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
-
-import numpy as np
 
 from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.packing import LongDocuments, Packer
-from fuyu_e2e.sequence import SequenceBuilder, TokenSequence
-from fuyu_e2e.shards.formats import read_documents
+from fuyu_e2e.sequence import SequenceBuilder
+from fuyu_e2e.shards.manifest import ShardFacts
+from fuyu_e2e.shards.mixture import Chooser, MixBy, Source, shares
+from fuyu_e2e.shards.open_shards import OpenShards
+from fuyu_e2e.shards.order import Order
+from fuyu_e2e.shards.sources import ShardCache
 from fuyu_e2e.tally import Tally
+
+STORED_WINDOW = 1_024
+"""Documents that an unshuffled lane looks ahead by, to fetch the shards behind them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSource:
+    """The shards of one source, and what they hold."""
+
+    name: str
+    source: Source
+    shards: tuple[str, ...]
+    """Paths or URLs, in the order of the pattern."""
+    facts: tuple[ShardFacts, ...]
+    """What the manifest says of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaneState:
+    """Where a lane stands behind one of its rows: from here it goes on exactly as it would have."""
+
+    rows: int
+    """Rows given so far."""
+    positions: tuple[int, ...]
+    """Documents taken of each source so far, over all epochs."""
+    credits: tuple[float, ...]
+    """By how much each source of a mixture is behind its share."""
+    waiting: tuple[tuple[int, int], ...]
+    """(source, position) of each document that waits to be packed, the oldest first; read again to go on."""
+
+
+@dataclass(frozen=True)
+class StreamRow:
+    """A row, and where its lane goes on behind it."""
+
+    batch: PackedBatch
+    lane: int
+    state: LaneState
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     """What fixes every row of a stream."""
 
-    shards: tuple[str, ...]
-    """The shards, in the order of the pattern."""
+    sources: tuple[StreamSource, ...]
+    """What is mixed; one, where nothing is."""
+    cache: ShardCache
+    """Where shards from elsewhere lie on this machine."""
     builder: SequenceBuilder
     budget: int
     """Tokens of a row."""
@@ -34,105 +74,161 @@ class Stream:
     lanes: int
     """Number of lanes."""
     shuffle: int
-    """Documents in each lane's shuffle buffer; 0 reads once, in stored order, and ends."""
+    """Documents that a lane shuffles together; 0 reads once, in stored order, and ends."""
     seed: int = 0
     """Seeds the order of shards and documents."""
+    mix_by: MixBy = "tokens"
+    """What the shares of sources are counted in."""
+    rows_per_step: int = 1
+    """Rows of a global batch, by which weights that change with the steps know their step."""
 
     @property
     def endless(self) -> bool:
         """Whether the stream begins anew at its end: training streams do, evaluation streams are read once."""
         return self.shuffle > 0
 
-    def rows(self, reader: int = 0, readers: int = 1, start: int = 0) -> Iterator[PackedBatch]:
-        """The rows of one reader of several, from its `start`-th on.
+    def rows(
+        self, first: int = 0, step: int = 1, states: Mapping[int, LaneState] | None = None
+    ) -> Iterator[StreamRow]:
+        """Every `step`-th row of the global order, from row `first` on.
 
-        Each row carries the tally of what was read since the lane's row before. Rows before `start` are read and
-        packed like all others, then dropped: slow, but exact.
+        Each row carries the tally of what was read since the lane's row before.
+
+        Args:
+            first: Number of the first row.
+            step: How many readers (processes x workers) share the rows out.
+            states: Where each lane stood when row `first` was next; the lanes that are missing begin.
 
         Raises:
-            UserError: The readers don't divide the lanes, or a whole pass over a lane's shards gives no row.
+            UserError: The readers don't divide the lanes, a lane has no documents, a whole pass over a source gives
+                none that can be used, or a shard can't be read.
         """
-        if self.lanes % readers:
+        if self.lanes % step:
             raise UserError(
-                f"data.lanes is {self.lanes}, which {readers} readers (processes x workers) don't divide: "
-                f"set data.lanes to a multiple of {readers}, or data.workers to fit."
+                f"data.lanes is {self.lanes}, which {step} readers (processes x workers) don't divide: "
+                f"set data.lanes to a multiple of {step}, or data.workers to fit."
             )
-        lanes = [Lane(self, lane).rows() for lane in range(reader, self.lanes, readers)]
-        return islice(_round_robin(lanes), start, None)
+        shards, known = OpenShards(self.cache), states or {}
+        numbers = [(first + turn * step) % self.lanes for turn in range(self.lanes // step)]
+        running = [(number, Lane(self, number, shards, known.get(number))) for number in numbers]
+        while running:
+            remaining = []
+            for number, lane in running:
+                if (row := lane.next_row()) is not None:
+                    remaining.append((number, lane))
+                    yield StreamRow(row, number, lane.state)
+            running = remaining
 
-    def documents(self, tally: Tally) -> Iterator[Document]:
-        """All documents once, in stored order; unusable samples are counted in `tally`."""
-        for shard in self.shards:
-            yield from read_documents(shard, tally)
 
-
-@dataclass(frozen=True)
 class Lane:
-    """One deterministic stream: its own part of the shards, its own shuffle buffer, its own packer."""
+    """A part of every source's documents, mixed, and packed by a packer of its own.
 
-    stream: Stream
-    index: int
+    Args:
+        stream: What the lane belongs to.
+        index: Number of the lane.
+        shards: Where documents come from.
+        state: Where to go on; None begins.
 
-    def rows(self) -> Iterator[PackedBatch]:
-        """The lane's rows, each with the tally of what it took to fill it."""
-        tally = Tally()
-        packer = Packer(self.stream.budget, self.stream.long_documents, tally)
-        for row in packer.pack(self._sequences(tally)):
-            yield replace(row, tally=tally.take())
+    Raises:
+        UserError: There are fewer documents than lanes.
+    """
 
-    def _sequences(self, tally: Tally) -> Iterator[TokenSequence]:
-        for document in self._shuffled(tally):
-            try:
-                yield self.stream.builder.build(document)
-            except UnusableSampleError as error:
-                tally.skip(error)
+    def __init__(self, stream: Stream, index: int, shards: OpenShards, state: LaneState | None = None) -> None:
+        self.stream = stream
+        self.index = index
+        self.shards = shards
+        self.tally = Tally()
+        self.orders = [self._order(source) for source in stream.sources]
+        self.packer = Packer(stream.budget, stream.long_documents, self.tally)
+        begun = state or LaneState(rows=0, positions=(0,) * len(self.orders), credits=(), waiting=())
+        self.given = begun.rows
+        self.positions = list(begun.positions)
+        scale = stream.budget / 2 if stream.mix_by == "tokens" else 0.5
+        self.chooser = (
+            Chooser(begun.credits) if begun.credits else Chooser.begin(len(self.orders), scale, [stream.seed, index])
+        )
+        self._unusable = [0] * len(self.orders)
+        self._restore(begun.waiting)
 
-    def _shuffled(self, tally: Tally) -> Iterator[Document]:
-        if not self.stream.endless:
-            yield from self._one_pass(tally, np.arange(len(self.stream.shards)))
-            return
-        buffer: list[Document] = []
-        rng = np.random.default_rng([self.stream.seed, self.index])
-        for document in self._endless(tally):
-            if len(buffer) < self.stream.shuffle:
-                buffer.append(document)
-                continue
-            chosen = int(rng.integers(len(buffer)))
-            yield buffer[chosen]
-            buffer[chosen] = document
+    @property
+    def state(self) -> LaneState:
+        """Where the lane stands."""
+        return LaneState(
+            rows=self.given,
+            positions=tuple(self.positions),
+            credits=tuple(self.chooser.credits),
+            waiting=tuple(self.packer.waiting),
+        )
 
-    def _endless(self, tally: Tally) -> Iterator[Document]:
-        epoch = 0
-        while True:
-            empty = True
-            # All lanes draw the same order, so that each epoch gives every document to one lane.
-            order = np.random.default_rng([self.stream.seed, epoch]).permutation(len(self.stream.shards))
-            for document in self._one_pass(tally, order):
-                empty = False
-                yield document
-            if empty:
-                raise UserError(
-                    f"Lane {self.index} of {self.stream.lanes} finds no usable document in a whole pass over its part "
-                    f"of {self.stream.shards[0]} and the other shards ({tally.summary()}): lower data.lanes, or mend "
-                    "the shards."
-                )
-            epoch += 1
+    def next_row(self) -> PackedBatch | None:
+        """The next row, with the tally of what it took to fill it; None behind the last of a stream that ends."""
+        mixture = [source.source for source in self.stream.sources]
+        wanted = shares(mixture, (self.given * self.stream.lanes + self.index) // self.stream.rows_per_step)
+        while not self.packer.full:
+            source = self.chooser.choose(wanted)
+            if not self.stream.endless and self.positions[source] == self.orders[source].per_epoch:
+                break
+            amount = self._take(source)
+            self.chooser.draw(source, amount if self.stream.mix_by == "tokens" else int(amount > 0), wanted)
+        if not self.packer.waiting:
+            return None
+        row = self.packer.fill_row()
+        self.given += 1
+        return replace(row, tally=self.tally.take())
 
-    def _one_pass(self, tally: Tally, order: np.ndarray) -> Iterator[Document]:
-        # With fewer shards than lanes, several lanes read the same shard and share its documents out among them.
-        parts = -(-self.stream.lanes // len(order))
-        units = [(shard, part) for shard in order for part in range(parts)]
-        for shard, part in units[self.index :: self.stream.lanes]:
-            yield from read_documents(self.stream.shards[shard], tally, part, parts)
+    def _order(self, source: StreamSource) -> Order:
+        order = Order(
+            [facts.documents for facts in source.facts],
+            lane=self.index,
+            lanes=self.stream.lanes,
+            window=self.stream.shuffle or STORED_WINDOW,
+            seed=self.stream.seed if self.stream.endless else None,
+        )
+        if self.stream.endless and not order.per_epoch:
+            raise UserError(
+                f"{source.shards[0]} and the shards beside it hold fewer documents than data.lanes "
+                f"({self.stream.lanes}): lower data.lanes."
+            )
+        return order
 
+    def _take(self, source: int) -> int:
+        """Reads the next document of a source; gives its tokens, 0 where it can't be used."""
+        position = self.positions[source]
+        self.positions[source] += 1
+        name = self.stream.sources[source].name
+        mixed = len(self.orders) > 1
+        self.tally.read += 1
+        if mixed:
+            self.tally.read_of[name] += 1
+        tokens = self._add(source, position)
+        if tokens and mixed:
+            self.tally.used_of[name] += 1
+            self.tally.tokens_of[name] += tokens
+        self._unusable[source] = 0 if tokens else self._unusable[source] + 1
+        if self.stream.endless and self._unusable[source] > self.orders[source].per_epoch:
+            raise UserError(
+                f"Lane {self.index} of {self.stream.lanes} finds no usable document in a whole pass over its part of "
+                f"{self.stream.sources[source].shards[0]} and the other shards ({self.tally.summary()}): lower "
+                "data.lanes, or mend the shards."
+            )
+        return tokens
 
-def _round_robin(lanes: Iterable[Iterator[PackedBatch]]) -> Iterator[PackedBatch]:
-    lanes = list(lanes)
-    while lanes:
-        remaining = []
-        for lane in lanes:
-            row = next(lane, None)
-            if row is not None:
-                remaining.append(lane)
-                yield row
-        lanes = remaining
+    def _add(self, source: int, position: int) -> int:
+        described, order = self.stream.sources[source], self.orders[source]
+        for shard in order.needed_next(position):
+            facts = described.facts[shard]
+            self.shards.cache.prefetch(described.shards[shard], facts.bytes, facts.sha256)
+        shard, number = order.place(position)
+        try:
+            found = self.shards.document(described.shards[shard], described.facts[shard], number)
+            return self.packer.add(self.stream.builder.build(found), (source, position))
+        except UnusableSampleError as error:
+            self.tally.skip(error)
+            return 0
+
+    def _restore(self, waiting: tuple[tuple[int, int], ...]) -> None:
+        for source, position in waiting:
+            self._add(source, position)
+        # They were counted when they were read first; only one that has become unusable since is news.
+        restored = self.tally.take()
+        self.tally.skipped, self.tally.examples = restored.skipped, restored.examples

@@ -9,19 +9,40 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.shards.mixture import shares
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.training.module import steps_between_logs
 
 
 class DataReport(Callback):
-    """Logs how many samples were read, used and skipped by reason, and prints them at the end of an epoch."""
+    """Logs how many samples were read, used and skipped by reason, and prints them at the end of an epoch.
+
+    Of a mixture, the share of each source that was really drawn stands beside the one asked for, and how many times
+    the source was read so far. Counts of training go on in a resumed run, from the last whole step on.
+    """
 
     def __init__(self) -> None:
         self.tallies: dict[str, Tally] = {}
+        self._before = Tally()
+        self._of_this_step = Tally()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts of training over all processes and resumed runs, in primitives."""
+        return self._training().to_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on counting from there."""
+        self._before = Tally.from_dict(state_dict)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts anew."""
+        """Counts this run anew; what came before it is added when counts are shown."""
         self.tallies["train"] = Tally()
+        self._of_this_step = Tally()
+
+    def _training(self) -> Tally:
+        total = Tally.from_dict(self._before.to_dict())
+        total.add(_over_ranks(self.tallies.get("train", Tally())))
+        return total
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Counts anew."""
@@ -34,13 +55,29 @@ class DataReport(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
     ) -> None:
-        """Counts a batch, and logs the counts of this process at every `log_every_n_steps`-th step."""
-        tally = self.tallies["train"]
-        tally.add(batch.tally)
+        """Counts a batch once its step is done, and logs the counts at every `log_every_n_steps`-th step."""
+        self._of_this_step.add(batch.tally)
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        self.tallies["train"].add(self._of_this_step.take())
         if trainer.global_step % steps_between_logs(trainer) == 0:
+            tally = self._training()
             pl_module.log("data/read", float(tally.read))
             for reason, count in tally.skipped.items():
                 pl_module.log(f"data/skipped/{reason}", float(count))
+            if tally.read_of:
+                self._log_mixture(trainer, pl_module, tally)
+
+    def _log_mixture(self, trainer: pl.Trainer, pl_module: pl.LightningModule, tally: Tally) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        sources = data.train_sources
+        drawn = tally.tokens_of if data.mix_by == "tokens" else tally.used_of
+        asked = shares([source.source for source in sources], trainer.global_step)
+        for source, share in zip(sources, asked, strict=True):
+            pl_module.log(f"data/share_asked/{source.name}", share)
+            pl_module.log(f"data/share_drawn/{source.name}", drawn[source.name] / max(1, drawn.total()))
+            documents = sum(facts.documents for facts in source.facts)
+            pl_module.log(f"data/epoch/{source.name}", tally.read_of[source.name] / documents)
 
     def on_validation_batch_end(
         self,
@@ -85,7 +122,7 @@ class DataReport(Callback):
         self._print("predict")
 
     def _print(self, split: str, only_losses: bool = False) -> None:
-        tally = _over_ranks(self.tallies[split])
+        tally = self._training() if split == "train" else _over_ranks(self.tallies[split])
         if not only_losses or tally.skipped or tally.tokens_cut:
             rank_zero_info(f"\n{split} data: {tally.summary()}")
         for example in tally.examples.values():
@@ -93,10 +130,10 @@ class DataReport(Callback):
 
 
 def _over_ranks(tally: Tally) -> Tally:
-    if not (dist.is_available() and dist.is_initialized()):
-        return tally
-    tallies: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(tallies, tally)
+    tallies: list[Any] = [tally]
+    if dist.is_available() and dist.is_initialized():
+        tallies = [None] * dist.get_world_size()
+        dist.all_gather_object(tallies, tally)
     total = Tally()
     for one in tallies:
         total.add(one)

@@ -19,6 +19,7 @@ from fuyu_e2e.model.routing import Progress, RoutingTrace
 from fuyu_e2e.sequence import Prompt
 from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
 from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
+from fuyu_e2e.training.resume import go_back_to_last_step
 from fuyu_e2e.training.schedule import Schedule
 
 
@@ -187,11 +188,12 @@ class FuyuModule(pl.LightningModule):
         checkpoint[SECTION] = self.description.section() | {"tokens_seen": self.tokens_seen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another configuration before anything of it is used.
+        """Refuses a checkpoint of another configuration before anything of it is used, and says where to go on.
 
         Raises:
-            UserError: Says what differs.
+            UserError: Says what differs, or that its rows don't make whole steps here.
         """
         source = str(self.trainer.ckpt_path or "The checkpoint")
         self.description.check_same(Description.of(checkpoint, source), source)
         self.tokens_seen = checkpoint[SECTION]["tokens_seen"]
+        go_back_to_last_step(checkpoint, self.trainer)

@@ -14,14 +14,14 @@ from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.shards.formats import TEXT_BYTES, read_documents
 from fuyu_e2e.tally import Tally
 
-Shard = Callable[[dict[str, bytes | str | dict | list]], str]
+Shard = Callable[[dict[str, bytes | str | dict | list]], Path]
 
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Shard:
     """Writes a tar of members by name."""
 
-    def write(members: dict[str, Any]) -> str:
+    def write(members: dict[str, Any]) -> Path:
         path = tmp_path / "shard.tar"
         with tarfile.open(path, "w") as tar:
             for name, content in members.items():
@@ -35,12 +35,12 @@ def shard(tmp_path: Path) -> Shard:
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-        return str(path)
+        return path
 
     return write
 
 
-def read(path: str) -> list[Document]:
+def read(path: Path) -> list[Document]:
     tally = Tally()
     found = list(read_documents(path, tally))
     assert tally.read == len(found)
@@ -48,7 +48,7 @@ def read(path: str) -> list[Document]:
     return found
 
 
-def reasons(path: str) -> dict[str, int]:
+def reasons(path: Path) -> dict[str, int]:
     tally = Tally()
     used = len(list(read_documents(path, tally)))
     assert tally.read == used + tally.skipped.total()
@@ -88,7 +88,7 @@ def test_shards_of_webdatasets_own_writer(tmp_path: Path, make_png: Callable[...
                 "json": {"width": 5},
             }
             writer.write({**sample, "png": sample["png"]})
-    found = [document for file in sorted(tmp_path.glob("*.tar")) for document in read(str(file))]
+    found = [document for file in sorted(tmp_path.glob("*.tar")) for document in read(file)]
     assert [document.answer for document in found] == [f"picture {number}" for number in range(7)]
     assert found[0].segments[0] == Image(make_png(9, 5))
 
@@ -136,13 +136,6 @@ def test_plain_text_and_lines_of_json(shard: Shard) -> None:
     lines = b'{"text": "a"}\n\n{"text": " b "}\n{"conversations": [{"from": "gpt", "value": "c"}]}\n'
     found = read(shard({"0.jsonl": lines}))
     assert [(document.key, document.answer) for document in found] == [("0/0", "a"), ("0/1", " b "), ("0/2", "c")]
-
-
-def test_parts_share_the_documents_out(shard: Shard) -> None:
-    path = shard({f"{number}.txt": str(number) for number in range(10)})
-    parts = [list(read_documents(path, Tally(), part, 3)) for part in range(3)]
-    assert [len(part) for part in parts] == [4, 3, 3]
-    assert sorted(document.key for part in parts for document in part) == [str(number) for number in range(10)]
 
 
 def turn(speaker: object = "gpt", value: object = "a") -> dict:

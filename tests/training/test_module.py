@@ -106,7 +106,7 @@ def test_eight_real_samples_are_learnt_by_heart_within_200_steps(
     trainer(tmp_path, max_steps=200, gradient_clip_val=1.0, callbacks=[Losses()]).fit(learner, data_module)
     assert losses[0] > 4
     assert max(losses[-5:]) < 0.05
-    prompts = list(data_module.builder.prompts(data_module.stream("train").documents(Tally()), Tally()))
+    prompts = list(data_module.builder.prompts(data_module.documents("train", Tally()), Tally()))
     texts = continue_texts(learner.decoder.eval(), data_module.tokenizer, prompts, max_new_tokens=8)
     assert texts == [prompt.truth for prompt in prompts]
 

@@ -1,0 +1,99 @@
+"""`fuyu-e2e shards`: what shards hold, whether they are whole, and new ones from a user's own files."""
+
+import os
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fuyu_e2e.shards.manifest import ShardFacts, index, verify
+from fuyu_e2e.shards.sources import CACHE_FOLDER, ShardCache, expand_patterns, folder_of
+from fuyu_e2e.shards.statistics import survey
+from fuyu_e2e.shards.writing import write
+
+USAGE = """usage: fuyu-e2e shards {index,verify,stats,write} [--help]
+
+  index PATTERN      count what shards hold, into fuyu-manifest.json beside them
+  verify PATTERN     compare shards with their manifest: bytes, checksums, documents
+  stats PATTERN      a table and a picture of resolutions, aspect ratios, text lengths and tokens
+  write SOURCE       shards from your own images and texts
+"""
+FAULTY = 1
+"""Exit code of `verify` where a shard is not what its manifest says."""
+
+
+def shards(args: Sequence[str]) -> int:
+    """Runs one of the commands about shards."""
+    commands = {"index": _index, "verify": _verify, "stats": _stats, "write": write}
+    if not args or args[0] not in commands:
+        print(USAGE)
+        return 0 if args and args[0] in ("--help", "-h") else 2
+    return commands[args[0]](args[1:])
+
+
+def _parser(name: str, description: str | None) -> ArgumentParser:
+    parser = ArgumentParser(prog=f"fuyu-e2e shards {name}", description=description)
+    parser.add_argument("patterns", nargs="+", help="Paths, URLs, globs, brace patterns or folders of shards.")
+    parser.add_argument("--cache-dir", default=CACHE_FOLDER, help="Where remote shards go (default: %(default)s).")
+    parser.add_argument("--allow-pipe", action="store_true", help="Run the commands of pipe: shards in a shell.")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="Shards read at once.")
+    return parser
+
+
+def _index(args: Sequence[str]) -> int:
+    """Counts what shards hold, into fuyu-manifest.json beside them or, where that can't be written, in the cache."""
+    options = _parser("index", _index.__doc__).parse_args(args)
+    found = expand_patterns(options.patterns, allow_pipe=options.allow_pipe)
+    facts, places = index(found, ShardCache.at(options.cache_dir), options.processes)
+    _print_totals(list(facts.values()))
+    for place in places:
+        print(f"Written: {place}")
+    return 0
+
+
+def _verify(args: Sequence[str]) -> int:
+    """Compares shards with their manifests; exit code 1 where one is not what it should be."""
+    options = _parser("verify", _verify.__doc__).parse_args(args)
+    found = expand_patterns(options.patterns, allow_pipe=options.allow_pipe)
+    faults = verify(options.patterns, found, ShardCache.at(options.cache_dir), options.processes)
+    for fault in faults:
+        print(f"{fault.shard} {fault.reason}")
+    folders = len(set(map(folder_of, found)))
+    print(f"{len(found):,} shards in {folders:,} folders compared with their manifests: {len(faults):,} faults")
+    return FAULTY if faults else 0
+
+
+def _stats(args: Sequence[str]) -> int:
+    """Prints what documents of shards are like, and draws the distributions."""
+    parser = _parser("stats", _stats.__doc__)
+    parser.add_argument("--out", type=Path, default=Path("shards.png"), help="The picture (default: %(default)s).")
+    parser.add_argument("--tokenizer", type=Path, help="Count its tokens instead of estimating them.")
+    parser.add_argument("--patch-size", type=int, default=16, help="For the count of tokens (default: %(default)s).")
+    parser.add_argument("--max-patches", type=int, default=1024, help="Of an image (default: %(default)s).")
+    options = parser.parse_args(args)
+    found = expand_patterns(options.patterns, allow_pipe=options.allow_pipe)
+    cache = ShardCache.at(options.cache_dir)
+    surveyed = survey(found, cache, options.tokenizer, options.patch_size, options.max_patches, options.processes)
+    Console().print(surveyed.table())
+    surveyed.draw(options.out)
+    print(f"The distributions: {options.out}")
+    return 0
+
+
+def _print_totals(facts: list[ShardFacts]) -> None:
+    table = Table("shards", "documents", "images", "tokens, about", "bytes", "unusable")
+    unusable = sum(sum(one.unusable.values()) for one in facts)
+    totals = (sum(getattr(one, name) for one in facts) for name in ("documents", "images", "tokens_estimate", "bytes"))
+    table.add_row(f"{len(facts):,}", *(f"{total:,}" for total in totals), f"{unusable:,}")
+    Console().print(table)
+    kinds: dict[str, int] = {}
+    reasons: dict[str, int] = {}
+    for one in facts:
+        for counted, said in ((kinds, one.kinds), (reasons, one.unusable)):
+            for name, count in said.items():
+                counted[name] = counted.get(name, 0) + count
+    print(", ".join(f"{name} {count:,}" for name, count in sorted(kinds.items())))
+    for reason, count in sorted(reasons.items()):
+        print(f"unusable: {reason} {count:,}")

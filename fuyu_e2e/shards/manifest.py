@@ -1,0 +1,363 @@
+"""What a folder of shards holds: one small JSON beside them, `fuyu-manifest.json`.
+
+Counts make the order of a stream a function of its seed, sizes and checksums make a lost byte a sentence. Where the
+folder can't be written to, the manifest lies in the cache of this machine.
+"""
+
+import fnmatch
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import track
+
+from fuyu_e2e import __version__
+from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.image import ImagePolicy, fit_budget, image_size
+from fuyu_e2e.shards.formats import document
+from fuyu_e2e.shards.reading import Shard
+from fuyu_e2e.shards.sources import ShardCache, folder_of, is_local, name_of, read_bytes, write_bytes
+
+NAME = "fuyu-manifest.json"
+VERSION = 1
+ASSUMED = ImagePolicy(patch_size=16)
+"""How images enter, for the estimate of tokens: a manifest belongs to shards, not to a model."""
+BYTES_PER_TOKEN = 4
+"""Of text, for the estimate of tokens."""
+
+Kind = Literal["caption", "chat", "interleaved", "text"]
+
+
+@dataclass(frozen=True)
+class DocumentFacts:
+    """What can be said of a document without a tokenizer or a patch size."""
+
+    kind: Kind
+    sizes: tuple[tuple[int, int], ...]
+    """(width, height) of each image in pixels, as its header says."""
+    text_bytes: int
+
+    @classmethod
+    def of(cls, document: Document) -> "DocumentFacts":
+        """The facts of a document.
+
+        Raises:
+            UnusableSampleError: The header of an image can't be used (see `fuyu_e2e.image`).
+        """
+        images = [segment for segment in document.segments if isinstance(segment, Image)]
+        texts = [segment for segment in document.segments if isinstance(segment, Text)]
+        kind: Kind = "interleaved"
+        if not images:
+            kind = "text"
+        elif any(not text.loss for text in texts):
+            kind = "chat"
+        elif len(images) == 1 and len(texts) == 1:
+            kind = "caption"
+        sizes = tuple(image_size(image.data, ASSUMED) for image in images)
+        return cls(kind, sizes, sum(len(text.text.encode()) for text in texts))
+
+    @property
+    def tokens(self) -> int:
+        """An estimate of its tokens, at patches of 16 pixels, 1,024 of them an image at most, 4 bytes of text each."""
+        total = -(-self.text_bytes // BYTES_PER_TOKEN)
+        for width, height in self.sizes:
+            cols, rows = (-(-side // ASSUMED.patch_size) for side in fit_budget(width, height, ASSUMED))
+            total += rows * (cols + 1)
+        return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFacts:
+    """What one shard holds."""
+
+    documents: int
+    """Documents, the unusable ones among them; a shard that is damaged ends with one that stands for the damage."""
+    bytes: int
+    sha256: str
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Usable documents by kind."""
+    images: int = 0
+    tokens_estimate: int = 0
+    """See `DocumentFacts.tokens`."""
+    unusable: dict[str, int] = field(default_factory=dict)
+    """Documents that can't be used by reason, as far as headers tell."""
+
+    @classmethod
+    def of(cls, path: Path, name: str | None = None) -> "ShardFacts":
+        """Reads a whole local shard.
+
+        Raises:
+            UserError: The file can't be read, or is no tar.
+        """
+        shard = Shard(path, name)
+        kinds, unusable = Counter[str](), Counter[str]()
+        images = tokens = 0
+        for number in range(len(shard)):
+            try:
+                facts = DocumentFacts.of(document(shard.sample(number)))
+            except UnusableSampleError as error:
+                unusable[error.reason] += 1
+                continue
+            kinds[facts.kind] += 1
+            images += len(facts.sizes)
+            tokens += facts.tokens
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(
+            documents=len(shard),
+            bytes=path.stat().st_size,
+            sha256=digest,
+            kinds=dict(kinds),
+            images=images,
+            tokens_estimate=tokens,
+            unusable=dict(unusable),
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The facts of the shards of one folder, by file name."""
+
+    folder: str
+    shards: dict[str, ShardFacts]
+
+    @classmethod
+    def load(cls, folder: str, cache: ShardCache) -> "Manifest":
+        """The manifest of a folder, from beside its shards or from this machine's cache; empty where there is none.
+
+        Raises:
+            UserError: A manifest can't be read.
+        """
+        shards: dict[str, ShardFacts] = {}
+        for place in (str(_cached(folder, cache)), *([_beside(folder)] if folder else [])):
+            data = read_bytes(place)
+            if data is None:
+                continue
+            try:
+                parsed = json.loads(data)
+                if parsed["version"] != VERSION:
+                    raise ValueError(f"version {parsed['version']}, not {VERSION}")
+                shards |= {name: ShardFacts(**facts) for name, facts in parsed["shards"].items()}
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(
+                    f"{place} is no manifest of this version of fuyu-e2e ({type(error).__name__}: {error}): remove it "
+                    "and run `fuyu-e2e shards index` on the shards."
+                ) from error
+        return cls(folder, shards)
+
+    def save(self, cache: ShardCache) -> str:
+        """Writes the manifest beside the shards, or into the cache where that can't be; gives the place."""
+        data = (json.dumps(self._described(), indent=1) + "\n").encode()
+        if self.folder and write_bytes(_beside(self.folder), data):
+            return _beside(self.folder)
+        place = _cached(self.folder, cache)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(str(place), data)
+        return str(place)
+
+    def _described(self) -> dict[str, Any]:
+        kinds, unusable = Counter[str](), Counter[str]()
+        for facts in self.shards.values():
+            kinds.update(facts.kinds)
+            unusable.update(facts.unusable)
+        totals = {
+            name: sum(getattr(facts, name) for facts in self.shards.values())
+            for name in ("documents", "bytes", "images", "tokens_estimate")
+        }
+        return {
+            "version": VERSION,
+            "written_by": f"fuyu-e2e {__version__}",
+            "tokens_estimated_for": {
+                "patch_size": ASSUMED.patch_size,
+                "max_patches": ASSUMED.max_patches,
+                "bytes_per_token": BYTES_PER_TOKEN,
+            },
+            "totals": totals | {"shards": len(self.shards), "kinds": kinds, "unusable": unusable},
+            "shards": {name: asdict(facts) for name, facts in sorted(self.shards.items())},
+        }
+
+
+def _beside(folder: str) -> str:
+    return f"{folder.rstrip('/')}/{NAME}"
+
+
+def _cached(folder: str, cache: ShardCache) -> Path:
+    return cache.folder / "manifests" / f"{hashlib.sha256(folder.encode()).hexdigest()}.json"
+
+
+def facts_of(shards: Sequence[str], cache: ShardCache) -> tuple[ShardFacts, ...]:
+    """The facts of each shard; local shards that no manifest knows are indexed first.
+
+    Raises:
+        UserError: No manifest knows a remote shard; a local one has another size than its manifest says, can't be
+            read, or is no tar.
+    """
+    known = _known(shards, cache)
+    unknown = [shard for shard in shards if shard not in known]
+    if remote := [shard for shard in unknown if not is_local(shard)]:
+        raise UserError(
+            f"No manifest knows {remote[0]}{_others(remote)}: run `fuyu-e2e shards index` on the pattern once. It "
+            "reads every shard, which takes as long as that does."
+        )
+    for shard in shards:
+        if shard in known and is_local(shard):
+            _check_size(shard, known[shard])
+    if unknown:
+        known |= index(unknown, cache)[0]
+    return tuple(known[shard] for shard in shards)
+
+
+def index(shards: Sequence[str], cache: ShardCache, processes: int = 1) -> tuple[dict[str, ShardFacts], list[str]]:
+    """Reads shards whole, and writes what they hold into the manifests of their folders; gives the manifests' places.
+
+    Entries of local shards that are gone are taken out. More than one process needs a program whose main module can
+    be imported, as multiprocessing's `spawn` does.
+
+    Raises:
+        UserError: A shard can't be read, or is no tar.
+    """
+    found = dict(zip(shards, _facts(shards, cache, processes), strict=True))
+    places = []
+    for folder in dict.fromkeys(map(folder_of, shards)):
+        fresh = {name_of(shard): facts for shard, facts in found.items() if folder_of(shard) == folder}
+        # Read again just before it is written: another process may have indexed other shards of the folder.
+        kept = {
+            name: facts
+            for name, facts in Manifest.load(folder, cache).shards.items()
+            if not is_local(folder) or (Path(folder) / name).exists()
+        }
+        places.append(Manifest(folder, kept | fresh).save(cache))
+    return found, places
+
+
+def _facts(shards: Sequence[str], cache: ShardCache, processes: int) -> list[ShardFacts]:
+    def all_of(facts: Iterable[ShardFacts]) -> list[ShardFacts]:
+        console = Console(stderr=True)
+        return list(track(facts, "Indexing shards", total=len(shards), console=console, transient=True))
+
+    one = partial(_facts_of_one, cache=cache)
+    if processes == 1 or len(shards) == 1:
+        return all_of(map(one, shards))
+    # A forked copy of a process that runs torch's threads can hang.
+    with ProcessPoolExecutor(min(processes, len(shards)), mp_context=get_context("spawn")) as pool:
+        return all_of(pool.map(one, shards))
+
+
+def _facts_of_one(shard: str, cache: ShardCache) -> ShardFacts:
+    return ShardFacts.of(cache.path(shard), shard)
+
+
+def _known(shards: Iterable[str], cache: ShardCache) -> dict[str, ShardFacts]:
+    manifests: dict[str, Manifest] = {}
+    known = {}
+    for shard in shards:
+        folder = folder_of(shard)
+        if folder not in manifests:
+            manifests[folder] = Manifest.load(folder, cache)
+        if facts := manifests[folder].shards.get(name_of(shard)):
+            known[shard] = facts
+    return known
+
+
+def _check_size(shard: str, facts: ShardFacts) -> None:
+    size = Path(shard).stat().st_size
+    if size != facts.bytes:
+        raise UserError(
+            f"The shard {shard} has {size:,} bytes, but its manifest says {facts.bytes:,}: it was cut or written "
+            "anew. `fuyu-e2e shards verify` says what is missing, `fuyu-e2e shards index` takes it as it is now."
+        )
+
+
+def check_complete(shards: Iterable[str], cache: ShardCache) -> None:
+    """Sees that no shard is gone that stands in the manifests of the given ones, in the same series of names.
+
+    A series is the names that differ in digits only: a missing `train-00003.tar` is noticed among other `train-*`.
+
+    Raises:
+        UserError: Names what is gone.
+    """
+    shards = [shard for shard in shards if is_local(shard)]
+    for folder in dict.fromkeys(map(folder_of, shards)):
+        series = {_series(name_of(shard)) for shard in shards if folder_of(shard) == folder}
+        gone = [
+            name
+            for name in Manifest.load(folder, cache).shards
+            if _series(name) in series and not (Path(folder) / name).exists()
+        ]
+        if gone:
+            raise UserError(
+                f"{folder}/{gone[0]}{_others(gone)} stands in {_beside(folder)} but is gone: bring it back, or run "
+                "`fuyu-e2e shards index` on the shards that are left."
+            )
+
+
+def _series(name: str) -> str:
+    return "".join("#" if letter.isdigit() else letter for letter in name)
+
+
+def _others(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} others" if len(names) > 1 else ""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One way in which a shard is not what its manifest says."""
+
+    shard: str
+    reason: str
+
+
+def verify(patterns: Sequence[str], shards: Sequence[str], cache: ShardCache, processes: int = 1) -> list[Fault]:
+    """Compares shards, and all that their manifests list under the same patterns, with the manifests.
+
+    Args:
+        patterns: What the user named, so that what is gone is noticed too.
+        shards: What the patterns match.
+        cache: Where remote shards go.
+
+    Raises:
+        UserError: A remote shard can't be fetched.
+    """
+    faults = []
+    for folder in dict.fromkeys(map(folder_of, shards)):
+        listed = Manifest.load(folder, cache).shards
+        here = {name_of(shard): shard for shard in shards if folder_of(shard) == folder}
+        for name in sorted(listed.keys() | here.keys()):
+            if name not in here and not _matches(name, patterns):
+                continue
+            if name not in here:
+                faults.append(Fault(f"{folder}/{name}", "is gone"))
+            elif name not in listed:
+                faults.append(Fault(here[name], "stands in no manifest"))
+    known = _known(shards, cache)
+    indexed = [shard for shard in shards if shard in known]
+    for shard, facts in zip(indexed, _facts(indexed, cache, processes), strict=True):
+        faults += [Fault(shard, reason) for reason in _differences(known[shard], facts)]
+    return faults
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern.rsplit("/", 1)[-1]) or Path(pattern).is_dir() for pattern in patterns)
+
+
+def _differences(said: ShardFacts, found: ShardFacts) -> Iterator[str]:
+    if said.bytes != found.bytes:
+        yield f"has {found.bytes:,} bytes instead of {said.bytes:,}"
+    elif said.sha256 != found.sha256:
+        yield "has another checksum"
+    if said.documents != found.documents:
+        yield f"has {found.documents:,} documents instead of {said.documents:,}"
+    for reason in found.unusable.keys() | said.unusable.keys():
+        if found.unusable.get(reason, 0) != said.unusable.get(reason, 0):
+            yield f"has {found.unusable.get(reason, 0):,} unusable documents ({reason}) instead of " + (
+                f"{said.unusable.get(reason, 0):,}"
+            )

@@ -1,0 +1,76 @@
+"""Several sources in one stream, in shares that may change over the steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fuyu_e2e.errors import UserError
+
+MixBy = Literal["tokens", "documents"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of a mixture, as a recipe names it.
+
+    Raises:
+        UserError: A weight is negative or no number.
+    """
+
+    shards: str | list[str]
+    """A path, URL, glob or brace pattern, a folder, or a list of them."""
+    weight: float | dict[int, float] = 1.0
+    """Its share of the mixture over the sum of all weights; by step where it changes, with straight lines between."""
+
+    def __post_init__(self) -> None:
+        values = self.weight.values() if isinstance(self.weight, dict) else [self.weight]
+        if not values or not all(0 <= value < float("inf") for value in values):
+            raise UserError(f"The weight of a source is {self.weight}, but must be 0 or more.")
+
+    def weight_at(self, step: int) -> float:
+        """The weight in a step."""
+        if not isinstance(self.weight, dict):
+            return self.weight
+        steps = sorted(self.weight)
+        return float(np.interp(step, steps, [self.weight[known] for known in steps]))
+
+
+def shares(sources: Sequence[Source], step: int) -> tuple[float, ...]:
+    """The share of each source in a step; they add up to one.
+
+    Raises:
+        UserError: All weights are zero there.
+    """
+    weights = [source.weight_at(step) for source in sources]
+    if not (total := sum(weights)):
+        raise UserError(f"At step {step} the weights of all sources of data.train are 0: give one of them a share.")
+    return tuple(weight / total for weight in weights)
+
+
+class Chooser:
+    """Draws from the source that is furthest behind its share: shares hold at every moment, not on average only.
+
+    Args:
+        credits: What each source is behind by, in tokens or documents; as `credits` gave it, to go on there.
+    """
+
+    def __init__(self, credits: Sequence[float]) -> None:
+        self.credits = list(credits)
+
+    @classmethod
+    def begin(cls, sources: int, scale: float, seed: Sequence[int]) -> "Chooser":
+        """A chooser at its start; the seed keeps lanes from turning to a rare source all at the same time."""
+        credits = np.random.default_rng(seed).uniform(-scale, scale, sources)
+        return cls((credits - credits.mean()).tolist())
+
+    def choose(self, shares: Sequence[float]) -> int:
+        """The source to draw from."""
+        return max((number for number, share in enumerate(shares) if share), key=lambda number: self.credits[number])
+
+    def draw(self, chosen: int, amount: int, shares: Sequence[float]) -> None:
+        """Books what was drawn."""
+        for number, share in enumerate(shares):
+            self.credits[number] += share * amount
+        self.credits[chosen] -= amount

@@ -1,0 +1,569 @@
+"""From rows to webdataset shards: `fuyu-e2e shards write`.
+
+First a plan says which row goes into which shard: rows in stored order, split by a hash of seed and row number, shards
+closed at a size known from file sizes alone. Then processes write whole shards, each from its own rows. So the bytes
+of a shard depend on nothing but the source and the settings, whoever writes it and whenever.
+
+The plan holds 16 bytes a row for tables, and the file names for folders; a process that writes holds one sample.
+Rows are sampled at random in training (shards in random order, then a shuffle buffer), so they are not shuffled here.
+
+In the folder written, beside the shards:
+
+train-00000_stats.json    what became of the rows of a shard; there before the shard is, so that a shard is whole or
+                          not there (img2dataset names its own so)
+write-plan.json           the settings, and a hash of all rows, by which another source is refused
+report.json               the sums, once all shards are written
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import stat
+import sys
+import threading
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from webdataset import TarWriter
+
+from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.image import ImagePolicy, image_size
+from fuyu_e2e.shards.formats import TEXT_BYTES, document
+from fuyu_e2e.shards.reading import BLOCK, SAMPLE_BYTES, Sample
+from fuyu_e2e.shards.tables import FORMS as SOURCE_FORMS
+from fuyu_e2e.shards.tables import Members, Place, RowSource, open_source
+
+VERSION = 1
+"""Of the bytes written: a folder begun by another version is not gone on with."""
+EXAMPLES = 20
+"""Rows shown in the report for each reason."""
+MEGABYTE = 10**6
+"""Bytes of a megabyte."""
+PLAN, REPORT = "write-plan.json", "report.json"
+LIMITS = ImagePolicy(patch_size=1)
+"""Which images training would refuse by their headers, whatever its patches."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a run that Ctrl-C ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How rows are dealt out to shards.
+
+    Raises:
+        UserError: A value that would leave no shard to train on, or none at all.
+    """
+
+    val_share: float = 0.01
+    """Share of the rows that goes into `val` shards."""
+    seed: int = 0
+    """Seeds which rows these are."""
+    shard_megabytes: float = 256.0
+    """Bytes of a shard's samples at most, unless a single one is larger, in millions."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_share < 1:
+            raise UserError(f"--val-share is {self.val_share}, but must be at least 0 and below 1.")
+        if not self.shard_megabytes > 0:
+            raise UserError(f"--shard-megabytes is {self.shard_megabytes}, but must be above 0.")
+
+    def split(self, number: int) -> str:
+        """The split of a row: the same in every order and number of rows."""
+        digest = blake2b(f"{self.seed}/{number}".encode(), digest_size=8).digest()
+        return "val" if int.from_bytes(digest, "big") < self.val_share * 2**64 else "train"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which rows go into a shard."""
+
+    split: str
+    index: int
+    """Number among the shards of its split."""
+    numbers: np.ndarray
+    """Row numbers, from 0, in stored order."""
+    places: np.ndarray
+    """Where the rows are in their source, for its reader."""
+
+    @property
+    def name(self) -> str:
+        """The name of its files, without extension."""
+        return f"{self.split}-{self.index:05}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row that was skipped."""
+
+    row: int
+    """Its number in the source, from 0; headers and blank lines don't count."""
+    file: str
+    detail: str
+
+
+@dataclass
+class Outcome:
+    """What became of some rows: every one is written or skipped."""
+
+    written: int = 0
+    bytes: int = 0
+    """Of the shards; 0 where no row was usable, for which no shard is written."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Rows left out, by reason."""
+    examples: dict[str, list[Example]] = field(default_factory=dict)
+    """The first rows left out for each reason."""
+
+    def skip(self, error: UnusableSampleError, row: int, file: str) -> None:
+        """Counts one row that is left out."""
+        self.skipped[error.reason] = self.skipped.get(error.reason, 0) + 1
+        if len(shown := self.examples.setdefault(error.reason, [])) < EXAMPLES:
+            shown.append(Example(row, file, str(error)))
+
+    def add(self, other: "Outcome") -> None:
+        """Adds what became of other rows."""
+        self.written += other.written
+        self.bytes += other.bytes
+        for reason, count in other.skipped.items():
+            self.skipped[reason] = self.skipped.get(reason, 0) + count
+        for reason, examples in other.examples.items():
+            both = self.examples.get(reason, []) + examples
+            self.examples[reason] = sorted(both, key=lambda example: example.row)[:EXAMPLES]
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> "Outcome":
+        """What `asdict` made of one."""
+        examples = {reason: [Example(**each) for each in listed] for reason, listed in stored["examples"].items()}
+        return cls(stored["written"], stored["bytes"], stored["skipped"], examples)
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """What became of a source: read = written + skipped."""
+
+    kind: str
+    """What it was taken for."""
+    read: int
+    """Rows of the plan."""
+    shards: dict[str, int]
+    """Shards written, of each split."""
+    splits: dict[str, Outcome]
+
+    @property
+    def total(self) -> Outcome:
+        """Over both splits."""
+        total = Outcome()
+        for outcome in self.splits.values():
+            total.add(outcome)
+        return total
+
+    def summary(self) -> str:
+        """One line: `9 read, 8 written (7 in 2 train, 1 in 1 val shards), 1 skipped (image-missing 1)`."""
+        total = self.total
+        written = ", ".join(
+            f"{self.splits[split].written:,} in {count:,} {split}" for split, count in self.shards.items()
+        )
+        reasons = ", ".join(
+            f"{reason} {count:,}" for reason, count in sorted(total.skipped.items(), key=lambda item: -item[1])
+        )
+        skipped = f"{sum(total.skipped.values()):,} skipped" + (f" ({reasons})" if reasons else "")
+        return f"{self.read:,} read, {total.written:,} written ({written} shards), {skipped}"
+
+    def to_json(self) -> dict[str, Any]:
+        """What report.json holds."""
+        return {
+            "kind": self.kind,
+            "read": self.read,
+            **asdict(self.total),
+            "splits": {
+                split: {"shards": count, "written": self.splits[split].written, "bytes": self.splits[split].bytes}
+                for split, count in self.shards.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which row goes into which shard."""
+
+    rows: int
+    shards: list[Shard]
+    fingerprint: str
+    """A hash of what all rows say, and of size and time of the files they name."""
+
+
+def write_shards(
+    source: str | Path,
+    out: str | Path,
+    *,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    images: str | Path | None = None,
+    settings: Settings = Settings(),
+    processes: int = 1,
+    progress: bool = False,
+) -> WriteReport:
+    """Writes a source as webdataset shards, or what is missing of them after an interruption.
+
+    Rows that can't be used are skipped and counted by reason. Of an image only the header is looked at: whether it
+    can be decoded to its end shows in training, which skips and counts it there.
+
+    Args:
+        source: A file or folder; `fuyu_e2e.shards.tables` lists the forms.
+        out: The folder of the shards, made where there is none.
+        image_column: Column of image paths in a table, where its name is not a common one.
+        text_column: Column of texts in a table, where its name is not a common one.
+        images: What relative image paths in a table start from; by default the table's folder.
+        settings: How rows are dealt out to shards.
+        processes: Shards written at once; their bytes don't depend on it.
+        progress: Whether to show bars on stderr, where that is a terminal.
+
+    Raises:
+        UserError: The source is of no known form, can't be read or has no usable row; `out` holds other shards or
+            can't be written.
+    """
+    if processes < 1:
+        raise UserError(f"--processes is {processes}, but must be at least 1.")
+    source, out = Path(source), Path(out)
+    console = Console(stderr=True)
+    bar = partial(track, console=console, transient=True, disable=not (progress and console.is_terminal))
+    opened = open_source(
+        source, image_column=image_column, text_column=text_column, images=None if images is None else Path(images)
+    )
+    _claim(out)
+    plan = _plan(bar(opened.samples(), "Planning", total=None), settings)
+    _begin(out, source, opened, settings, plan)
+    outcomes = {shard.name: outcome for shard in plan.shards if (outcome := _finished(out, shard)) is not None}
+    remaining = [shard for shard in plan.shards if shard.name not in outcomes]
+    written = _write_all(opened, out, remaining, processes)
+    for name, outcome in bar(written, "Writing shards", total=len(remaining)):
+        outcomes[name] = outcome
+    report = _report(opened, plan, outcomes)
+    _write_json(out / REPORT, report.to_json())
+    if not report.total.written:
+        raise UserError(f"{source} has no usable row ({report.summary()}): see the examples in {out / REPORT}.")
+    return report
+
+
+def _plan(rows: Iterable[tuple[Place, Callable[[], Members]]], settings: Settings) -> Plan:
+    limit = settings.shard_megabytes * MEGABYTE
+    filling: dict[str, list[tuple[int, Place]]] = {"train": [], "val": []}
+    sizes = dict.fromkeys(filling, 0)
+    closed: dict[str, list[Shard]] = {split: [] for split in filling}
+    fingerprint = blake2b(digest_size=16)
+    number = 0
+
+    def close(split: str) -> None:
+        numbers, places = zip(*filling[split], strict=True)
+        closed[split].append(Shard(split, len(closed[split]), np.array(numbers), np.array(places)))
+        filling[split], sizes[split] = [], 0
+
+    for place, make in rows:
+        size, stamp = _weigh(make)
+        fingerprint.update(stamp)
+        split = settings.split(number)
+        # A usable row takes two blocks at least: rows in such numbers that can't be used fill a shard as well.
+        if filling[split] and max(sizes[split] + size, 2 * BLOCK * len(filling[split])) > limit:
+            close(split)
+        filling[split].append((number, place))
+        sizes[split] += size
+        number += 1
+    for split in filling:
+        if filling[split]:
+            close(split)
+    return Plan(number, [shard for shards in closed.values() for shard in shards], fingerprint.hexdigest())
+
+
+def _weigh(make: Callable[[], Members]) -> tuple[int, bytes]:
+    """The bytes that a row takes in a shard, and what changes whenever the row does."""
+    size, stamp = 0, []
+    try:
+        for name, content in make().items():
+            if isinstance(content, bytes):
+                length, said = len(content), content
+            else:
+                found = _stat(name, content)
+                length, said = found.st_size, f"{found.st_size} {found.st_mtime_ns}".encode()
+            size += _tar_bytes(length)
+            stamp.append((name, said))
+    except UnusableSampleError as error:
+        return 0, repr(error.reason).encode()
+    return size, repr(stamp).encode()
+
+
+def _tar_bytes(length: int) -> int:
+    """The bytes of a member in a tar: a header, and whole blocks."""
+    return BLOCK + -(-length // BLOCK) * BLOCK
+
+
+def _claim(out: Path) -> None:
+    """Makes the folder, or sees that it holds no shards but ours, and removes what a killed run was writing.
+
+    Raises:
+        UserError: It holds shards of something else, or can't be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / PLAN).exists() and any(out.glob("*.tar")):
+            raise UserError(f"{out} holds shards that this command did not write: take an empty folder.")
+        for path in out.glob("*.writing"):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {out} can't be written: {error.strerror}.") from error
+
+
+def _begin(out: Path, source: Path, opened: RowSource, settings: Settings, plan: Plan) -> None:
+    """Writes down what the folder is for, or sees that it is for this.
+
+    Raises:
+        UserError: It holds shards of another source or of other settings.
+    """
+    described = {
+        "version": VERSION,
+        "kind": type(opened.kind).__name__,
+        "columns": list(opened.kind.columns),
+        **asdict(settings),
+        "rows": plan.rows,
+        "fingerprint": plan.fingerprint,
+    }
+    known = _read_json(out / PLAN)
+    changed = [name for name, value in described.items() if known.get(name) != value]
+    if not changed:
+        return
+    if any(out.glob("*.tar")):
+        raise UserError(
+            f"{out} holds shards of another source or other settings ({', '.join(changed)} differ): take an empty "
+            "folder."
+        )
+    for path in out.glob("*_stats.json"):
+        path.unlink()
+    _write_json(out / PLAN, {"source": str(source), **described})
+
+
+def _finished(out: Path, shard: Shard) -> Outcome | None:
+    """What became of the rows of a shard that is whole; None where it has to be written."""
+    if not (stored := _read_json(_stats_path(out, shard))):
+        return None
+    outcome = Outcome.from_json(stored)
+    path = _path(out, shard)
+    return outcome if (path.stat().st_size if path.exists() else 0) == outcome.bytes else None
+
+
+def _write_all(source: RowSource, out: Path, shards: Sequence[Shard], processes: int) -> Iterator[tuple[str, Outcome]]:
+    """Writes shards and gives their names, in the order in which they are done."""
+    if processes == 1 or len(shards) <= 1:
+        for shard in shards:
+            yield shard.name, _write_shard(source, out, shard)
+        return
+    # A forked copy of a process that runs torch's threads can hang.
+    pool = ProcessPoolExecutor(
+        min(processes, len(shards)), mp_context=multiprocessing.get_context("spawn"), initializer=_follow_parent
+    )
+    try:
+        jobs = {pool.submit(_write_shard, source, out, shard): shard.name for shard in shards}
+        for done in as_completed(jobs):
+            yield jobs[done], done.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"A process that wrote to {out} was killed, perhaps for want of memory: run the same command again, with "
+            "fewer --processes."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)  # lets the shards that are being written end
+
+
+def _follow_parent() -> None:
+    """Leaves Ctrl-C to the parent, and ends with it: a killed one would leave its pool behind for good."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _write_shard(source: RowSource, out: Path, shard: Shard) -> Outcome:
+    """Writes a shard under another name, then what became of its rows, then gives it its name."""
+    path, outcome = _path(out, shard), Outcome()
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb") as file:
+            with TarWriter(file, encoder=False, mtime=0, user="", group="") as writer:
+                for sample in _samples(source, shard, outcome):
+                    writer.write({"__key__": sample.key, **sample.members})
+                    writer.tarstream.members.clear()  # which tarfile would keep, a kilobyte each
+            _sync(file)
+        if outcome.written:
+            outcome.bytes = temporary.stat().st_size
+        _write_json(_stats_path(out, shard), asdict(outcome))
+        if outcome.written:
+            temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"The shard {path} can't be written: {error.strerror}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return outcome
+
+
+def _samples(source: RowSource, shard: Shard, outcome: Outcome) -> Iterator[Sample]:
+    """The usable samples of a shard; counts all its rows."""
+    places, seen = shard.places.tolist(), 0
+    for number, (place, make) in zip(shard.numbers.tolist(), source.samples(places), strict=False):
+        seen += 1
+        file = source.reader.file(place)
+        try:
+            # A key made of the row number is unique, and holds no dot and no path.
+            sample = Sample(f"{number:09}", file, _load(make()))
+            document(sample)
+        except UnusableSampleError as error:
+            outcome.skip(error, number, file)
+            continue
+        outcome.written += 1
+        yield sample
+    if seen < len(places):
+        raise UserError(
+            f"{source.reader.file(places[0])} was changed while it was read: write it again, into an empty folder."
+        )
+
+
+def _load(members: Members) -> dict[str, bytes]:
+    """The members of a sample, all in bytes.
+
+    Raises:
+        UnusableSampleError: A file is missing, no regular file or unreadable, or an image that its header rules out;
+            or all together are more than is read of a sample.
+    """
+    loaded, size = {}, 0
+    for name, content in members.items():
+        loaded[name] = content if isinstance(content, bytes) else _read(name, content)
+        size += _tar_bytes(len(loaded[name]))
+        if size > SAMPLE_BYTES:
+            raise UnusableSampleError("sample-too-many-bytes", f"more than {SAMPLE_BYTES:,} bytes")
+    return loaded
+
+
+def _read(name: str, path: Path) -> bytes:
+    if _stat(name, path).st_size > (TEXT_BYTES if name == "txt" else LIMITS.max_bytes):
+        raise UnusableSampleError("text-too-long" if name == "txt" else "image-too-many-bytes", str(path))
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnusableSampleError(f"{_what(name)}-unreadable", f"{path}: {error.strerror}") from error
+    if name != "txt":
+        try:
+            image_size(data, LIMITS)
+        except UnusableSampleError as error:
+            raise UnusableSampleError(error.reason, str(path)) from error
+    return data
+
+
+def _stat(name: str, path: Path) -> os.stat_result:
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        raise UnusableSampleError(f"{_what(name)}-missing", f"{path}: {getattr(error, 'strerror', error)}") from error
+    if not stat.S_ISREG(found.st_mode):  # reading a pipe or a device might never end
+        raise UnusableSampleError(f"{_what(name)}-no-file", str(path))
+    return found
+
+
+def _what(name: str) -> str:
+    return "text" if name == "txt" else "image"
+
+
+def _report(source: RowSource, plan: Plan, outcomes: dict[str, Outcome]) -> WriteReport:
+    splits = {"train": Outcome(), "val": Outcome()}
+    shards = dict.fromkeys(splits, 0)
+    for shard in plan.shards:
+        outcome = outcomes[shard.name]
+        splits[shard.split].add(outcome)
+        shards[shard.split] += outcome.written > 0
+    return WriteReport(type(source.kind).__name__, plan.rows, shards, splits)
+
+
+def _path(out: Path, shard: Shard) -> Path:
+    return out / f"{shard.name}.tar"
+
+
+def _stats_path(out: Path, shard: Shard) -> Path:
+    return out / f"{shard.name}_stats.json"
+
+
+def _temporary(path: Path) -> Path:
+    """A name that no other process writes to, not even one that a killed run left behind."""
+    return path.with_name(f"{path.name}.{os.getpid()}.writing")
+
+
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with (temporary := _temporary(path)).open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        _sync(file)
+    temporary.replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What a file of ours holds; nothing where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def write(args: Sequence[str]) -> int:
+    """Writes webdataset shards from images with captions, tables, conversations, interleaved rows or text."""
+    parser = ArgumentParser(
+        prog="fuyu-e2e shards write",
+        description=f"{write.__doc__} The same command again writes what is missing after an interruption.",
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help=f"{SOURCE_FORMS[0].upper()}{SOURCE_FORMS[1:]}.")
+    parser.add_argument("--out", type=Path, required=True, help="The folder of the shards.")
+    parser.add_argument("--image-column", help="Column of image paths, where its name is not a common one.")
+    parser.add_argument("--text-column", help="Column of texts, where its name is not a common one.")
+    parser.add_argument("--images", type=Path, help="What relative image paths start from, if not the table's folder.")
+    parser.add_argument(
+        "--val-share", type=float, default=Settings.val_share, help="Rows for val (default: %(default)s)."
+    )
+    parser.add_argument("--seed", type=int, default=Settings.seed, help="Seeds which rows go into val.")
+    parser.add_argument(
+        "--shard-megabytes",
+        type=float,
+        default=Settings.shard_megabytes,
+        help="Size of a shard, in millions of bytes (default: %(default)s).",
+    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="Shards written at once.")
+    options = parser.parse_args(args)
+    try:
+        report = write_shards(
+            options.source,
+            options.out,
+            image_column=options.image_column,
+            text_column=options.text_column,
+            images=options.images,
+            settings=Settings(val_share=options.val_share, seed=options.seed, shard_megabytes=options.shard_megabytes),
+            processes=options.processes,
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        print("\nInterrupted: the same command writes what is missing.", file=sys.stderr)
+        return INTERRUPTED
+    print(f"{options.out}: {report.summary()}")
+    return 0
