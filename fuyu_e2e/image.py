@@ -85,13 +85,14 @@ def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]
 
 
 def image_size(data: bytes, policy: ImagePolicy) -> tuple[int, int]:
-    """Width and height of an encoded image in pixels, as its header says; nothing is decoded.
+    """Width and height of an encoded image in pixels, turned as EXIF says; nothing is decoded.
 
     Raises:
         UnusableSampleError: As in `decode_image`, as far as the header tells.
     """
     with _opened(data, policy) as image:
-        return image.size
+        # PNG's own way to EXIF reads all pixels, since it may stand behind them; what stands there is not seen here.
+        return image.size[::-1] if _is_turned(Pillow.Image.getexif(image)) else image.size
 
 
 @contextmanager
@@ -124,12 +125,17 @@ def _check_size(width: int, height: int, policy: ImagePolicy) -> None:
 
 def _fitted(image: Pillow.Image, policy: ImagePolicy) -> Pillow.Image:
     size = fit_budget(*image.size, policy)
-    turned = image.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
+    turned = _is_turned(image.getexif())
     # A JPEG decodes at a fraction of its size where the budget allows it; no effect on other formats and images that
     # fit. It rounds that size up, so the size to scale to is taken from the header's.
     image.draft(None, size)
     ImageOps.exif_transpose(image, in_place=True)
     return _to_rgb(image).resize(size[::-1] if turned else size, Pillow.Resampling.BILINEAR)
+
+
+def _is_turned(exif: Pillow.Exif) -> bool:
+    """Whether width and height change places."""
+    return exif.get(ExifTags.Base.Orientation) in range(5, 9)
 
 
 def _to_rgb(image: Pillow.Image) -> Pillow.Image:

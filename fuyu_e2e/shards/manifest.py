@@ -9,21 +9,18 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
-
-from rich.console import Console
-from rich.progress import track
 
 from fuyu_e2e import __version__
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.image import ImagePolicy, fit_budget, image_size
+from fuyu_e2e.sequence import ImageSpan
 from fuyu_e2e.shards.formats import document
+from fuyu_e2e.shards.parallel import map_shards
 from fuyu_e2e.shards.reading import Shard
 from fuyu_e2e.shards.sources import ShardCache, folder_of, is_local, name_of, read_bytes, write_bytes
 
@@ -43,7 +40,7 @@ class DocumentFacts:
 
     kind: Kind
     sizes: tuple[tuple[int, int], ...]
-    """(width, height) of each image in pixels, as its header says."""
+    """(width, height) of each image in pixels, as its header says, turned as EXIF says."""
     text_bytes: int
 
     @classmethod
@@ -51,7 +48,7 @@ class DocumentFacts:
         """The facts of a document.
 
         Raises:
-            UnusableSampleError: The header of an image can't be used (see `fuyu_e2e.image`).
+            UnusableSampleError: The header of an image can't be used (see `fuyu_e2e.image`), or a text is none.
         """
         images = [segment for segment in document.segments if isinstance(segment, Image)]
         texts = [segment for segment in document.segments if isinstance(segment, Text)]
@@ -63,16 +60,21 @@ class DocumentFacts:
         elif len(images) == 1 and len(texts) == 1:
             kind = "caption"
         sizes = tuple(image_size(image.data, ASSUMED) for image in images)
-        return cls(kind, sizes, sum(len(text.text.encode()) for text in texts))
+        try:
+            return cls(kind, sizes, sum(len(text.text.encode()) for text in texts))
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+            raise UnusableSampleError("text-not-unicode", f"{document.key}: {error}") from error
 
-    @property
-    def tokens(self) -> int:
-        """An estimate of its tokens, at patches of 16 pixels, 1,024 of them an image at most, 4 bytes of text each."""
-        total = -(-self.text_bytes // BYTES_PER_TOKEN)
-        for width, height in self.sizes:
-            cols, rows = (-(-side // ASSUMED.patch_size) for side in fit_budget(width, height, ASSUMED))
-            total += rows * (cols + 1)
-        return total
+    def tokens(self, policy: ImagePolicy = ASSUMED) -> int:
+        """An estimate of its tokens: exact for images, a token for four bytes of text."""
+        text = -(-self.text_bytes // BYTES_PER_TOKEN)
+        return text + sum(image_tokens(size, policy) for size in self.sizes)
+
+
+def image_tokens(size: tuple[int, int], policy: ImagePolicy) -> int:
+    """The tokens of an image of (width, height) pixels, newlines counted in."""
+    cols, rows = (-(-side // policy.patch_size) for side in fit_budget(*size, policy))
+    return ImageSpan(0, rows, cols).stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,7 @@ class ShardFacts:
                 continue
             kinds[facts.kind] += 1
             images += len(facts.sizes)
-            tokens += facts.tokens
+            tokens += facts.tokens()
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return cls(
@@ -219,8 +221,7 @@ def facts_of(shards: Sequence[str], cache: ShardCache) -> tuple[ShardFacts, ...]
 def index(shards: Sequence[str], cache: ShardCache, processes: int = 1) -> tuple[dict[str, ShardFacts], list[str]]:
     """Reads shards whole, and writes what they hold into the manifests of their folders; gives the manifests' places.
 
-    Entries of local shards that are gone are taken out. More than one process needs a program whose main module can
-    be imported, as multiprocessing's `spawn` does.
+    Entries of local shards that are gone are taken out. About processes see `map_shards`.
 
     Raises:
         UserError: A shard can't be read, or is no tar.
@@ -240,16 +241,7 @@ def index(shards: Sequence[str], cache: ShardCache, processes: int = 1) -> tuple
 
 
 def _facts(shards: Sequence[str], cache: ShardCache, processes: int) -> list[ShardFacts]:
-    def all_of(facts: Iterable[ShardFacts]) -> list[ShardFacts]:
-        console = Console(stderr=True)
-        return list(track(facts, "Indexing shards", total=len(shards), console=console, transient=True))
-
-    one = partial(_facts_of_one, cache=cache)
-    if processes == 1 or len(shards) == 1:
-        return all_of(map(one, shards))
-    # A forked copy of a process that runs torch's threads can hang.
-    with ProcessPoolExecutor(min(processes, len(shards)), mp_context=get_context("spawn")) as pool:
-        return all_of(pool.map(one, shards))
+    return list(map_shards(partial(_facts_of_one, cache=cache), shards, processes, "Indexing shards"))
 
 
 def _facts_of_one(shard: str, cache: ShardCache) -> ShardFacts:

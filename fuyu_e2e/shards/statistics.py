@@ -7,31 +7,26 @@ matter most to the length of a row.
 
 import io
 import math
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache as cached
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags
 from PIL import Image as Pillow
 from rich import box
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from fuyu_e2e.document import Document, Image
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.image import FORMATS, ImagePolicy, fit_budget
-from fuyu_e2e.sequence import ImageSpan, SequenceBuilder
+from fuyu_e2e.image import ImagePolicy
+from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.shards.formats import read_documents
-from fuyu_e2e.shards.manifest import BYTES_PER_TOKEN, DocumentFacts
+from fuyu_e2e.shards.manifest import BYTES_PER_TOKEN, DocumentFacts, image_tokens
+from fuyu_e2e.shards.parallel import map_shards
 from fuyu_e2e.shards.sources import ShardCache
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import Tokenizer
@@ -93,28 +88,19 @@ class TokenCount:
     tokenizer: Tokenizer | None
     """None estimates text at `BYTES_PER_TOKEN`, without the tokens that stand between texts."""
 
-    def of(self, document: Document, sizes: Sequence[tuple[int, int]], text_bytes: int) -> int:
+    def of(self, document: Document, facts: DocumentFacts) -> int:
         """The tokens of a document: as many as `SequenceBuilder.build` gives, or about as many without a tokenizer.
-
-        Args:
-            document: The document.
-            sizes: (width, height) of each image in pixels, as a person sees it.
-            text_bytes: Bytes of its text.
 
         Raises:
             UnusableSampleError: With a tokenizer, that its text can't be used, or holds nothing to learn.
         """
-        in_images = sum(map(self._of_image, sizes))
         if self.tokenizer is None:
-            return in_images + -(-text_bytes // BYTES_PER_TOKEN)
+            return facts.tokens(self.images)
+        in_images = sum(image_tokens(size, self.images) for size in facts.sizes)
         # Each image only takes room, so an image of one patch is laid out in its place.
         segments = tuple(_one_pixel() if isinstance(segment, Image) else segment for segment in document.segments)
         laid_out = SequenceBuilder(self.tokenizer, self.images).build(replace(document, segments=segments))
         return len(laid_out) + in_images - sum(span.stop - span.start for span in laid_out.images)
-
-    def _of_image(self, size: tuple[int, int]) -> int:
-        cols, rows = (-(-side // self.images.patch_size) for side in fit_budget(*size, self.images))
-        return ImageSpan(0, rows, cols).stop
 
 
 @dataclass(kw_only=True)
@@ -272,15 +258,13 @@ def survey(
 ) -> Survey:
     """Reads shards whole and says what their documents are like.
 
-    More than one process needs a program whose main module can be imported, as multiprocessing's `spawn` does.
-
     Args:
         shards: Paths or URLs.
         cache: Where shards from elsewhere lie on this machine.
         tokenizer: Counts tokens exactly; None estimates them.
         patch_size: Side of a patch in pixels.
         max_patches: Patch budget of an image.
-        processes: Shards read at once.
+        processes: Shards read at once, as `map_shards` says.
 
     Raises:
         UserError: A shard or the tokenizer can't be read, or a limit of images would refuse every one.
@@ -288,21 +272,10 @@ def survey(
     images = ImagePolicy(patch_size=patch_size, max_patches=max_patches)
     count = TokenCount(images, Tokenizer.from_file(tokenizer) if tokenizer else None)
     whole = Survey(images=images, exact=tokenizer is not None)
-    for part in _parts(shards, cache, count, processes):
+    one = partial(_survey_one, cache=cache, count=count)
+    for part in map_shards(one, shards, processes, "Reading shards"):
         whole.add(part)
     return whole
-
-
-def _parts(shards: Sequence[str], cache: ShardCache, count: TokenCount, processes: int) -> Iterator[Survey]:
-    one = partial(_survey_one, cache=cache, count=count)
-    console = Console(stderr=True)
-    watched = partial(track, description="Reading shards", total=len(shards), console=console, transient=True)
-    if processes == 1 or len(shards) == 1:
-        yield from watched(map(one, shards))
-        return
-    # A forked copy of a process that runs torch's threads can hang.
-    with ProcessPoolExecutor(min(processes, len(shards)), mp_context=get_context("spawn")) as pool:
-        yield from watched(pool.map(one, shards))
 
 
 def _survey_one(shard: str, cache: ShardCache, count: TokenCount) -> Survey:
@@ -311,42 +284,13 @@ def _survey_one(shard: str, cache: ShardCache, count: TokenCount) -> Survey:
     for document in read_documents(cache.path(shard), tally, shard):
         try:
             facts = DocumentFacts.of(document)
-            sizes = upright_sizes(document, facts)
-            tokens = count.of(document, sizes, facts.text_bytes)
+            tokens = count.of(document, facts)
         except UnusableSampleError as error:
             tally.skip(error)
             continue
-        found.record(facts.kind, sizes, facts.text_bytes, tokens)
+        found.record(facts.kind, facts.sizes, facts.text_bytes, tokens)
     found.unusable = tally.skipped
     return found
-
-
-def upright_sizes(document: Document, facts: DocumentFacts) -> list[tuple[int, int]]:
-    """(width, height) of each image of a document in pixels, as a person sees it: turned as EXIF says.
-
-    Raises:
-        UnusableSampleError: `image-unreadable` where its EXIF is no EXIF.
-    """
-    images = [segment for segment in document.segments if isinstance(segment, Image)]
-    return [
-        (height, width) if width != height and _is_turned(image.data) else (width, height)
-        for image, (width, height) in zip(images, facts.sizes, strict=True)
-    ]
-
-
-def _is_turned(data: bytes) -> bool:
-    """Whether EXIF says that width and height change places before a person sees an image.
-
-    EXIF behind the pixels of a PNG, where few writers put it, is not looked for.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Pillow.open(io.BytesIO(data), formats=FORMATS) as image:
-                # Not PNG's own method, which decodes an image whose header has no EXIF.
-                return Pillow.Image.getexif(image).get(ExifTags.Base.Orientation) in range(5, 9)
-    except Exception as error:  # as in fuyu_e2e.image: nearly anything is raised on bytes that are not what they claim
-        raise UnusableSampleError("image-unreadable", f"{type(error).__name__}: {error}") from error
 
 
 @cached

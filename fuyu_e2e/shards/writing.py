@@ -41,6 +41,8 @@ from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.image import ImagePolicy, image_size
 from fuyu_e2e.shards.formats import TEXT_BYTES, document
 from fuyu_e2e.shards.reading import BLOCK, SAMPLE_BYTES, Sample
+from fuyu_e2e.shards.manifest import index
+from fuyu_e2e.shards.sources import ShardCache, expand_patterns
 from fuyu_e2e.shards.tables import FORMS as SOURCE_FORMS
 from fuyu_e2e.shards.tables import Members, Place, RowSource, open_source
 
@@ -529,7 +531,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def write(args: Sequence[str]) -> int:
-    """Writes webdataset shards from images with captions, tables, conversations, interleaved rows or text."""
+    """Writes webdataset shards, and their manifest, from images with captions, tables, conversations or text."""
     parser = ArgumentParser(
         prog="fuyu-e2e shards write",
         description=f"{write.__doc__} The same command again writes what is missing after an interruption.",
@@ -565,5 +567,6 @@ def write(args: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted: the same command writes what is missing.", file=sys.stderr)
         return INTERRUPTED
+    index(expand_patterns(str(options.out)), ShardCache.at(), options.processes)
     print(f"{options.out}: {report.summary()}")
     return 0

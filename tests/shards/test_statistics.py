@@ -28,7 +28,6 @@ from fuyu_e2e.shards.statistics import (
     Survey,
     TokenCount,
     survey,
-    upright_sizes,
 )
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import Tokenizer
@@ -123,7 +122,7 @@ def test_tokens_are_those_of_the_sequence(
     ]
     for document in documents:
         facts = DocumentFacts.of(document)
-        counted = TokenCount(policy, tokenizer).of(document, upright_sizes(document, facts), facts.text_bytes)
+        counted = TokenCount(policy, tokenizer).of(document, facts)
         assert counted == len(SequenceBuilder(tokenizer, policy).build(document))
     assert {DocumentFacts.of(document).kind for document in documents} == {"caption", "chat", "interleaved", "text"}
 
@@ -137,8 +136,7 @@ def test_no_image_is_decoded(tokenizer: Tokenizer, make_png: Callable[..., bytes
         for data in (whole, whole[: len(whole) // 2]):
             document = Document("k", (Image(data), Text("a")))
             facts = DocumentFacts.of(document)
-            sizes = upright_sizes(document, facts)
-            counts.append(TokenCount(ASSUMED, tokenizer).of(document, sizes, facts.text_bytes))
+            counts.append(TokenCount(ASSUMED, tokenizer).of(document, facts))
         assert counts[0] == counts[1]
         with pytest.raises(UnusableSampleError, match="image-unreadable"):
             decode_image(data, ASSUMED)
@@ -147,7 +145,7 @@ def test_no_image_is_decoded(tokenizer: Tokenizer, make_png: Callable[..., bytes
 def test_estimates_are_those_of_the_manifest(random_document: Callable[[int], Document]) -> None:
     for document in map(random_document, range(15)):
         facts = DocumentFacts.of(document)
-        assert TokenCount(ASSUMED, None).of(document, facts.sizes, facts.text_bytes) == facts.tokens
+        assert TokenCount(ASSUMED, None).of(document, facts) == facts.tokens()
 
 
 def test_a_survey_says_what_numpy_says(

@@ -1,0 +1,364 @@
+"""What the data path costs beside bare decoding, and beside the readers of others: one process on one core.
+
+All contenders read the same captioned JPEG images once, in stored order (which spares the others the cost of their
+shuffle buffers), and fill the same rows. Each of the others runs twice: decoding as its documentation does, with
+Pillow, and handing over encoded images that are decoded as here, which leaves only the reading to differ.
+"""
+
+import io
+import os
+import tarfile
+from argparse import ArgumentParser
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import ExifTags, ImageDraw
+from PIL import Image as Pillow
+from rich.console import Console
+from rich.table import Table
+
+from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.bench.data_peers import DECODERS, READERS, Decode, Read, decoders, pillow, readers, scaled_by_pillow
+from fuyu_e2e.bench.measure import alternate, environment, write_json
+from fuyu_e2e.datamodule import FuyuDataModule
+from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.image import ImagePolicy, decode_image, fit_budget, to_patches
+from fuyu_e2e.packing import Packer
+from fuyu_e2e.sequence import ImageSpan, SequenceBuilder, TokenSequence
+from fuyu_e2e.shards.formats import read_documents
+from fuyu_e2e.shards.sources import expand_patterns
+from fuyu_e2e.tally import Tally
+from fuyu_e2e.tokenizer import train_tokenizer
+
+PATCH_SIZE = 16
+BUDGETS = {1_024: 2_048, 4_096: 8_192}
+"""Patches of an image and tokens of a row: most images that are made are scaled down to the first, none to the other."""
+VOCAB_SIZE = 2_048
+SHARD_SAMPLES = 100
+SIDES = (300, 1_000)
+"""The range of the longer side of an image, in pixels."""
+TEXTURE = 1_024
+"""Side of the textures that images are cut from."""
+SAME = 1
+"""Levels of 255 by which pixels may differ and still count as the same."""
+OURS, BARE = "fuyu_e2e", "fuyu_e2e's decode_image"
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A JPEG file and what it shows."""
+
+    image: bytes
+    caption: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the rows of a contender hold."""
+
+    images: int
+    tokens: int
+    """Padding left out."""
+    patches: Counter[tuple[str, int]]
+    """The key of each document and the patches of its image."""
+
+
+def data(args: Sequence[str]) -> None:
+    """Measures images and tokens per second of one core: bare decoders, the whole path, and the readers of others."""
+    parser = ArgumentParser(prog="python -m fuyu_e2e.bench data", description=data.__doc__)
+    parser.add_argument("--shards", help="Take JPEG images and captions from here; by default they are made.")
+    parser.add_argument("--images", type=int, default=400, help="How many (default: %(default)s).")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("bench-data.json"))
+    options = parser.parse_args(args)
+    console = Console(highlight=False)
+    with TemporaryDirectory() as temporary, _one_core():
+        folder = Path(temporary)
+        source = photographs() if options.shards is None else _captioned(options.shards)
+        samples = list(islice(source, options.images))
+        if not samples:
+            raise UserError(f"{options.shards} holds no JPEG image with a caption.")
+        shards = _write(folder, samples)
+        known, absent = decoders(samples[0].image)
+        reading, absent_readers = readers(shards, folder)
+        absent += absent_readers
+        results = []
+        for max_patches, budget in BUDGETS.items():
+            result = _measure(folder, samples, known, reading, max_patches, budget, options.rounds)
+            results.append(result)
+            console.print(_decoder_table(result), _path_table(result))
+        for contender in absent:
+            console.print(f"{contender.name} is absent ({contender.reason}): {contender.install}")
+        content = {
+            **environment("cpu"),
+            "packages": _versions(),
+            "images": len(samples),
+            "made": options.shards is None,
+            "image_bytes": sum(len(sample.image) for sample in samples),
+            "rounds": options.rounds,
+            "absent": [asdict(contender) for contender in absent],
+            "results": results,
+        }
+        write_json(options.out, content)
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Keeps this process, with all threads that it starts, on one core."""
+    threads = torch.get_num_threads()
+    cores = os.sched_getaffinity(0)
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(threads)
+
+
+def photographs(seed: int = 0) -> Iterator[Captioned]:
+    """Images that a JPEG encoder finds as hard as photographs: quality 85, 4:2:0, about 1.8 bits a pixel.
+
+    Textures whose contrast falls with their frequency as nature's does, and a few hard edges.
+    """
+    rng = np.random.default_rng(seed)
+    light, colour = _texture(1.4, rng), _texture(1.6, rng)
+    words = ["".join(rng.choice(list("aeioubcdfghlmnprst"), rng.integers(2, 10))) for _ in range(2_000)]
+    while True:
+        longer = int(rng.integers(SIDES[0], SIDES[1] + 1))
+        shorter = round(longer / rng.choice([1, 5 / 4, 4 / 3, 3 / 2, 16 / 9]))
+        width, height = (longer, shorter) if rng.random() < 0.65 else (shorter, longer)
+        planes = [
+            np.clip(128 + contrast * _cut(texture, height, width, rng), 0, 255).astype(np.uint8)
+            for texture, contrast in ((light, 45), (colour, 15), (colour, 15))
+        ]
+        picture = Pillow.fromarray(np.stack(planes, 2), "YCbCr").convert("RGB")
+        pen = ImageDraw.Draw(picture)
+        for _ in range(rng.integers(2, 7)):
+            x, y, w, h = (rng.random(4) * (width, height, width / 3, height / 3)).tolist()
+            draw = pen.ellipse if rng.random() < 0.5 else pen.rectangle
+            draw((x, y, x + w, y + h), fill=tuple(rng.integers(0, 256, 3).tolist()))
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=85, subsampling="4:2:0")
+        ranks = np.minimum(rng.zipf(1.3, 20), len(words)) - 1  # few words make up most of a text
+        yield Captioned(file.getvalue(), " ".join(words[rank] for rank in ranks))
+
+
+def _texture(exponent: float, rng: np.random.Generator) -> np.ndarray:
+    frequency = np.hypot(np.fft.fftfreq(TEXTURE)[:, None], np.fft.rfftfreq(TEXTURE)[None])
+    frequency[0, 0] = 1
+    noise = rng.standard_normal(frequency.shape) + 1j * rng.standard_normal(frequency.shape)
+    texture = np.fft.irfft2(noise / frequency**exponent, (TEXTURE, TEXTURE))
+    return (texture - texture.mean()) / texture.std()
+
+
+def _cut(texture: np.ndarray, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    y, x = rng.integers(0, TEXTURE - height + 1), rng.integers(0, TEXTURE - width + 1)
+    return texture[y : y + height, x : x + width][:: rng.choice([-1, 1]), :: rng.choice([-1, 1])]
+
+
+def _captioned(pattern: str) -> Iterator[Captioned]:
+    """What every contender can read: RGB images that need no turning, with a caption."""
+    for shard in expand_patterns(pattern):
+        for document in read_documents(Path(shard), Tally()):
+            match document.segments:
+                case (Image(image), Text(caption)) if _is_plain(image):
+                    yield Captioned(image, caption)
+
+
+def _is_plain(image: bytes) -> bool:
+    try:
+        decode_image(image, ImagePolicy(patch_size=PATCH_SIZE))
+    except UnusableSampleError:
+        return False
+    opened = Pillow.open(io.BytesIO(image))
+    return (opened.format, opened.mode) == ("JPEG", "RGB") and opened.getexif().get(ExifTags.Base.Orientation, 1) == 1
+
+
+def _write(folder: Path, samples: Sequence[Captioned]) -> list[Path]:
+    shards = []
+    for first in range(0, len(samples), SHARD_SAMPLES):
+        shards.append(folder / f"images-{first // SHARD_SAMPLES:05}.tar")
+        with tarfile.open(shards[-1], "w") as tar:
+            for number, sample in enumerate(samples[first : first + SHARD_SAMPLES], first):
+                for extension, content in (("jpg", sample.image), ("txt", sample.caption.encode())):
+                    info = tarfile.TarInfo(f"{number:08}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return shards
+
+
+def _measure(
+    folder: Path,
+    samples: Sequence[Captioned],
+    known: dict[str, Decode],
+    reading: dict[str, Read],
+    max_patches: int,
+    budget: int,
+    rounds: int,
+) -> dict[str, Any]:
+    tokenizer = folder / "tokenizer.model"
+    if not tokenizer.exists():
+        train_tokenizer((sample.caption for sample in samples), VOCAB_SIZE).save(tokenizer)
+    module = FuyuDataModule(
+        str(tokenizer), PATCH_SIZE, val=str(folder / "images-*.tar"), budget=budget, max_patches=max_patches
+    )
+    builder, stream = module.builder, module.stream("val")
+    sizes = [fit_budget(*Pillow.open(io.BytesIO(sample.image)).size, builder.images) for sample in samples]
+
+    def bare(decode: Decode) -> Callable[[], None]:
+        def run() -> None:
+            for sample, size in zip(samples, sizes, strict=True):
+                decode(sample.image, size)
+
+        return run
+
+    paths: dict[str, Callable[[], Iterator[PackedBatch]]] = {OURS: lambda: (row.batch for row in stream.rows())}
+    for name, read in reading.items():
+        for decoded in (True, False):
+            paths[path_name(name, decoded)] = partial(_packed, read, decoded, builder, budget)
+    contents = {name: _contents(rows()) for name, rows in paths.items()}
+    for name, found in contents.items():
+        if found != contents[OURS]:
+            raise RuntimeError(f"{name} reads other images than {OURS}.")
+    whole = contents[OURS]
+    assert whole.images == len(samples)
+    ours = {BARE: lambda image, _: decode_image(image, builder.images)}
+    seconds = alternate(
+        {name: bare(decode) for name, decode in (ours | known).items()}
+        | {name: partial(_drain, rows) for name, rows in paths.items()},
+        rounds,
+        warm_up=1,
+    )
+    decoded_by = [
+        {
+            "name": name,
+            "seconds": round(seconds[name], 4),
+            "images_per_second": round(len(samples) / seconds[name], 1),
+            **_difference(decode, samples, sizes),
+        }
+        for name, decode in (ours | known).items()
+    ]
+    fastest = min((line for line in decoded_by if line["max_difference"] <= SAME), key=lambda line: line["seconds"])
+    return {
+        "max_patches": max_patches,
+        "patch_size": PATCH_SIZE,
+        "row_tokens": budget,
+        "tokens": whole.tokens,
+        "scaled_down": sum(size != Pillow.open(io.BytesIO(sample.image)).size
+                           for sample, size in zip(samples, sizes, strict=True)),  # fmt: skip
+        "decoders": decoded_by,
+        "bare": fastest["name"],
+        "paths": [
+            {
+                "name": name,
+                "seconds": round(seconds[name], 4),
+                "images_per_second": round(whole.images / seconds[name], 1),
+                "tokens_per_second": round(whole.tokens / seconds[name]),
+                "of_own_decode": round(seconds[BARE] / seconds[name], 4),
+                "of_bare_decode": round(fastest["seconds"] / seconds[name], 4),
+                "ours_to_this": round(seconds[name] / seconds[OURS], 4),
+            }
+            for name in paths
+        ],
+    }
+
+
+def path_name(reader: str, decoded: bool) -> str:
+    """What a reader is called in the tables, with its own decoding or with ours."""
+    return f"{reader}, {'its own decoding' if decoded else 'our decoding'}"
+
+
+def _packed(read: Read, decoded: bool, builder: SequenceBuilder, budget: int) -> Iterator[PackedBatch]:
+    sequences = (
+        captioned_sequence(builder, key, scaled_by_pillow(image, fit_budget(*image.size, builder.images)), caption)
+        if decoded
+        else builder.build(Document(key, (Image(image), Text(caption))))
+        for key, image, caption in read(decoded)
+    )
+    return Packer(budget, "skip", Tally()).pack(sequences)
+
+
+def captioned_sequence(
+    builder: SequenceBuilder, key: str, pixels: UInt8[np.ndarray, "H W 3"], caption: str
+) -> TokenSequence:
+    """What the builder makes of an image and a caption, for an image that is decoded already."""
+    patches = to_patches(pixels, builder.images.patch_size)
+    text = builder.build(Document(key, (Text(caption),)))
+    span = ImageSpan(0, patches.rows, patches.cols)
+    tokens = np.full(span.stop, builder.tokenizer.patch_id, np.int64)
+    tokens[span.newline_positions] = builder.tokenizer.newline_id
+    return TokenSequence(
+        key=key,
+        tokens=np.concatenate([tokens, text.tokens]),
+        loss=np.concatenate([np.zeros(span.stop, bool), text.loss]),
+        patches=patches.values,
+        images=(span,),
+    )
+
+
+def _contents(rows: Iterator[PackedBatch]) -> Contents:
+    images = tokens = 0
+    patches: Counter[tuple[str, int]] = Counter()
+    for row in rows:
+        images += row.image_count
+        tokens += sum(row.document_lengths)
+        patches.update(zip(row.keys, row.image_patches, strict=True))
+    return Contents(images, tokens, patches)
+
+
+def _drain(rows: Callable[[], Iterator[PackedBatch]]) -> None:
+    for _ in rows():
+        pass
+
+
+def _difference(decode: Decode, samples: Sequence[Captioned], sizes: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """By how many levels of 255 pixels differ from Pillow's."""
+    largest, means = 0, []
+    for sample, size in zip(samples, sizes, strict=True):
+        difference = np.abs(decode(sample.image, size).astype(np.int16) - pillow(sample.image, size))
+        largest = max(largest, int(difference.max()))
+        means.append(float(difference.mean()))
+    return {"max_difference": largest, "mean_difference": round(float(np.mean(means)), 4)}
+
+
+def _versions() -> dict[str, str]:
+    """The packages that take part, as far as they are installed."""
+    found = {}
+    for package, _ in (*DECODERS.values(), *READERS.values()):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _decoder_table(result: dict[str, Any]) -> Table:
+    table = Table("decoder", "images/s", "over Pillow", "largest difference", "mean",
+                  title=f"JPEG to pixels within {result['max_patches']:,} patches")  # fmt: skip
+    seconds = {line["name"]: line["seconds"] for line in result["decoders"]}
+    for line in sorted(result["decoders"], key=lambda line: line["seconds"]):
+        ratio = seconds["Pillow"] / line["seconds"]
+        table.add_row(line["name"], f"{line['images_per_second']:,.0f}", f"{ratio:.2f}",
+                      str(line["max_difference"]), f"{line['mean_difference']:.4f}")  # fmt: skip
+    return table
+
+
+def _path_table(result: dict[str, Any]) -> Table:
+    table = Table("whole path", "images/s", "tokens/s", f"of bare decode ({result['bare']})", "of decode_image",
+                  f"{OURS} to this", title=f"Shards to rows of {result['row_tokens']:,} tokens")  # fmt: skip
+    for line in result["paths"]:
+        table.add_row(line["name"], f"{line['images_per_second']:,.0f}", f"{line['tokens_per_second']:,}",
+                      f"{line['of_bare_decode']:.2f}", f"{line['of_own_decode']:.2f}",
+                      f"{line['ours_to_this']:.2f}")  # fmt: skip
+    return table
