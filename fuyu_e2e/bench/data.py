@@ -34,7 +34,7 @@ from fuyu_e2e.bench.measure import alternate, environment, write_json
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.image import ImagePolicy, decode_image, fit_budget, to_patches
+from fuyu_e2e.image import ImagePolicy, decode_image, fit_budget, image_size, to_patches
 from fuyu_e2e.packing import Packer
 from fuyu_e2e.sequence import ImageSpan, SequenceBuilder, TokenSequence
 from fuyu_e2e.shards.formats import read_documents
@@ -44,7 +44,7 @@ from fuyu_e2e.tokenizer import train_tokenizer
 
 PATCH_SIZE = 16
 BUDGETS = {1_024: 2_048, 4_096: 8_192}
-"""Patches of an image and tokens of a row: most images that are made are scaled down to the first, none to the other."""
+"""Patches of an image and tokens of a row: most of the made images are scaled down to the first, none to the other."""
 VOCAB_SIZE = 2_048
 SHARD_SAMPLES = 100
 SIDES = (300, 1_000)
@@ -100,7 +100,7 @@ def data(args: Sequence[str]) -> None:
             results.append(result)
             console.print(_decoder_table(result), _path_table(result))
         for contender in absent:
-            console.print(f"{contender.name} is absent ({contender.reason}): {contender.install}")
+            console.print(f"{contender.name} is absent ({contender.reason}): {contender.install}", soft_wrap=True)
         content = {
             **environment("cpu"),
             "packages": _versions(),
@@ -216,7 +216,8 @@ def _measure(
         str(tokenizer), PATCH_SIZE, val=str(folder / "images-*.tar"), budget=budget, max_patches=max_patches
     )
     builder, stream = module.builder, module.stream("val")
-    sizes = [fit_budget(*Pillow.open(io.BytesIO(sample.image)).size, builder.images) for sample in samples]
+    natives = [image_size(sample.image, builder.images) for sample in samples]
+    sizes = [fit_budget(*native, builder.images) for native in natives]
 
     def bare(decode: Decode) -> Callable[[], None]:
         def run() -> None:
@@ -242,7 +243,7 @@ def _measure(
         rounds,
         warm_up=1,
     )
-    decoded_by = [
+    decoded_by: list[dict[str, Any]] = [
         {
             "name": name,
             "seconds": round(seconds[name], 4),
@@ -251,16 +252,15 @@ def _measure(
         }
         for name, decode in (ours | known).items()
     ]
-    fastest = min((line for line in decoded_by if line["max_difference"] <= SAME), key=lambda line: line["seconds"])
+    fastest = min((line["seconds"], line["name"]) for line in decoded_by if line["max_difference"] <= SAME)
     return {
         "max_patches": max_patches,
         "patch_size": PATCH_SIZE,
         "row_tokens": budget,
         "tokens": whole.tokens,
-        "scaled_down": sum(size != Pillow.open(io.BytesIO(sample.image)).size
-                           for sample, size in zip(samples, sizes, strict=True)),  # fmt: skip
+        "scaled_down": sum(size != native for size, native in zip(sizes, natives, strict=True)),
         "decoders": decoded_by,
-        "bare": fastest["name"],
+        "bare": fastest[1],
         "paths": [
             {
                 "name": name,
@@ -268,7 +268,7 @@ def _measure(
                 "images_per_second": round(whole.images / seconds[name], 1),
                 "tokens_per_second": round(whole.tokens / seconds[name]),
                 "of_own_decode": round(seconds[BARE] / seconds[name], 4),
-                "of_bare_decode": round(fastest["seconds"] / seconds[name], 4),
+                "of_bare_decode": round(fastest[0] / seconds[name], 4),
                 "ours_to_this": round(seconds[name] / seconds[OURS], 4),
             }
             for name in paths
@@ -282,13 +282,14 @@ def path_name(reader: str, decoded: bool) -> str:
 
 
 def _packed(read: Read, decoded: bool, builder: SequenceBuilder, budget: int) -> Iterator[PackedBatch]:
-    sequences = (
-        captioned_sequence(builder, key, scaled_by_pillow(image, fit_budget(*image.size, builder.images)), caption)
-        if decoded
-        else builder.build(Document(key, (Image(image), Text(caption))))
-        for key, image, caption in read(decoded)
-    )
-    return Packer(budget, "skip", Tally()).pack(sequences)
+    def build(key: str, image: Any, caption: str) -> TokenSequence:
+        if not decoded:
+            return builder.build(Document(key, (Image(image), Text(caption))))
+        width, height = image.size
+        pixels = scaled_by_pillow(image, fit_budget(width, height, builder.images))
+        return captioned_sequence(builder, key, pixels, caption)
+
+    return Packer(budget, "skip", Tally()).pack(build(*sample) for sample in read(decoded))
 
 
 def captioned_sequence(
@@ -324,7 +325,7 @@ def _drain(rows: Callable[[], Iterator[PackedBatch]]) -> None:
         pass
 
 
-def _difference(decode: Decode, samples: Sequence[Captioned], sizes: Sequence[tuple[int, int]]) -> dict[str, float]:
+def _difference(decode: Decode, samples: Sequence[Captioned], sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """By how many levels of 255 pixels differ from Pillow's."""
     largest, means = 0, []
     for sample, size in zip(samples, sizes, strict=True):

@@ -103,9 +103,7 @@ def _turbojpeg() -> Decode:
 
 def _opencv() -> Decode:
     cv2 = _imported("cv2")
-    return lambda data, size: scaled_by_torch(
-        cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB), size
-    )
+    return lambda data, size: scaled_by_torch(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB), size)
 
 
 def _imagecodecs() -> Decode:
@@ -185,7 +183,9 @@ def _energon(shards: Sequence[Path], folder: Path) -> Read:
     for shard in shards:
         os.link(shard, own / shard.name)
     with contextlib.redirect_stdout(io.StringIO()):
-        prepare(own, [shard.name for shard in shards], split_parts_ratio=[("train", 1.0)], shuffle_seed=None, workers=1)
+        prepare(
+            own, [shard.name for shard in shards], split_parts_ratio=[("train", 1.0)], shuffle_seed=None, workers=1
+        )
     (own / ".nv-meta" / "dataset.yaml").write_text(ENERGON)
 
     def loader(decoder: Any) -> Any:
@@ -197,6 +197,7 @@ def _energon(shards: Sequence[Path], folder: Path) -> Read:
                 batch_size=None,
                 shuffle_buffer_size=None,
                 shuffle_over_epochs_multiplier=None,
+                parallel_shard_iters=1,
                 max_samples_per_sequence=None,
                 repeat=False,
                 task_encoder=encoder,

@@ -14,12 +14,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import fsspec
 import pytest
+import webdataset
 
+from fuyu_e2e.datamodule import FuyuDataModule, RowDataset, RowLoader
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.shards import sources
 from fuyu_e2e.shards.sources import (
@@ -32,6 +37,7 @@ from fuyu_e2e.shards.sources import (
     read_bytes,
     write_bytes,
 )
+from fuyu_e2e.tokenizer import Tokenizer
 
 # Python 3.12 warns of every fork beside threads; that forks are safe here is what is tested.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
@@ -826,3 +832,123 @@ def test_a_store_that_never_answers_is_given_up(bucket: str, tmp_path: Path, mon
         with pytest.raises(UserError, match=r"could not be fetched .*[tT]imeout"):
             ShardCache(tmp_path, MEGABYTE, attempts=2, timeout=0.3).path("s3://bucket/a.tar")
         assert time.monotonic() - began < 5
+
+
+# Runs
+
+
+@pytest.fixture
+def local(tmp_path: Path, tokenizer: Tokenizer, make_png: Callable[..., bytes]) -> FuyuDataModule:
+    """Data of four small shards on this machine."""
+    (tmp_path / "shards").mkdir()
+    for shard in range(4):
+        with webdataset.TarWriter(str(tmp_path / "shards" / f"{shard}.tar"), encoder=False) as writer:
+            for number in range(12):
+                text = f"picture {number} of {shard}".encode()
+                writer.write({"__key__": f"{shard}-{number}", "png": make_png(8, 4 + number, shard), "txt": text})
+    tokenizer.save(tmp_path / "tokenizer.model")
+    data = remote(tmp_path, str(tmp_path / "shards"))
+    assert data.train_sources
+    return data
+
+
+def remote(tmp_path: Path, train: str) -> FuyuDataModule:
+    cache = str(tmp_path / "cache")
+    return FuyuDataModule(
+        str(tmp_path / "tokenizer.model"), 4, train=train, budget=128, lanes=4, shuffle=10, cache_dir=cache
+    )
+
+
+def rows(data: FuyuDataModule, workers: int) -> list[list[Any]]:
+    loader = RowLoader(RowDataset(data.stream("train"), 0, 1), None, batch_size=None, num_workers=workers)
+    return [[batch.keys, batch.tokens.tolist(), batch.patches.tolist()] for batch in islice(loader, 40)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_over_a_server_that_fails_at_random_has_the_same_batches(
+    local: FuyuDataModule, tmp_path: Path, web: Web, workers: int
+) -> None:
+    for file in (tmp_path / "shards").iterdir():
+        web.files[f"/{file.name}"] = file.read_bytes()
+    chance = random.Random(0)
+
+    def fault(path: str) -> Fault | None:
+        if path.endswith(".json"):
+            return None
+        ends: list[Fault | None] = [
+            503,
+            429,
+            ("drop", chance.randrange(9_000)),
+            ("stall", chance.randrange(9_000)),
+            None,
+        ]
+        return chance.choice(ends)
+
+    web.fault = fault
+    data = remote(tmp_path, f"{web.url}/{{0..3}}.tar")
+    data.cache = ShardCache(tmp_path / "cache", MEGABYTE, attempts=12, timeout=0.2)
+    assert rows(data, workers) == rows(local, 0)
+    assert web.faults > 0
+    assert len(files(data.cache)) == 4
+
+
+class Throttled(BaseHTTPRequestHandler):
+    """Passes requests on to a store, slowly, and says no to every third."""
+
+    protocol_version = "HTTP/1.1"
+    store = ""
+    requests = refused = 0
+
+    def pass_on(self) -> None:
+        Throttled.requests += 1
+        if Throttled.requests % 3 == 0:
+            Throttled.refused += 1
+            body = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your rate.</Message></Error>"
+            self.answer(503, {"Content-Type": "application/xml"}, body)
+            return
+        request = Request(f"{self.store}{self.path}", headers=dict(self.headers.items()), method=self.command)
+        try:
+            with urlopen(request) as response:
+                self.answer(response.status, dict(response.headers.items()), response.read())
+        except HTTPError as error:
+            self.answer(error.code, dict(error.headers.items()), error.read())
+
+    do_GET = do_HEAD = pass_on  # noqa: N815
+
+    def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in ("connection", "content-length", "transfer-encoding", "date", "server"):
+                self.send_header(name, value)
+        length = headers.get("Content-Length", str(len(body))) if self.command == "HEAD" else str(len(body))
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        if self.command != "HEAD":
+            for start in range(0, len(body), 4_096):
+                time.sleep(0.005)
+                self.wfile.write(body[start : start + 4_096])
+
+    def log_message(self, *_: Any) -> None:
+        """Not on stderr."""
+
+
+def test_a_throttled_store_is_streamed(
+    local: FuyuDataModule, tmp_path: Path, bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in (tmp_path / "shards").iterdir():
+        write_bytes(f"{bucket}/{file.name}", file.read_bytes())
+    found = expand_patterns(f"{bucket}/*.tar")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Throttled) as server:
+        server.daemon_threads = True
+        Throttled.store = s3_server
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        data = remote(tmp_path, "")
+        data.patterns["train"] = list(found)
+        assert rows(data, 0) == rows(local, 0)
+        assert Throttled.refused > 3
+        assert data.cache.transfers.retries > 0
+        server.shutdown()
+        thread.join()

@@ -127,3 +127,41 @@ def test_a_lane_without_any_usable_document_ends_with_a_sentence(tmp_path: Path,
         tar.addfile(tarfile.TarInfo("0.txt"))
     with pytest.raises(UserError, match=r"no usable document.*2 skipped \(text-empty 2\)"):
         next(stream({"train": ([str(tmp_path / "bad.tar")], 1.0)}, lanes=1).rows())
+
+
+@pytest.mark.parametrize("mix_by", ["tokens", "documents"])
+def test_a_mixture_holds_its_shares_and_each_source_its_epochs(
+    shards: tuple[str, ...], stream: Make, mix_by: str
+) -> None:
+    sources = {"long": (shards[:1], 1.0), "rest": (shards[1:], 3.0)}
+    mixed = stream(sources, mix_by=mix_by)
+    rows = list(islice(mixed.rows(), 200))
+    total = Tally()
+    for row in rows:
+        total.add(row.batch.tally)
+    drawn = total.tokens_of if mix_by == "tokens" else total.used_of
+    assert drawn["long"] / drawn.total() == pytest.approx(0.25, abs=0.01)
+    assert total.read == total.read_of.total() >= total.used_of.total() > 0
+    # Both sources give all their documents about equally often, the small one more often.
+    often = Counter(key for row in rows for key in row.batch.keys)
+    small = [count for key, count in often.items() if key.startswith("0-")]
+    assert len(often) == SHARDS * (PER_SHARD - 1)
+    assert min(small) > max(often[key] for key in often if not key.startswith("0-")) * 0.9
+
+
+def test_a_mixture_goes_on_from_its_states_and_weights_follow_the_steps(
+    shards: tuple[str, ...], stream: Make
+) -> None:
+    sources = {"early": (shards[:2], {0: 1.0, 10: 0.0}), "late": (shards[2:], {0: 0.0, 10: 1.0})}
+    mixed = stream(sources, rows_per_step=4)
+    whole = list(islice(mixed.rows(), 80))
+    states = {row.lane: row.state for row in whole[:30]}
+    assert keys(islice(mixed.rows(30, 1, states), 50)) == keys(whole[30:])
+
+    def share_early(rows: list[StreamRow]) -> float:
+        tokens = sum((row.batch.tally.tokens_of for row in rows), Counter())
+        return tokens["early"] / tokens.total()
+
+    assert share_early(whole[:4]) > 0.9
+    assert 0.2 < share_early(whole[16:24]) < 0.8
+    assert share_early(whole[48:]) == 0
