@@ -37,8 +37,8 @@ class FuyuDataModule(pl.LightningDataModule):
     Args:
         tokenizer: A sentencepiece model, as `fuyu-e2e tokenizer train` writes it.
         patch_size: Side of a patch in pixels; the command line takes it from the decoder.
-        train: Shards to train on: a path, URL, glob or brace pattern, a folder, or a list of them; or a mixture, as
-            named sources with shards and a weight each. Read without end.
+        train: Shards to train on: a path, URL, glob or brace pattern, a folder, or a list of them. Read without end.
+        mixture: Several sources instead, by name, with shards and a weight each.
         val: Shards for `validate` and for validation during `fit`; read once.
         test: Shards for `test`; read once.
         predict: Shards for `predict`, whose documents are continued from before their last supervised text.
@@ -61,7 +61,8 @@ class FuyuDataModule(pl.LightningDataModule):
         self,
         tokenizer: str,
         patch_size: int,
-        train: str | list[str] | dict[str, Source] | None = None,
+        train: Patterns = None,
+        mixture: dict[str, Source] | None = None,
         val: Patterns = None,
         test: Patterns = None,
         predict: Patterns = None,
@@ -83,12 +84,10 @@ class FuyuDataModule(pl.LightningDataModule):
                 raise UserError(f"data.{name} is {value}, but must be at least 1.")
         self.tokenizer_path = Path(tokenizer)
         self.images = ImagePolicy(patch_size=patch_size, max_patches=max_patches)
-        self.patterns: dict[str, str | list[str] | dict[str, Source] | None] = {
-            "train": train,
-            "val": val,
-            "test": test,
-            "predict": predict,
-        }
+        if train and mixture:
+            raise UserError("Both data.train and data.mixture are set: leave one of them out.")
+        self.patterns: dict[str, Patterns] = {"train": train, "val": val, "test": test, "predict": predict}
+        self.mixture = mixture or {}
         self.budget = budget
         self.long_documents: LongDocuments = long_documents
         self.lanes = lanes
@@ -137,10 +136,12 @@ class FuyuDataModule(pl.LightningDataModule):
         Raises:
             UserError: None was named.
         """
+        if split == "train" and self.mixture:
+            return self.mixture
         patterns = self.patterns[split]
         if not patterns:
             raise UserError(f"data.{split} is not set: name the shards to read, as in --data.{split} 'folder/*.tar'.")
-        return patterns if isinstance(patterns, dict) else {split: Source(patterns)}
+        return {split: Source(patterns)}
 
     def shards(self, split: str) -> tuple[str, ...]:
         """The shards of all sources of a split.

@@ -307,9 +307,10 @@ def test_a_shard_that_is_not_a_tar(run: Callable, tokenizer_file: Path, folder: 
 
 def test_shards_without_a_usable_sample(run: Callable, tokenizer_file: Path, folder: Path) -> None:
     with tarfile.open(folder / "empty.tar", "w") as tar:
-        tar.addfile(tarfile.TarInfo("0.txt"))
+        for number in range(4):
+            tar.addfile(tarfile.TarInfo(f"{number}.txt"))
     fit = ("fit", "--config", recipe(), "--data.train", "empty.tar", "--trainer.default_root_dir", "runs/empty")
-    refused(run(*fit), "empty.tar", "text-empty 1")
+    refused(run(*fit), "empty.tar", "text-empty 3")
     refused(run(*fit, "--data.lanes", "2", "--data.workers", "2"), "empty.tar", "text-empty 1")
 
 

@@ -54,7 +54,7 @@ def scaled_by_torch(pixels: UInt8[np.ndarray, "H W 3"], size: Size) -> UInt8[np.
     """Pixels at another size, as torch does it: Pillow's filter, in vectors."""
     if pixels.shape[1::-1] == size:
         return pixels
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # else the result is in planes
     scaled = torch.nn.functional.interpolate(image, size[::-1], mode="bilinear", antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()
 
@@ -125,16 +125,16 @@ def _torchvision() -> Decode:
 DECODERS: dict[str, tuple[str, Callable[[], Decode]]] = {
     "Pillow": ("pillow", lambda: pillow),
     "Pillow with draft": ("pillow", lambda: _pillow_with_draft),
-    "Pillow with draft, scaled by torch": ("pillow", lambda: _pillow_and_torch),
-    "simplejpeg, scaled by Pillow": ("simplejpeg", _simplejpeg_and_pillow),
-    "simplejpeg, scaled by torch": ("simplejpeg", _simplejpeg),
-    "simplejpeg in eighths, scaled by torch": ("simplejpeg", _simplejpeg_eighths),
-    "PyTurboJPEG, scaled by torch": ("PyTurboJPEG", _turbojpeg),
-    "OpenCV, scaled by torch": ("opencv-python-headless", _opencv),
-    "imagecodecs, scaled by torch": ("imagecodecs", _imagecodecs),
-    "torchvision, scaled by torch": ("torchvision", _torchvision),
+    "Pillow with draft + torch": ("pillow", lambda: _pillow_and_torch),
+    "simplejpeg + Pillow": ("simplejpeg", _simplejpeg_and_pillow),
+    "simplejpeg + torch": ("simplejpeg", _simplejpeg),
+    "simplejpeg in eighths + torch": ("simplejpeg", _simplejpeg_eighths),
+    "PyTurboJPEG + torch": ("PyTurboJPEG", _turbojpeg),
+    "OpenCV + torch": ("opencv-python-headless", _opencv),
+    "imagecodecs + torch": ("imagecodecs", _imagecodecs),
+    "torchvision + torch": ("torchvision", _torchvision),
 }
-"""The package of each, and what opens it."""
+"""The package of each, and what opens it. Behind a plus stands what scales to the size that is wanted."""
 
 
 def decoders(example: bytes) -> tuple[dict[str, Decode], list[Absent]]:
@@ -189,20 +189,19 @@ def _energon(shards: Sequence[Path], folder: Path) -> Read:
     (own / ".nv-meta" / "dataset.yaml").write_text(ENERGON)
 
     def loader(decoder: Any) -> Any:
-        encoder = type("Encoder", (energon.DefaultTaskEncoder,), {"decoder": decoder})()
-        return energon.get_loader(
-            energon.get_train_dataset(
-                own,
-                worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=0),
-                batch_size=None,
-                shuffle_buffer_size=None,
-                shuffle_over_epochs_multiplier=None,
-                parallel_shard_iters=1,
-                max_samples_per_sequence=None,
-                repeat=False,
-                task_encoder=encoder,
-            )
+        samples = energon.get_train_dataset(
+            own,
+            worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=0),
+            batch_size=None,
+            shuffle_buffer_size=None,
+            shuffle_over_epochs_multiplier=None,
+            parallel_shard_iters=1,
+            max_samples_per_sequence=None,
+            repeat=False,
+            task_encoder=type("Encoder", (energon.DefaultTaskEncoder,), {"decoder": decoder})(),
         )
+        # By default it collects garbage every tenth batch, which for single samples would take most of its time.
+        return energon.get_loader(samples, gc_collect_every_n_steps=0)
 
     loaders = {True: loader(energon.SampleDecoder(image_decode="pilrgb")), False: loader(None)}
 

@@ -45,7 +45,7 @@ def shares(sources: Sequence[Source], step: int) -> tuple[float, ...]:
     """
     weights = [source.weight_at(step) for source in sources]
     if not (total := sum(weights)):
-        raise UserError(f"At step {step} the weights of all sources of data.train are 0: give one of them a share.")
+        raise UserError(f"At step {step} the weights of all sources of data.mixture are 0: give one of them a share.")
     return tuple(weight / total for weight in weights)
 
 

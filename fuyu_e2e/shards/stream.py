@@ -205,7 +205,8 @@ class Lane:
             self.tally.used_of[name] += 1
             self.tally.tokens_of[name] += tokens
         self._unusable[source] = 0 if tokens else self._unusable[source] + 1
-        if self.stream.endless and self._unusable[source] > self.orders[source].per_epoch:
+        # The last of one pass and the first of the next may all be bad; one more, and no document of a pass is usable.
+        if self.stream.endless and self._unusable[source] > 2 * (self.orders[source].per_epoch - 1):
             raise UserError(
                 f"Lane {self.index} of {self.stream.lanes} finds no usable document in a whole pass over its part of "
                 f"{self.stream.sources[source].shards[0]} and the other shards ({self.tally.summary()}): lower "

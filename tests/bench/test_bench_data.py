@@ -91,7 +91,7 @@ def test_a_contender_that_is_not_installed_is_named_with_what_installs_it(
 
     monkeypatch.setattr(data_peers, "_imported", imported)
     found, absent = decoders(samples[0].image)
-    assert set(found) == {"Pillow", "Pillow with draft", "Pillow with draft, scaled by torch"}
+    assert set(found) == {"Pillow", "Pillow with draft", "Pillow with draft + torch"}
     reading, absent_readers = readers([], tmp_path)
     assert set(reading) == {"webdataset"}
     assert {line.name for line in absent_readers} == {"Energon", "Mosaic Streaming"}

@@ -125,7 +125,7 @@ def test_more_lanes_than_documents_are_refused(stream: Make) -> None:
 def test_a_lane_without_any_usable_document_ends_with_a_sentence(tmp_path: Path, stream: Make) -> None:
     with tarfile.open(tmp_path / "bad.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("0.txt"))
-    with pytest.raises(UserError, match=r"no usable document.*2 skipped \(text-empty 2\)"):
+    with pytest.raises(UserError, match=r"no usable document.*1 skipped \(text-empty 1\)"):
         next(stream({"train": ([str(tmp_path / "bad.tar")], 1.0)}, lanes=1).rows())
 
 
@@ -149,9 +149,7 @@ def test_a_mixture_holds_its_shares_and_each_source_its_epochs(
     assert min(small) > max(often[key] for key in often if not key.startswith("0-")) * 0.9
 
 
-def test_a_mixture_goes_on_from_its_states_and_weights_follow_the_steps(
-    shards: tuple[str, ...], stream: Make
-) -> None:
+def test_a_mixture_goes_on_from_its_states_and_weights_follow_the_steps(shards: tuple[str, ...], stream: Make) -> None:
     sources = {"early": (shards[:2], {0: 1.0, 10: 0.0}), "late": (shards[2:], {0: 0.0, 10: 1.0})}
     mixed = stream(sources, rows_per_step=4)
     whole = list(islice(mixed.rows(), 80))

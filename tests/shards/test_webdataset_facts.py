@@ -197,9 +197,6 @@ def test_a_missing_shard_is_named(tmp_path: Path, cache: ShardCache) -> None:
     assert stock(shards[1], handler=ignoring, empty_check=False) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a brace range passes over local shards that are not there, if none was indexed"
-)
 def test_a_missing_shard_of_a_brace_range_is_named(tmp_path: Path) -> None:
     for number in (0, 2):
         write(tmp_path / f"train-{number}.tar", FOUR)

@@ -1,5 +1,6 @@
 """The step is exact whatever its micro-batches, resumes where it stopped, and learns."""
 
+import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from fuyu_e2e.inference.generation import continue_texts
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
+from fuyu_e2e.shards.mixture import Source
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.training.data_report import DataReport
 from fuyu_e2e.training.module import FuyuModule
@@ -251,3 +253,26 @@ def test_skipped_samples_are_counted_and_shown(
     assert tally.skipped["text-empty"] >= 4
     assert run.callback_metrics["data/skipped/text-empty"] == tally.skipped["text-empty"]
     assert tally.read >= tally.used + tally.skipped.total()
+
+
+def test_shares_of_a_mixture_are_logged_beside_those_asked_for(
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "texts.tar", "w") as tar:
+        for number in range(8):
+            data = f"text {number}".encode()
+            info = tarfile.TarInfo(f"{number}.txt")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    sources = {
+        "questions": Source(str(tmp_path / "train.tar"), 3.0),
+        "texts": Source(str(tmp_path / "texts.tar"), {0: 1.0, 1_000: 9.0}),
+    }
+    data_module = question_data(train=None, mixture=sources, lanes=2)
+    run = trainer(tmp_path, max_steps=20, log_every_n_steps=1, callbacks=[DataReport()])
+    run.fit(module(config), data_module)
+    said = {name: float(value) for name, value in run.callback_metrics.items()}
+    assert said["data/share_asked/questions"] == pytest.approx(3 / 4.16, abs=0.01)
+    assert said["data/share_drawn/questions"] == pytest.approx(0.74, abs=0.06)
+    assert said["data/share_drawn/questions"] + said["data/share_drawn/texts"] == pytest.approx(1)
+    assert said["data/epoch/texts"] > said["data/epoch/questions"] > 1
