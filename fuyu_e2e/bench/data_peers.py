@@ -201,7 +201,7 @@ def _energon(shards: Sequence[Path], folder: Path) -> Read:
             task_encoder=type("Encoder", (energon.DefaultTaskEncoder,), {"decoder": decoder})(),
         )
         # By default it collects garbage every tenth batch, which for single samples would take most of its time.
-        return energon.get_loader(samples, gc_collect_every_n_steps=0)
+        return energon.get_savable_loader(samples, gc_collect_every_n_steps=0)
 
     loaders = {True: loader(energon.SampleDecoder(image_decode="pilrgb")), False: loader(None)}
 

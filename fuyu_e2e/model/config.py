@@ -85,6 +85,11 @@ class RoutedShares:
     """Share of all other tokens: words and newlines."""
 
 
+def annealed(share: Any, dense: Any) -> Any:
+    """A share, a float or a tensor of them, while training is still partly dense: 1 where `dense` is 1."""
+    return share + (1 - share) * dense
+
+
 @dataclass(frozen=True, kw_only=True)
 class FuyuConfig:
     """One decoder transformer that reads patches and text in the same sequence.

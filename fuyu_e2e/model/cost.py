@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.config import FuyuConfig, annealed
 
 Counts = Sequence[int | float]
 """Tokens of each document; a fraction where a share of them is meant."""
@@ -95,7 +95,7 @@ def cost(
 def _shares_of_row(config: FuyuConfig, tokens: int, patches: int, dense: float) -> list[float]:
     shares = [config.shares(block) for block in config.routed]
     asked = [(share.patches * patches + share.others * (tokens - patches)) / max(1, tokens) for share in shares]
-    return [share + (1 - share) * dense for share in asked]
+    return [annealed(share, dense) for share in asked]
 
 
 def _rule_parameters(config: FuyuConfig) -> int:

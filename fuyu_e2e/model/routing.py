@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.attention import Passing
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig, RoutingConfig, annealed
 
 LIMIT = 8.0
 """Bound of a score, so that one histogram holds them all."""
@@ -265,20 +265,16 @@ class Rule(nn.Module, ABC):
                 f"routing.share lets {share:g} of the tokens pass, which is none of a row of {length}: raise it, or "
                 f"data.budget to at least {math.ceil(1 / share)}."
             )
-        return _round_up(self._annealed(share, layout) * (1 + self.slack), length)
+        return _round_up(annealed(share, layout.dense_part) * (1 + self.slack), length)
 
     def _share_of_row(self, layout: Layout) -> float:
         patches = sum(layout.image_patches) / len(layout.positions)
         return patches * self.shares.patches + (1 - patches) * self.shares.others
 
-    @staticmethod
-    def _annealed(share: float, layout: Layout) -> float:
-        return share + (1 - share) * layout.dense_part
-
     def _annealed_shares(self, layout: Layout) -> Float[Tensor, " T"]:
         """The share that each token belongs to, as it is at this step."""
         share = torch.where(layout.kind == Kind.PATCH.value, self.shares.patches, self.shares.others)
-        return share + (1 - share) * layout.dense
+        return annealed(share, layout.dense)
 
     def _exempt(self, layout: Layout) -> Bool[Tensor, " T"]:
         exempt = torch.zeros_like(layout.real)
@@ -339,7 +335,7 @@ class Threshold(Rule):
         self.history.mul_(MEMORY).add_(counts)
         self.counts.zero_()
         asked = [self.shares.patches, self.shares.others] if self.split else [self.shares.patches]
-        shares = torch.tensor([share + (1 - share) * dense for share in asked], dtype=torch.float64)
+        shares = torch.tensor([annealed(share, dense) for share in asked], dtype=torch.float64)
         total = self.history.sum(dim=1, dtype=torch.float64)
         passing = total * shares.to(total.device, non_blocking=True)
         above = self.history.double().flip(1).cumsum(1).flip(1)
@@ -368,7 +364,7 @@ class TopK(Rule):
     def capacity(self, layout: Layout) -> int:
         """The k of a row."""
         super().capacity(layout)
-        return max(1, math.floor(self._annealed(self.shares.patches, layout) * len(layout.positions)))
+        return max(1, math.floor(annealed(self.shares.patches, layout.dense_part) * len(layout.positions)))
 
     def choose(self, x_TD: Float[Tensor, "T D"], layout: Layout, capacity: int | None) -> Choice:
         """Chooses among all tokens of the row; with no capacity, each by itself as the predictor says."""
@@ -396,7 +392,7 @@ class ImageTopK(Rule):
         """What passes is known before any score is: all but patches, and of each image its share, at least one."""
         super().capacity(layout)
         length = len(layout.positions)
-        share = self._annealed(self.shares.patches, layout)
+        share = annealed(self.shares.patches, layout.dense_part)
         kept = sum(max(1, math.floor(share * size + 0.5)) for size in layout.image_patches)
         return _round_up((length - sum(layout.image_patches) + kept) / length, length)
 
@@ -409,7 +405,7 @@ class ImageTopK(Rule):
         order = by_score[layout.patch_image[by_score].argsort(stable=True)]
         rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
         rank = rank - (layout.image_sizes.cumsum(0) - layout.image_sizes)[layout.patch_image]
-        share = self.shares.patches + (1 - self.shares.patches) * layout.dense.double()
+        share = annealed(self.shares.patches, layout.dense.double())
         kept = (share * layout.image_sizes + 0.5).floor().clamp(min=1)
         passes = layout.real.index_copy(0, layout.patch_positions, rank < kept[layout.patch_image])
         return Choice(passes, gate(scores), scores)

@@ -226,7 +226,8 @@ def index(shards: Sequence[str], cache: ShardCache, processes: int = 1) -> tuple
     Raises:
         UserError: A shard can't be read, or is no tar.
     """
-    found = dict(zip(shards, _facts(shards, cache, processes), strict=True))
+    facts = map_shards(partial(_facts_of_one, cache=cache), shards, processes, "Indexing shards")
+    found = dict(zip(shards, facts, strict=True))
     places = []
     for folder in dict.fromkeys(map(folder_of, shards)):
         fresh = {name_of(shard): facts for shard, facts in found.items() if folder_of(shard) == folder}
@@ -238,10 +239,6 @@ def index(shards: Sequence[str], cache: ShardCache, processes: int = 1) -> tuple
         }
         places.append(Manifest(folder, kept | fresh).save(cache))
     return found, places
-
-
-def _facts(shards: Sequence[str], cache: ShardCache, processes: int) -> list[ShardFacts]:
-    return list(map_shards(partial(_facts_of_one, cache=cache), shards, processes, "Indexing shards"))
 
 
 def _facts_of_one(shard: str, cache: ShardCache) -> ShardFacts:
@@ -332,9 +329,18 @@ def verify(patterns: Sequence[str], shards: Sequence[str], cache: ShardCache, pr
                 faults.append(Fault(here[name], "stands in no manifest"))
     known = _known(shards, cache)
     indexed = [shard for shard in shards if shard in known]
-    for shard, facts in zip(indexed, _facts(indexed, cache, processes), strict=True):
-        faults += [Fault(shard, reason) for reason in _differences(known[shard], facts)]
+    compare = partial(_compare, known=known, cache=cache)
+    for shard, reasons in zip(indexed, map_shards(compare, indexed, processes, "Verifying shards"), strict=True):
+        faults += [Fault(shard, reason) for reason in reasons]
     return faults
+
+
+def _compare(shard: str, known: dict[str, ShardFacts], cache: ShardCache) -> list[str]:
+    path = cache.path(shard)
+    try:
+        return list(_differences(known[shard], ShardFacts.of(path, shard)))
+    except UserError as error:
+        return [f"can't be compared: {error}"]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

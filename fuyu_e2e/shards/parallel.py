@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from typing import TypeVar
 
@@ -12,14 +13,17 @@ Found = TypeVar("Found")
 
 
 def map_shards(read: Callable[[str], Found], shards: Sequence[str], processes: int, title: str) -> Iterator[Found]:
-    """What `read` finds in each shard, in their order, with a progress bar on stderr.
+    """What `read` finds in each shard, in their order, with a progress bar on stderr where that is a terminal.
 
     More than one process needs a program whose main module can be imported, as multiprocessing's `spawn` does.
     """
     console = Console(stderr=True)
+    watch = partial(
+        track, description=title, total=len(shards), console=console, transient=True, disable=not console.is_terminal
+    )
     if processes == 1 or len(shards) == 1:
-        yield from track(map(read, shards), title, total=len(shards), console=console, transient=True)
+        yield from watch(map(read, shards))
         return
     # A forked copy of a process that runs torch's threads can hang.
     with ProcessPoolExecutor(min(processes, len(shards)), mp_context=get_context("spawn")) as pool:
-        yield from track(pool.map(read, shards), title, total=len(shards), console=console, transient=True)
+        yield from watch(pool.map(read, shards))

@@ -2,11 +2,12 @@
 
 A shard is scanned once, headers only, for where its samples stand; each is then read alone, in any order. That is what
 lets a stream shuffle without a buffer and resume from a number. Grouping is ours, because webdataset's own lets
-repeated members, absolute names and cut archives pass in silence; taking a sample's members out of the tar is
-webdataset's.
+repeated members, absolute names and cut archives pass in silence, and it would read a member that is also a gzip file
+as the archive in that file.
 """
 
 import io
+import os
 import tarfile
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Int64
-from webdataset.tariterators import base_plus_ext, tar_file_iterator
+from webdataset.tariterators import base_plus_ext
 
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
@@ -24,6 +25,8 @@ BLOCK = 512
 """Bytes of a tar block; an archive ends with two blocks of zeros."""
 SAMPLE_BYTES = 2**28
 """Bytes of a sample, headers included, above which it is not read: 256 MiB."""
+NAME_BYTES = 2**14
+"""Bytes of a header that speaks of the next, to give it a long name, say, above which it is damaged."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,14 @@ class Shard:
         members: dict[str, bytes] = {}
         key = ""
         try:
-            # Names like __this__ in the root are webdataset's own metadata, which it passes over; below folders they
-            # are not.
-            for member in tar_file_iterator(io.BytesIO(data), skip_meta=None):
-                key, extension = _split(member["fname"])
-                self._check(member["fname"], extension, members)
-                members[extension] = member["data"]
-        except (tarfile.TarError, EOFError, ValueError) as error:  # the file changed since it was scanned
+            with _opened(io.BytesIO(data)) as tar:
+                for info in _headers(tar, len(data)):
+                    key, extension = _split(info.name)
+                    self._check(info.name, extension, members)
+                    content = tar.extractfile(info)
+                    assert content is not None
+                    members[extension] = content.read()
+        except DAMAGE as error:  # the file changed since it was scanned
             raise UnusableSampleError("sample-unreadable", f"{self.name}: {error}") from error
         return Sample(key, self.name, members)
 
@@ -124,8 +128,8 @@ class Shard:
         documents = 0
         current: list[tarfile.TarInfo] = []
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for info in _headers(tar):
+            with _opened(file) as tar:
+                for info in _headers(tar, os.fstat(file.fileno()).st_size):
                     if current and _split(info.name)[0] != _split(current[0].name)[0]:
                         for span in self._spans(file, current, documents, info.offset):
                             documents += 1
@@ -139,7 +143,7 @@ class Shard:
                     raise tarfile.ReadError(f"at byte {end} is neither a header nor the end of the archive")
             if current:
                 yield from self._spans(file, current, documents, end)
-        except (tarfile.TarError, EOFError, ValueError) as error:
+        except DAMAGE as error:
             self.broken = str(error)
             yield 0, -1  # in place of the sample that it broke in, too: nobody knows whether it is whole
 
@@ -184,10 +188,52 @@ def check_header(file: BinaryIO, name: str) -> None:
     file.seek(0)
 
 
-def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members that samples are made of; what webdataset passes over, its own metadata too, is left out."""
-    while (info := tar.next()) is not None:
+DAMAGE = (tarfile.TarError, EOFError, ValueError, RecursionError)
+"""What tarfile raises for headers that are not what they should be."""
+
+
+class _Header(tarfile.TarInfo):
+    """A header that can't make tarfile read, hold or search more than a name is worth."""
+
+    SPEAKS_OF_NEXT = (
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.GNUTYPE_LONGLINK,
+        tarfile.XHDTYPE,
+        tarfile.XGLTYPE,
+        tarfile.SOLARIS_XHDTYPE,
+    )
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        info = super().frombuf(buf, encoding, errors)
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError(f"{info.name} is a sparse file")
+        if info.size < 0 or (info.type in cls.SPEAKS_OF_NEXT and info.size > NAME_BYTES):
+            raise tarfile.ReadError(f"a header of {info.name} has {info.size:,} bytes")
+        return info
+
+    def _proc_gnusparse_10(self, *_: Any) -> None:  # its list of pieces may be as long as the archive
+        raise tarfile.ReadError("a sparse file")
+
+
+def _opened(file: Any) -> tarfile.TarFile:
+    return tarfile.open(fileobj=file, mode="r:", tarinfo=_Header)
+
+
+def _headers(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
+    """The members that samples are made of; what webdataset passes over, its own metadata too, is left out.
+
+    Those are names like `__this__` in the root, not below folders. Of an archive of `size` bytes.
+    """
+    while True:
+        if tar.offset > size:
+            raise tarfile.ReadError("unexpected end of data")
+        if (info := tar.next()) is None:
+            return
         tar.members.clear()  # type: ignore[attr-defined]  # which tarfile would keep, a kilobyte each
+        # An extended header may say another size than the archive has room for.
+        if info.issparse() or (info.isreg() and not 0 <= info.size <= tar.offset - info.offset_data):
+            raise tarfile.ReadError(f"{info.name} has {info.size:,} bytes, which the archive has no room for")
         if info.isreg() and not (info.name.startswith("__") and info.name.endswith("__") and "/" not in info.name):
             yield info
 

@@ -5,6 +5,7 @@ R-th of them, so the rows are the same for every number of processes and workers
 row comes with the state from which its lane goes on behind it.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -111,13 +112,29 @@ class Stream:
         shards, known = OpenShards(self.cache), states or {}
         numbers = [(first + turn * step) % self.lanes for turn in range(self.lanes // step)]
         running = [(number, Lane(self, number, shards, known.get(number))) for number in numbers]
+        # The last row of a stream that ends waits for what the lanes skipped behind their own last.
+        last: StreamRow | None = None
+        skipped = Tally()
         while running:
             remaining = []
             for number, lane in running:
-                if (row := lane.next_row()) is not None:
-                    remaining.append((number, lane))
-                    yield StreamRow(row, number, lane.state)
+                if (batch := lane.next_row()) is None:
+                    skipped.add(lane.tally.take())
+                    continue
+                remaining.append((number, lane))
+                if last is not None:
+                    yield last
+                last = StreamRow(batch, number, lane.state)
+                if self.endless:
+                    yield last
+                    last = None
             running = remaining
+        if last is not None:
+            last.batch.tally.add(skipped)
+            yield last
+        elif skipped.read:
+            said = f"A reader found no usable document in its part of the shards: {skipped.summary()}"
+            warnings.warn(said, stacklevel=2)
 
 
 class Lane:

@@ -40,8 +40,8 @@ from webdataset import TarWriter
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.image import ImagePolicy, image_size
 from fuyu_e2e.shards.formats import TEXT_BYTES, document
-from fuyu_e2e.shards.reading import BLOCK, SAMPLE_BYTES, Sample
 from fuyu_e2e.shards.manifest import index
+from fuyu_e2e.shards.reading import BLOCK, SAMPLE_BYTES, Sample
 from fuyu_e2e.shards.sources import ShardCache, expand_patterns
 from fuyu_e2e.shards.tables import FORMS as SOURCE_FORMS
 from fuyu_e2e.shards.tables import Members, Place, RowSource, open_source
