@@ -142,7 +142,7 @@ class SequenceBuilder:
         """
         tokens = self._lay_out(document.segments)
         tokens.end_document()
-        if not any(tokens.loss):
+        if not tokens.learns:
             raise UnusableSampleError("nothing-to-learn", document.key)
         return tokens.sequence(document.key)
 
@@ -181,16 +181,25 @@ class _Tokens:
 
     def __init__(self, tokenizer: Tokenizer, policy: ImagePolicy) -> None:
         self.tokenizer, self.policy = tokenizer, policy
-        self.ids: list[int] = []
-        self.loss: list[bool] = []
+        self.length = 0
+        self.last = -1
+        """The last token; none yet where it is -1."""
+        self.learns = self.last_loss = False
+        """Whether any token, and the last, carries loss."""
+        self.ids: list[Int64[np.ndarray, " n"]] = []
+        self.loss: list[Bool[np.ndarray, " n"]] = []
         self.patches: list[UInt8[np.ndarray, "P C"]] = []
         self.images: list[ImageSpan] = []
         self.opened = False
         self.state: Literal["none", "asked", "answering", "captioned"] = "none"
 
-    def extend(self, ids: list[int], loss: bool) -> None:
-        self.ids.extend(ids)
-        self.loss.extend([loss] * len(ids))
+    def extend(self, ids: Int64[np.ndarray, " n"] | list[int], loss: bool) -> None:
+        if len(ids):
+            self.ids.append(np.asarray(ids, np.int64))
+            self.loss.append(np.full(len(ids), loss))
+            self.length += len(ids)
+            self.last, self.last_loss = int(ids[-1]), loss
+            self.learns |= loss
 
     def begin_text(self, loss: bool) -> None:
         if not self.opened:
@@ -208,22 +217,23 @@ class _Tokens:
 
     def add_image(self, data: bytes) -> None:
         patches = load_patches(data, self.policy)
-        self.images.append(ImageSpan(len(self.ids), patches.rows, patches.cols))
+        self.images.append(ImageSpan(self.length, patches.rows, patches.cols))
         self.patches.append(patches.values)
-        row = [self.tokenizer.patch_id] * patches.cols + [self.tokenizer.newline_id]
-        self.extend(row * patches.rows, loss=False)
+        grid = np.full((patches.rows, patches.cols + 1), self.tokenizer.patch_id, np.int64)
+        grid[:, -1] = self.tokenizer.newline_id
+        self.extend(grid.ravel(), loss=False)
 
     def end_document(self) -> None:
         """Ends the document; the end is to be guessed where it follows a supervised text."""
-        if self.ids and self.ids[-1] != self.tokenizer.eos_id:
-            self.extend([self.tokenizer.eos_id], loss=self.loss[-1])
+        if self.length and self.last != self.tokenizer.eos_id:
+            self.extend([self.tokenizer.eos_id], loss=self.last_loss)
 
     def sequence(self, key: str) -> TokenSequence:
         no_patches = np.empty((0, self.policy.patch_size**2 * 3), np.uint8)
         return TokenSequence(
             key=key,
-            tokens=np.array(self.ids, np.int64),
-            loss=np.array(self.loss, bool),
-            patches=np.concatenate([no_patches, *self.patches]),
+            tokens=np.concatenate([np.empty(0, np.int64), *self.ids]),
+            loss=np.concatenate([np.empty(0, bool), *self.loss]),
+            patches=self.patches[0] if len(self.patches) == 1 else np.concatenate([no_patches, *self.patches]),
             images=tuple(self.images),
         )

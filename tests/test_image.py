@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import ExifTags
+from PIL import ExifTags, ImageOps
 from PIL import Image as Pillow
 
+from fuyu_e2e import image as image_module
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.image import PADDING, ImagePolicy, decode_image, fit_budget, load_patches, to_patches, to_pixels
 
@@ -272,7 +273,7 @@ def test_lack_of_memory_is_not_blamed_on_the_sample(monkeypatch: pytest.MonkeyPa
         raise MemoryError
 
     data = encode(pixels(8, 8))
-    monkeypatch.setattr("PIL.Image.Image.resize", exhausted)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", exhausted)
     with pytest.raises(MemoryError):
         decode_image(data, POLICY)
 
@@ -287,3 +288,99 @@ def test_limits_that_refuse_everything_are_refused(name: str) -> None:
 def test_an_aspect_that_no_image_has_is_refused(max_aspect: float) -> None:
     with pytest.raises(UserError, match="max_aspect is"):
         ImagePolicy(patch_size=8, max_aspect=max_aspect)
+
+
+# The faster JPEG decoder, where it is installed, changes nothing but the time.
+
+
+def outcome(data: bytes, policy: ImagePolicy) -> str | list:
+    try:
+        return decode_image(data, policy).tolist()
+    except UnusableSampleError as error:
+        return error.reason
+
+
+def same_without_simplejpeg(data: bytes, policy: ImagePolicy) -> bool:
+    pytest.importorskip("simplejpeg", reason="needs the extra `fast-jpeg`")
+    with pytest.MonkeyPatch.context() as patch:
+        fast = outcome(data, policy)
+        patch.setattr(image_module, "simplejpeg", None)
+        return fast == outcome(data, policy)
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    small = Pillow.fromarray(pixels(5, 5, seed=height))
+    return np.asarray(small.resize((width, height), Pillow.Resampling.BICUBIC))
+
+
+@given(
+    width=st.integers(1, 300),
+    height=st.integers(1, 300),
+    max_patches=st.integers(1, 200),
+    mode=st.sampled_from(["RGB", "L", "CMYK"]),
+    quality=st.integers(20, 100),
+    subsampling=st.integers(0, 2),
+    progressive=st.booleans(),
+    orientation=st.integers(0, 9),
+)
+def test_jpegs_have_the_same_pixels_with_either_decoder(
+    width: int,
+    height: int,
+    max_patches: int,
+    mode: str,
+    quality: int,
+    subsampling: int,
+    progressive: bool,
+    orientation: int,
+) -> None:
+    exif = Pillow.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image = Pillow.fromarray(smooth(height, width)).convert(mode)
+    options = {"quality": quality, "progressive": progressive, "exif": exif}
+    if mode == "RGB":
+        options["subsampling"] = subsampling
+    policy = ImagePolicy(patch_size=8, max_patches=max_patches, max_aspect=400.0)
+    assert same_without_simplejpeg(encode(image, "JPEG", **options), policy)
+
+
+def test_the_faster_decoder_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    simplejpeg = pytest.importorskip("simplejpeg", reason="needs the extra `fast-jpeg`")
+    used = []
+    decode = simplejpeg.decode_jpeg
+    monkeypatch.setattr(
+        simplejpeg, "decode_jpeg", lambda data, **options: used.append(data) or decode(data, **options)
+    )
+    files = [encode(smooth(90, 100), "JPEG"), encode(smooth(400, 300), "JPEG"), encode(smooth(90, 100), "PNG")]
+    for data in files:
+        decode_image(data, ImagePolicy(patch_size=8, max_patches=200))
+    assert used == files[:2]
+
+
+@given(data=st.data(), cut=st.booleans())
+def test_damaged_jpegs_have_the_same_fate_with_either_decoder(data: st.DataObject, cut: bool) -> None:
+    encoded = bytearray(encode(smooth(64, 90), "JPEG", progressive=data.draw(st.booleans())))
+    if cut:
+        encoded = encoded[: data.draw(st.integers(0, len(encoded) - 1))]
+    else:
+        for _ in range(data.draw(st.integers(1, 4))):
+            encoded[data.draw(st.integers(0, len(encoded) - 1))] = data.draw(st.integers(0, 255))
+    assert same_without_simplejpeg(bytes(encoded), ImagePolicy(patch_size=8, max_patches=50))
+
+
+@given(
+    width=st.integers(2, 400),
+    height=st.integers(2, 400),
+    max_patches=st.integers(1, 600),
+    orientation=st.integers(1, 8),
+)
+def test_images_are_turned_and_scaled_as_pillow_does_it(
+    width: int, height: int, max_patches: int, orientation: int
+) -> None:
+    exif = Pillow.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image = Pillow.fromarray(pixels(height, width))
+    policy = ImagePolicy(patch_size=8, max_patches=max_patches, max_aspect=400.0)
+    decoded = decode_image(encode(image, exif=exif), policy)
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    expected = ImageOps.exif_transpose(image).resize(decoded.shape[1::-1], Pillow.Resampling.BILINEAR)
+    assert np.abs(decoded.astype(int) - np.asarray(expected)).max() <= 2

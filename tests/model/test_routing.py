@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jaxtyping import config as type_checks
 
@@ -170,6 +170,7 @@ def test_a_later_token_changes_nothing_before_it_and_no_other_document(
     decoder = routed_decoder(**routing).train(training)
     decoder.progress = MIDDLE
     batch = row(builder, random_document, seeds)
+    assume(not training or len(batch.tokens) >= 4)  # of fewer, a share of 0.3 is none, which training refuses
     changed_at = data.draw(st.integers(0, len(batch.tokens) - 1))
     tokens, patches = batch.tokens.clone(), batch.patches.clone()
     tokens[changed_at] = (tokens[changed_at] + 1) % decoder.config.vocab_size
