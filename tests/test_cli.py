@@ -310,8 +310,8 @@ def test_shards_without_a_usable_sample(run: Callable, tokenizer_file: Path, fol
         for number in range(4):
             tar.addfile(tarfile.TarInfo(f"{number}.txt"))
     fit = ("fit", "--config", recipe(), "--data.train", "empty.tar", "--trainer.default_root_dir", "runs/empty")
-    refused(run(*fit), "empty.tar", "text-empty 3")
-    refused(run(*fit, "--data.lanes", "2", "--data.workers", "2"), "empty.tar", "text-empty 1")
+    refused(run(*fit), "empty.tar", "text-empty 1")
+    refused(run(*fit, "--data.lanes", "2", "--data.workers", "2"), "empty.tar", "text-empty 3")
 
 
 def test_a_tokenizer_that_does_not_fit(run: Callable, tokenizer_file: Path) -> None:

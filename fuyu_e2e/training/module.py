@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -196,4 +197,5 @@ class FuyuModule(pl.LightningModule):
         source = str(self.trainer.ckpt_path or "The checkpoint")
         self.description.check_same(Description.of(checkpoint, source), source)
         self.tokens_seen = checkpoint[SECTION]["tokens_seen"]
-        go_back_to_last_step(checkpoint, self.trainer)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            go_back_to_last_step(checkpoint, self.trainer)

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
+from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.training.module import FuyuModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 SCRIPT = Path(__file__).with_name("resumed_runs.py")
@@ -42,9 +45,11 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wanted = [{"name": "whole", "workers": 0, "resume": None}]
     wanted += [{"name": f"{name}-{workers}", "workers": workers, "resume": name} for name, workers in POSITIONS]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    # Tests before this one may have seeded through Lightning, which leaves its seed to processes that it starts.
+    environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
     done = subprocess.run(
         [*command, str(SCRIPT), str(folder), json.dumps(wanted)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=400,
@@ -137,3 +142,12 @@ def test_steps_of_another_size_are_refused(alone: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(runs, "ROWS_PER_STEP", 4)
     with pytest.raises(UserError, match="saved after 18 rows, which steps of 4 rows"):
         runs.run(alone, "refused", 0, "boundary")
+
+
+def test_to_evaluate_a_checkpoint_asks_nothing_of_steps(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other processes its rows need not make whole steps."""
+    monkeypatch.setattr("fuyu_e2e.training.module.go_back_to_last_step", None)
+    data = FuyuDataModule(f"{alone}/tokenizer.model", 4, val=f"{alone}/*.tar", budget=96, cache_dir=f"{alone}/cache")
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    [said] = trainer.validate(FuyuModule(runs.CONFIG), data, ckpt_path=alone / "whole.ckpt", verbose=False)
+    assert said["val/loss"] > 0
