@@ -178,10 +178,11 @@ def test_a_later_token_changes_nothing_before_it_and_no_other_document(
     before, passed_before = run(decoder, batch)
     after, passed_after = run(decoder, replace(batch, tokens=tokens, patches=patches))
     start = changed_at
-    if routing["rule"] == "image_topk" and (inside := (batch.patch_positions == changed_at).nonzero()).numel():
-        # An image is there as a whole, so its own patches may change each other's choices.
-        image = int(Layout.of(batch, decoder.config, decoder.progress, training).patch_image[inside[0, 0]])
-        start = int(batch.patch_positions[sum(batch.image_patches[:image])])
+    if routing["rule"] == "image_topk":
+        # An image is there as a whole, so its own patches and newlines may change its patches' choices.
+        for patches_of_one in batch.patch_positions.split(list(batch.image_patches)):
+            if patches_of_one[0] <= changed_at <= patches_of_one[-1]:
+                start = int(patches_of_one[0])
     assert torch.equal(passed_before[:, :start], passed_after[:, :start])
     # Equal but for rounding: how many tokens pass later on changes the shapes that sums are grouped by.
     torch.testing.assert_close(before[:start], after[:start], atol=1e-5, rtol=1e-5)
