@@ -97,6 +97,7 @@ class FuyuDataModule(pl.LightningDataModule):
         self.seed = seed
         self.cache = ShardCache.at(cache_dir, cache_gigabytes)
         self.allow_pipe = allow_pipe
+        self._stream_sources: dict[str, tuple[StreamSource, ...]] = {}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -152,17 +153,22 @@ class FuyuDataModule(pl.LightningDataModule):
         return tuple(shard for source in self.sources(split).values() for shard in self._expanded(source))
 
     def stream_sources(self, split: str) -> tuple[StreamSource, ...]:
-        """The sources of a split with what their shards hold; local shards that no manifest knows are indexed.
+        """The sources of a split with what their shards hold, looked up once.
+
+        Local shards that no manifest knows are indexed.
 
         Raises:
             UserError: A pattern matches nothing, or a shard is not what its manifest says, is gone, or no tar.
         """
+        if split in self._stream_sources:
+            return self._stream_sources[split]
         found = []
         for name, source in self.sources(split).items():
             shards = self._expanded(source)
             check_complete(shards, self.cache)
             found.append(StreamSource(name=name, source=source, shards=shards, facts=facts_of(shards, self.cache)))
-        return tuple(found)
+        self._stream_sources[split] = tuple(found)
+        return self._stream_sources[split]
 
     def _expanded(self, source: Source) -> tuple[str, ...]:
         return expand_patterns(source.shards, allow_pipe=self.allow_pipe)
@@ -176,7 +182,7 @@ class FuyuDataModule(pl.LightningDataModule):
         """The stream of a split: endless and shuffled for `train`, once and in stored order for the others."""
         training = split == "train"
         return Stream(
-            sources=self.train_sources if training else self.stream_sources(split),
+            sources=self.stream_sources(split),
             cache=self.cache,
             builder=self.builder,
             budget=self.budget,
@@ -201,11 +207,6 @@ class FuyuDataModule(pl.LightningDataModule):
         rows = RowDataset(self.stream(split), rank, self._world_size)
         pin = torch.cuda.is_available()
         return RowLoader(rows, settled, batch_size=None, num_workers=self.workers, pin_memory=pin)
-
-    @cached_property
-    def train_sources(self) -> tuple[StreamSource, ...]:
-        """The sources of the training data, looked up once."""
-        return self.stream_sources("train")
 
     def train_dataloader(self) -> "RowLoader":
         """Rows without end, continued where a resumed run stopped."""

@@ -109,7 +109,7 @@ def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]
             pixels = np.asarray(_to_rgb(image))
     if turn := TURNS.get(exif.get(ExifTags.Base.Orientation, 1)):
         pixels = turn(pixels).copy()
-    return _scaled_down(pixels, size[::-1] if _is_turned(exif) else size)
+    return scale_pixels(pixels, size[::-1] if _is_turned(exif) else size)
 
 
 def image_size(data: bytes, policy: ImagePolicy) -> tuple[int, int]:
@@ -186,7 +186,7 @@ def _to_rgb(image: Pillow.Image) -> Pillow.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _scaled_down(pixels: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+def scale_pixels(pixels: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
     """Pixels at another size, by a triangle filter as wide as the scale asks for: Pillow's, to two levels of 255.
 
     torch does it in a third of Pillow's time.

@@ -16,6 +16,8 @@ import webdataset
 from jaxtyping import UInt8
 from PIL import Image as Pillow
 
+from fuyu_e2e.image import scale_pixels
+
 Size = tuple[int, int]
 Decode = Callable[[bytes, Size], UInt8[np.ndarray, "h w 3"]]
 """From a JPEG file to its pixels at a width and height."""
@@ -50,15 +52,6 @@ def scaled_by_pillow(image: Pillow.Image, size: Size) -> UInt8[np.ndarray, "h w 
     return np.asarray(image if image.size == size else image.resize(size, Pillow.Resampling.BILINEAR))
 
 
-def scaled_by_torch(pixels: UInt8[np.ndarray, "H W 3"], size: Size) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels at another size, as torch does it: Pillow's filter, in vectors."""
-    if pixels.shape[1::-1] == size:
-        return pixels
-    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # else the result is in planes
-    scaled = torch.nn.functional.interpolate(image, size[::-1], mode="bilinear", antialias=True)
-    return scaled[0].permute(1, 2, 0).numpy()
-
-
 def _opened(data: bytes) -> Pillow.Image:
     return Pillow.open(io.BytesIO(data), formats=["JPEG"])
 
@@ -77,12 +70,12 @@ def _pillow_with_draft(data: bytes, size: Size) -> UInt8[np.ndarray, "h w 3"]:
 def _pillow_and_torch(data: bytes, size: Size) -> UInt8[np.ndarray, "h w 3"]:
     image = _opened(data)
     image.draft("RGB", size)
-    return scaled_by_torch(np.array(image.convert("RGB")), size)
+    return scale_pixels(np.array(image.convert("RGB")), size)
 
 
 def _simplejpeg() -> Decode:
     decode = _imported("simplejpeg").decode_jpeg
-    return lambda data, size: scaled_by_torch(decode(data), size)
+    return lambda data, size: scale_pixels(decode(data), size)
 
 
 def _simplejpeg_and_pillow() -> Decode:
@@ -92,23 +85,23 @@ def _simplejpeg_and_pillow() -> Decode:
 
 def _simplejpeg_eighths() -> Decode:
     decode = _imported("simplejpeg").decode_jpeg
-    return lambda data, size: scaled_by_torch(decode(data, min_width=size[0], min_height=size[1]), size)
+    return lambda data, size: scale_pixels(decode(data, min_width=size[0], min_height=size[1]), size)
 
 
 def _turbojpeg() -> Decode:
     turbojpeg = _imported("turbojpeg")
     decode = turbojpeg.TurboJPEG().decode
-    return lambda data, size: scaled_by_torch(decode(data, pixel_format=turbojpeg.TJPF_RGB), size)
+    return lambda data, size: scale_pixels(decode(data, pixel_format=turbojpeg.TJPF_RGB), size)
 
 
 def _opencv() -> Decode:
     cv2 = _imported("cv2")
-    return lambda data, size: scaled_by_torch(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB), size)
+    return lambda data, size: scale_pixels(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB), size)
 
 
 def _imagecodecs() -> Decode:
     decode = _imported("imagecodecs").jpeg8_decode
-    return lambda data, size: scaled_by_torch(decode(data), size)
+    return lambda data, size: scale_pixels(decode(data), size)
 
 
 def _torchvision() -> Decode:
@@ -117,7 +110,7 @@ def _torchvision() -> Decode:
 
     def decode(data: bytes, size: Size) -> UInt8[np.ndarray, "h w 3"]:
         pixels = module.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), rgb)
-        return scaled_by_torch(pixels.permute(1, 2, 0).contiguous().numpy(), size)
+        return scale_pixels(pixels.permute(1, 2, 0).contiguous().numpy(), size)
 
     return decode
 

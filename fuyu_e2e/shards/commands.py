@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fuyu_e2e.shards.manifest import ShardFacts, index, verify
+from fuyu_e2e.shards.manifest import ShardFacts, index, totals, verify
 from fuyu_e2e.shards.sources import CACHE_FOLDER, ShardCache, expand_patterns, folder_of
 from fuyu_e2e.shards.statistics import survey
 from fuyu_e2e.shards.writing import write
@@ -84,16 +84,10 @@ def _stats(args: Sequence[str]) -> int:
 
 def _print_totals(facts: list[ShardFacts]) -> None:
     table = Table("shards", "documents", "images", "tokens, about", "bytes", "unusable")
-    unusable = sum(sum(one.unusable.values()) for one in facts)
-    totals = (sum(getattr(one, name) for one in facts) for name in ("documents", "images", "tokens_estimate", "bytes"))
-    table.add_row(f"{len(facts):,}", *(f"{total:,}" for total in totals), f"{unusable:,}")
+    sums = totals(facts)
+    counts = [sums[name] for name in ("shards", "documents", "images", "tokens_estimate", "bytes")]
+    table.add_row(*(f"{count:,}" for count in [*counts, sums["unusable"].total()]))
     Console().print(table)
-    kinds: dict[str, int] = {}
-    reasons: dict[str, int] = {}
-    for one in facts:
-        for counted, said in ((kinds, one.kinds), (reasons, one.unusable)):
-            for name, count in said.items():
-                counted[name] = counted.get(name, 0) + count
-    print(", ".join(f"{name} {count:,}" for name, count in sorted(kinds.items())))
-    for reason, count in sorted(reasons.items()):
+    print(", ".join(f"{name} {count:,}" for name, count in sorted(sums["kinds"].items())))
+    for reason, count in sorted(sums["unusable"].items()):
         print(f"unusable: {reason} {count:,}")

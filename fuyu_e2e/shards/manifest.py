@@ -8,7 +8,7 @@ import fnmatch
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -167,14 +167,6 @@ class Manifest:
         return str(place)
 
     def _described(self) -> dict[str, Any]:
-        kinds, unusable = Counter[str](), Counter[str]()
-        for facts in self.shards.values():
-            kinds.update(facts.kinds)
-            unusable.update(facts.unusable)
-        totals = {
-            name: sum(getattr(facts, name) for facts in self.shards.values())
-            for name in ("documents", "bytes", "images", "tokens_estimate")
-        }
         return {
             "version": VERSION,
             "written_by": f"fuyu-e2e {__version__}",
@@ -183,9 +175,20 @@ class Manifest:
                 "max_patches": ASSUMED.max_patches,
                 "bytes_per_token": BYTES_PER_TOKEN,
             },
-            "totals": totals | {"shards": len(self.shards), "kinds": kinds, "unusable": unusable},
+            "totals": totals(self.shards.values()),
             "shards": {name: asdict(facts) for name, facts in sorted(self.shards.items())},
         }
+
+
+def totals(shards: Collection[ShardFacts]) -> dict[str, Any]:
+    """The sums over shards, by the names of `ShardFacts`, and how many `shards` they are."""
+    sums: dict[str, Any] = {
+        name: sum(getattr(facts, name) for facts in shards)
+        for name in ("documents", "bytes", "images", "tokens_estimate")
+    }
+    for name in ("kinds", "unusable"):
+        sums[name] = sum((Counter(getattr(facts, name)) for facts in shards), Counter())
+    return sums | {"shards": len(shards)}
 
 
 def _beside(folder: str) -> str:

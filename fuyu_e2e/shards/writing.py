@@ -5,7 +5,7 @@ closed at a size known from file sizes alone. Then processes write whole shards,
 of a shard depend on nothing but the source and the settings, whoever writes it and whenever.
 
 The plan holds 16 bytes a row for tables, and the file names for folders; a process that writes holds one sample.
-Rows are sampled at random in training (shards in random order, then a shuffle buffer), so they are not shuffled here.
+Training shuffles shards, and windows of documents within them, so rows are not shuffled here.
 
 In the folder written, beside the shards:
 

@@ -70,7 +70,7 @@ class DataReport(Callback):
 
     def _log_mixture(self, trainer: pl.Trainer, pl_module: pl.LightningModule, tally: Tally) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        sources = data.train_sources
+        sources = data.stream_sources("train")
         drawn = tally.tokens_of if data.mix_by == "tokens" else tally.used_of
         asked = shares([source.source for source in sources], trainer.global_step)
         for source, share in zip(sources, asked, strict=True):

@@ -848,7 +848,7 @@ def local(tmp_path: Path, tokenizer: Tokenizer, make_png: Callable[..., bytes]) 
                 writer.write({"__key__": f"{shard}-{number}", "png": make_png(8, 4 + number, shard), "txt": text})
     tokenizer.save(tmp_path / "tokenizer.model")
     data = remote(tmp_path, str(tmp_path / "shards"))
-    assert data.train_sources
+    assert data.stream_sources("train")
     return data
 
 
