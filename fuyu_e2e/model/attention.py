@@ -287,21 +287,23 @@ def reference_attention(
 
 
 def rotary(
-    positions: Int64[Tensor, " T"], head_size: int, theta: float
-) -> tuple[Float[Tensor, "T 1 K"], Float[Tensor, "T 1 K"]]:
+    positions: Int64[Tensor, " T"], size: int, theta: float
+) -> tuple[Float[Tensor, "T 1 R"], Float[Tensor, "T 1 R"]]:
     """Cosines and sines of the rotary embedding (Su et al. 2021, arXiv 2104.09864) in the rotate-half layout.
 
     Always float32: bfloat16 can't tell neighbouring positions of a long document apart.
     """
-    exponent = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
+    exponent = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
     angles = positions[:, None].float() * theta**-exponent
     angles = torch.cat((angles, angles), dim=-1)[:, None]
     return angles.cos(), angles.sin()
 
 
 def rotate(
-    x: Float[Tensor, "T heads K"], cos: Float[Tensor, "T 1 K"], sin: Float[Tensor, "T 1 K"]
+    x: Float[Tensor, "T heads K"], cos: Float[Tensor, "T 1 R"], sin: Float[Tensor, "T 1 R"]
 ) -> Float[Tensor, "T heads K"]:
-    """Turns the pairs (k, k + K/2) of each head by its token's angles."""
+    """Turns the pairs (r, r + R/2) of each head's first R values by its token's angles; the others stay."""
+    if (size := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat((rotate(x[..., :size], cos, sin), x[..., size:]), dim=-1)
     first, second = x.float().chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

@@ -1,4 +1,4 @@
-"""One block of the decoder in the `qwen3` dialect: attention, then SwiGLU, each behind an RMSNorm.
+"""One block of the decoder: attention, then a feed-forward layer, each behind a norm; the dialect says which.
 
 A `DenseBlock` updates every token, a `RoutedBlock` those that its rule lets pass: x + gate * update(x), and x for the
 rest. The residual itself is never scaled.
@@ -13,21 +13,30 @@ from fuyu_e2e.model.attention import Attend, RowAttention, rotate
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.routing import Layout, Routed, build_rule, gather_passing
 
-Rotary = tuple[Float[Tensor, "T 1 K"], Float[Tensor, "T 1 K"]]
+Rotary = tuple[Float[Tensor, "T 1 R"], Float[Tensor, "T 1 R"]]
+
+
+def build_norm(config: FuyuConfig, size: int) -> nn.RMSNorm | nn.LayerNorm:
+    """The dialect's norm over `size` values."""
+    if config.dialect == "fuyu":
+        return nn.LayerNorm(size, eps=config.norm_eps)
+    return nn.RMSNorm(size, eps=config.norm_eps)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) with RMSNorm on queries and keys."""
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) with the dialect's norm on queries and keys."""
 
     def __init__(self, config: FuyuConfig) -> None:
         super().__init__()
         self.head_size = config.head_size
-        self.q_proj = nn.Linear(config.width, config.heads * config.head_size, bias=False)
-        self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_size, bias=False)
-        self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_size, bias=False)
-        self.o_proj = nn.Linear(config.heads * config.head_size, config.width, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
-        self.k_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
+        query_width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
+        bias = config.dialect == "fuyu"
+        self.q_proj = nn.Linear(config.width, query_width, bias=bias)
+        self.k_proj = nn.Linear(config.width, kv_width, bias=bias)
+        self.v_proj = nn.Linear(config.width, kv_width, bias=bias)
+        self.o_proj = nn.Linear(query_width, config.width, bias=bias)
+        self.q_norm = build_norm(config, config.head_size)
+        self.k_norm = build_norm(config, config.head_size)
 
     def forward(
         self,
@@ -58,7 +67,19 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
 
-def turns_at(rotary: Rotary, index: Int64[Tensor, " C"]) -> tuple[Float[Tensor, "C 1 K"], Float[Tensor, "C 1 K"]]:
+class SquaredReLU(nn.Module):
+    """The feed-forward layer with relu(x)^2 of So et al. 2021 (arXiv 2109.08668, section 3), with biases."""
+
+    def __init__(self, config: FuyuConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.width, config.feed_forward)
+        self.down_proj = nn.Linear(config.feed_forward, config.width)
+
+    def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        return self.down_proj(F.relu(self.up_proj(x_TD)).square())
+
+
+def turns_at(rotary: Rotary, index: Int64[Tensor, " C"]) -> tuple[Float[Tensor, "C 1 R"], Float[Tensor, "C 1 R"]]:
     """The rotary angles of some tokens."""
     return rotary[0].index_select(0, index), rotary[1].index_select(0, index)
 
@@ -68,10 +89,10 @@ class Block(nn.Module):
 
     def __init__(self, config: FuyuConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention_norm = build_norm(config, config.width)
         self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.mlp = SwiGLU(config)
+        self.mlp_norm = build_norm(config, config.width)
+        self.mlp = SquaredReLU(config) if config.dialect == "fuyu" else SwiGLU(config)
 
 
 class DenseBlock(Block):

@@ -9,6 +9,7 @@ from fuyu_e2e.errors import UserError
 SizeName = Literal["1m", "10m", "50m", "125m", "350m", "1b", "3b", "8b"]
 
 
+Dialect = Literal["qwen3", "fuyu"]
 RuleName = Literal["threshold", "topk", "image_topk", "fixed", "random"]
 Share = float | tuple[float, ...]
 
@@ -94,9 +95,14 @@ def annealed(share: Any, dense: Any) -> Any:
 class FuyuConfig:
     """One decoder transformer that reads patches and text in the same sequence.
 
-    The `qwen3` dialect is, weight for weight, what transformers' Qwen3 text model computes: RMSNorm before each
-    half of a block, SwiGLU, rotary positions in the rotate-half layout, RMSNorm on queries and keys, and
-    grouped-query attention without biases.
+    Each dialect is, weight for weight, what a text model of transformers computes, with rotary positions in the
+    rotate-half layout:
+
+    - `qwen3`, as its Qwen3: RMSNorm before each half of a block and on queries and keys, SwiGLU, grouped-query
+      attention, no biases
+    - `fuyu`, as its Persimmon, the text model of the released Fuyu-8B: LayerNorm in the same places, squared ReLU,
+      every head with a key of its own, rotary positions on the first half of each head, biases everywhere but in
+      the output projection
 
     Raises:
         UserError: Two values contradict each other; the sentence says what to change.
@@ -113,18 +119,18 @@ class FuyuConfig:
     heads: int
     """Query heads of a block."""
     kv_heads: int
-    """Key/value heads of a block, each shared by `heads / kv_heads` query heads."""
+    """Key/value heads of a block, each shared by `heads / kv_heads` query heads; as many as `heads` in `fuyu`."""
     head_size: int
-    """Size of one head; even, for rotary positions."""
+    """Size of one head; even, for rotary positions. In `fuyu` a multiple of 4, and `width / heads`."""
     feed_forward: int
-    """Inner width of the SwiGLU."""
+    """Inner width of the SwiGLU, or of the squared ReLU."""
     rope_theta: float = 10_000.0
     """Base of the rotary wavelengths."""
     norm_eps: float = 1e-6
-    """Added to the mean square in every RMSNorm."""
+    """Added to the mean square, or variance, in every norm."""
     tie_embeddings: bool = False
     """Whether the output projection is the token embedding itself."""
-    dialect: Literal["qwen3"] = "qwen3"
+    dialect: Dialect = "qwen3"
     """The combination of block parts."""
     routing: RoutingConfig | None = None
     """Which blocks only some tokens pass; None for a dense decoder."""
@@ -147,18 +153,36 @@ class FuyuConfig:
                 f"decoder.heads is {self.heads} and decoder.kv_heads is {self.kv_heads}: every key/value head serves "
                 f"the same number of query heads, so set kv_heads to a divisor of {self.heads}."
             )
-        if self.head_size % 2:
+        if self.dialect not in get_args(Dialect):
             raise UserError(
-                f"decoder.head_size is {self.head_size}, but rotary positions turn pairs of values: make it even."
+                f"decoder.dialect is {self.dialect!r}, which is unknown; the dialects are "
+                f"{', '.join(get_args(Dialect))}."
+            )
+        if self.dialect == "fuyu":
+            self._check_fuyu()
+        if self.rotary_size % 2:
+            raise UserError(
+                f"decoder.head_size is {self.head_size}, but rotary positions turn pairs of "
+                f"{'half of its values: make it a multiple of 4' if self.dialect == 'fuyu' else 'values: make it even'}."
             )
         if self.rope_theta <= 1:
             raise UserError(f"decoder.rope_theta is {self.rope_theta}, but must be above 1; 10000 is usual.")
         if self.norm_eps <= 0:
             raise UserError(f"decoder.norm_eps is {self.norm_eps}, but must be above 0; 1e-6 is usual.")
-        if self.dialect != "qwen3":
-            raise UserError(f"decoder.dialect is {self.dialect!r}, but only 'qwen3' is built so far.")
         if self.routing is not None:
             self._check_routing(self.routing)
+
+    def _check_fuyu(self) -> None:
+        if self.kv_heads != self.heads:
+            raise UserError(
+                f"decoder.heads is {self.heads} and decoder.kv_heads is {self.kv_heads}, but in the dialect 'fuyu' "
+                f"every head has a key of its own: set kv_heads to {self.heads}, or take the dialect 'qwen3'."
+            )
+        if self.heads * self.head_size != self.width:
+            raise UserError(
+                f"decoder.heads x decoder.head_size is {self.heads * self.head_size} and decoder.width is "
+                f"{self.width}, but in the dialect 'fuyu' they are the same: change one, or take the dialect 'qwen3'."
+            )
 
     def _check_routing(self, routing: RoutingConfig) -> None:
         blocks = range(self.layers) if routing.blocks is None else routing.blocks
@@ -187,6 +211,11 @@ class FuyuConfig:
         """The inverse of `dataclasses.asdict`."""
         routing = settings.get("routing")
         return cls(**settings | {"routing": None if routing is None else RoutingConfig(**routing)})
+
+    @property
+    def rotary_size(self) -> int:
+        """How many values of a head rotary positions turn, from its first on."""
+        return self.head_size // 2 if self.dialect == "fuyu" else self.head_size
 
     @property
     def routed(self) -> tuple[int, ...]:

@@ -54,8 +54,12 @@ def cost(
     """
     query_width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
     kv_matrices = config.width * 2 * kv_width
-    block_matrices = config.width * (2 * query_width + 3 * config.feed_forward) + kv_matrices
-    block_norms = 2 * config.width + 2 * config.head_size
+    fuyu = config.dialect == "fuyu"
+    block_matrices = config.width * (2 * query_width + (2 if fuyu else 3) * config.feed_forward) + kv_matrices
+    norm_vectors = 2 if fuyu else 1
+    block_vectors = norm_vectors * (2 * config.width + 2 * config.head_size)
+    if fuyu:
+        block_vectors += query_width + 2 * kv_width + config.feed_forward + 2 * config.width
     projection = config.patch_values * config.width
     embedding = config.vocab_size * config.width
     tokens = sum(document_lengths)
@@ -81,10 +85,10 @@ def cost(
     inner = config.width // 2 if config.routing is not None and config.routing.rule == "topk" else 0
     first, second = (2 * len(config.routed) * inner * outer * tokens for outer in (config.width, 1))
     return Cost(
-        parameters=config.layers * (block_matrices + block_norms)
+        parameters=config.layers * (block_matrices + block_vectors)
         + (projection + config.width)
         + embedding * (1 if config.tie_embeddings else 2)
-        + config.width
+        + norm_vectors * config.width
         + rules,
         tokens=tokens,
         forward_flops=round(through_blocks + output + patch + first + second),

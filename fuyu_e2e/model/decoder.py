@@ -4,7 +4,7 @@
 - each row of patches ends with a newline token, so that the two dimensions of an image are told in one
 - causal attention everywhere, inside images too, and never from one document to another
 - rotary positions that restart in each document and count patches and newlines like words
-- RMSNorm first in each half of a block, on queries and keys, and before the output
+- a norm first in each half of a block, on queries and keys, and before the output
 - some blocks may be routed: only tokens that a rule chooses pass them (Mixture-of-Depths, `fuyu_e2e.model.routing`)
 - output projections of blocks start at zero, so that a new model is its embedding and deepens as it learns
 - the loss is computed where tokens carry it and nowhere else, a chunk of logits at a time
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.model.attention import Attend, AttentionPlan, RowAttention, rotary
-from fuyu_e2e.model.block import Block, DenseBlock, RoutedBlock
+from fuyu_e2e.model.block import Block, DenseBlock, RoutedBlock, build_norm
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.routing import Layout, Progress, RoutingTrace, Scorer, Threshold
 
@@ -42,7 +42,7 @@ class Decoder(nn.Module):
             RoutedBlock(config, layer) if layer in config.routed else DenseBlock(config)
             for layer in range(config.layers)
         )
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = build_norm(config, config.width)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -65,8 +65,8 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
+            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                module.reset_parameters()
             elif isinstance(module, Scorer):
                 module.initialize()
         nn.init.normal_(self.embed_tokens.weight, std=0.5)
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
             attend: How the blocks attend; a `RowAttention` where some are routed.
             trace: With the layout of the row where some blocks are routed; what happens there is added to it.
         """
-        turns = rotary(positions, self.config.head_size, self.config.rope_theta)
+        turns = rotary(positions, self.config.rotary_size, self.config.rope_theta)
         for layer, block in enumerate(self.blocks):
             if isinstance(block, RoutedBlock):
                 assert trace is not None

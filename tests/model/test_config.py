@@ -31,6 +31,9 @@ VALID = {
         ({"patch_size": -8}, "decoder.patch_size is -8"),
         ({"rope_theta": 0.5}, "10000 is usual"),
         ({"norm_eps": 0.0}, "1e-6 is usual"),
+        ({"dialect": "fuyu"}, "set kv_heads to 4"),
+        ({"dialect": "fuyu", "kv_heads": 4, "width": 60}, "change one, or take the dialect 'qwen3'"),
+        ({"dialect": "fuyu", "kv_heads": 4, "width": 56, "head_size": 14}, "make it a multiple of 4"),
     ],
 )
 def test_inconsistent_values_are_refused_with_a_remedy(wrong: dict, remedy: str) -> None:

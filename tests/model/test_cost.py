@@ -15,10 +15,13 @@ from fuyu_e2e.model.routing import Layout, Progress, RoutingTrace
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dialect"), [(4, 4, "qwen3"), (6, 2, "qwen3"), (4, 4, "fuyu")])
 @pytest.mark.parametrize("length", [48, 200])
-def test_training_flops_agree_with_torchs_counter(heads: int, kv_heads: int, tied: bool, length: int) -> None:
+def test_training_flops_agree_with_torchs_counter(
+    heads: int, kv_heads: int, dialect: str, tied: bool, length: int
+) -> None:
     config = FuyuConfig(
+        dialect=dialect,
         vocab_size=500,
         patch_size=8,
         layers=3,
