@@ -1,3 +1,36 @@
-"""Train a multimodal decoder with no vision encoder, end to end: one sequence of raw patches and text."""
+"""Train a multimodal decoder with no vision encoder, end to end: one sequence of raw patches and text.
 
-__version__ = "0.1.0"
+from pathlib import Path
+import fuyu_e2e
+
+model, processor = fuyu_e2e.load("runs/quickstart")
+prompt = processor(Path("a.png"), "Read the digits.")
+[tokens] = fuyu_e2e.generate(model, [prompt], max_new_tokens=16, eos_id=processor.eos_id)
+print(processor.decode(tokens))
+"""
+
+from pathlib import Path
+
+import torch
+
+from fuyu_e2e.checkpoint.loading import load_model
+from fuyu_e2e.inference.generation import Sampling, generate
+from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.processor import Processor
+from fuyu_e2e.version import __version__
+
+__all__ = ["Processor", "Sampling", "__version__", "generate", "load"]
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, Processor]:
+    """A trained model and what makes its prompts.
+
+    Args:
+        path: A checkpoint, one file or sharded; a run's directory, for its newest checkpoint; or an exported folder.
+        device: Where the model goes.
+
+    Raises:
+        UserError: There is nothing, it can't be read, or it holds code, which is never run.
+    """
+    model = load_model(path, device)
+    return model.decoder, Processor(model.builder)

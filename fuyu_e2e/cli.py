@@ -13,24 +13,24 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
-from fuyu_e2e import __version__
-from fuyu_e2e.checkpoint import TrainedModel, load_model
+from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
 from fuyu_e2e.datamodule import FuyuDataModule
-from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.inference.depth import token_depth
 from fuyu_e2e.inference.depth_map import depth_map
-from fuyu_e2e.inference.generation import Sampling, continue_texts
+from fuyu_e2e.inference.generation import Sampling
 from fuyu_e2e.inference.generation import generate as generate_ids
 from fuyu_e2e.inspection import draw_sequence, show_tokens
+from fuyu_e2e.processor import Processor
 from fuyu_e2e.quickstart import quickstart
 from fuyu_e2e.recipe import INTERRUPTED, FuyuCLI
-from fuyu_e2e.sequence import Prompt
+from fuyu_e2e.sequence import TokenSequence
 from fuyu_e2e.shards.commands import shards
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.shards.sources import ShardCache, expand_patterns
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import train_tokenizer
+from fuyu_e2e.version import __version__
 
 USAGE = f"""fuyu-e2e {__version__}: train a multimodal decoder with no vision encoder, from scratch.
 
@@ -98,10 +98,14 @@ def generate(args: Sequence[str]) -> int:
     options = parser.parse_args(args)
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     model, prompt = _prompted(options)
-    texts = continue_texts(
-        model.decoder, model.tokenizer, [prompt], max_new_tokens=options.max_new_tokens, sampling=sampling
+    [written] = generate_ids(
+        model.decoder,
+        [prompt],
+        max_new_tokens=options.max_new_tokens,
+        eos_id=model.tokenizer.eos_id,
+        sampling=sampling,
     )
-    print(texts[0])
+    print(model.tokenizer.decode(written))
     return 0
 
 
@@ -114,8 +118,8 @@ def routing(args: Sequence[str]) -> int:
     options = parser.parse_args(args)
     model, prompt = _prompted(options)
     eos_id = model.tokenizer.eos_id
-    [written] = generate_ids(model.decoder, [prompt.sequence], max_new_tokens=options.max_new_tokens, eos_id=eos_id)
-    depth = token_depth(model.decoder, prompt.sequence, written)
+    [written] = generate_ids(model.decoder, [prompt], max_new_tokens=options.max_new_tokens, eos_id=eos_id)
+    depth = token_depth(model.decoder, prompt, written)
     depth_map(depth, model.tokenizer).save(options.out)
     print(f"{model.tokenizer.decode(written)}\n\nShare of the {len(depth.blocks)} routed blocks that tokens passed:")
     for name, share in depth.shares.items():
@@ -126,24 +130,16 @@ def routing(args: Sequence[str]) -> int:
 
 def _add_prompt(parser: ArgumentParser) -> None:
     """What `_prompted` reads."""
-    parser.add_argument("--checkpoint", required=True, help="A checkpoint file, or a run's directory.")
+    parser.add_argument("--checkpoint", required=True, help="A checkpoint, a run's directory, or an exported folder.")
     parser.add_argument("--image", action="append", default=[], help="An image file; may be given several times.")
     parser.add_argument("--prompt", default="", help="The text behind the images; empty asks for a caption.")
 
 
-def _prompted(options: Namespace) -> tuple[TrainedModel, Prompt]:
+def _prompted(options: Namespace) -> tuple[TrainedModel, TokenSequence]:
     """The model and the prompt that a command was given."""
     model = load_model(options.checkpoint)
-    try:
-        images = [Image(Path(name).read_bytes()) for name in options.image]
-    except OSError as error:
-        raise UserError(f"--image {error.filename} can't be read: {error.strerror}.") from error
-    text = [Text(options.prompt, loss=False)] if options.prompt else []
-    document = Document("prompt", (*images, *text))
-    try:
-        return model, Prompt(document, model.builder.prompt(document))
-    except UnusableSampleError as error:
-        raise UserError(f"The prompt can't be used: {error}.") from error
+    parts = [*map(Path, options.image), *([options.prompt] if options.prompt else [])]
+    return model, Processor(model.builder)(*parts)
 
 
 def tokenizer(args: Sequence[str]) -> int:

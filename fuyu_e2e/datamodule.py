@@ -1,6 +1,5 @@
 """Shards in, packed batches out: the LightningDataModule."""
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -268,10 +267,7 @@ class RowDataset(IterableDataset):
         """What the order of rows depends on, in primitives."""
         stream = self.stream
         settings = {name: getattr(stream, name) for name in ("seed", "lanes", "shuffle", "budget", "mix_by")}
-        digests = {
-            source.name: hashlib.sha256("".join(facts.sha256 for facts in source.facts).encode()).hexdigest()
-            for source in stream.sources
-        }
+        digests = {source.name: source.digest for source in stream.sources}
         return settings | {"long_documents": stream.long_documents, "train": digests}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fuyu_e2e.checkpoint import TrainedModel, load_model
+from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.contact_sheet import Cell, contact_sheet

@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from fuyu_e2e.checkpoint import Description, read_checkpoint
+from fuyu_e2e.checkpoint.description import Description
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.data_report import DataReport

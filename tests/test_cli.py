@@ -12,7 +12,7 @@ import torch
 import webdataset
 from PIL import Image as Pillow
 
-from fuyu_e2e.checkpoint import load_model
+from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.cli import main
 from fuyu_e2e.shipped import shipped
 
@@ -348,7 +348,7 @@ def test_a_checkpoint_of_another_configuration(run: Callable, trained: Path, fol
     refused(run(*fit, "--ckpt_path", "junk.ckpt"), "junk.ckpt can't be read as a checkpoint")
     refused(run(*fit, "--ckpt_path", "gone.ckpt"), "gone.ckpt is no file")
     refused(run("generate", "--checkpoint", "junk.ckpt", "--prompt", "a"), "junk.ckpt can't be read as a checkpoint")
-    refused(run("generate", "--checkpoint", "gone", "--prompt", "a"), "gone is no checkpoint file")
+    refused(run("generate", "--checkpoint", "gone", "--prompt", "a"), "gone is no checkpoint")
 
 
 def test_another_tokenizer_than_the_one_trained_with(run: Callable, trained: Path, folder: Path) -> None:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.bench.isoflop_report import report
 from fuyu_e2e.bench.measure import environment, write_json
-from fuyu_e2e.checkpoint import TrainedModel
+from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.eval.digits import MAX_NEW_TOKENS, TEST_SEED, VOCAB_SIZE, write_shards
 from fuyu_e2e.eval.exact_match import exact_match, read

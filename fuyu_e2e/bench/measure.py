@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fuyu_e2e import __version__
+from fuyu_e2e.version import __version__
 
 
 def alternate(contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, float]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
 
-from fuyu_e2e.checkpoint import TrainedModel
+from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.eval.exact_match import Reading
 from fuyu_e2e.image import PADDING
 from fuyu_e2e.inference.depth import TokenDepth, token_depth

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fuyu_e2e.checkpoint import TrainedModel
+from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.document import Document, Image
 from fuyu_e2e.inference.generation import continue_texts
 from fuyu_e2e.sequence import Prompt

@@ -161,9 +161,10 @@ class FuyuConfig:
         if self.dialect == "fuyu":
             self._check_fuyu()
         if self.rotary_size % 2:
+            turned, remedy = ("half of its", "a multiple of 4") if self.dialect == "fuyu" else ("its", "even")
             raise UserError(
-                f"decoder.head_size is {self.head_size}, but rotary positions turn pairs of "
-                f"{'half of its values: make it a multiple of 4' if self.dialect == 'fuyu' else 'values: make it even'}."
+                f"decoder.head_size is {self.head_size}, but rotary positions turn {turned} values in pairs: make it "
+                f"{remedy}."
             )
         if self.rope_theta <= 1:
             raise UserError(f"decoder.rope_theta is {self.rope_theta}, but must be above 1; 10000 is usual.")

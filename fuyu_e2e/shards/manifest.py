@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from fuyu_e2e import __version__
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.image import ImagePolicy, fit_budget, image_size
@@ -23,6 +22,7 @@ from fuyu_e2e.shards.formats import document
 from fuyu_e2e.shards.parallel import map_shards
 from fuyu_e2e.shards.reading import Shard
 from fuyu_e2e.shards.sources import ShardCache, folder_of, is_local, name_of, read_bytes, write_bytes
+from fuyu_e2e.version import __version__
 
 NAME = "fuyu-manifest.json"
 VERSION = 1

@@ -5,6 +5,7 @@ R-th of them, so the rows are the same for every number of processes and workers
 row comes with the state from which its lane goes on behind it.
 """
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -34,6 +35,11 @@ class StreamSource:
     """Paths or URLs, in the order of the pattern."""
     facts: tuple[ShardFacts, ...]
     """What the manifest says of each."""
+
+    @property
+    def digest(self) -> str:
+        """The sha256 over the checksums of all shards, in hexadecimal: it names the data as it is."""
+        return hashlib.sha256("".join(facts.sha256 for facts in self.facts).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.checkpoint import SECTION, Description
+from fuyu_e2e.checkpoint.description import SECTION, Description
+from fuyu_e2e.checkpoint.loading import build_decoder, read_model
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.generation import continue_texts
@@ -41,6 +42,8 @@ class FuyuModule(pl.LightningModule):
         schedule: The learning rate over the run.
         max_new_tokens: Tokens written at most for a document in `predict` and in sample generations.
         routing: Mixture-of-Depths for a decoder that has none of its own, so that a named size can have it too.
+        weights: What to begin with instead of random weights: a checkpoint, a run's directory or an exported folder
+            with the same decoder and tokenizer.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class FuyuModule(pl.LightningModule):
         schedule: Schedule = Schedule(),
         max_new_tokens: int = 64,
         routing: RoutingConfig | None = None,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         self.config = decoder if isinstance(decoder, FuyuConfig) else named_size(decoder)
@@ -60,8 +64,11 @@ class FuyuModule(pl.LightningModule):
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.max_new_tokens = max_new_tokens
+        self.weights = weights
         self.tokens_seen = 0
         """Tokens of documents trained on so far, over all ranks; padding doesn't count."""
+        self.validated: dict[str, float] = {}
+        """The figures of the last validation of the run that a checkpoint is from."""
         self.validation = torch.nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
         self.testing = torch.nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
         self.trace = RoutingTrace()
@@ -98,9 +105,17 @@ class FuyuModule(pl.LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Builds the decoder, here so that a strategy can shard it as it is made."""
+        """Builds the decoder, here so that a strategy can shard it as it is made.
+
+        Raises:
+            UserError: The weights to begin with can't be read, or are those of another decoder or tokenizer.
+        """
         if not hasattr(self, "decoder"):
             self.decoder = Decoder(self.config)
+            if self.weights is not None and self.trainer.ckpt_path is None:
+                stored = read_model(self.weights)
+                self.description.check_same(stored.description, self.weights)
+                self.decoder = build_decoder(self.config, stored.weights).train()
             # Each rank counts the scores of its own rows; DDP would overwrite them with those of the first.
             counts = [name for name, _ in self.named_buffers() if name.endswith(".rule.counts")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, counts)
@@ -186,7 +201,12 @@ class FuyuModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the checkpoint says about itself."""
-        checkpoint[SECTION] = self.description.section() | {"tokens_seen": self.tokens_seen}
+        checkpoint[SECTION] = self.description.section() | {
+            "tokens_seen": self.tokens_seen,
+            "data": {source.name: source.digest for source in self.datamodule.stream_sources("train")},
+            "validation": self.validated
+            | {name: float(value) for name, value in self.trainer.callback_metrics.items() if name.startswith("val/")},
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another configuration before anything of it is used, and says where to go on.
@@ -197,5 +217,6 @@ class FuyuModule(pl.LightningModule):
         source = str(self.trainer.ckpt_path or "The checkpoint")
         self.description.check_same(Description.of(checkpoint, source), source)
         self.tokens_seen = checkpoint[SECTION]["tokens_seen"]
+        self.validated = checkpoint[SECTION].get("validation", {})
         if self.trainer.state.fn == TrainerFn.FITTING:
             go_back_to_last_step(checkpoint, self.trainer)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fuyu_e2e.checkpoint import TrainedModel
+from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.eval.depth import depth_shares, has_ink, reading_depths
 from fuyu_e2e.eval.digits import compose, load_scans

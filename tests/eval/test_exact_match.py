@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fuyu_e2e.checkpoint import TrainedModel
+from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.eval.exact_match import Reading, by_group, chance_of_exchange, exact_match, exchange_images, read
 from fuyu_e2e.model.decoder import Decoder

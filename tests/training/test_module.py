@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from fuyu_e2e.checkpoint import load_model
+from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError

@@ -1,0 +1,148 @@
+"""From what lies on disk to a model: a Lightning checkpoint, a sharded one and an exported folder, all alike."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fuyu_e2e.checkpoint.description import SECTION, Description, Provenance
+from fuyu_e2e.checkpoint.folder import is_exported, read_folder
+from fuyu_e2e.checkpoint.training_files import WEIGHTS_PREFIX, find_checkpoint, read_checkpoint
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.sequence import SequenceBuilder
+from fuyu_e2e.tokenizer import Tokenizer
+
+OUTPUT = "lm_head.weight"
+"""The output projection, which is the embedding itself where the two are tied."""
+EMBEDDING = "embed_tokens.weight"
+NAMED = 3
+"""How many tensors of many an error names."""
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model as it is stored."""
+
+    source: Path
+    """The file or folder it was read from."""
+    description: Description
+    weights: dict[str, Tensor]
+    """By the decoder's own names, in the types they are stored in; without a tied output projection."""
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A decoder in evaluation mode, with what it takes to prompt it."""
+
+    decoder: Decoder
+    builder: SequenceBuilder
+    step: int
+    """Optimizer steps it was trained for."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer it was trained with."""
+        return self.builder.tokenizer
+
+
+def read_model(path: str | Path, averaged: bool = False) -> StoredModel:
+    """Reads a checkpoint, the newest one in a run's directory, or an exported folder.
+
+    Args:
+        path: Where it lies.
+        averaged: Whether averaged weights (EMA) are wanted, not those that the optimizer left.
+
+    Raises:
+        UserError: There is nothing, it can't be read, it holds code, its weights don't fit its own description, or
+            no averaged weights are there.
+    """
+    path = Path(path)
+    if is_exported(path):
+        description, weights, provenance = read_folder(path)
+        if averaged and not provenance.averaged:
+            raise UserError(f"{path} holds no averaged weights: leave that option out.")
+        return StoredModel(path, description, _fitting(weights, description.config, path), provenance)
+    file = find_checkpoint(path)
+    checkpoint = read_checkpoint(file)
+    description = Description.of(checkpoint, str(file))
+    # Lightning's WeightAveraging puts averaged weights in the place of the others.
+    holds_average = "current_model_state" in checkpoint
+    if averaged and not holds_average:
+        raise UserError(
+            f"{file} holds no averaged weights, since the run averaged none: leave that option out, or train with "
+            "Lightning's EMAWeightAveraging among trainer.callbacks."
+        )
+    state = checkpoint["current_model_state" if holds_average and not averaged else "state_dict"]
+    weights = {
+        name.removeprefix(WEIGHTS_PREFIX): tensor for name, tensor in state.items() if name.startswith(WEIGHTS_PREFIX)
+    }
+    section = checkpoint[SECTION]
+    provenance = Provenance(
+        step=int(checkpoint["global_step"]),
+        tokens_seen=section["tokens_seen"],
+        data=section.get("data", {}),
+        validation=section.get("validation", {}),
+        averaged=averaged,
+    )
+    return StoredModel(file, description, _fitting(weights, description.config, file), provenance)
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> TrainedModel:
+    """The trained model of a checkpoint, of the newest one in a run's directory, or of an exported folder.
+
+    Raises:
+        UserError: As in `read_model`.
+    """
+    stored = read_model(path)
+    description = stored.description
+    decoder = build_decoder(description.config, stored.weights, device)
+    return TrainedModel(decoder, SequenceBuilder(description.tokenizer, description.images), stored.provenance.step)
+
+
+def build_decoder(config: FuyuConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Decoder:
+    """A decoder in evaluation mode with weights that fit it, computing in float32."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder.to_empty(device=device)
+    tied = {}
+    if config.tie_embeddings:
+        decoder.lm_head.weight = decoder.embed_tokens.weight  # the move from the meta device parted them
+        tied = {OUTPUT: weights[EMBEDDING]}
+    decoder.load_state_dict({**weights, **tied})
+    return decoder.eval()
+
+
+def _fitting(weights: dict[str, Tensor], config: FuyuConfig, source: Path) -> dict[str, Tensor]:
+    """The weights, without a tied output projection, if they are those of a decoder of this configuration.
+
+    Raises:
+        UserError: Names the tensors that are missing, too many or of another shape.
+    """
+    with torch.device("meta"):
+        wanted = Decoder(config).state_dict()
+    if config.tie_embeddings:
+        del wanted[OUTPUT]
+        tied = weights.pop(OUTPUT, None)
+        if tied is not None and not torch.equal(tied, weights.get(EMBEDDING, tied)):
+            raise UserError(f"{source} ties {OUTPUT} to {EMBEDDING}, but holds another tensor for it.")
+    if missing := wanted.keys() - weights.keys():
+        raise UserError(f"{source} lacks {_named(missing)}, which the model that it describes has: fetch it again.")
+    if strange := weights.keys() - wanted.keys():
+        raise UserError(f"{source} holds {_named(strange)}, which the model that it describes doesn't have.")
+    for name, tensor in weights.items():
+        if tensor.shape != wanted[name].shape:
+            raise UserError(
+                f"{source}: {name} has the shape {list(tensor.shape)}, but the model that it describes takes "
+                f"{list(wanted[name].shape)}."
+            )
+    return weights
+
+
+def _named(names: set[str]) -> str:
+    first = ", ".join(sorted(names)[:NAMED])
+    return first if len(names) <= NAMED else f"{first} and {len(names) - NAMED} more tensors"
