@@ -45,6 +45,8 @@ class FuyuDataModule(pl.LightningDataModule):
         long_documents: Whether a document longer than a row is left out (`skip`) or cut where the rest stays
             valid (`cut`); either is counted.
         max_patches: Patch budget of an image; a larger one is scaled down to it, a smaller one never up.
+        max_size: Height and width in pixels, whole patches, that a larger image is scaled down to fit; the released
+            Fuyu's is 1080 x 1920. With a budget that holds it, transformers' processor scales all images alike.
         lanes: Sample streams that rows are drawn from in turn. Fixes the order of the data together with the
             seed, so that it doesn't depend on processes and workers; a multiple of processes x workers.
         shuffle: Documents that each lane shuffles together. They are read where they stand, not held in memory.
@@ -68,6 +70,7 @@ class FuyuDataModule(pl.LightningDataModule):
         budget: int = 2048,
         long_documents: LongDocuments = "skip",
         max_patches: int = 1024,
+        max_size: tuple[int, int] | None = None,
         lanes: int = 16,
         shuffle: int = 4096,
         mix_by: MixBy = "tokens",
@@ -82,7 +85,7 @@ class FuyuDataModule(pl.LightningDataModule):
             if value < 1:
                 raise UserError(f"data.{name} is {value}, but must be at least 1.")
         self.tokenizer_path = Path(tokenizer)
-        self.images = ImagePolicy(patch_size=patch_size, max_patches=max_patches)
+        self.images = ImagePolicy(patch_size=patch_size, max_patches=max_patches, max_size=max_size)
         if train and mixture:
             raise UserError("Both data.train and data.mixture are set: leave one of them out.")
         self.patterns: dict[str, Patterns] = {"train": train, "val": val, "test": test, "predict": predict}

@@ -55,6 +55,10 @@ class ImagePolicy:
     """Side of a patch in pixels."""
     max_patches: int = 1024
     """Patch budget of an image; a larger one is scaled down to it."""
+    max_size: tuple[int, int] | None = None
+    """Height and width in pixels, whole patches, that an image is scaled down to fit where it is larger, as in the
+    released Fuyu; None sets no such limit. Where the budget holds every image that fits, transformers' Fuyu
+    processor scales all images as this policy does."""
     max_pixels: int = 2**26
     """Pixels of an image, as its header says, above which it is not decoded: 64 megapixels."""
     max_bytes: int = 2**25
@@ -66,6 +70,10 @@ class ImagePolicy:
         for name in ("patch_size", "max_patches", "max_pixels", "max_bytes", "max_aspect"):
             if not (value := getattr(self, name)) >= 1:  # also when it is not a number
                 raise UserError(f"{name} is {value}, but must be at least 1.")
+        if self.max_size is not None and any(side < 1 or side % self.patch_size for side in self.max_size):
+            raise UserError(
+                f"max_size is {list(self.max_size)}, but must be two multiples of the patch size {self.patch_size}."
+            )
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ def load_patches(data: bytes, policy: ImagePolicy) -> ImagePatches:
 
 
 def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]:
-    """Decodes an image as a person would see it, scaled down to the patch budget where it exceeds it.
+    """Decodes an image as a person would see it, scaled down to the largest size and the patch budget of the policy.
 
     Rotated as EXIF says; transparency lies on white; 16-bit grey is scaled to 8 bits; of an animation the first frame.
 
@@ -99,17 +107,18 @@ def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]
     """
     with _opened(data, policy) as image:
         native = image.size
-        size = fit_budget(*native, policy)
         exif = image.getexif()
+        turned = _is_turned(exif)
+        size = fit_policy(*(native[::-1] if turned else native), policy)
         # A JPEG decodes at a fraction of its size where the budget allows it; no effect on other formats and images
         # that fit. It rounds that size up, so the size to scale to is taken from the header's.
-        image.draft(None, size)
+        image.draft(None, size[::-1] if turned else size)
         pixels = _jpeg_pixels(data, image, native)
         if pixels is None:
             pixels = np.asarray(_to_rgb(image))
     if turn := TURNS.get(exif.get(ExifTags.Base.Orientation, 1)):
         pixels = turn(pixels).copy()
-    return scale_pixels(pixels, size[::-1] if _is_turned(exif) else size)
+    return scale_pixels(pixels, size)
 
 
 def image_size(data: bytes, policy: ImagePolicy) -> tuple[int, int]:
@@ -198,8 +207,11 @@ def scale_pixels(pixels: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> U
     return scaled[0].permute(1, 2, 0).numpy()
 
 
-def fit_budget(width: int, height: int, policy: ImagePolicy) -> tuple[int, int]:
-    """The size, in pixels, at which an image enters: its own, or the largest that the patch budget holds."""
+def fit_policy(width: int, height: int, policy: ImagePolicy) -> tuple[int, int]:
+    """The width and height, in pixels, at which an image enters: its own, or the largest that the policy allows."""
+    if policy.max_size is not None and (height > policy.max_size[0] or width > policy.max_size[1]):
+        scale = min(policy.max_size[0] / height, policy.max_size[1] / width)
+        width, height = max(1, int(width * scale)), max(1, int(height * scale))  # cut off, as transformers does
     if _patches(width, height, policy) <= policy.max_patches:
         return width, height
     # Whole patches jump as the scale grows, so the largest scale that fits is found by halving.

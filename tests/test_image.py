@@ -15,7 +15,7 @@ from PIL import Image as Pillow
 
 from fuyu_e2e import image as image_module
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.image import PADDING, ImagePolicy, decode_image, fit_budget, load_patches, to_patches, to_pixels
+from fuyu_e2e.image import PADDING, ImagePolicy, decode_image, fit_policy, load_patches, to_patches, to_pixels
 
 POLICY = ImagePolicy(patch_size=8)
 
@@ -85,7 +85,7 @@ def patch_count(width: int, height: int) -> int:
 @given(width=st.integers(1, 3_000), height=st.integers(1, 3_000), max_patches=st.integers(1, 400))
 def test_the_budget_holds_and_is_used(width: int, height: int, max_patches: int) -> None:
     policy = ImagePolicy(patch_size=8, max_patches=max_patches)
-    new_width, new_height = fit_budget(width, height, policy)
+    new_width, new_height = fit_policy(width, height, policy)
     assert patch_count(new_width, new_height) <= max_patches
     if patch_count(width, height) <= max_patches:
         assert (new_width, new_height) == (width, height), "an image within the budget keeps its size"
@@ -112,7 +112,7 @@ def test_the_size_does_not_depend_on_format_or_orientation(
     exif = Pillow.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     decoded = decode_image(encode(Pillow.new("RGB", (width, height)), file_format, exif=exif), policy)
-    expected = fit_budget(width, height, policy)
+    expected = fit_policy(width, height, policy)
     assert decoded.shape[:2] == (expected if orientation in (5, 6, 7, 8) else expected[::-1])
 
 

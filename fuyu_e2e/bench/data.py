@@ -34,7 +34,7 @@ from fuyu_e2e.bench.measure import alternate, environment, write_json
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.image import ImagePolicy, decode_image, fit_budget, image_size, to_patches
+from fuyu_e2e.image import ImagePolicy, decode_image, fit_policy, image_size, to_patches
 from fuyu_e2e.packing import Packer
 from fuyu_e2e.sequence import ImageSpan, SequenceBuilder, TokenSequence
 from fuyu_e2e.shards.formats import read_documents
@@ -217,7 +217,7 @@ def _measure(
     )
     builder, stream = module.builder, module.stream("val")
     natives = [image_size(sample.image, builder.images) for sample in samples]
-    sizes = [fit_budget(*native, builder.images) for native in natives]
+    sizes = [fit_policy(*native, builder.images) for native in natives]
 
     def bare(decode: Decode) -> Callable[[], None]:
         def run() -> None:
@@ -286,7 +286,7 @@ def _packed(read: Read, decoded: bool, builder: SequenceBuilder, budget: int) ->
         if not decoded:
             return builder.build(Document(key, (Image(image), Text(caption))))
         width, height = image.size
-        pixels = scaled_by_pillow(image, fit_budget(width, height, builder.images))
+        pixels = scaled_by_pillow(image, fit_policy(width, height, builder.images))
         return captioned_sequence(builder, key, pixels, caption)
 
     return Packer(budget, "skip", Tally()).pack(build(*sample) for sample in read(decoded))

@@ -35,7 +35,8 @@ class Description:
             UserError: They were written by an incompatible version of this project.
         """
         try:
-            return cls(FuyuConfig.from_dict(settings["decoder"]), tokenizer, ImagePolicy(**settings["images"]))
+            decoder, images = (_listed_as_tuples(settings[part]) for part in ("decoder", "images"))
+            return cls(FuyuConfig.from_dict(decoder), tokenizer, ImagePolicy(**images))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{source} was written by fuyu-e2e {settings.get('version')}, whose settings version {__version__} "
@@ -80,6 +81,13 @@ class Description:
                 f"{source} was trained with another tokenizer than data.tokenizer names: its ids mean other words. "
                 "Name the tokenizer it was trained with."
             )
+
+
+def _listed_as_tuples(value: Any) -> Any:
+    """Settings as they were before JSON made lists of their tuples."""
+    if isinstance(value, dict):
+        return {name: _listed_as_tuples(inner) for name, inner in value.items()}
+    return tuple(map(_listed_as_tuples, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,78 +1,278 @@
-"""The layout of transformers' `FuyuForCausalLM`: which of its names holds which of our weights, and its configuration.
+"""The folder that transformers' `FuyuForCausalLM` and `FuyuProcessor` load, and weights under its names and back.
 
-The `qwen3` dialect computes what its Qwen3 text model computes, so weights go over as they are.
+The `qwen3` dialect computes what its Qwen3 text model computes, `fuyu` what its Persimmon does, so weights go over as
+they are; Persimmon alone keeps queries, keys and values in one matrix, head by head. Names are the Hub's, which every
+version reads (`language_model.model.layers.0...`); newer versions of transformers name the same weights
+`model.language_model.layers.0...` in memory.
 """
 
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fuyu_e2e.checkpoint.description import Description
+from fuyu_e2e.checkpoint.tensor_files import write_weights
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.export.tokenizer_json import UNKNOWN, fast_tokenizer
+from fuyu_e2e.image import PADDING, ImagePolicy
 from fuyu_e2e.model.config import FuyuConfig
-from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.sequence import TokenSequence
+from fuyu_e2e.tokenizer import BOS, EOS, Tokenizer
 
-_RENAMED = (
-    ("embed_tokens.", "model.language_model.embed_tokens."),
-    ("patch_projection.", "model.vision_embed_tokens."),
-    ("blocks.", "model.language_model.layers."),
-    ("norm.", "model.language_model.norm."),
+SUPPORTED = "5.16 to 5.24"
+"""The versions of transformers that the exported folder is made for, both ends tested."""
+TEXT_MODELS = {"qwen3": "qwen3", "fuyu": "persimmon"}
+"""The text model that computes each dialect."""
+PAD_ID = 0
+"""What transformers' Fuyu processor pads with, whatever the tokenizer says."""
+MAX_POSITIONS = 16_384
+"""The released Fuyu's; serving software takes it for the longest context. Rotary positions have no end."""
+TEXT = "language_model.model."
+"""What stands before the text model's own names."""
+
+_OUTSIDE = {
+    "embed_tokens": f"{TEXT}embed_tokens",
+    "patch_projection": "vision_embed_tokens",
+    "lm_head": "language_model.lm_head",
+}
+_IN_BLOCK = {
+    "qwen3": {
+        "attention_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+        **{f"attention.{part}": f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj")},
+        **{f"attention.{part}": f"self_attn.{part}" for part in ("q_norm", "k_norm")},
+        **{f"mlp.{part}": f"mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")},
+    },
+    "fuyu": {
+        "attention_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+        "attention.o_proj": "self_attn.dense",
+        "attention.q_norm": "self_attn.q_layernorm",
+        "attention.k_norm": "self_attn.k_layernorm",
+        "mlp.up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    },
+}
+_LAST_NORM = {"qwen3": "norm", "fuyu": "final_layernorm"}
+_PROJECTIONS = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+_FUSED = "self_attn.query_key_value"
+_IN_MEMORY = (
+    ("model.language_model.", TEXT),
+    ("model.vision_embed_tokens.", "vision_embed_tokens."),
+    ("lm_head.", "language_model.lm_head."),
 )
-_RENAMED_IN_BLOCK = (
-    (".attention_norm.", ".input_layernorm."),
-    (".mlp_norm.", ".post_attention_layernorm."),
-    (".attention.", ".self_attn."),
-)
+"""How newer versions of transformers begin the names, and the Hub."""
 
 
-def transformers_name(name: str) -> str:
-    """The name under which `FuyuForCausalLM` keeps our weight `name`."""
-    for ours, theirs in _RENAMED:
-        if name.startswith(ours):
-            name = theirs + name.removeprefix(ours)
-            break
-    for ours, theirs in _RENAMED_IN_BLOCK:
-        name = name.replace(ours, theirs)
-    return name
+def _modules(config: FuyuConfig) -> dict[str, str]:
+    """Our name of each module that goes over as it is, and transformers'."""
+    inside = _IN_BLOCK[config.dialect].items()
+    return {
+        **_OUTSIDE,
+        "norm": TEXT + _LAST_NORM[config.dialect],
+        **{
+            f"blocks.{layer}.{ours}": f"{TEXT}layers.{layer}.{theirs}"
+            for layer in range(config.layers)
+            for ours, theirs in inside
+        },
+    }
 
 
-def transformers_state_dict(decoder: Decoder) -> dict[str, Tensor]:
-    """The weights of a decoder under the names of `FuyuForCausalLM`."""
-    return {transformers_name(name): tensor for name, tensor in decoder.state_dict().items()}
-
-
-def transformers_config(config: FuyuConfig, *, patch_id: int, bos_id: int, eos_id: int) -> dict[str, Any]:
-    """The arguments of transformers' `FuyuConfig`, its `text_config` as the arguments of a `Qwen3Config`.
+def to_transformers(weights: Mapping[str, Tensor], config: FuyuConfig) -> dict[str, Tensor]:
+    """Weights of a dense decoder under the Hub's names of `FuyuForCausalLM`; their types and values stay.
 
     Raises:
         UserError: The decoder is routed, which no text model of transformers is.
     """
+    _check_dense(config)
+    modules = _modules(config)
+    renamed = {}
+    for name, tensor in weights.items():
+        module, _, kind = name.rpartition(".")
+        if module in modules:
+            renamed[f"{modules[module]}.{kind}"] = tensor
+    if config.dialect == "fuyu":
+        for layer in range(config.layers):
+            for kind in ("weight", "bias"):
+                parts = [weights[f"blocks.{layer}.{part}.{kind}"] for part in _PROJECTIONS]
+                by_head = [part.unflatten(0, (config.heads, config.head_size)) for part in parts]
+                renamed[f"{TEXT}layers.{layer}.{_FUSED}.{kind}"] = torch.stack(by_head, dim=1).flatten(0, 2)
+    return renamed
+
+
+def from_transformers(weights: Mapping[str, Tensor], config: FuyuConfig) -> dict[str, Tensor]:
+    """The inverse of `to_transformers`, from the Hub's names or those that transformers has in memory.
+
+    Names that it doesn't know stay as they are. Old folders hold rotary frequencies too, which are no weights.
+    """
+    modules = {theirs: ours for ours, theirs in _modules(config).items()}
+    renamed = {}
+    for name, tensor in weights.items():
+        for beginning, hub in _IN_MEMORY:
+            if name.startswith(beginning):
+                name = hub + name.removeprefix(beginning)
+                break
+        module, _, kind = name.rpartition(".")
+        if kind == "inv_freq":
+            continue
+        fused = re.fullmatch(rf"{re.escape(TEXT)}layers\.(\d+)\.{re.escape(_FUSED)}", module)
+        if config.dialect == "fuyu" and fused and tensor.shape[0] == 3 * config.width:
+            by_head = tensor.unflatten(0, (config.heads, 3, config.head_size))
+            for part, own in zip(_PROJECTIONS, by_head.unbind(1), strict=True):
+                renamed[f"blocks.{fused[1]}.{part}.{kind}"] = own.flatten(0, 1).contiguous()
+        else:
+            renamed[f"{modules[module]}.{kind}" if module in modules else name] = tensor
+    return renamed
+
+
+def transformers_config(config: FuyuConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
+    """What goes into transformers' `config.json`.
+
+    Raises:
+        UserError: The decoder is routed, which no text model of transformers is.
+    """
+    _check_dense(config)
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    shared = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "max_position_embeddings": MAX_POSITIONS,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": None,
+    }
+    text = shared | {
+        "model_type": TEXT_MODELS[config.dialect],
+        "intermediate_size": config.feed_forward,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+    }
+    if config.dialect == "fuyu":
+        text |= {
+            "hidden_act": "relu2",
+            "layer_norm_eps": config.norm_eps,
+            "qk_layernorm": True,
+            "partial_rotary_factor": config.rotary_size / config.head_size,
+            "rope_parameters": rope | {"partial_rotary_factor": config.rotary_size / config.head_size},
+        }
+    else:
+        text |= {
+            "hidden_act": "silu",
+            "rms_norm_eps": config.norm_eps,
+            "num_key_value_heads": config.kv_heads,
+            "head_dim": config.head_size,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "rope_parameters": rope,
+        }
+    return shared | {
+        "architectures": ["FuyuForCausalLM"],
+        "model_type": "fuyu",
+        "dtype": str(dtype).removeprefix("torch."),
+        "patch_size": config.patch_size,
+        "num_channels": 3,
+        "image_token_id": tokenizer.patch_id,
+        "text_config": text,
+    }
+
+
+def largest_size(images: ImagePolicy) -> tuple[int, int]:
+    """Height and width that transformers' processor scales larger images down to.
+
+    Its policy knows a largest size only. Where ours has none, it is the largest square within the patch budget, so that
+    no image gets more patches than the budget; images that fit the square are then treated alike by both.
+    """
+    if images.max_size is not None:
+        return images.max_size
+    side = int(images.max_patches**0.5) * images.patch_size
+    return side, side
+
+
+def scales_alike(images: ImagePolicy) -> bool:
+    """Whether transformers' processor gives every image the size that ours gives it."""
+    if images.max_size is None:
+        return False
+    height, width = images.max_size
+    return (height // images.patch_size) * (width // images.patch_size) <= images.max_patches
+
+
+def write_transformers(description: Description, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes all that transformers needs into an empty folder: weights, configuration, tokenizer and processor.
+
+    Raises:
+        UserError: The decoder is routed, or the tokenizer is of a kind that has no fast form.
+    """
+    tokenizer, images = description.tokenizer, description.images
+    named = to_transformers(weights, description.config)
+    write_weights(named, folder)
+    config = transformers_config(description.config, tokenizer, named[f"{TEXT}embed_tokens.weight"].dtype)
+    _write_json(folder / "config.json", config)
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": PAD_ID}
+    _write_json(folder / "generation_config.json", special)
+    fast_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+    tokenizer.save(folder / "tokenizer.model")
+    tokens = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN, "pad_token": tokenizer.piece(PAD_ID)}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": "FuyuProcessor",
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": MAX_POSITIONS,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    _write_json(folder / "tokenizer_config.json", settings | tokens)
+    height, width = largest_size(images)
+    image_processor = {
+        "image_processor_type": "FuyuImageProcessor",
+        "processor_class": "FuyuProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 2,  # bilinear
+        "do_pad": True,
+        "padding_mode": "constant",
+        "padding_value": float(PADDING),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": 0.5,
+        "image_std": 0.5,
+        "patch_size": {"height": images.patch_size, "width": images.patch_size},
+    }
+    _write_json(folder / "preprocessor_config.json", image_processor)
+    _write_json(folder / "processor_config.json", {"processor_class": "FuyuProcessor"})
+
+
+def stock_inputs(prompts: Sequence[TokenSequence]) -> dict[str, Tensor]:
+    """Prompts as `FuyuForCausalLM` takes them, any number of images in each: what its own processor can't make.
+
+    Returns:
+        `input_ids` and `attention_mask`, (prompts, longest) int64, padded on the left; where there are images,
+        `pixel_values`, (patches of all prompts in order, patch_size^2 x 3) float32 in [-1, 1].
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = torch.full((len(prompts), longest), PAD_ID, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = torch.from_numpy(prompt.tokens)
+        mask[row, longest - len(prompt) :] = 1
+    patches = torch.cat([torch.from_numpy(prompt.patches) for prompt in prompts])
+    pixels = {"pixel_values": (patches.float() - 127.5) / 127.5} if len(patches) else {}
+    return {"input_ids": tokens, "attention_mask": mask, **pixels}
+
+
+def _check_dense(config: FuyuConfig) -> None:
     if config.routing is not None:
         raise UserError(
             "A decoder with routed blocks can't be exported as transformers' FuyuForCausalLM, which would run every "
-            "token through every block: generate with `fuyu-e2e generate`."
+            "token through every block: export it with `--to fuyu-e2e`, and generate with `fuyu-e2e generate`."
         )
-    return {
-        "patch_size": config.patch_size,
-        "image_token_id": patch_id,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        "tie_word_embeddings": config.tie_embeddings,
-        "text_config": {
-            "model_type": "qwen3",
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.width,
-            "intermediate_size": config.feed_forward,
-            "num_hidden_layers": config.layers,
-            "num_attention_heads": config.heads,
-            "num_key_value_heads": config.kv_heads,
-            "head_dim": config.head_size,
-            "hidden_act": "silu",
-            "rms_norm_eps": config.norm_eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-            "tie_word_embeddings": config.tie_embeddings,
-            "attention_bias": False,
-            "use_sliding_window": False,
-        },
-    }
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
