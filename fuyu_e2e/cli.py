@@ -16,6 +16,7 @@ from rich.console import Console
 from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.export.commands import export, import_model
 from fuyu_e2e.inference.depth import token_depth
 from fuyu_e2e.inference.depth_map import depth_map
 from fuyu_e2e.inference.generation import Sampling
@@ -42,6 +43,8 @@ usage: fuyu-e2e COMMAND [--help]
   predict            continue the documents of data.predict, into predictions.jsonl of the run's directory
   generate           continue one prompt:  fuyu-e2e generate --checkpoint C --image a.png --prompt "..."
   routing            show how much depth each token of a prompt gets in a model with routed blocks
+  export             write a trained model for fuyu_e2e.load, or --to transformers for FuyuForCausalLM
+  import             make a FuyuForCausalLM folder a model to go on with: generate, fit, export
   tokenizer train    train a tokenizer on the text of shards
   shards             index, verify, stats or write: what shards hold, and new ones from your own files
   inspect            show a sample as it enters the model
@@ -177,6 +180,8 @@ def lightning(args: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     **dict.fromkeys(LIGHTNING_COMMANDS, lightning),
     "inspect": inspect,
+    "export": export,
+    "import": import_model,
     "generate": generate,
     "routing": routing,
     "shards": shards,

@@ -11,13 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
+from fuyu_e2e.checkpoint.loading import TrainedModel, load_model, read_model
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.contact_sheet import Cell, contact_sheet
 from fuyu_e2e.eval.depth import depth_shares, reading_depths
 from fuyu_e2e.eval.digits import MAX_NEW_TOKENS, TEST_SEED, VOCAB_SIZE, write_shards
 from fuyu_e2e.eval.exact_match import Reading, by_group, chance_of_exchange, exact_match, exchange_images, read
+from fuyu_e2e.export.commands import export_own, export_to_transformers
 from fuyu_e2e.inference.depth_map import depth_map
 from fuyu_e2e.recipe import INTERRUPTED, FuyuCLI
 from fuyu_e2e.shards.formats import read_documents
@@ -44,6 +45,11 @@ class Workplace:
     def tokenizer(self) -> Path:
         """The trained tokenizer."""
         return self.data / "tokenizer.model"
+
+    @property
+    def exported(self) -> Path:
+        """The trained model for other software."""
+        return self.root / "fuyu-digits"
 
     def pattern(self, split: str) -> str:
         """The shards of a split."""
@@ -84,6 +90,7 @@ def quickstart(args: Sequence[str]) -> int:
 
     console.rule("3. Reading")
     model = load_model(place.root / "checkpoints" / "last.ckpt")
+    export_model(place)
     results, readings = score(model, place)
     results["seconds"] = round(time.perf_counter() - started_at, 1)
     results["tokens_per_second"] = round(cli.throughput.tokens / cli.throughput.seconds)
@@ -131,6 +138,15 @@ def train(place: Workplace, recipe: str, seed: int, max_steps: int | None) -> Fu
         settings["trainer.max_steps"] = max_steps
         settings["trainer.val_check_interval"] = max_steps
     return FuyuCLI(["fit", *(f"--{name}={value}" for name, value in settings.items())])
+
+
+def export_model(place: Workplace) -> None:
+    """Writes the model for transformers, or where it is routed, which transformers can't run, for `fuyu_e2e.load`."""
+    stored = read_model(place.root / "checkpoints" / "last.ckpt")
+    if stored.description.config.routing is None:
+        export_to_transformers(stored, place.exported)
+    else:
+        export_own(stored, place.exported)
 
 
 def score(model: TrainedModel, place: Workplace) -> tuple[dict[str, Any], list[Reading]]:
@@ -181,6 +197,7 @@ def report(console: Console, place: Workplace, results: dict[str, Any], sheet: P
         f"Curves and samples:  tensorboard --logdir {place.root}\n"
         f"Ask it:              fuyu-e2e generate --checkpoint {place.root} --image PICTURE.png "
         '--prompt "Read the digits."\n'
+        f"Out of the trainer:  {place.exported}; its README.md says how to run it\n"
         f"What it is given:    fuyu-e2e inspect --config {place.root}/config.yaml --index 7\n"
         f"Your own shards:     fuyu-e2e fit --config recipes/quickstart.yaml --data.train 'FOLDER/*.tar'",
         soft_wrap=True,

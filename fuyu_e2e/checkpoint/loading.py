@@ -66,7 +66,7 @@ def read_model(path: str | Path, averaged: bool = False) -> StoredModel:
         description, weights, provenance = read_folder(path)
         if averaged and not provenance.averaged:
             raise UserError(f"{path} holds no averaged weights: leave that option out.")
-        return StoredModel(path, description, _fitting(weights, description.config, path), provenance)
+        return StoredModel(path, description, fitting(weights, description.config, path), provenance)
     file = find_checkpoint(path)
     checkpoint = read_checkpoint(file)
     description = Description.of(checkpoint, str(file))
@@ -89,7 +89,7 @@ def read_model(path: str | Path, averaged: bool = False) -> StoredModel:
         validation=section.get("validation", {}),
         averaged=averaged,
     )
-    return StoredModel(file, description, _fitting(weights, description.config, file), provenance)
+    return StoredModel(file, description, fitting(weights, description.config, file), provenance)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> TrainedModel:
@@ -117,7 +117,7 @@ def build_decoder(config: FuyuConfig, weights: Mapping[str, Tensor], device: tor
     return decoder.eval()
 
 
-def _fitting(weights: dict[str, Tensor], config: FuyuConfig, source: Path) -> dict[str, Tensor]:
+def fitting(weights: dict[str, Tensor], config: FuyuConfig, source: Path) -> dict[str, Tensor]:
     """The weights, without a tied output projection, if they are those of a decoder of this configuration.
 
     Raises:

@@ -34,6 +34,7 @@ def write_weights(weights: dict[str, Tensor], folder: Path, shard_size: int | st
     for file, names in split.filename_to_tensors.items():
         tensors = {name: weights[name].contiguous() for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors leaves it readable for its writer alone
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,6 +1,6 @@
-"""The fast tokenizer of Hugging Face, `tokenizer.json`, made of our sentencepiece model: the same ids for every text."""
+"""Hugging Face's fast tokenizer, `tokenizer.json`, made of our sentencepiece model: the same ids for every text."""
 
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -10,15 +10,13 @@ from fuyu_e2e.tokenizer import ANSWER, BOS, EOS, NEWLINE, PATCH, SPACE, Tokenize
 UNKNOWN = "<unk>"
 MARKS = ("<0x00>", "<0x01>", "<0x02>", "<0x03>", ANSWER)
 """The byte tokens that the released Fuyu gives a meaning of their own: box and point marks, begin of answer."""
-_Model = sentencepiece_model_pb2.ModelProto
-_Piece = _Model.SentencePiece
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer:
     """The same tokenizer for the `tokenizers` library.
 
-    A space stands for itself in its vocabulary, not as sentencepiece's letter `\u2581`, so that a text which holds that
-    very letter spells it in bytes, as ours does.
+    A space stands for itself in its vocabulary, not as sentencepiece's letter `\u2581`, so that a text which holds
+    that very letter spells it in bytes, as ours does.
 
     Two things are as transformers' Fuyu processor wants them: a text that begins with a patch placeholder gets one
     token before it, which the processor takes off again; and special tokens, spelled out in a text, are read as such.
@@ -26,7 +24,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer:
     Raises:
         UserError: The sentencepiece model is not of the kind that `fuyu-e2e tokenizer train` makes.
     """
-    model = _Model.FromString(tokenizer.model)
+    model = ModelProto.FromString(tokenizer.model)
     spec, normalizer = model.trainer_spec, model.normalizer_spec
     plain = not normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces
     if spec.model_type != spec.BPE or not spec.byte_fallback or normalizer.name != "identity" or not plain:
@@ -42,7 +40,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer:
             unk_token=UNKNOWN,
         )
     )
-    fast.normalizer = normalizers.Replace(Regex(rf"^\|SPEAKER\|(?=.)"), f" {PATCH}")
+    fast.normalizer = normalizers.Replace(Regex(r"^\|SPEAKER\|(?=.)"), f" {PATCH}")
     fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     fast.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.bos_id)]
@@ -54,14 +52,17 @@ def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer:
     return fast
 
 
-def _spelled(piece: _Piece) -> str:
-    return piece.piece.replace(SPACE, " ") if piece.type == _Piece.NORMAL else piece.piece
+def _is_text(piece: ModelProto.SentencePiece) -> bool:
+    return piece.type == ModelProto.SentencePiece.NORMAL
 
 
-def _merges(model: _Model) -> list[tuple[str, str]]:
+def _spelled(piece: ModelProto.SentencePiece) -> str:
+    return piece.piece.replace(SPACE, " ") if _is_text(piece) else piece.piece
+
+
+def _merges(model: ModelProto) -> list[tuple[str, str]]:
     """All pairs that make up a piece, in the order in which sentencepiece prefers the pieces."""
-    pieces = sorted((piece for piece in model.pieces if piece.type == _Piece.NORMAL), key=lambda piece: -piece.score)
-    spelled = [_spelled(piece) for piece in pieces]
+    spelled = [_spelled(piece) for piece in sorted(filter(_is_text, model.pieces), key=lambda piece: -piece.score)]
     known = set(spelled)
     return [
         (whole[:cut], whole[cut:])

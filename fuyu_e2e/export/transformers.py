@@ -8,7 +8,7 @@ version reads (`language_model.model.layers.0...`); newer versions of transforme
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ def _modules(config: FuyuConfig) -> dict[str, str]:
 def to_transformers(weights: Mapping[str, Tensor], config: FuyuConfig) -> dict[str, Tensor]:
     """Weights of a dense decoder under the Hub's names of `FuyuForCausalLM`; their types and values stay.
 
+    A tied output projection is left out: it is the embedding.
+
     Raises:
         UserError: The decoder is routed, which no text model of transformers is.
     """
@@ -94,7 +96,7 @@ def to_transformers(weights: Mapping[str, Tensor], config: FuyuConfig) -> dict[s
     renamed = {}
     for name, tensor in weights.items():
         module, _, kind = name.rpartition(".")
-        if module in modules:
+        if module in modules and not (module == "lm_head" and config.tie_embeddings):
             renamed[f"{modules[module]}.{kind}"] = tensor
     if config.dialect == "fuyu":
         for layer in range(config.layers):
@@ -185,8 +187,8 @@ def transformers_config(config: FuyuConfig, tokenizer: Tokenizer, dtype: torch.d
 def largest_size(images: ImagePolicy) -> tuple[int, int]:
     """Height and width that transformers' processor scales larger images down to.
 
-    Its policy knows a largest size only. Where ours has none, it is the largest square within the patch budget, so that
-    no image gets more patches than the budget; images that fit the square are then treated alike by both.
+    Its policy knows a largest size only. Where ours has none, it is the largest square within the patch budget, so
+    that no image gets more patches than the budget; images that fit the square are then treated alike by both.
     """
     if images.max_size is not None:
         return images.max_size

@@ -1,70 +1,192 @@
-"""Parity with transformers' own Fuyu: an independent implementation of the same function."""
+"""Exported folders in stock transformers: the same ids, patches, logits and tokens, from raw files and texts on."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image as Pillow
+from safetensors.torch import load_file
 
-from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.checkpoint.description import Description
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.export.transformers import transformers_config, transformers_state_dict
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.export.transformers import (
+    from_transformers,
+    largest_size,
+    scales_alike,
+    stock_inputs,
+    to_transformers,
+    transformers_config,
+    write_transformers,
+)
+from fuyu_e2e.image import ImagePolicy
+from fuyu_e2e.inference.generation import generate
+from fuyu_e2e.model.config import RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.packing import pack_row
+from fuyu_e2e.processor import Processor
+from fuyu_e2e.sequence import SequenceBuilder
+from fuyu_e2e.tokenizer import Tokenizer
 
-transformers = pytest.importorskip("transformers", reason="needs the extra `export`")
+from .conftest import SHAPES
 
-PATCH, NEWLINE, BOS, EOS = 300, 301, 1, 2
-SHAPES = {
-    "every head its own key": {"heads": 3, "kv_heads": 3},
-    "grouped": {"heads": 6, "kv_heads": 2},
-    "one key for all, tied": {"heads": 4, "kv_heads": 1, "tie_embeddings": True},
-    "long wavelengths": {"heads": 2, "kv_heads": 1, "rope_theta": 1e6, "norm_eps": 1e-5},
-}
+transformers = pytest.importorskip("transformers", reason="needs the extra `transformers`")
+
+OLDEST = "5.16.1"
+NEW_TOKENS = 64
+NO_END = -1
+"""An end of document that never comes, so that all tokens are compared."""
+CASES = [(shape, tied, seed) for shape in SHAPES for tied in (False, True) for seed in range(3)]
+TEXTS = ["Read the digits.", "What is it?", "4072  a\n", "é ▁ 日"]
+ALONE = ["a red square", "", " 19 8 3 ", "\u2581\t\x00é"]
 
 
-def random_decoder(seed: int, **shape: object) -> Decoder:
-    torch.manual_seed(seed)
-    decoder = Decoder(
-        FuyuConfig(vocab_size=310, patch_size=4, layers=3, width=48, head_size=16, feed_forward=80, **shape)
-    )
+def name_of(shape: str, tied: bool, seed: int) -> str:
+    return f"{shape}{', tied' if tied else ''}, seed {seed}"
+
+
+@pytest.fixture(scope="module")
+def decoders(trained_decoder: Callable[..., Decoder]) -> dict[str, Decoder]:
+    return {
+        name_of(shape, tied, seed): trained_decoder(seed, **SHAPES[shape], tie_embeddings=tied)
+        for shape, tied, seed in CASES
+    }
+
+
+@pytest.fixture(scope="module")
+def exported(
+    decoders: dict[str, Decoder],
+    tokenizer: Tokenizer,
+    fitted_images: ImagePolicy,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:
+    """A folder for each decoder, with images in three formats, one of which has to be scaled, and texts."""
+    folders = {}
+    for number, (name, decoder) in enumerate(decoders.items()):
+        folder = folders[name] = tmp_path_factory.mktemp("exported")
+        write_transformers(Description(decoder.config, tokenizer, fitted_images), decoder.state_dict(), folder)
+        rng = np.random.default_rng(number)
+        files = {"a.png": (20, 31), "b.jpg": (40, 17), "c.webp": (9, 50), "large.png": (75, 150)}
+        for file, (height, width) in files.items():
+            pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+            Pillow.fromarray(pixels).save(folder / file, lossless=True)
+        asked = {"images": list(files), "texts": TEXTS, "alone": ALONE, "new_tokens": NEW_TOKENS}
+        (folder / "asked.json").write_text(json.dumps(asked))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def answered(exported: dict[str, Path], run_stock: Callable[..., None]) -> dict[str, dict[str, torch.Tensor]]:
+    run_stock(list(exported.values()))
+    return {name: load_file(folder / "answered.safetensors") for name, folder in exported.items()}
+
+
+def compare(decoder: Decoder, builder: SequenceBuilder, folder: Path, stock: dict[str, torch.Tensor]) -> None:
+    """Compares what stock software made of a folder's questions with what we make of them."""
+    asked = json.loads((folder / "asked.json").read_text())
+    processor = Processor(builder)
+    prompts = [processor(folder / image, text) for image, text in zip(asked["images"], asked["texts"], strict=True)]
+    ours = stock_inputs(prompts)
+    assert torch.equal(ours["input_ids"], stock["input_ids"])
+    assert torch.equal(ours["attention_mask"], stock["attention_mask"])
+    torch.testing.assert_close(ours["pixel_values"], stock["patches"], atol=1e-6, rtol=0)
+    for number, text in enumerate(asked["alone"]):
+        assert builder.tokenizer.encode(text) == stock[f"alone.{number}"].tolist()
+    assert stock["begin"].tolist() == [builder.tokenizer.bos_id]
     with torch.no_grad():
-        for weight in decoder.parameters():  # a new model's blocks add nothing, which would compare nothing
-            weight.add_(torch.randn_like(weight) * 0.3)
-    return decoder.eval()
+        logits = decoder(pack_row(prompts)).split([len(prompt) for prompt in prompts])
+    for own, theirs in zip(logits, stock["logits"], strict=True):
+        assert own.std() > 0.5, "the model says nothing, so the comparison means nothing"
+        torch.testing.assert_close(own, theirs[-len(own) :], atol=1e-4, rtol=0)
+    assert generate(decoder, prompts, max_new_tokens=NEW_TOKENS, eos_id=NO_END) == stock["written"].tolist()
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (2, 3), (1, 9), (5, 1), (0, 0)])
-def test_logits_equal_stock_fuyu_with_a_qwen3_text_model(shape: dict, rows: int, cols: int) -> None:
-    decoder = random_decoder(rows * 10 + cols, **shape)
-    stock = stock_fuyu(decoder)
-    tokens = torch.tensor(([PATCH] * cols + [NEWLINE]) * rows + [BOS, *torch.randint(3, 300, (12,)).tolist()])
-    patches = torch.randint(0, 256, (rows * cols, 48), dtype=torch.uint8)
-    batch = PackedBatch(
-        tokens=tokens,
-        positions=torch.arange(len(tokens)),
-        patches=patches,
-        patch_positions=torch.nonzero(tokens == PATCH)[:, 0],
-        target_positions=torch.arange(0),
-        targets=torch.arange(0),
-        document_lengths=(len(tokens),),
-    )
-    pixels = {"pixel_values": (patches[None].float() / 255 - 0.5) / 0.5} if rows else {}
+@pytest.mark.parametrize(("shape", "tied", "seed"), CASES)
+def test_stock_software_computes_what_we_do(
+    shape: str,
+    tied: bool,
+    seed: int,
+    decoders: dict[str, Decoder],
+    exported: dict[str, Path],
+    answered: dict[str, dict[str, torch.Tensor]],
+    tokenizer: Tokenizer,
+    fitted_images: ImagePolicy,
+) -> None:
+    name = name_of(shape, tied, seed)
+    compare(decoders[name], SequenceBuilder(tokenizer, fitted_images), exported[name], answered[name])
+
+
+def test_so_does_the_oldest_version_that_is_supported(
+    decoders: dict[str, Decoder],
+    exported: dict[str, Path],
+    run_stock: Callable[..., None],
+    tokenizer: Tokenizer,
+    fitted_images: ImagePolicy,
+) -> None:
+    names = [name_of(shape, tied, 0) for shape in SHAPES for tied in (False, True)]
+    run_stock([exported[name] for name in names], OLDEST)
+    for name in names:
+        stock = load_file(exported[name] / "answered.safetensors")
+        compare(decoders[name], SequenceBuilder(tokenizer, fitted_images), exported[name], stock)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_several_interleaved_images_go_in_as_ids_and_patches(
+    shape: str, exported: dict[str, Path], decoders: dict[str, Decoder], builder: SequenceBuilder
+) -> None:
+    name = name_of(shape, False, 0)
+    stock = transformers.FuyuForCausalLM.from_pretrained(exported[name]).eval()
+    processor = Processor(builder)
+    image, other = ((exported[name] / file).read_bytes() for file in ("a.png", "c.webp"))
+    prompts = [processor("First", image, "then", other, "?"), processor("no image"), processor(other, image, "a")]
+    inputs = stock_inputs(prompts)
     with torch.no_grad():
-        ours, theirs = decoder(batch), stock(input_ids=tokens[None], **pixels).logits[0]
-    assert ours.std() > 0.5, "the models say nothing, so the comparison means nothing"
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+        written = stock.generate(**inputs, max_new_tokens=16, do_sample=False, eos_token_id=None)
+    ours = generate(decoders[name], prompts, max_new_tokens=16, eos_id=NO_END)
+    assert written[:, inputs["input_ids"].shape[1] :].tolist() == ours
 
 
-def test_a_routed_decoder_is_not_exported_as_a_dense_one() -> None:
-    decoder = random_decoder(0, heads=2, kv_heads=1, routing=RoutingConfig(share=0.5))
-    with pytest.raises(UserError, match="routed blocks can't be exported"):
-        transformers_config(decoder.config, patch_id=PATCH, bos_id=BOS, eos_id=EOS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_go_over_and_back_bit_for_bit_from_either_way_of_naming_them(
+    shape: str, decoders: dict[str, Decoder], exported: dict[str, Path]
+) -> None:
+    name = name_of(shape, False, 1)
+    decoder = decoders[name]
+    weights = {key: tensor.bfloat16() for key, tensor in decoder.state_dict().items()}
+    there = to_transformers(weights, decoder.config)
+    in_memory = transformers.FuyuForCausalLM.from_pretrained(exported[name]).state_dict()
+    back = from_transformers(there, decoder.config)
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[key], weights[key]) and back[key].dtype == torch.bfloat16 for key in weights)
+    frequencies = {"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    again = from_transformers(in_memory | frequencies, decoder.config)
+    assert all(torch.equal(again[key], tensor) for key, tensor in decoder.state_dict().items())
+    assert again.keys() == weights.keys()
 
 
-def stock_fuyu(decoder: Decoder) -> torch.nn.Module:
-    settings = transformers_config(decoder.config, patch_id=PATCH, bos_id=BOS, eos_id=EOS)
-    text = transformers.Qwen3Config(**settings.pop("text_config"))
-    stock = transformers.FuyuForCausalLM(transformers.FuyuConfig(text_config=text, **settings)).eval()
-    missing, unexpected = stock.load_state_dict(transformers_state_dict(decoder), strict=False)
-    assert not unexpected
-    assert not [name for name in missing if "rotary" not in name]
-    return stock
+def test_a_routed_decoder_is_not_exported_as_a_dense_one(
+    trained_decoder: Callable[..., Decoder], tokenizer: Tokenizer, fitted_images: ImagePolicy, tmp_path: Path
+) -> None:
+    shape: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_size": 16, "layers": 4}
+    decoder = trained_decoder(0, **shape, routing=RoutingConfig(share=0.5))
+    for export in (
+        lambda: transformers_config(decoder.config, tokenizer, torch.float32),
+        lambda: to_transformers(decoder.state_dict(), decoder.config),
+        lambda: write_transformers(
+            Description(decoder.config, tokenizer, fitted_images), decoder.state_dict(), tmp_path
+        ),
+    ):
+        with pytest.raises(UserError, match=r"routed blocks can't be exported .*--to fuyu-e2e"):
+            export()
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_sizes_agree_and_where_they_do_not_is_known() -> None:
+    assert scales_alike(ImagePolicy(patch_size=8, max_patches=8, max_size=(16, 32)))
+    assert not scales_alike(ImagePolicy(patch_size=8, max_patches=7, max_size=(16, 32)))
+    assert not scales_alike(ImagePolicy(patch_size=8, max_patches=100))
+    assert largest_size(ImagePolicy(patch_size=8, max_patches=99)) == (72, 72)
+    assert largest_size(ImagePolicy(patch_size=8, max_patches=99, max_size=(16, 32))) == (16, 32)

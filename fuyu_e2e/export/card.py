@@ -1,0 +1,108 @@
+"""The README of an exported folder: what the model is, how it was trained, and how to run it."""
+
+from pathlib import Path
+
+from fuyu_e2e.checkpoint.loading import StoredModel
+from fuyu_e2e.export.transformers import SUPPORTED, largest_size, scales_alike
+from fuyu_e2e.model.cost import cost
+from fuyu_e2e.version import __version__
+
+OWN_USE = """from pathlib import Path
+import fuyu_e2e
+
+model, processor = fuyu_e2e.load("{folder}")
+prompt = processor(Path("a.png"), "What is it?")
+[tokens] = fuyu_e2e.generate(model, [prompt], max_new_tokens=32, eos_id=processor.eos_id)
+print(processor.decode(tokens))"""
+STOCK_USE = """from transformers import AutoProcessor, FuyuForCausalLM
+from transformers.image_utils import load_image
+
+model, processor = FuyuForCausalLM.from_pretrained("{folder}"), AutoProcessor.from_pretrained("{folder}")
+inputs = processor(images=load_image("a.png"), text="What is it?", return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(tokens, skip_special_tokens=True))"""
+
+
+def find_recipe(source: Path) -> str | None:
+    """The recipe of the run that a checkpoint lies in, or of an exported folder; None where there is none."""
+    for place in (source / "recipe.yaml", source.parent / "config.yaml", source.parent.parent / "config.yaml"):
+        if place.is_file():
+            return place.read_text(encoding="utf-8")
+    return None
+
+
+def card(stored: StoredModel, *, name: str, licence: str | None, recipe: str | None, for_transformers: bool) -> str:
+    """The text of the card, with the front matter that the Hugging Face Hub reads.
+
+    Args:
+        stored: The model.
+        name: Of the folder.
+        licence: The identifier of the licence of the weights; None where the exporter named none.
+        recipe: The recipe it was trained with.
+        for_transformers: Whether the folder is one for transformers.
+    """
+    config, images, told = stored.description.config, stored.description.images, stored.provenance
+    parameters = cost(config, document_lengths=(1,), patches=0, targets=0).parameters
+    blocks = f"{config.layers} blocks"
+    if config.routed:
+        blocks += f", of which {len(config.routed)} are routed (Mixture-of-Depths)"
+    limit = f"at most {images.max_patches:,} an image"
+    if images.max_size is not None:
+        limit += f", scaled down to fit {images.max_size[0]} x {images.max_size[1]} pixels"
+    tokenizer = stored.description.tokenizer
+    rows = {
+        "optimizer steps": f"{told.step:,}" if told.step else "not trained here",
+        "tokens seen": f"{told.tokens_seen:,}",
+        "weights": "averaged over training (EMA)" if told.averaged else "not averaged",
+        **{f"data: {name}": f"sha256 over the shards' checksums: `{digest}`" for name, digest in told.data.items()},
+        **{figure: f"{value:.6g}" for figure, value in sorted(told.validation.items())},
+        "tokenizer": f"{tokenizer.vocab_size:,} tokens, sha256 `{tokenizer.digest}`",
+        "written by": f"fuyu-e2e {__version__}",
+    }
+    parts = [
+        "---",
+        f"license: {licence or 'other'}",
+        *([] if licence else ["license_name: not-stated"]),
+        f"library_name: {'transformers' if for_transformers else 'fuyu_e2e'}",
+        "pipeline_tag: image-text-to-text",
+        "tags: [fuyu, encoder-free]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        "A decoder transformer that reads raw image patches and text in one sequence; there is no vision encoder.",
+        f"{parameters:,} parameters: {blocks} of width {config.width:,} in the dialect `{config.dialect}`, patches of "
+        f"{images.patch_size} x {images.patch_size} pixels, {limit}.",
+        "",
+        "```python",
+        (STOCK_USE if for_transformers else OWN_USE).format(folder=name),
+        "```",
+        "",
+    ]
+    if for_transformers:
+        parts += [
+            f"Made for transformers {SUPPORTED}, whose processor needs torchvision and takes one image a prompt.",
+            "",
+        ]
+        if not scales_alike(images):
+            height, width = largest_size(images)
+            parts += [
+                f"The processor scales images larger than {height} x {width} pixels down to fit; in training larger "
+                "ones were scaled to the patch budget instead. Smaller ones are treated alike.",
+                "",
+            ]
+    parts += [
+        "## How it was trained",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {what} | {value} |" for what, value in rows.items()),
+        "",
+        "## Licences",
+        "",
+        f"- weights: {licence or 'not stated; whoever publishes them says so here'}",
+        "- training data: to be stated by whoever publishes the weights",
+    ]
+    if recipe is not None:
+        parts += ["", "## Recipe", "", "```yaml", recipe.rstrip(), "```"]
+    return "\n".join(parts) + "\n"

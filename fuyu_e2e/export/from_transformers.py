@@ -1,0 +1,140 @@
+"""A folder that transformers wrote for `FuyuForCausalLM`, the released Fuyu-8B among them, as a model of ours."""
+
+from pathlib import Path
+from typing import Any
+
+from fuyu_e2e.checkpoint.description import Description, Provenance
+from fuyu_e2e.checkpoint.loading import StoredModel, fitting
+from fuyu_e2e.checkpoint.tensor_files import read_json, read_weights
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.export.transformers import TEXT_MODELS, from_transformers
+from fuyu_e2e.image import ImagePolicy
+from fuyu_e2e.model.config import Dialect, FuyuConfig
+from fuyu_e2e.tokenizer import Tokenizer
+
+RELEASED_SIZE = {"height": 1080, "width": 1920}
+"""What the released Fuyu scales larger images down to."""
+EXPECTED: dict[Dialect, dict[str, Any]] = {
+    "fuyu": {"hidden_act": "relu2", "qk_layernorm": True},
+    "qwen3": {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+}
+"""What each dialect fixes and the configuration of its text model leaves open."""
+
+
+def read_transformers(folder: Path, tokenizer: Path | None = None) -> StoredModel:
+    """Reads a `FuyuForCausalLM` folder: safetensors under the Hub's names, or those that transformers has in memory.
+
+    Args:
+        folder: With `config.json` and the weights; with the processor's settings where they differ from the released
+            Fuyu's.
+        tokenizer: The sentencepiece model; `tokenizer.model` of the folder where None.
+
+    Raises:
+        UserError: transformers is missing; a file is missing, damaged or a pickle; the model is of another kind, or
+            computes something that no dialect does; weights, tokenizer and configuration don't fit each other.
+    """
+    config = _decoder_config(folder)
+    size = _largest_size(folder)
+    patches = (size["height"] // config.patch_size) * (size["width"] // config.patch_size)
+    images = ImagePolicy(
+        patch_size=config.patch_size, max_patches=max(1, patches), max_size=(size["height"], size["width"])
+    )
+    model = Tokenizer.from_file(_tokenizer_file(folder, tokenizer))
+    if model.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{_tokenizer_file(folder, tokenizer)} has {model.vocab_size:,} tokens, but {folder / 'config.json'} says "
+            f"vocab_size {config.vocab_size:,}: name the model's own tokenizer with --tokenizer."
+        )
+    placeholder = read_json(folder / "config.json").get("image_token_id", model.patch_id)
+    if placeholder != model.patch_id:
+        raise UserError(
+            f"{folder / 'config.json'} says image_token_id {placeholder}, but the tokenizer's |SPEAKER| is "
+            f"{model.patch_id}: name the model's own tokenizer with --tokenizer."
+        )
+    weights = fitting(from_transformers(read_weights(folder), config), config, folder)
+    return StoredModel(folder, Description(config, model, images), weights, Provenance())
+
+
+def _decoder_config(folder: Path) -> FuyuConfig:
+    path = folder / "config.json"
+    settings = read_json(path)
+    if settings.get("model_type") != "fuyu":
+        raise UserError(f"{path} says model_type {settings.get('model_type')!r}; only 'fuyu' can be imported.")
+    text = settings.get("text_config") or {"model_type": "persimmon"}
+    dialects = [dialect for dialect, name in TEXT_MODELS.items() if name == text.get("model_type", "persimmon")]
+    if not dialects:
+        raise UserError(
+            f"{path} says text_config.model_type {text.get('model_type')!r}; only "
+            f"{' and '.join(map(repr, TEXT_MODELS.values()))} compute what a dialect of ours does."
+        )
+    dialect: Dialect = "fuyu" if dialects[0] == "fuyu" else "qwen3"
+    full = _completed(settings, path)
+    known = full.text_config
+    rope = known.rope_parameters
+    rotary_part = 0.5 if dialect == "fuyu" else 1.0
+    found = {name: getattr(known, name) for name in EXPECTED[dialect]} | {
+        "rope_type": rope.get("rope_type", "default"),
+        "partial_rotary_factor": rope.get("partial_rotary_factor", rotary_part),
+        "num_channels": full.num_channels,
+    }
+    expected = EXPECTED[dialect] | {
+        "rope_type": "default",
+        "partial_rotary_factor": rotary_part,
+        "num_channels": 3,
+    }
+    for name, value in found.items():
+        if value != expected[name]:
+            raise UserError(
+                f"{path} says {name} {value!r}, but the dialect {dialect!r} computes with {expected[name]!r}: this "
+                "model can't be imported."
+            )
+    fuyu = dialect == "fuyu"
+    return FuyuConfig(
+        vocab_size=known.vocab_size,
+        patch_size=full.patch_size,
+        layers=known.num_hidden_layers,
+        width=known.hidden_size,
+        heads=known.num_attention_heads,
+        kv_heads=known.num_attention_heads if fuyu else known.num_key_value_heads,
+        head_size=known.hidden_size // known.num_attention_heads if fuyu else known.head_dim,
+        feed_forward=known.intermediate_size,
+        rope_theta=float(rope["rope_theta"]),
+        norm_eps=known.layer_norm_eps if fuyu else known.rms_norm_eps,
+        tie_embeddings=full.tie_word_embeddings,
+        dialect=dialect,
+    )
+
+
+def _completed(settings: dict[str, Any], path: Path) -> Any:
+    """transformers' own reading of a configuration, which knows the defaults and the layouts of all its versions."""
+    try:
+        from transformers import FuyuConfig as StockConfig
+    except ImportError as error:
+        raise UserError(
+            "Importing needs transformers: install it with pip install 'fuyu-e2e[transformers]'."
+        ) from error
+    try:
+        return StockConfig.from_dict(settings)
+    except Exception as error:  # whatever a wrong value makes of it: its own checks raise several kinds
+        raise UserError(f"transformers can't read {path} ({str(error).splitlines()[0]}): fetch it again.") from error
+
+
+def _largest_size(folder: Path) -> dict[str, int]:
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            settings = read_json(folder / name)
+            size = settings.get("image_processor", settings).get("size")
+            if size is not None:
+                return size
+    return RELEASED_SIZE
+
+
+def _tokenizer_file(folder: Path, named: Path | None) -> Path:
+    if named is not None:
+        return named
+    if not (folder / "tokenizer.model").is_file():
+        raise UserError(
+            f"{folder} has no tokenizer.model, the sentencepiece model that its fast tokenizer was made of: name it "
+            "with --tokenizer FILE."
+        )
+    return folder / "tokenizer.model"
