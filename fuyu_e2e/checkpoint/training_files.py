@@ -5,7 +5,7 @@ checkpoint, whose table of contents is a pickle: it is read with a list of the c
 """
 
 import pickle
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, ClassVar
 
 import torch
@@ -68,6 +68,12 @@ class _TableReader(pickle.Unpickler):
         (metadata.__name__, "_MEM_FORMAT_ENCODING"): metadata._MEM_FORMAT_ENCODING,
         (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
         ("torch", "Size"): torch.Size,
+        # Where it was saved, which nothing reads: a path that can't be opened will do.
+        **{
+            (f"pathlib{part}", f"{system}Path"): PurePath
+            for part in ("", "._local")
+            for system in ("Posix", "Windows")
+        },
         ("torch.serialization", "_get_layout"): {str(torch.strided): torch.strided}.__getitem__,
     }
 

@@ -33,7 +33,7 @@ def read_transformers(folder: Path, tokenizer: Path | None = None) -> StoredMode
         UserError: transformers is missing; a file is missing, damaged or a pickle; the model is of another kind, or
             computes something that no dialect does; weights, tokenizer and configuration don't fit each other.
     """
-    config = _decoder_config(folder)
+    config = decoder_config(folder)
     size = _largest_size(folder)
     patches = (size["height"] // config.patch_size) * (size["width"] // config.patch_size)
     images = ImagePolicy(
@@ -55,7 +55,12 @@ def read_transformers(folder: Path, tokenizer: Path | None = None) -> StoredMode
     return StoredModel(folder, Description(config, model, images), weights, Provenance())
 
 
-def _decoder_config(folder: Path) -> FuyuConfig:
+def decoder_config(folder: Path) -> FuyuConfig:
+    """The decoder that the `config.json` of a folder describes, whichever version of transformers wrote it.
+
+    Raises:
+        UserError: It describes another kind of model, or one that computes something that no dialect does.
+    """
     path = folder / "config.json"
     settings = read_json(path)
     if settings.get("model_type") != "fuyu":
