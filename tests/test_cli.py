@@ -411,10 +411,50 @@ def test_bad_prompts_and_commands(run: Callable, trained: Path, folder: Path) ->
     (folder / "broken.png").write_bytes(b"no image")
     ask = ("generate", "--checkpoint", str(trained), "--prompt", "a")
     refused(run(*ask, "--image", "broken.png"), "image-unreadable")
-    refused(run(*ask, "--image", "gone.png"), "gone.png can't be read")
+    refused(run(*ask, "--image", "gone.png"), "gone.png, can't be read")
     refused(run(*ask, "--temperature", "-1"), "temperature is -1")
     refused(run("inspect", "--config", str(trained / "config.yaml"), "--index", "60"), "--index 60 is behind the last")
     assert run("fly")[0] == 2
     code, printed = run("--help")
     assert code == 0
     assert "quickstart" in printed
+
+
+def test_export_import_and_going_on(
+    run: Callable, trained: Path, folder: Path, make_png: Callable[..., bytes]
+) -> None:
+    (folder / "asked.png").write_bytes(make_png(24, 40))
+    ask = ("--image", "asked.png", "--prompt", "what is it", "--max-new-tokens", "8")
+    code, expected = run("generate", "--checkpoint", str(trained), *ask)
+    assert code == 0
+    code, printed = run("export", "--checkpoint", str(trained), "--out", "own")
+    assert code == 0, printed
+    assert "own: 49 tensors of step 3" in printed
+    assert "max_steps: 3" in (folder / "own" / "recipe.yaml").read_text()
+    assert run("generate", "--checkpoint", "own", *ask) == (0, expected)
+    code, printed = run("export", "--checkpoint", "own", "--out", "stock", "--to", "transformers", "--license", "mit")
+    assert code == 0, printed
+    assert "larger than 256 x 256 pixels" in printed
+    assert "license: mit" in (folder / "stock" / "README.md").read_text()
+    refused(run("export", "--checkpoint", "own", "--out", "stock"), "stock already holds something")
+    refused(run("export", "--checkpoint", "own", "--out", "new", "--averaged"), "own holds no averaged weights")
+    code, printed = run("import", "--from", "stock", "--out", "back")
+    assert code == 0, printed
+    assert "fuyu-e2e fit --config back/recipe.yaml --data.train" in printed
+    assert run("generate", "--checkpoint", "back", *ask) == (0, expected)
+    code, printed = run("fit", "--config", "back/recipe.yaml", "--data.train", "shards/*.tar", *SHORT)
+    assert code == 0, printed
+    assert load_model(folder / "runs" / "back").decoder.config == load_model(trained).decoder.config
+    refused(run("generate", "--checkpoint", "stock", *ask), "stock is a model of transformers", "fuyu-e2e import")
+    refused(run("import", "--from", "own", "--out", "new"), "says model_type None")
+
+
+def test_a_routed_model_is_not_exported_to_transformers(run: Callable, folder: Path, tokenizer_file: Path) -> None:
+    fit = ("fit", "--config", recipe(), "--data.train", "shards/*.tar", "--trainer.default_root_dir", "runs/routed")
+    code, printed = run(*fit, "--model.decoder.routing.share", "0.5", *SHORT)
+    assert code == 0, printed
+    to_transformers = ("export", "--checkpoint", "runs/routed", "--out", "routed", "--to", "transformers")
+    refused(run(*to_transformers), "routed blocks can't be exported", "--to fuyu-e2e")
+    assert not (folder / "routed").exists()
+    assert run("export", "--checkpoint", "runs/routed", "--out", "routed")[0] == 0
+    assert load_model(folder / "routed").decoder.config.routing is not None

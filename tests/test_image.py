@@ -98,6 +98,30 @@ def test_the_budget_holds_and_is_used(width: int, height: int, max_patches: int)
     assert patch_count(new_longer + 1, next_shorter) > max_patches, "it could have been larger"
 
 
+@given(width=st.integers(1, 3_000), height=st.integers(1, 3_000), rows=st.integers(1, 30), cols=st.integers(1, 30))
+def test_an_image_over_the_largest_size_is_scaled_to_fit_it(width: int, height: int, rows: int, cols: int) -> None:
+    policy = ImagePolicy(patch_size=8, max_patches=900, max_size=(rows * 8, cols * 8))
+    new_width, new_height = fit_policy(width, height, policy)
+    assert new_height <= rows * 8
+    assert new_width <= cols * 8
+    if height <= rows * 8 and width <= cols * 8:
+        assert (new_width, new_height) == (width, height)
+    else:
+        scale = min(rows * 8 / height, cols * 8 / width)
+        assert abs(new_width - width * scale) <= 1
+        assert abs(new_height - height * scale) <= 1
+
+
+def test_the_largest_size_holds_for_an_image_as_it_is_turned() -> None:
+    exif = Pillow.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    policy = ImagePolicy(patch_size=8, max_size=(16, 64))
+    assert decode_image(encode(Pillow.new("RGB", (16, 64)), "PNG", exif=exif), policy).shape == (16, 64, 3)
+    assert decode_image(encode(Pillow.new("RGB", (16, 64)), "PNG"), policy).shape == (16, 4, 3)
+    with pytest.raises(UserError, match=r"max_size is \[12, 64\].*multiples of the patch size 8"):
+        ImagePolicy(patch_size=8, max_size=(12, 64))
+
+
 @given(
     width=st.integers(1, 400),
     height=st.integers(1, 400),

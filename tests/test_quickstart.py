@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image as Pillow
 
+from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.quickstart import quickstart
 
 SMALL = ["--pictures", "400", "--test-pictures", "24"]
@@ -31,6 +32,8 @@ def test_the_quickstart_leaves_its_figures_and_pictures(tmp_path: Path, capfd: p
         "tokens_per_second",
     } <= set(results)
     assert results["steps"] == 6
+    exported = {path.name for path in (out / "fuyu-digits").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "README.md"} <= exported
     assert Pillow.open(out / "contact_sheet.png").width > 1000
     assert f"fuyu-e2e generate --checkpoint {out}" in capfd.readouterr().out.replace("\n", " ").replace("  ", " ")
 
@@ -45,6 +48,7 @@ def test_the_quickstart_with_routed_blocks_shows_its_depth(tmp_path: Path, capfd
     assert kinds <= set(results["share_of_depth"])
     assert Pillow.open(out / "depth_map.png").width > 500
     assert "patches with ink" in capfd.readouterr().out
+    assert load_model(out / "fuyu-digits").decoder.config.routing is not None
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_the_printed_command_continues(tmp_path: Path) -> None:
