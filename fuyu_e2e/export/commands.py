@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tokenizers import Tokenizer as FastTokenizer
 
 from fuyu_e2e.checkpoint.folder import CONFIG, TOKENIZER, folder_config, new_folder
 from fuyu_e2e.checkpoint.loading import StoredModel, read_model
 from fuyu_e2e.checkpoint.tensor_files import write_weights
 from fuyu_e2e.export.card import card, find_recipe
 from fuyu_e2e.export.from_transformers import read_transformers
+from fuyu_e2e.export.tokenizer_json import read_fast_tokenizer
 from fuyu_e2e.export.transformers import largest_size, scales_alike, write_transformers
 
 CARD = "README.md"
@@ -33,11 +35,18 @@ def export(args: Sequence[str]) -> int:
     )
     parser.add_argument("--averaged", action="store_true", help="Averaged weights (EMA) of a run that kept them.")
     parser.add_argument("--license", help="Licence of the weights for the card, as the Hub spells it: apache-2.0, ...")
+    parser.add_argument(
+        "--tokenizer-json", help="With --to transformers, for an imported model: the fast tokenizer it came with."
+    )
     options = parser.parse_args(args)
     out = Path(options.out)
     stored = read_model(options.checkpoint, averaged=options.averaged)
-    write = export_to_transformers if options.to == "transformers" else export_own
-    write(stored, out, options.license)
+    if options.to == "transformers":
+        named, tokenizer = options.tokenizer_json, stored.description.tokenizer
+        fast = None if named is None else read_fast_tokenizer(Path(named), tokenizer)
+        export_to_transformers(stored, out, options.license, fast)
+    else:
+        export_own(stored, out, options.license)
     print(f"{out}: {len(stored.weights)} tensors of step {stored.provenance.step:,} from {stored.source}")
     images = stored.description.images
     if options.to == "transformers" and not scales_alike(images):
@@ -62,15 +71,17 @@ def export_own(stored: StoredModel, out: Path, licence: str | None = None) -> No
             (folder / RECIPE).write_text(recipe, encoding="utf-8")
 
 
-def export_to_transformers(stored: StoredModel, out: Path, licence: str | None = None) -> None:
-    """Writes the folder that transformers reads.
+def export_to_transformers(
+    stored: StoredModel, out: Path, licence: str | None = None, fast: FastTokenizer | None = None
+) -> None:
+    """Writes the folder that transformers reads, with a fast tokenizer where none can be made of the model's own.
 
     Raises:
         UserError: `out` holds something already, or the model is one that transformers can't run.
     """
     recipe = find_recipe(stored.source)
     with new_folder(out) as folder:
-        write_transformers(stored.description, stored.weights, folder)
+        write_transformers(stored.description, stored.weights, folder, fast)
         text = card(stored, name=out.name, licence=licence, recipe=recipe, for_transformers=True)
         (folder / CARD).write_text(text, encoding="utf-8")
 

@@ -1,5 +1,7 @@
 """Hugging Face's fast tokenizer, `tokenizer.json`, made of our sentencepiece model: the same ids for every text."""
 
+from pathlib import Path
+
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as FastTokenizer
@@ -29,8 +31,9 @@ def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer:
     plain = not normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces
     if spec.model_type != spec.BPE or not spec.byte_fallback or normalizer.name != "identity" or not plain:
         raise UserError(
-            "This tokenizer can't be exported as a fast tokenizer: only byte-pair models with byte fallback and "
-            "without normalisation can, as `fuyu-e2e tokenizer train` makes them."
+            "No fast tokenizer can be made of this tokenizer: only of byte-pair models with byte fallback and without "
+            "normalisation, as `fuyu-e2e tokenizer train` makes them. Name the tokenizer.json that it was imported "
+            "with by --tokenizer-json."
         )
     fast = FastTokenizer(
         models.BPE(
@@ -49,6 +52,25 @@ def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer:
     fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in MARKS])
     # Found after the normalizer above has seen them.
     fast.add_special_tokens([AddedToken(token, special=True, normalized=True) for token in (PATCH, NEWLINE)])
+    return fast
+
+
+def read_fast_tokenizer(path: Path, tokenizer: Tokenizer) -> FastTokenizer:
+    """The fast tokenizer in a file, which is to stand for ours.
+
+    Raises:
+        UserError: It can't be read, or gives special tokens other ids.
+    """
+    try:
+        fast = FastTokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more precise
+        raise UserError(f"--tokenizer-json {path} can't be read as a fast tokenizer: {error}.") from error
+    for name in (PATCH, NEWLINE, BOS, EOS, ANSWER):
+        if fast.token_to_id(name) is None or tokenizer.piece(fast.token_to_id(name)) != name:
+            raise UserError(
+                f"--tokenizer-json {path} gives {name} the id {fast.token_to_id(name)}, but the model was trained "
+                "with another tokenizer: name the one that belongs to it."
+            )
     return fast
 
 

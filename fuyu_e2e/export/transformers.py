@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
 from fuyu_e2e.checkpoint.description import Description
@@ -204,20 +205,29 @@ def scales_alike(images: ImagePolicy) -> bool:
     return (height // images.patch_size) * (width // images.patch_size) <= images.max_patches
 
 
-def write_transformers(description: Description, weights: Mapping[str, Tensor], folder: Path) -> None:
+def write_transformers(
+    description: Description, weights: Mapping[str, Tensor], folder: Path, fast: FastTokenizer | None = None
+) -> None:
     """Writes all that transformers needs into an empty folder: weights, configuration, tokenizer and processor.
+
+    Args:
+        description: Of the model.
+        weights: By the decoder's own names.
+        folder: Where to.
+        fast: The fast tokenizer, where it can't be made of the model's own.
 
     Raises:
         UserError: The decoder is routed, or the tokenizer is of a kind that has no fast form.
     """
     tokenizer, images = description.tokenizer, description.images
     named = to_transformers(weights, description.config)
+    fast = fast or fast_tokenizer(tokenizer)
     write_weights(named, folder)
     config = transformers_config(description.config, tokenizer, named[f"{TEXT}embed_tokens.weight"].dtype)
     _write_json(folder / "config.json", config)
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": PAD_ID}
     _write_json(folder / "generation_config.json", special)
-    fast_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+    fast.save(str(folder / "tokenizer.json"))
     tokenizer.save(folder / "tokenizer.model")
     tokens = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN, "pad_token": tokenizer.piece(PAD_ID)}
     settings = {

@@ -55,8 +55,8 @@ def fitted_images() -> ImagePolicy:
 
 
 @pytest.fixture(scope="session")
-def run_stock(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
-    """Runs `stock_process.py` on folders, with a version of transformers, or with the one that is installed."""
+def run_stock(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Runs `stock_process.py` with arguments, and a version of transformers or the installed one; gives its output."""
     installed: dict[str | None, Path] = {}
 
     def install(version: str | None) -> Path:
@@ -72,16 +72,17 @@ def run_stock(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
                 pytest.skip(f"{packages[-1]} can't be installed here: {result.stderr.strip().splitlines()[-1]}")
         return place
 
-    def run(folders: list[Path], version: str | None = None) -> None:
+    def run(arguments: list[Path], version: str | None = None) -> str:
         if version not in installed:
             installed[version] = install(version)
         script = Path(__file__).parent / "stock_process.py"
         result = subprocess.run(
-            [sys.executable, str(script), *map(str, folders)],
+            [sys.executable, str(script), *map(str, arguments)],
             env=os.environ | {"PYTHONPATH": str(installed[version]), "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
         )
         assert result.returncode == 0, result.stderr[-3000:]
+        return result.stdout
 
     return run

@@ -1,9 +1,9 @@
 """Runs stock transformers in a process of its own: as a user who has an exported folder and nothing of this project.
 
-    python stock_process.py FOLDER...
+    python stock_process.py FOLDER|SCRIPT...
 
 Each folder of an exported model holds `asked.json` with images, texts and the number of new tokens, and gets
-`answered.safetensors`: what the stock processor, tokenizer and model make of them.
+`answered.safetensors`: what the stock processor, tokenizer and model make of them. A script is run.
 """
 
 import json
@@ -62,5 +62,8 @@ if __name__ == "__main__":
     from safetensors.torch import save_file
 
     for name in sys.argv[1:]:
+        if name.endswith(".py"):
+            exec(compile(Path(name).read_text(), name, "exec"), {})
+            continue
         answers = {key: tensor.contiguous() for key, tensor in answer(Path(name)).items()}
         save_file(answers, Path(name) / "answered.safetensors")

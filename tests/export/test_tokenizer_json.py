@@ -1,6 +1,7 @@
 """The fast tokenizer gives the ids of the sentencepiece model that it was made of."""
 
 import io
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.export.tokenizer_json import fast_tokenizer
+from fuyu_e2e.export.tokenizer_json import fast_tokenizer, read_fast_tokenizer
 from fuyu_e2e.tokenizer import BOS, EOS, NEWLINE, PATCH, Tokenizer, train_tokenizer
 
 TEXT = ["banana ananas xyxyxyx aaaa aaaaaa the then there  is\t2024 3.5", "größer déjà 日本語 日本 ▁ \u0301"] * 5
@@ -72,5 +73,20 @@ def test_a_tokenizer_of_another_kind_is_refused() -> None:
         control_symbols=[PATCH, NEWLINE],
         minloglevel=3,
     )
-    with pytest.raises(UserError, match="only byte-pair models"):
+    with pytest.raises(UserError, match=r"only of byte-pair models.*--tokenizer-json"):
         fast_tokenizer(Tokenizer(model.getvalue()))
+
+
+def test_a_fast_tokenizer_from_elsewhere_must_know_the_special_tokens_by_the_same_ids(
+    pair: tuple[Tokenizer, FastTokenizer], tmp_path: Path
+) -> None:
+    own, fast = pair
+    fast.save(str(tmp_path / "tokenizer.json"))
+    assert read_fast_tokenizer(tmp_path / "tokenizer.json", own).get_vocab() == fast.get_vocab()
+    changed = fast.to_str().replace("|NEWLINE|", "|OTHER|")
+    (tmp_path / "other.json").write_text(changed)
+    with pytest.raises(UserError, match=r"gives \|NEWLINE\| the id None"):
+        read_fast_tokenizer(tmp_path / "other.json", own)
+    (tmp_path / "junk.json").write_text("junk")
+    with pytest.raises(UserError, match=r"junk.json can't be read as a fast tokenizer"):
+        read_fast_tokenizer(tmp_path / "junk.json", own)

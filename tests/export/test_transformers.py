@@ -1,6 +1,7 @@
 """Exported folders in stock transformers: the same ids, patches, logits and tokens, from raw files and texts on."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from fuyu_e2e.checkpoint.description import Description
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.export.tokenizer_json import fast_tokenizer
 from fuyu_e2e.export.transformers import (
     from_transformers,
     largest_size,
@@ -79,7 +81,7 @@ def exported(
 
 
 @pytest.fixture(scope="module")
-def answered(exported: dict[str, Path], run_stock: Callable[..., None]) -> dict[str, dict[str, torch.Tensor]]:
+def answered(exported: dict[str, Path], run_stock: Callable[..., str]) -> dict[str, dict[str, torch.Tensor]]:
     run_stock(list(exported.values()))
     return {name: load_file(folder / "answered.safetensors") for name, folder in exported.items()}
 
@@ -122,7 +124,7 @@ def test_stock_software_computes_what_we_do(
 def test_so_does_the_oldest_version_that_is_supported(
     decoders: dict[str, Decoder],
     exported: dict[str, Path],
-    run_stock: Callable[..., None],
+    run_stock: Callable[..., str],
     tokenizer: Tokenizer,
     fitted_images: ImagePolicy,
 ) -> None:
@@ -165,6 +167,27 @@ def test_weights_go_over_and_back_bit_for_bit_from_either_way_of_naming_them(
     again = from_transformers(in_memory | frequencies, decoder.config)
     assert all(torch.equal(again[key], tensor) for key, tensor in decoder.state_dict().items())
     assert again.keys() == weights.keys()
+
+
+def test_the_lines_in_the_readme_run(
+    exported: dict[str, Path],
+    decoders: dict[str, Decoder],
+    run_stock: Callable[..., str],
+    repository: Path,
+    tokenizer: Tokenizer,
+    fitted_images: ImagePolicy,
+    tmp_path: Path,
+) -> None:
+    name = name_of("qwen3, grouped", False, 0)
+    [lines] = re.findall(r"^```python\n(.*?)^```$", (repository / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    image = exported[name] / "a.png"
+    script = tmp_path / "lines.py"
+    script.write_text(lines.replace("runs/quickstart/fuyu-digits", str(exported[name])).replace("a.png", str(image)))
+    printed = run_stock([script])
+    prompt = Processor(SequenceBuilder(tokenizer, fitted_images))(image, "Read the digits.")
+    [written] = generate(decoders[name], [prompt], max_new_tokens=16, eos_id=tokenizer.eos_id)
+    fast = fast_tokenizer(tokenizer)
+    assert printed.strip().splitlines()[-1] == repr([fast.decode([*prompt.tokens.tolist(), *written])])
 
 
 def test_a_routed_decoder_is_not_exported_as_a_dense_one(
