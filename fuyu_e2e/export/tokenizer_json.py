@@ -66,9 +66,10 @@ def read_fast_tokenizer(path: Path, tokenizer: Tokenizer) -> FastTokenizer:
     except Exception as error:  # the library raises nothing more precise
         raise UserError(f"--tokenizer-json {path} can't be read as a fast tokenizer: {error}.") from error
     for name in (PATCH, NEWLINE, BOS, EOS, ANSWER):
-        if fast.token_to_id(name) is None or tokenizer.piece(fast.token_to_id(name)) != name:
+        found = fast.token_to_id(name)
+        if found is None or tokenizer.piece(found) != name:
             raise UserError(
-                f"--tokenizer-json {path} gives {name} the id {fast.token_to_id(name)}, but the model was trained "
+                f"--tokenizer-json {path} gives {name} the id {found}, but the model was trained "
                 "with another tokenizer: name the one that belongs to it."
             )
     return fast
