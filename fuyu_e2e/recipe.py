@@ -7,14 +7,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from fuyu_e2e.checkpoint.description import Description
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
+from fuyu_e2e.checkpoint.whole import is_whole, whole_checkpoints
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
+from fuyu_e2e.training.checkpoints import Checkpoints
 from fuyu_e2e.training.data_report import DataReport
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.module import FuyuModule
@@ -102,20 +105,31 @@ class FuyuCLI(LightningCLI):
             "model.config", "data.patch_size", compute_fn=lambda config: config.patch_size, apply_on="instantiate"
         )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True})
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        # `last.ckpt` is a link to the newest; a run that goes on writes over the names that it had.
+        parser.set_defaults({"checkpoint.save_last": "link", "checkpoint.enable_version_counter": False})
         parser.link_arguments(
             "trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: str(Path(root) / "checkpoints")
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses, and reads the checkpoint that was named before Lightning does, whose errors are tracebacks."""
+        """Parses, and reads the checkpoint that was named before Lightning does, whose errors are tracebacks.
+
+        `last` becomes the folder of the run's checkpoints, of which the newest that is right is read.
+        """
         self.config = parser.parse_args(args)
-        named = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
-        if named and named not in ("last", "best", "hpc", "registry"):
-            if not Path(named).is_file():
+        key = f"{self.config.get('subcommand')}.ckpt_path"
+        named = self.config.get(key)
+        if named == "last":
+            root = self.config[f"{self.config.subcommand}.trainer.default_root_dir"]
+            folder = Path(root) / "checkpoints"
+            if not whole_checkpoints(folder):
+                raise UserError(f"{folder} holds no checkpoint to go on from: leave --ckpt_path out to begin the run.")
+            self.config[key] = str(folder)
+        elif named and named not in ("best", "hpc", "registry"):
+            if not Path(named).is_file() and not is_whole(Path(named)):
                 raise UserError(
-                    f"--ckpt_path {named} is no file; `last` continues the run of trainer.default_root_dir."
+                    f"--ckpt_path {named} is no checkpoint; `last` continues the run of trainer.default_root_dir."
                 )
             Description.of(read_checkpoint(Path(named)), named)
 
@@ -140,6 +154,7 @@ class FuyuCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(settings["default_root_dir"], name="tensorboard", version="")
         if settings["enable_progress_bar"] is not False:
             kwargs["callbacks"] = [*(settings["callbacks"] or []), Progress()]
+        kwargs["plugins"] = [*(settings["plugins"] or []), BackgroundCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:

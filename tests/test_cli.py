@@ -13,6 +13,7 @@ import webdataset
 from PIL import Image as Pillow
 
 from fuyu_e2e.checkpoint.loading import load_model
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.cli import main
 from fuyu_e2e.shipped import shipped
 
@@ -285,7 +286,7 @@ def test_a_stopped_run_goes_on(run: Callable, trained: Path) -> None:
         "fit", "--config", str(trained / "config.yaml"), "--ckpt_path", "last", "--trainer.max_steps", "5"
     )
     assert code == 0, printed
-    assert torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5  # noqa: TID251
+    assert read_checkpoint(trained / "checkpoints" / "last.ckpt")["global_step"] == 5
 
 
 # Bad input
@@ -346,7 +347,7 @@ def test_a_checkpoint_of_another_configuration(run: Callable, trained: Path, fol
     refused(run(*fit, "--ckpt_path", checkpoint, "--model.decoder.layers", "2"), checkpoint, "layers is 2 but 4 there")
     (folder / "junk.ckpt").write_bytes(b"junk" * 100)
     refused(run(*fit, "--ckpt_path", "junk.ckpt"), "junk.ckpt can't be read as a checkpoint")
-    refused(run(*fit, "--ckpt_path", "gone.ckpt"), "gone.ckpt is no file")
+    refused(run(*fit, "--ckpt_path", "gone.ckpt"), "gone.ckpt is no checkpoint")
     refused(run("generate", "--checkpoint", "junk.ckpt", "--prompt", "a"), "junk.ckpt can't be read as a checkpoint")
     refused(run("generate", "--checkpoint", "gone", "--prompt", "a"), "gone is no checkpoint")
 

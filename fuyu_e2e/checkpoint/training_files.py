@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from fuyu_e2e.checkpoint.whole import FILE, MANIFEST, Manifest, check, is_whole, newest, whole_checkpoints
 from fuyu_e2e.errors import UserError
 
 WEIGHTS_PREFIX = "decoder."
@@ -24,27 +25,38 @@ REST = "meta.pt"
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest one in a run's directory.
+    """The checkpoint that `path` names: itself, or the newest one in a run's directory whose every byte is right.
 
     Raises:
         UserError: There is none.
     """
     path = Path(path)
-    if path.is_file() or (path / TABLE).is_file():
+    if path.is_file() or (path / TABLE).is_file() or is_whole(path):
         return path
+    folders = {manifest.parent.parent for manifest in path.glob(f"**/*.ckpt/{MANIFEST}")}
+    if folders:
+        return newest(max(folders, key=lambda folder: Manifest.read(whole_checkpoints(folder)[0]).written))[0]
     found = sorted(path.glob("**/*.ckpt"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise UserError(f"{path} is no checkpoint, and no directory that holds one (*.ckpt).")
     return found[-1]
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, checked: bool = False) -> dict[str, Any]:
     """Lightning's checkpoint as a dictionary of tensors and primitives; of a sharded one without its optimizer.
+
+    Args:
+        path: Of a checkpoint with a manifest, or as Lightning alone writes one.
+        checked: Whether its files were compared with the manifest already.
 
     Raises:
         UserError: It is not a checkpoint, is damaged, or holds code.
     """
-    return _read_sharded(path) if path.is_dir() else _read_file(path)
+    if not path.is_dir():
+        return _read_file(path)
+    if is_whole(path) and not checked:
+        check(path)
+    return _read_file(path / FILE) if (path / FILE).is_file() else _read_sharded(path)
 
 
 def _read_file(path: Path) -> dict[str, Any]:

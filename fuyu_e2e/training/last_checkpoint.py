@@ -6,12 +6,14 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
+
+from fuyu_e2e.training.checkpoints import Checkpoints
 
 
 class LastCheckpoint(Callback):
-    """Leaves `last.ckpt` at the end of training, also where SIGINT ends it.
+    """Leaves a checkpoint at the end of training, also where SIGINT ends it.
 
     The first SIGINT lets the running step end, saves and stops; a second one kills at once. Python's own
     KeyboardInterrupt may strike between the update of two weights, and a checkpoint saved then is of no step at all,
@@ -53,12 +55,8 @@ class LastCheckpoint(Callback):
         self._restore()
 
     def _save(self, trainer: pl.Trainer) -> Path | None:
-        checkpoint = trainer.checkpoint_callback
-        if not isinstance(checkpoint, ModelCheckpoint) or checkpoint.dirpath is None:
-            return None
-        path = Path(checkpoint.dirpath) / f"{checkpoint.CHECKPOINT_NAME_LAST}{checkpoint.FILE_EXTENSION}"
-        trainer.save_checkpoint(path)
-        return path
+        checkpoints = trainer.checkpoint_callback
+        return checkpoints.save_now(trainer) if isinstance(checkpoints, Checkpoints) else None
 
     def _restore(self) -> None:
         if self._previous is not None:

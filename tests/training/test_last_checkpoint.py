@@ -9,10 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
+from fuyu_e2e.training.checkpoints import Checkpoints
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.module import FuyuModule
 
@@ -44,7 +47,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[last, ModelCheckpoint(path), *extra],
+            plugins=[BackgroundCheckpointIO()],
+            callbacks=[last, Checkpoints(path, filename="{step}", save_last="link"), *extra],
         ).fit(module, question_data(), ckpt_path=ckpt_path)
         return module, last
 
@@ -54,10 +58,10 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(
     assert last.interrupted
     assert not undisturbed.interrupted
     assert signal.getsignal(signal.SIGINT) is handler
-    saved = torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)  # noqa: TID251
+    saved = read_checkpoint(tmp_path / "stopped" / "last.ckpt")
     assert saved["global_step"] == step
     resumed, _ = fit(tmp_path / "resumed", tmp_path / "stopped" / "last.ckpt")
-    assert torch.load(tmp_path / "resumed" / "last.ckpt", weights_only=True)["global_step"] == 6  # noqa: TID251
+    assert read_checkpoint(tmp_path / "resumed" / "last.ckpt")["global_step"] == 6
     for name, weight in whole.decoder.state_dict().items():
         assert torch.equal(weight, resumed.decoder.state_dict()[name]), name
     assert not torch.equal(stopped.decoder.lm_head.weight, resumed.decoder.lm_head.weight)

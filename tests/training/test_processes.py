@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.shipped import shipped
 
@@ -44,7 +45,7 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_micro_batches(
         ]
         done = subprocess.run([COMMAND, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
-        checkpoint = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)  # noqa: TID251
+        checkpoint = read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")
         weights.append(checkpoint["state_dict"])
         assert checkpoint["fuyu_e2e"]["tokens_seen"] > 4 * 96
     one, two = weights

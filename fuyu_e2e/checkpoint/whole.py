@@ -1,0 +1,200 @@
+"""A checkpoint on disk that is whole or not there: a directory with a manifest, which appears by one renaming.
+
+    step=300.ckpt/
+        manifest.json     step, tokens, versions, recipe, and of every other file its size and sha256
+        checkpoint.pt     Lightning's checkpoint; or the files of a sharded one
+
+The directory is filled beside its place under another name, flushed to the disk, and renamed. Whoever reads meets a
+whole checkpoint or none, and one flipped byte is found.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fuyu_e2e.checkpoint.tensor_files import read_json
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.version import __version__
+
+MANIFEST = "manifest.json"
+FILE = "checkpoint.pt"
+"""What a checkpoint that is not sharded lies in."""
+UNFINISHED = ".unfinished-"
+"""How the names of directories begin that are being filled, or were when their process died."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint's manifest says."""
+
+    step: int
+    """Optimizer steps."""
+    tokens_seen: int
+    """Tokens of documents trained on."""
+    files: dict[str, dict[str, Any]]
+    """By name, `bytes` and `sha256` of every file but the manifest."""
+    recipe: str | None
+    """The run's `config.yaml`, where it has one."""
+    written: float
+    """When, in seconds since 1970."""
+    fuyu_e2e: str = __version__
+    """The version that wrote it."""
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "Manifest":
+        """The manifest of a checkpoint.
+
+        Raises:
+            UserError: There is none, or it is something else.
+        """
+        try:
+            return cls(**read_json(checkpoint / MANIFEST))
+        except TypeError as error:
+            raise UserError(f"{checkpoint / MANIFEST} is no manifest of a checkpoint ({error}).") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a path is a checkpoint with a manifest; its files are not looked at."""
+    return (path / MANIFEST).is_file()
+
+
+def faults(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint, file by file; nothing, where every byte is what was written."""
+    try:
+        listed = Manifest.read(checkpoint).files
+        there = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
+        found = [f"{name} is not in its manifest" for name in sorted(there - listed.keys())]
+        for name, said in sorted(listed.items()):
+            path = checkpoint / name
+            if name not in there:
+                found.append(f"{name} is gone")
+            elif path.stat().st_size != said["bytes"]:
+                found.append(f"{name} has {path.stat().st_size:,} bytes instead of {said['bytes']:,}")
+            elif _sha256(path) != said["sha256"]:
+                found.append(f"{name} has another checksum than when it was written")
+    except (UserError, OSError, KeyError, TypeError) as error:
+        return [str(error)]
+    return found
+
+
+def check(checkpoint: Path) -> None:
+    """Refuses a checkpoint that is not what was written.
+
+    Raises:
+        UserError: Names the first file that is wrong.
+    """
+    if found := faults(checkpoint):
+        raise UserError(f"The checkpoint {checkpoint} is damaged: {found[0]}. Name another one.")
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder that have a manifest, the one of the latest step first; links are not followed."""
+    found = []
+    for path in folder.glob("*"):
+        if path.name.startswith(UNFINISHED) or path.is_symlink() or not is_whole(path):
+            continue
+        with contextlib.suppress(UserError):
+            manifest = Manifest.read(path)
+            found.append((manifest.step, manifest.written, path))
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def newest(folder: Path) -> tuple[Path, dict[Path, str]]:
+    """The newest checkpoint of a folder in which every byte is right, and what is wrong with those passed over.
+
+    Raises:
+        UserError: There is none.
+    """
+    passed_over: dict[Path, str] = {}
+    for checkpoint in whole_checkpoints(folder):
+        if not (found := faults(checkpoint)):
+            return checkpoint, passed_over
+        passed_over[checkpoint] = found[0]
+    said = "".join(f"; {path.name}: {fault}" for path, fault in passed_over.items())
+    raise UserError(f"{folder} holds no checkpoint to go on from{said}.")
+
+
+@contextmanager
+def unfinished(target: Path) -> Iterator[Path]:
+    """A directory beside `target` to fill, which is gone when that fails."""
+    place = target.parent / f"{UNFINISHED}{target.name}"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def publish(place: Path, target: Path, *, step: int, tokens_seen: int) -> None:
+    """Makes a filled directory the checkpoint `target`: flushes it, writes its manifest, and renames it.
+
+    A checkpoint of that name gives way to the new one.
+
+    Raises:
+        OSError: The disk is full, or at fault.
+    """
+    files = sorted(path for path in place.iterdir() if path.is_file())
+    for path in files:
+        _flush(path)
+    recipe = target.parent.parent / "config.yaml"
+    manifest = Manifest(
+        step=step,
+        tokens_seen=tokens_seen,
+        files={path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        written=time.time(),
+    )
+    (place / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    _flush(place / MANIFEST)
+    _flush(place)
+    replaced = target.with_name(f"{target.stem}-replaced{target.suffix}")
+    if target.exists():  # at every moment one of the two is there, and whole
+        target.rename(replaced)
+    place.rename(target)
+    _flush(target.parent)
+    if replaced.exists():
+        remove(replaced)
+
+
+def link(checkpoint: Path, name: Path) -> None:
+    """Lets a name beside a checkpoint lead to it, if it is there; at no moment does the name lead nowhere."""
+    if not is_whole(checkpoint):
+        return
+    fresh = name.parent / f"{UNFINISHED}{name.name}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(os.path.relpath(checkpoint, name.parent))
+    fresh.replace(name)
+
+
+def remove(checkpoint: Path) -> None:
+    """Takes a checkpoint away: its name first, so that none is met half gone."""
+    if checkpoint.is_symlink() or checkpoint.is_file():
+        checkpoint.unlink()
+        return
+    going = checkpoint.parent / f"{UNFINISHED}going-{checkpoint.name}"
+    shutil.rmtree(going, ignore_errors=True)
+    checkpoint.rename(going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

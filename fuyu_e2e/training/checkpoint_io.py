@@ -1,0 +1,138 @@
+"""How Lightning writes, reads and removes checkpoints here: whole or not at all, in the background, and checked."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from fuyu_e2e.checkpoint.description import SECTION
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
+from fuyu_e2e.checkpoint.whole import (
+    FILE,
+    check,
+    is_whole,
+    link,
+    newest,
+    publish,
+    remove,
+    unfinished,
+    whole_checkpoints,
+)
+from fuyu_e2e.errors import UserError
+
+
+class WholeCheckpointIO(CheckpointIO):
+    """Writes a checkpoint as a directory with checksums that appears when it is whole.
+
+    A disk that is full, or fails, costs a warning and that one checkpoint, not the run: those already written stay.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes `checkpoint`, which Lightning makes, to the directory `path`."""
+        target = Path(path)
+        try:
+            with unfinished(target) as place:
+                torch.save(checkpoint, place / FILE)
+                tokens_seen = checkpoint.get(SECTION, {}).get("tokens_seen", 0)
+                publish(place, target, step=int(checkpoint["global_step"]), tokens_seen=tokens_seen)
+        except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError of a full disk
+            rank_zero_warn(
+                f"The checkpoint {target} could not be written ({str(error).splitlines()[0]}): training goes on, and "
+                "the earlier checkpoints are as they were. Make room on the disk."
+            )
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint, or of a folder of checkpoints the newest whose every byte is right; runs no code.
+
+        Raises:
+            UserError: There is none, or it is damaged.
+        """
+        return read_checkpoint(resolve(Path(path)), checked=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes a checkpoint, unless it is the only one that is left: then the one in its stead failed."""
+        checkpoint = Path(path)
+        if not checkpoint.exists() and not checkpoint.is_symlink():
+            return
+        others = [other for other in whole_checkpoints(checkpoint.parent) if other.name != checkpoint.name]
+        if is_whole(checkpoint) and not others:
+            return
+        remove(checkpoint)
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint that a path names: itself if it is right, or in a folder of checkpoints the newest that is.
+
+    One process looks, and all of a run go on from the same.
+
+    Raises:
+        UserError: There is none.
+    """
+    if not dist.is_initialized():
+        return _resolve(path)
+    answer: list[Path | str] = [""]
+    if dist.get_rank() == 0:
+        try:
+            answer = [_resolve(path)]
+        except UserError as error:
+            answer = [str(error)]
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], str):
+        raise UserError(answer[0])
+    return answer[0]
+
+
+def _resolve(path: Path) -> Path:
+    if not path.is_dir() or not (is_whole(path) or whole_checkpoints(path)):
+        return path
+    if is_whole(path):
+        check(path)
+        return path
+    found, passed_over = newest(path)
+    for bad, fault in passed_over.items():
+        rank_zero_warn(f"Passed over the checkpoint {bad}, which is damaged: {fault}.")
+    rank_zero_info(f"Going on from {found}.")
+    return found
+
+
+class BackgroundCheckpointIO(AsyncCheckpointIO):
+    """Lightning's writing in a thread, with removals in their turn, so that none comes before its successor is there.
+
+    Attributes:
+        stall: Seconds for which the last save held up training: copying the state, not writing it.
+    """
+
+    def __init__(self, checkpoint_io: CheckpointIO | None = None) -> None:
+        super().__init__(checkpoint_io or WholeCheckpointIO())
+        self.stall = 0.0
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Copies the state, and has it written while training goes on."""
+        started_at = time.perf_counter()
+        super().save_checkpoint(*args, **kwargs)
+        self.stall = time.perf_counter() - started_at
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes a checkpoint once all that was to be written before is written."""
+        assert self.checkpoint_io is not None
+        self._later(self.checkpoint_io.remove_checkpoint, path)
+
+    def link_checkpoint(self, path: Any, name: Any) -> None:
+        """Lets the name `name` lead to a checkpoint once it is written."""
+        self._later(link, Path(path), Path(name))
+
+    def _later(self, work: Callable[..., None], *arguments: Any) -> None:
+        self._ensure_setup()
+        assert self._executor is not None
+        self._executor.submit(work, *arguments)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Reads a checkpoint, once all that was to be written is."""
+        self.teardown()
+        return super().load_checkpoint(*args, **kwargs)
