@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from fuyu_e2e.checkpoint.whole import FILE, MANIFEST, Manifest, check, is_whole, newest, whole_checkpoints
+from fuyu_e2e.checkpoint.whole import FILE, MANIFEST, check, is_whole, newest, whole_checkpoints
 from fuyu_e2e.errors import UserError
 
 WEIGHTS_PREFIX = "decoder."
@@ -35,7 +35,7 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     folders = {manifest.parent.parent for manifest in path.glob(f"**/*.ckpt/{MANIFEST}")}
     if folders:
-        return newest(max(folders, key=lambda folder: Manifest.read(whole_checkpoints(folder)[0]).written))[0]
+        return newest(max(folders, key=lambda folder: whole_checkpoints(folder)[0].stat().st_mtime_ns))[0]
     found = sorted(path.glob("**/*.ckpt"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise UserError(f"{path} is no checkpoint, and no directory that holds one (*.ckpt).")

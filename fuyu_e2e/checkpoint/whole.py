@@ -1,14 +1,14 @@
 """A checkpoint on disk that is whole or not there: a directory with a manifest, which appears by one renaming.
 
     step=300.ckpt/
-        manifest.json     step, tokens, versions, recipe, and of every other file its size and sha256
-        checkpoint.pt     Lightning's checkpoint; or the files of a sharded one
+        manifest.json           step, tokens, versions, recipe, and of every other file its size and sha256
+        manifest.json.sha256    the checksum of the manifest itself
+        checkpoint.pt           Lightning's checkpoint; or the files of a sharded one
 
 The directory is filled beside its place under another name, flushed to the disk, and renamed. Whoever reads meets a
 whole checkpoint or none, and one flipped byte is found.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +25,7 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.version import __version__
 
 MANIFEST = "manifest.json"
+SEAL = f"{MANIFEST}.sha256"
 FILE = "checkpoint.pt"
 """What a checkpoint that is not sharded lies in."""
 UNFINISHED = ".unfinished-"
@@ -40,7 +41,7 @@ class Manifest:
     tokens_seen: int
     """Tokens of documents trained on."""
     files: dict[str, dict[str, Any]]
-    """By name, `bytes` and `sha256` of every file but the manifest."""
+    """By name, `bytes` and `sha256` of every file but the manifest and its checksum."""
     recipe: str | None
     """The run's `config.yaml`, where it has one."""
     written: float
@@ -53,8 +54,15 @@ class Manifest:
         """The manifest of a checkpoint.
 
         Raises:
-            UserError: There is none, or it is something else.
+            UserError: There is none, it is damaged, or something else.
         """
+        path = checkpoint / MANIFEST
+        try:
+            sealed = _sha256(path) == (checkpoint / SEAL).read_text(encoding="ascii")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} or its checksum can't be read ({error})") from error
+        if not sealed:
+            raise UserError(f"{path} has another checksum than when it was written")
         try:
             return cls(**read_json(checkpoint / MANIFEST))
         except TypeError as error:
@@ -70,7 +78,7 @@ def faults(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint, file by file; nothing, where every byte is what was written."""
     try:
         listed = Manifest.read(checkpoint).files
-        there = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
+        there = {path.name for path in checkpoint.iterdir()} - {MANIFEST, SEAL}
         found = [f"{name} is not in its manifest" for name in sorted(there - listed.keys())]
         for name, said in sorted(listed.items()):
             path = checkpoint / name
@@ -96,15 +104,13 @@ def check(checkpoint: Path) -> None:
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder that have a manifest, the one of the latest step first; links are not followed."""
-    found = []
-    for path in folder.glob("*"):
-        if path.name.startswith(UNFINISHED) or path.is_symlink() or not is_whole(path):
-            continue
-        with contextlib.suppress(UserError):
-            manifest = Manifest.read(path)
-            found.append((manifest.step, manifest.written, path))
-    return [path for *_, path in sorted(found, reverse=True)]
+    """The checkpoints of a folder that have a manifest, the one written last first; links are not followed."""
+    found = [
+        path
+        for path in folder.glob("*")
+        if is_whole(path) and not path.name.startswith(UNFINISHED) and not path.is_symlink()
+    ]
+    return sorted(found, key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, path.name), reverse=True)
 
 
 def newest(folder: Path) -> tuple[Path, dict[Path, str]]:
@@ -154,8 +160,9 @@ def publish(place: Path, target: Path, *, step: int, tokens_seen: int) -> None:
         written=time.time(),
     )
     (place / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    _flush(place / MANIFEST)
-    _flush(place)
+    (place / SEAL).write_text(_sha256(place / MANIFEST), encoding="ascii")
+    for path in (place / MANIFEST, place / SEAL, place):
+        _flush(path)
     replaced = target.with_name(f"{target.stem}-replaced{target.suffix}")
     if target.exists():  # at every moment one of the two is there, and whole
         target.rename(replaced)

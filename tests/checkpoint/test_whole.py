@@ -1,0 +1,181 @@
+"""A checkpoint is whole or not there, whatever happens while it is written; damage is found, the one before used."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fuyu_e2e.checkpoint.training_files import find_checkpoint, read_checkpoint
+from fuyu_e2e.checkpoint.whole import (
+    FILE,
+    MANIFEST,
+    SEAL,
+    Manifest,
+    faults,
+    newest,
+    publish,
+    unfinished,
+    whole_checkpoints,
+)
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO, WholeCheckpointIO
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def checkpoint(step: int, size: int = 1_000) -> dict:
+    return {"global_step": step, "state_dict": {"weight": torch.full((size,), float(step))}}
+
+
+def save(folder: Path, step: int, size: int = 1_000) -> Path:
+    WholeCheckpointIO().save_checkpoint(checkpoint(step, size), folder / f"step={step}.ckpt")
+    return folder / f"step={step}.ckpt"
+
+
+def test_what_is_saved_is_read_and_told(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed_everything: 3\n")
+    path = save(tmp_path / "checkpoints", 7)
+    assert torch.equal(read_checkpoint(path)["state_dict"]["weight"], torch.full((1_000,), 7.0))
+    manifest = Manifest.read(path)
+    assert (manifest.step, manifest.recipe, set(manifest.files)) == (7, "seed_everything: 3\n", {FILE})
+    assert faults(path) == []
+    assert find_checkpoint(tmp_path) == path
+    save(tmp_path / "checkpoints", 30)
+    assert find_checkpoint(tmp_path).name == "step=30.ckpt"
+
+
+def test_every_flipped_byte_and_truncation_is_found_and_the_one_before_is_used(tmp_path: Path) -> None:
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    rng = random.Random(0)
+    for number in range(250):
+        file = bad / rng.choice([FILE, FILE, MANIFEST, SEAL])
+        whole, times = file.read_bytes(), file.stat()
+        place = rng.randrange(len(whole))
+        flipped = whole[:place] + bytes([whole[place] ^ (1 << rng.randrange(8))]) + whole[place + 1 :]
+        file.write_bytes(flipped if number < 200 else whole[:place])
+        found, passed_over = newest(tmp_path)
+        assert found == good, f"{file.name}, byte {place}"
+        assert MANIFEST in passed_over[bad] or FILE in passed_over[bad]
+        with pytest.raises(UserError, match="is damaged"):
+            read_checkpoint(bad)
+        file.write_bytes(whole)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert newest(tmp_path) == (bad, {})
+
+
+def test_missing_and_strange_files_are_found(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (path / "strange").write_text("")
+    assert faults(path) == ["strange is not in its manifest"]
+    (path / "strange").unlink()
+    (path / FILE).unlink()
+    assert faults(path) == [f"{FILE} is gone"]
+    with pytest.raises(UserError, match=f"holds no checkpoint to go on from; step=1.ckpt: {FILE} is gone"):
+        newest(tmp_path)
+
+
+def test_saving_again_under_the_same_name_replaces(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = tmp_path / "step=1.ckpt"
+    WholeCheckpointIO().save_checkpoint(checkpoint(2), path)
+    assert read_checkpoint(path)["global_step"] == 2
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step=1.ckpt"]
+
+
+def test_a_removal_never_takes_the_last_one(tmp_path: Path) -> None:
+    first, writer = save(tmp_path, 1), WholeCheckpointIO()
+    writer.remove_checkpoint(first)
+    assert first.exists()
+    second = save(tmp_path, 2)
+    writer.remove_checkpoint(first)
+    assert whole_checkpoints(tmp_path) == [second]
+    writer.remove_checkpoint(tmp_path / "never written.ckpt")
+
+
+def test_what_is_written_in_the_background_is_the_state_of_the_moment(tmp_path: Path) -> None:
+    weight, writer = torch.zeros(1_000_000), BackgroundCheckpointIO()
+    for step in range(1, 4):
+        weight.fill_(step)
+        writer.save_checkpoint({"global_step": step, "weight": weight}, tmp_path / f"step={step}.ckpt")
+        writer.link_checkpoint(tmp_path / f"step={step}.ckpt", tmp_path / "last.ckpt")
+        if step > 1:
+            writer.remove_checkpoint(tmp_path / f"step={step - 1}.ckpt")
+    weight.fill_(9)
+    read = writer.load_checkpoint(tmp_path / "last.ckpt")
+    assert (read["weight"] == 3).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step=3.ckpt"]
+
+
+def test_a_full_disk_costs_one_checkpoint_and_a_warning(tmp_path: Path) -> None:
+    good = save(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.warns(UserWarning, match="could not be written .*training goes on"):
+            save(tmp_path, 2, size=1_000_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert newest(tmp_path) == (good, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step=1.ckpt"]
+    WholeCheckpointIO().remove_checkpoint(good)
+    assert newest(tmp_path) == (good, {}), "what was to give way to the one that failed stays"
+
+
+def test_what_fails_while_it_is_made_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with unfinished(tmp_path / "a.ckpt") as place:
+            (place / FILE).write_bytes(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not list(tmp_path.iterdir())
+    with unfinished(tmp_path / "a.ckpt") as place:
+        (place / FILE).write_bytes(b"all")
+        publish(place, tmp_path / "a.ckpt", step=1, tokens_seen=0)
+    assert faults(tmp_path / "a.ckpt") == []
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from fuyu_e2e.training.checkpoint_io import WholeCheckpointIO
+folder, writer, step = Path(sys.argv[1]), WholeCheckpointIO(), int(sys.argv[2])
+torch.set_num_threads(1)
+while True:
+    step += 1
+    state = {str(n): torch.full((20_000,), float(step)) for n in range(20)}
+    writer.save_checkpoint({"global_step": step, "state_dict": state}, folder / f"step={step}.ckpt")
+    writer.remove_checkpoint(folder / f"step={step - 1}.ckpt")
+    print(step, flush=True)
+"""
+
+
+def test_killed_at_any_moment_the_newest_is_whole_and_of_one_step(tmp_path: Path) -> None:
+    rng, step = random.Random(1), 0
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(step)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        process.stdout.readline()  # it writes one after the other from here on
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+        found, passed_over = newest(tmp_path)
+        assert not passed_over
+        read = read_checkpoint(found)
+        assert {float(value) for tensor in read["state_dict"].values() for value in tensor.unique()} == {
+            float(read["global_step"])
+        }
+        assert read["global_step"] > step
+        step = read["global_step"]
