@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
+from fuyu_e2e.checkpoint.commands import checkpoint
 from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UnusableSampleError, UserError
@@ -43,6 +44,7 @@ usage: fuyu-e2e COMMAND [--help]
   predict            continue the documents of data.predict, into predictions.jsonl of the run's directory
   generate           continue one prompt:  fuyu-e2e generate --checkpoint C --image a.png --prompt "..."
   routing            show how much depth each token of a prompt gets in a model with routed blocks
+  checkpoint         verify or info: whether checkpoints are what was written, and what one is
   export             write a trained model for fuyu_e2e.load, or --to transformers for FuyuForCausalLM
   import             make a FuyuForCausalLM folder a model to go on with: generate, fit, export
   tokenizer train    train a tokenizer on the text of shards
@@ -180,6 +182,7 @@ def lightning(args: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     **dict.fromkeys(LIGHTNING_COMMANDS, lightning),
     "inspect": inspect,
+    "checkpoint": checkpoint,
     "export": export,
     "import": import_model,
     "generate": generate,

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import webdataset
 from PIL import Image as Pillow
 
 from fuyu_e2e.checkpoint.loading import load_model
-from fuyu_e2e.checkpoint.training_files import read_checkpoint
+from fuyu_e2e.checkpoint.training_files import find_checkpoint, read_checkpoint
 from fuyu_e2e.cli import main
 from fuyu_e2e.shipped import shipped
 
@@ -459,3 +460,41 @@ def test_a_routed_model_is_not_exported_to_transformers(run: Callable, folder: P
     assert not (folder / "routed").exists()
     assert run("export", "--checkpoint", "runs/routed", "--out", "routed")[0] == 0
     assert load_model(folder / "routed").decoder.config.routing is not None
+
+
+def test_checkpoints_are_verified_and_described(run: Callable, trained: Path, folder: Path) -> None:
+    code, printed = run("checkpoint", "info", str(trained))
+    assert code == 0, printed
+    assert "blocks of width 96" in printed
+    assert "val/loss" in printed
+    code, printed = run("checkpoint", "verify", str(trained))
+    assert code == 0, printed
+    assert printed.strip().endswith("every byte is right")
+    copied = folder / "copied.ckpt"
+    shutil.copytree(find_checkpoint(trained), copied)
+    file = copied / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    code, printed = run("checkpoint", "verify", "copied.ckpt")
+    assert code == 1
+    assert "checkpoint.pt has another checksum than when it was written" in printed
+    refused(run("generate", "--checkpoint", "copied.ckpt", "--prompt", "a"), "copied.ckpt is damaged: checkpoint.pt")
+    refused(run("checkpoint", "verify", "shards"), "shards is no checkpoint with a manifest")
+
+
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_right(
+    run: Callable, folder: Path, tokenizer_file: Path
+) -> None:
+    fit = ("fit", "--config", recipe(), "--data.train", "shards/*.tar", "--trainer.default_root_dir", "runs/damaged")
+    keep = ("--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k", "-1")
+    assert run(*fit, *keep, *SHORT)[0] == 0
+    newest = find_checkpoint(folder / "runs" / "damaged")
+    file = newest / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    code, printed = run(*fit, *keep, *SHORT, "--ckpt_path", "last", "--trainer.max_steps", "4")
+    assert code == 0, printed
+    assert f"Passed over the checkpoint {newest}" in printed.replace("\n", " ")
+    assert "step=2.ckpt" in printed
+    assert read_checkpoint(find_checkpoint(folder / "runs" / "damaged"))["global_step"] == 4
+    refused(
+        run(*fit, "--ckpt_path", "last", "--trainer.default_root_dir", "runs/none"), "holds no checkpoint to go on"
+    )

@@ -96,7 +96,7 @@ def _resolve(path: Path) -> Path:
         return path
     found, passed_over = newest(path)
     for bad, fault in passed_over.items():
-        rank_zero_warn(f"Passed over the checkpoint {bad}, which is damaged: {fault}.")
+        rank_zero_info(f"Passed over the checkpoint {bad}, which is damaged: {fault}.")
     rank_zero_info(f"Going on from {found}.")
     return found
 

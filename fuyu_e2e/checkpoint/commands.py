@@ -1,0 +1,72 @@
+"""`fuyu-e2e checkpoint verify|info`: whether checkpoints are what was written, and what one is."""
+
+import time
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fuyu_e2e.checkpoint.loading import read_model
+from fuyu_e2e.checkpoint.training_files import find_checkpoint
+from fuyu_e2e.checkpoint.whole import Manifest, faults, is_whole, whole_checkpoints
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.cost import cost
+
+DAMAGED = 1
+"""Exit code of `verify` where a checkpoint is damaged."""
+
+
+def checkpoint(args: Sequence[str]) -> int:
+    """Looks after checkpoints: verify compares every byte with the manifests, info tells what one is."""
+    parser = ArgumentParser(prog="fuyu-e2e checkpoint", description=checkpoint.__doc__)
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name, said in (
+        ("verify", "Compare a checkpoint, or all of a run, with the checksums taken when they were written."),
+        ("info", "Tell the step, data, figures and model of a checkpoint, or of the newest of a run."),
+    ):
+        actions.add_parser(name, help=said, description=said).add_argument(
+            "path", help="A checkpoint, or a run's directory."
+        )
+    options = parser.parse_args(args)
+    return verify(Path(options.path)) if options.action == "verify" else info(Path(options.path))
+
+
+def verify(path: Path) -> int:
+    """Prints what is wrong with a checkpoint, or with each of a run's; 1 where anything is."""
+    found = [path] if is_whole(path) else [*whole_checkpoints(path), *whole_checkpoints(path / "checkpoints")]
+    if not found:
+        raise UserError(f"{path} is no checkpoint with a manifest, and no run's directory with one.")
+    damaged = False
+    for one in found:
+        wrong = faults(one)
+        damaged |= bool(wrong)
+        print(f"{one}: {'; '.join(wrong) or 'every byte is right'}")
+    return DAMAGED if damaged else 0
+
+
+def info(path: Path) -> int:
+    """Prints what a checkpoint is."""
+    found = find_checkpoint(path)
+    stored = read_model(found)
+    config, told = stored.description.config, stored.provenance
+    table = Table(show_header=False, title=str(found), title_justify="left")
+    table.add_row("step", f"{told.step:,}")
+    table.add_row("tokens seen", f"{told.tokens_seen:,}")
+    for name, value in sorted(told.validation.items()):
+        table.add_row(name, f"{value:.6g}")
+    for name, digest in told.data.items():
+        table.add_row(f"data: {name}", digest)
+    parameters = cost(config, document_lengths=(1,), patches=0, targets=0).parameters
+    table.add_row("model", f"{parameters:,} parameters, {config.layers} blocks of width {config.width:,}")
+    table.add_row("dialect", config.dialect)
+    table.add_row("routed blocks", ", ".join(map(str, config.routed)) or "none")
+    if is_whole(found):
+        manifest = Manifest.read(found)
+        size = sum(file["bytes"] for file in manifest.files.values())
+        table.add_row("written", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.written)))
+        table.add_row("by", f"fuyu-e2e {manifest.fuyu_e2e}")
+        table.add_row("size", f"{size:,} bytes in {len(manifest.files)} files")
+    Console(highlight=False).print(table)
+    return 0
