@@ -1,0 +1,168 @@
+"""SIGKILL while checkpoints are written: how many can't be read, or hold two steps, beside Lightning's own writing.
+
+    python tests/training/kill_while_saving.py [--kills 50] [--out FILE.json]
+
+A process writes checkpoint after checkpoint, each step's tensors filled with its number, and removes the one before.
+It is killed at random moments, and once at each phase of writing. Then what a resuming run would take is read: of ours
+the newest that verifies, of Lightning's `last.ckpt`, which it writes over. Temporary files go to another file system
+(/dev/shm), as on machines with a /tmp of their own. Linux only.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from fuyu_e2e.checkpoint import whole
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
+from fuyu_e2e.checkpoint.whole import newest
+from fuyu_e2e.training.checkpoint_io import WholeCheckpointIO
+
+TENSORS, VALUES = 40, 100_000
+"""16 MB a checkpoint."""
+
+
+def state(step: int) -> dict[str, Any]:
+    return {
+        "global_step": step,
+        "state_dict": {str(n): torch.full((VALUES,), float(step)) for n in range(TENSORS)},
+    }
+
+
+def write_ours(folder: Path, step: int) -> None:
+    WholeCheckpointIO().save_checkpoint(state(step), folder / f"step={step}.ckpt")
+    WholeCheckpointIO().remove_checkpoint(folder / f"step={step - 1}.ckpt")
+
+
+def write_stock(folder: Path, step: int) -> None:
+    TorchCheckpointIO().save_checkpoint(state(step), folder / "last.ckpt")
+
+
+def read_ours(folder: Path) -> dict[str, Any]:
+    return read_checkpoint(newest(folder)[0])
+
+
+def read_stock(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "last.ckpt", weights_only=True)  # noqa: TID251
+
+
+CONTENDERS = {"ours": (write_ours, read_ours), "Lightning": (write_stock, read_stock)}
+
+
+def judge(read: Callable[[Path], dict[str, Any]], folder: Path) -> str:
+    """What a resuming run meets."""
+    try:
+        found = read(folder)
+    except Exception as error:
+        return f"unreadable: {type(error).__name__}"
+    steps = {float(value) for tensor in found["state_dict"].values() for value in (tensor.min(), tensor.max())}
+    return "whole" if steps == {float(found["global_step"])} else "mixed"
+
+
+def run(write: Callable[[Path, int], None], folder: Path, first: int) -> int:
+    """Starts a process that writes without end, from step `first` on; gives its number."""
+    if child := os.fork():
+        return child
+    torch.set_num_threads(1)
+    step = first
+    while True:
+        write(folder, step)
+        step += 1
+
+
+def random_kills(name: str, kills: int, rng: random.Random) -> dict[str, int]:
+    write, read = CONTENDERS[name]
+    results: dict[str, int] = {}
+    folder = Path(tempfile.mkdtemp(dir=Path.cwd()))
+    write(folder, 1)
+    for number in range(kills):
+        if judge(read, folder) != "whole":  # begin anew after a loss
+            shutil.rmtree(folder)
+            folder.mkdir()
+            write(folder, 1)
+        child = run(write, folder, 2 + number * 1000)
+        time.sleep(rng.uniform(0.05, 0.6))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        result = judge(read, folder)
+        results[result] = results.get(result, 0) + 1
+    shutil.rmtree(folder)
+    return results
+
+
+PHASES = ("before writing", "half written", "files written", "manifest written", "renamed", "half removed")
+
+
+def killed_at(phase: str, folder: Path) -> None:
+    """Writes steps 1 and 2, and dies at a phase of the second."""
+    write_ours(folder, 1)
+    child = os.fork()
+    if not child:
+        die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+        if phase == "before writing":
+            torch.save = die
+        elif phase == "half written":
+
+            def half(checkpoint: Any, path: Path) -> None:
+                path.write_bytes(b"x" * 1000)
+                die()
+
+            torch.save = half
+        elif phase == "files written":
+            whole._sha256 = die
+        elif phase == "manifest written":
+            Path.rename = die
+        elif phase == "renamed":
+            WholeCheckpointIO.remove_checkpoint = die
+        elif phase == "half removed":
+            shutil.rmtree = lambda path, **_: die() if Path(path).exists() else None
+        write_ours(folder, 2)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), f"{phase}: it was not reached"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if Path("/dev/shm").is_dir():
+        tempfile.tempdir = os.environ["TMPDIR"] = "/dev/shm"
+    rng = random.Random(0)
+    results: dict[str, Any] = {
+        "kills": options.kills,
+        "temporary files": tempfile.gettempdir(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+    }
+    for name in CONTENDERS:
+        results[name] = random_kills(name, options.kills, rng)
+        print(f"{name}: {results[name]}")
+    results["at each phase"] = {}
+    for phase in PHASES:
+        folder = Path(tempfile.mkdtemp(dir=Path.cwd()))
+        killed_at(phase, folder)
+        results["at each phase"][phase] = judge(read_ours, folder)
+        shutil.rmtree(folder)
+    print(f"ours, at each phase: {results['at each phase']}")
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    bad = sum(count for result, count in results["ours"].items() if result != "whole")
+    sys.exit(bad > 0 or any(result != "whole" for result in results["at each phase"].values()))
+
+
+if __name__ == "__main__":
+    main()
