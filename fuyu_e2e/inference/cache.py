@@ -145,6 +145,14 @@ class KeyValueCache:
         """Memory that the cache takes."""
         return sum(block.keys.nbytes + block.values.nbytes for block in self.blocks)
 
+    def clear(self) -> None:
+        """Forgets all sequences of a dense decoder, but keeps their room."""
+        for block in self.dense:
+            block.keys.zero_()
+            block.values.zero_()
+        self.lengths = torch.zeros_like(self.lengths)
+        self.longest = 0
+
     def advance(self) -> None:
         """Counts one more token of each sequence."""
         self.lengths = self.lengths + 1

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import DecodeStep, DenseBlockCache, KeyValueCache
+from fuyu_e2e.inference.packed import PackedDecoder
 from fuyu_e2e.model.decoder import Decoder
 
 SMALLEST = 128
@@ -22,6 +23,8 @@ GRAPHS = 64
 
 _caches: WeakKeyDictionary[Decoder, KeyValueCache] = WeakKeyDictionary()
 """The cache of each decoder's last call: a CUDA graph writes where it wrote when it was recorded."""
+_packed: WeakKeyDictionary[Decoder, PackedDecoder] = WeakKeyDictionary()
+"""What runs in place of decoders on a CPU."""
 
 
 def compiled_cache(decoder: Decoder, sequences: int, capacity: int) -> KeyValueCache:
@@ -35,23 +38,22 @@ def compiled_cache(decoder: Decoder, sequences: int, capacity: int) -> KeyValueC
             "The decoding step of a decoder with routed blocks can't be compiled, as what its cache holds depends on "
             "what passes: generate with compiled=False."
         )
+    if PackedDecoder.serves(decoder):
+        if decoder not in _packed:
+            _packed[decoder] = PackedDecoder(decoder)
+        _packed[decoder].follow(decoder, sequences)
     weight = decoder.embed_tokens.weight
     capacity = _bucket(capacity)
     cache = _caches.get(decoder)
-    if cache is not None:
-        keys = cache.dense[0].keys
-        if (len(keys), keys.shape[2], keys.dtype, keys.device) == (sequences, capacity, weight.dtype, weight.device):
+    if cache is None or _shape(cache) != (sequences, capacity, weight.dtype, weight.device):
+        cache = _caches[decoder] = KeyValueCache(decoder.config, sequences, capacity, like=weight)
+        if weight.device.type == "cuda":
             for block in cache.dense:
-                block.keys.zero_()
-                block.values.zero_()
-            return cache
-    cache = KeyValueCache(decoder.config, sequences, capacity, like=weight)
-    if weight.device.type == "cuda":
-        for block in cache.dense:
-            # Else a graph that writes to what it was given is not recorded as a CUDA graph.
-            torch._dynamo.mark_static_address(block.keys, guard=False)
-            torch._dynamo.mark_static_address(block.values, guard=False)
-    _caches[decoder] = cache
+                # Else a graph that writes to what it was given is not recorded as a CUDA graph.
+                torch._dynamo.mark_static_address(block.keys, guard=False)
+                torch._dynamo.mark_static_address(block.values, guard=False)
+    else:
+        cache.clear()
     return cache
 
 
@@ -59,12 +61,18 @@ def compiled_step(decoder: Decoder, tokens: Int64[Tensor, " B"], cache: KeyValue
     """Reads one more token of each sequence, and gives the logits of the next, which hold until the next call."""
     places = _bucket(cache.longest + 1)
     keys, values = [block.keys for block in cache.dense], [block.values for block in cache.dense]
-    run = _on_gpu if tokens.device.type == "cuda" else _on_cpu
+    runs = _packed[decoder].decoder if PackedDecoder.serves(decoder) else decoder
+    step = _on_gpu if tokens.device.type == "cuda" else _on_cpu
     torch.compiler.cudagraph_mark_step_begin()
     with torch._dynamo.config.patch(recompile_limit=GRAPHS):
-        logits_BV = run(decoder, tokens, cache.lengths, keys, values, places)
+        logits_BV = step(runs, tokens, cache.lengths, keys, values, places)
     cache.advance()
     return logits_BV
+
+
+def _shape(cache: KeyValueCache) -> tuple[int, int, torch.dtype, torch.device]:
+    keys = cache.dense[0].keys
+    return len(keys), keys.shape[2], keys.dtype, keys.device
 
 
 def _bucket(places: int) -> int:

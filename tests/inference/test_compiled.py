@@ -15,7 +15,7 @@ from fuyu_e2e.sequence import SequenceBuilder
 PROGRAM = """
 import numpy as np, torch
 from torch._dynamo.utils import counters
-from fuyu_e2e.inference import compiled
+from fuyu_e2e.inference import compiled, packed
 from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
@@ -23,6 +23,7 @@ from fuyu_e2e.sequence import TokenSequence
 
 torch.set_num_threads(1)
 compiled.SMALLEST = 16
+packed.SMALLEST = 300  # so that some weights are packed, and some not
 decoder = Decoder(FuyuConfig(vocab_size=50, patch_size=4, layers=2, width=16, heads=4, kv_heads=2, head_size=8,
                              feed_forward=24))
 with torch.no_grad():
