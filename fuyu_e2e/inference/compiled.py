@@ -5,6 +5,7 @@ at the smallest power of two that holds all sequences. So a decoder is compiled 
 each room, and in it for each power of two that its sequences are in on the way.
 """
 
+from contextlib import AbstractContextManager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -57,15 +58,21 @@ def compiled_cache(decoder: Decoder, sequences: int, capacity: int) -> KeyValueC
     return cache
 
 
+def many_graphs() -> AbstractContextManager[None]:
+    """A context in which `compiled_step` is called: entered once for many steps, since entering takes its time."""
+    return torch._dynamo.config.patch(recompile_limit=GRAPHS)
+
+
 def compiled_step(decoder: Decoder, tokens: Int64[Tensor, " B"], cache: KeyValueCache) -> Float[Tensor, "B V"]:
     """Reads one more token of each sequence, and gives the logits of the next, which hold until the next call."""
     places = _bucket(cache.longest + 1)
     keys, values = [block.keys for block in cache.dense], [block.values for block in cache.dense]
     runs = _packed[decoder].decoder if PackedDecoder.serves(decoder) else decoder
-    step = _on_gpu if tokens.device.type == "cuda" else _on_cpu
-    torch.compiler.cudagraph_mark_step_begin()
-    with torch._dynamo.config.patch(recompile_limit=GRAPHS):
-        logits_BV = step(runs, tokens, cache.lengths, keys, values, places)
+    if tokens.device.type == "cuda":
+        torch.compiler.cudagraph_mark_step_begin()
+        logits_BV = _on_gpu(runs, tokens, cache.lengths, keys, values, places)
+    else:
+        logits_BV = _on_cpu(runs, tokens, cache.lengths, keys, values, places)
     cache.advance()
     return logits_BV
 

@@ -1,6 +1,7 @@
 """Continuing prompts: many at once, each with images of its own sizes."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import DecodeStep, KeyValueCache, Prefill
-from fuyu_e2e.inference.compiled import compiled_cache, compiled_step
+from fuyu_e2e.inference.compiled import compiled_cache, compiled_step, many_graphs
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing import Layout, RoutingTrace
 from fuyu_e2e.packing import pack_row
@@ -114,16 +115,17 @@ def generate(
     look_every = LOOK_EVERY.get(weight.device.type, LOOK_EVERY["cuda"])
     written: list[Tensor] = []
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=weight.device)
-    while True:
-        chosen = choose(logits_BV, sampling, generator).masked_fill(ended, eos_id)
-        written.append(chosen)
-        ended |= chosen == eos_id
-        if len(written) == max_new_tokens or (len(written) % look_every == 0 and bool(ended.all())):
-            break
-        if compiled:
-            logits_BV = compiled_step(decoder, chosen, cache)
-        else:
-            logits_BV = decoder.lm_head(decode_step(decoder, chosen, cache))
+    with many_graphs() if compiled else nullcontext():
+        while True:
+            chosen = choose(logits_BV, sampling, generator).masked_fill(ended, eos_id)
+            written.append(chosen)
+            ended |= chosen == eos_id
+            if len(written) == max_new_tokens or (len(written) % look_every == 0 and bool(ended.all())):
+                break
+            if compiled:
+                logits_BV = compiled_step(decoder, chosen, cache)
+            else:
+                logits_BV = decoder.lm_head(decode_step(decoder, chosen, cache))
     rows = torch.stack(written, dim=1).tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 
