@@ -7,6 +7,7 @@ how many that will be is not known before, so its room grows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -226,20 +227,26 @@ class Prefill(RowAttention):
 
     def among(self, passing: Passing) -> Attend:
         """Attention of passing tokens to each other, of which alone the cache keeps something."""
-        return self._writing(self.document.index_select(0, passing.index), self.plan.among(passing))
+        document = self.document.index_select(0, passing.index)
+        return partial(self._write_and_attend, document, self.plan.among(passing))
 
     def asking(self, passing: Passing) -> Attend:
         """Attention of passing tokens to the whole row, which the cache keeps."""
-        return self._writing(self.document, self.plan.asking(passing))
+        return partial(self._write_and_attend, self.document, self.plan.asking(passing))
 
-    def _writing(self, sequence: Int64[Tensor, " n"], attend: Attend) -> Attend:
-        def write_and_attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            block = self.cache.blocks[layer]
-            assert isinstance(block, RoutedBlockCache)
-            block.write(sequence, keys, values)
-            return attend(layer, queries, keys, values)
-
-        return write_and_attend
+    def _write_and_attend(
+        self,
+        document: Int64[Tensor, " n"],
+        attend: Attend,
+        layer: int,
+        queries: Float[Tensor, "C H K"],
+        keys: Float[Tensor, "n G K"],
+        values: Float[Tensor, "n G K"],
+    ) -> Float[Tensor, "C H K"]:
+        block = self.cache.blocks[layer]
+        assert isinstance(block, RoutedBlockCache)
+        block.write(document, keys, values)
+        return attend(layer, queries, keys, values)
 
 
 class DecodeStep(RowAttention):
@@ -276,17 +283,22 @@ class DecodeStep(RowAttention):
     def among(self, passing: Passing) -> Attend:
         """Attention of the passing ones of the new tokens to what passed before them."""
         sequence = self.sequence.index_select(0, passing.index)
-        return self._writing(sequence, sequence)
+        return partial(self._write_and_ask, sequence, sequence)
 
     def asking(self, passing: Passing) -> Attend:
         """Attention of the passing ones of the new tokens to all before them."""
-        return self._writing(self.sequence, self.sequence.index_select(0, passing.index))
+        return partial(self._write_and_ask, self.sequence, self.sequence.index_select(0, passing.index))
 
-    def _writing(self, written: Int64[Tensor, " n"], asking: Int64[Tensor, " m"]) -> Attend:
-        def write_and_attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            block = self.blocks[layer]
-            assert isinstance(block, RoutedBlockCache)
-            block.write(written, keys, values)
-            return block.attend(asking, queries)
-
-        return write_and_attend
+    def _write_and_ask(
+        self,
+        written: Int64[Tensor, " n"],
+        asking: Int64[Tensor, " m"],
+        layer: int,
+        queries: Float[Tensor, "m H K"],
+        keys: Float[Tensor, "n G K"],
+        values: Float[Tensor, "n G K"],
+    ) -> Float[Tensor, "m H K"]:
+        block = self.blocks[layer]
+        assert isinstance(block, RoutedBlockCache)
+        block.write(written, keys, values)
+        return block.attend(asking, queries)

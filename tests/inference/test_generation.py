@@ -216,7 +216,7 @@ def test_cached_decoding_chooses_the_tokens_of_the_training_forward(
     """Each document read token by token behind its image, against all at once in a row with a fixed capacity."""
     decoder = routed_decoder(share=0.3, skipped=skipped, slack=3.0, explore=0.0).to(dtype)
     same = total = 0
-    for seed in range(40):
+    for seed in range(25):
         sequence = builder.build(random_document(seed))
         start = max((span.stop for span in sequence.images), default=0) + 1
         trace = RoutingTrace()
@@ -228,7 +228,7 @@ def test_cached_decoding_chooses_the_tokens_of_the_training_forward(
         assert depth.passed.shape == expected.shape
         same += int((depth.passed == expected).sum())
         total += expected.numel()
-    assert total > 2_000
+    assert total > 1_200
     # Random weights leave many scores near a threshold, where bfloat16 rounds either way.
     assert same == total if dtype == torch.float32 else same >= 0.99 * total, same / total
 
