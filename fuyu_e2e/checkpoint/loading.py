@@ -123,6 +123,10 @@ def fitting(weights: dict[str, Tensor], config: FuyuConfig, source: Path) -> dic
     Raises:
         UserError: Names the tensors that are missing, too many or of another shape.
     """
+    if config.layers > len(weights):  # before a decoder of as many blocks as somebody claims is made
+        raise UserError(
+            f"{source} describes {config.layers:,} layers, but holds {len(weights)} tensors: fetch it again."
+        )
     with torch.device("meta"):
         wanted = Decoder(config).state_dict()
     if config.tie_embeddings:
