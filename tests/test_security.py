@@ -1,9 +1,11 @@
 """What a recipe, a checkpoint and a command line may do, each tried by somebody who means harm."""
 
 import io
+import re
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +290,16 @@ def test_a_run_that_goes_on_still_replaces_its_own_checkpoints(tmp_path: Path, d
     FuyuCLI([*fit, "--trainer.max_steps=2", "--ckpt_path=last"])
     assert len(list(tmp_path.glob("checkpoints/*step=2.ckpt"))) == 1
     assert len(list(tmp_path.glob("checkpoints/*.ckpt"))) == 2
+
+
+# The page
+
+
+def test_every_line_of_the_page_names_a_test_that_exists(repository: Path) -> None:
+    page = (repository / "docs/security.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("| ")]
+    named = [re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", line) for line in lines]
+    assert len(lines) > 15
+    assert all(named[1:]), "each line but the head"
+    for path, name in chain.from_iterable(named):
+        assert f"def {name}(" in (repository / path).read_text(), f"{path}::{name}"
