@@ -1,21 +1,33 @@
 """From a recipe to a run: LightningCLI with our module, data and callbacks."""
 
 import json
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from fuyu_e2e.allowed_imports import (
+    ALLOWED,
+    OPTION,
+    DeniedImportError,
+    RecipeParser,
+    names_outside,
+    only_allowed_imports,
+    take_allowed,
+)
 from fuyu_e2e.checkpoint.description import Description
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.checkpoint.whole import is_whole, whole_checkpoints
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.training.checkpoint_guard import CheckpointGuard
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
 from fuyu_e2e.training.checkpoints import Checkpoints
 from fuyu_e2e.training.data_report import DataReport
@@ -39,8 +51,7 @@ class SaveRecipe(SaveConfigCallback):
             root = Path(trainer.default_root_dir)
             root.mkdir(parents=True, exist_ok=True)
             recipe = self.config.clone()
-            for key in ("ckpt_path", "weights_only"):  # of this start, not of the run
-                recipe.pop(key, None)
+            recipe.pop("ckpt_path", None)  # of this start, not of the run
             self.parser.save(recipe, root / self.config_filename, skip_none=False, overwrite=True)
 
 
@@ -75,32 +86,40 @@ class FuyuCLI(LightningCLI):
         self.last_checkpoint = LastCheckpoint()
         self.throughput = Throughput()
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        super().__init__(
-            FuyuModule,
-            FuyuDataModule,
-            save_config_callback=SaveRecipe,
-            save_config_kwargs={"save_to_log_dir": False},
-            seed_everything_default=0,
-            trainer_defaults={
-                "default_root_dir": "runs/default",
-                "precision": "bf16-mixed" if bf16 else "32-true",
-                "callbacks": [
-                    self.throughput,
-                    DataReport(),
-                    SampleGenerations(),
-                    RoutingReport(),
-                    WritePredictions(),
-                    self.last_checkpoint,
-                ],
-            },
-            parser_kwargs={"prog": "fuyu-e2e"},
-            auto_configure_optimizers=False,
-            args=list(args),
-            run=run,
-        )
+        self.allowed, rest = take_allowed(args)
+        with only_allowed_imports(self.allowed):
+            super().__init__(
+                FuyuModule,
+                FuyuDataModule,
+                save_config_callback=SaveRecipe,
+                save_config_kwargs={"save_to_log_dir": False},
+                parser_class=RecipeParser,
+                seed_everything_default=0,
+                trainer_defaults={
+                    "default_root_dir": "runs/default",
+                    "precision": "bf16-mixed" if bf16 else "32-true",
+                    "callbacks": [
+                        self.throughput,
+                        DataReport(),
+                        SampleGenerations(),
+                        RoutingReport(),
+                        WritePredictions(),
+                        CheckpointGuard(),
+                        self.last_checkpoint,
+                    ],
+                },
+                parser_kwargs={"prog": "fuyu-e2e"},
+                auto_configure_optimizers=False,
+                args=rest,
+                run=run,
+            )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the checkpoint settings, and derives what a user would otherwise have to say twice."""
+        parser.epilog = (
+            f"{OPTION} PACKAGE[,PACKAGE] on the command line, never in a recipe, lets settings name classes of other "
+            "packages than Lightning and fuyu-e2e."
+        )
         parser.link_arguments(
             "model.config", "data.patch_size", compute_fn=lambda config: config.patch_size, apply_on="instantiate"
         )
@@ -112,26 +131,53 @@ class FuyuCLI(LightningCLI):
             "trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: str(Path(root) / "checkpoints")
         )
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's commands, without the setting that would have them unpickle what stands in a checkpoint."""
+        return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: Lightning would take a checkpoint's hyperparameters for settings, class paths included."""
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, and reads the checkpoint that was named before Lightning does, whose errors are tracebacks.
 
         `last` becomes the folder of the run's checkpoints, of which the newest that is right is read.
+
+        Raises:
+            UserError: The recipe names a class that is not allowed, or asks for what only a command line may; or the
+                checkpoint can't be read.
         """
-        self.config = parser.parse_args(args)
-        key = f"{self.config.get('subcommand')}.ckpt_path"
-        named = self.config.get(key)
+        try:
+            self.config = parser.parse_args(args)
+            settings = self.config.get(str(self.config.get("subcommand")), self.config)
+            for name in ("accelerator", "strategy", "profiler"):
+                if names_outside(value := settings["trainer"][name], [*ALLOWED, *self.allowed]):
+                    raise DeniedImportError(value, f"trainer.{name}")
+        except DeniedImportError as error:
+            raise UserError(
+                f"{error.key} {_where(error.path, args)}names {error.path}, and a recipe may name only classes of "
+                f"Lightning and fuyu-e2e: if you trust that code, say {OPTION} {error.path.split('.')[0]}."
+            ) from error
+        if settings["data"]["allow_pipe"] and not _allows_pipe(args):
+            raise UserError(
+                "data.allow_pipe would let the recipe run commands in your shell: if you trust it, say "
+                "--data.allow_pipe true on the command line."
+            )
+        named = settings.get("ckpt_path")
         if named == "last":
-            root = self.config[f"{self.config.subcommand}.trainer.default_root_dir"]
-            folder = Path(root) / "checkpoints"
+            folder = Path(settings["trainer"]["default_root_dir"]) / "checkpoints"
             if not whole_checkpoints(folder):
                 raise UserError(f"{folder} holds no checkpoint to go on from: leave --ckpt_path out to begin the run.")
-            self.config[key] = str(folder)
-        elif named and named not in ("best", "hpc", "registry"):
+            settings["ckpt_path"] = str(folder)
+        elif named:
             if not Path(named).is_file() and not is_whole(Path(named)):
                 raise UserError(
-                    f"--ckpt_path {named} is no checkpoint; `last` continues the run of trainer.default_root_dir."
+                    f"--ckpt_path {named} is no checkpoint on this machine; `last` continues the run of "
+                    "trainer.default_root_dir."
                 )
             Description.of(read_checkpoint(Path(named)), named)
+            settings["ckpt_path"] = str(Path(named).absolute())  # Lightning takes what begins with http for a URL
 
     def instantiate_classes(self) -> None:
         """Builds module, data and trainer.
@@ -169,3 +215,19 @@ class FuyuCLI(LightningCLI):
                 f"{root} already holds a run: continue it with --ckpt_path last, or name another directory with "
                 "--trainer.default_root_dir."
             )
+
+
+def _where(path: str, args: Sequence[str]) -> str:
+    """The recipe of a command line that a class path stands in, as part of a sentence; empty where it is in none."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    recipes = parser.parse_known_args(args)[0].config
+    name = path.rpartition(".")[2]  # it may be spelled by another path, or by its name alone
+    found = (recipe for recipe in recipes if Path(recipe).is_file() and name in Path(recipe).read_text())
+    return f"in {recipe} " if (recipe := next(found, None)) else ""
+
+
+def _allows_pipe(args: Sequence[str]) -> bool:
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--data.allow_pipe", dest="allow_pipe", default="false")
+    return yaml.safe_load(parser.parse_known_args(args)[0].allow_pipe) is True

@@ -17,7 +17,7 @@ FLOORS = [
     {"packing", "model", "processor"},
     {"sequence"},
     {"tokenizer", "image"},
-    {"document", "batch", "shipped"},
+    {"document", "batch", "shipped", "allowed_imports"},
     {"tally"},
     {"errors", "version"},
 ]

@@ -1,5 +1,6 @@
 """Every text comes back as it was, and no text says anything special."""
 
+import contextlib
 import pickle
 from pathlib import Path
 
@@ -84,3 +85,13 @@ def test_other_files_are_refused_with_the_command_to_run(tmp_path: Path, content
         file.write_bytes(content)
     with pytest.raises(UserError, match=r"tokenizer\.model can't be read.*fuyu-e2e tokenizer train"):
         Tokenizer.from_file(file)
+
+
+@given(st.data())
+def test_damaged_models_are_refused_or_read_but_never_crash(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    model = bytearray(tokenizer.model)
+    for _ in range(data.draw(st.integers(1, 10))):
+        start = data.draw(st.integers(0, len(model) - 1))
+        model[start : start + data.draw(st.integers(0, 20))] = data.draw(st.binary(max_size=20))
+    with contextlib.suppress(UserError):
+        Tokenizer(bytes(model)).encode("Read the digits. \u00e9 |NEWLINE|")

@@ -4,10 +4,16 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fuyu_e2e.bench.data import data
+from fuyu_e2e.bench.generate import generate
 from fuyu_e2e.bench.isoflop import isoflop
 from fuyu_e2e.bench.mod import mod
 
-BENCHMARKS: dict[str, Callable[[Sequence[str]], None]] = {"mod": mod, "isoflop": isoflop, "data": data}
+BENCHMARKS: dict[str, Callable[[Sequence[str]], None]] = {
+    "mod": mod,
+    "isoflop": isoflop,
+    "data": data,
+    "generate": generate,
+}
 
 
 def main() -> int:

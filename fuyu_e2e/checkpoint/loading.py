@@ -109,12 +109,16 @@ def build_decoder(config: FuyuConfig, weights: Mapping[str, Tensor], device: tor
     with torch.device("meta"):
         decoder = Decoder(config)
     decoder.to_empty(device=device)
-    tied = {}
     if config.tie_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight  # the move from the meta device parted them
-        tied = {OUTPUT: weights[EMBEDDING]}
-    decoder.load_state_dict({**weights, **tied})
+    load_weights(decoder, weights)
     return decoder.eval()
+
+
+def load_weights(decoder: Decoder, weights: Mapping[str, Tensor]) -> None:
+    """Gives a decoder weights that fit it."""
+    tied = {OUTPUT: weights[EMBEDDING]} if decoder.config.tie_embeddings else {}
+    decoder.load_state_dict({**weights, **tied})
 
 
 def fitting(weights: dict[str, Tensor], config: FuyuConfig, source: Path) -> dict[str, Tensor]:
@@ -123,6 +127,10 @@ def fitting(weights: dict[str, Tensor], config: FuyuConfig, source: Path) -> dic
     Raises:
         UserError: Names the tensors that are missing, too many or of another shape.
     """
+    if config.layers > len(weights):  # before a decoder of as many blocks as somebody claims is made
+        raise UserError(
+            f"{source} describes {config.layers:,} layers, but holds {len(weights)} tensors: fetch it again."
+        )
     with torch.device("meta"):
         wanted = Decoder(config).state_dict()
     if config.tie_embeddings:

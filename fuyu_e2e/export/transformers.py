@@ -23,7 +23,7 @@ from fuyu_e2e.export.tokenizer_json import UNKNOWN, fast_tokenizer
 from fuyu_e2e.image import PADDING, ImagePolicy
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.sequence import TokenSequence
-from fuyu_e2e.tokenizer import BOS, EOS, Tokenizer
+from fuyu_e2e.tokenizer import BOS, EOS
 
 SUPPORTED = "5.16 to 5.24"
 """The versions of transformers that the exported folder is made for, both ends tested."""
@@ -133,7 +133,9 @@ def from_transformers(weights: Mapping[str, Tensor], config: FuyuConfig) -> dict
     return renamed
 
 
-def transformers_config(config: FuyuConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
+def transformers_config(
+    config: FuyuConfig, *, patch_id: int, bos_id: int, eos_id: int, dtype: torch.dtype
+) -> dict[str, Any]:
     """What goes into transformers' `config.json`.
 
     Raises:
@@ -146,8 +148,8 @@ def transformers_config(config: FuyuConfig, tokenizer: Tokenizer, dtype: torch.d
         "hidden_size": config.width,
         "max_position_embeddings": MAX_POSITIONS,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
         "pad_token_id": None,
     }
     text = shared | {
@@ -180,7 +182,7 @@ def transformers_config(config: FuyuConfig, tokenizer: Tokenizer, dtype: torch.d
         "dtype": str(dtype).removeprefix("torch."),
         "patch_size": config.patch_size,
         "num_channels": 3,
-        "image_token_id": tokenizer.patch_id,
+        "image_token_id": patch_id,
         "text_config": text,
     }
 
@@ -223,8 +225,9 @@ def write_transformers(
     named = to_transformers(weights, description.config)
     fast = fast or fast_tokenizer(tokenizer)
     write_weights(named, folder)
-    config = transformers_config(description.config, tokenizer, named[f"{TEXT}embed_tokens.weight"].dtype)
-    _write_json(folder / "config.json", config)
+    dtype = named[f"{TEXT}embed_tokens.weight"].dtype
+    ids = {"patch_id": tokenizer.patch_id, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    _write_json(folder / "config.json", transformers_config(description.config, **ids, dtype=dtype))
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": PAD_ID}
     _write_json(folder / "generation_config.json", special)
     fast.save(str(folder / "tokenizer.json"))

@@ -1,12 +1,18 @@
 """The key/value cache: what a decoder remembers of each sequence, block by block.
 
-A dense block remembers every token. A routed block remembers those that passed it, or every token where skipped ones
-leave their keys behind.
+A dense block remembers every token, in room that is there from the start: shapes never change, so a step can be
+compiled. A routed block remembers those that passed it, or every token where skipped ones leave their keys behind;
+how many that will be is not known before, so its room grows.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from fuyu_e2e.model.attention import Attend, AttentionPlan, Passing, RowAttention
@@ -16,11 +22,51 @@ GROWTH = 8
 """A full cache of a routed block grows by this fraction of its places: seldom copied, and never much too large."""
 
 
-class BlockCache:
-    """Keys and values of one block, those of each sequence from place 0 on; grows as it is written to.
+@dataclass(frozen=True)
+class DenseBlockCache:
+    """Keys and values of one dense block, those of each sequence from place 0 on.
 
     Sequences grow independently, so prompts of different lengths need no padding between prompt and answer.
     """
+
+    keys: Float[Tensor, "B G S K"]
+    values: Float[Tensor, "B G S K"]
+
+    @classmethod
+    def empty(cls, config: FuyuConfig, sequences: int, capacity: int, like: Tensor) -> "DenseBlockCache":
+        """Room for `capacity` tokens of each sequence."""
+        # Places behind a sequence's end are masked, but must hold numbers: 0 x nan would still be nan.
+        shape = (sequences, config.kv_heads, capacity, config.head_size)
+        return cls(like.new_zeros(shape), like.new_zeros(shape))
+
+    def write(self, rows: Int64[Tensor, " nG"], keys: Float[Tensor, "n G K"], values: Float[Tensor, "n G K"]) -> None:
+        """Stores tokens at the places that `rows_of` gives."""
+        for store, new in ((self.keys, keys), (self.values, values)):
+            # Under autocast, keys and values come in other types than weights.
+            store.view(-1, store.shape[-1]).index_copy_(0, rows, new.flatten(0, 1).to(store.dtype))
+
+    def attend(
+        self, queries: Float[Tensor, "B H K"], places: int, seen: Bool[Tensor, "B places"]
+    ) -> Float[Tensor, "B H K"]:
+        """Attention of one token of each sequence to those of the first `places` that it sees."""
+        # The query heads of one key stand as rows of one product, so that the cache is read once and never repeated.
+        grouped = queries.unflatten(1, (self.keys.shape[1], -1)) * queries.shape[-1] ** -0.5
+        scores = grouped @ self.keys[:, :, :places].transpose(2, 3)
+        weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(dim=-1, dtype=torch.float32)
+        return (weights.to(scores.dtype) @ self.values[:, :, :places]).flatten(1, 2)
+
+
+def rows_of(
+    sequence: Int64[Tensor, " n"], places: Int64[Tensor, " n"], block: DenseBlockCache
+) -> Int64[Tensor, " nG"]:
+    """Where tokens go in a dense block's room seen as one long list of heads; the same for every block."""
+    kv_heads, capacity = block.keys.shape[1:3]
+    heads = torch.arange(kv_heads, device=sequence.device)
+    return ((sequence[:, None] * kv_heads + heads) * capacity + places[:, None]).flatten()
+
+
+class RoutedBlockCache:
+    """Keys and values of one routed block, those of each sequence from place 0 on; grows as it is written to."""
 
     def __init__(self, config: FuyuConfig, sequences: int, like: Tensor) -> None:
         # Places behind a sequence's end are masked, but must hold numbers: 0 x nan would still be nan.
@@ -29,17 +75,11 @@ class BlockCache:
         self.lengths = torch.zeros(sequences, dtype=torch.int64, device=like.device)
         self.longest = 0
 
-    def reserve(self, places: int) -> None:
-        """Makes room for so many tokens of each sequence."""
-        if (more := places - self.keys.shape[1]) > 0:
-            self.keys, self.values = (F.pad(part, (0, 0, 0, 0, 0, more)) for part in (self.keys, self.values))
-
     def write(
         self,
         sequence: Int64[Tensor, " n"],
         keys: Float[Tensor, "n G K"],
         values: Float[Tensor, "n G K"],
-        longest: int | None = None,
     ) -> None:
         """Appends tokens.
 
@@ -47,7 +87,6 @@ class BlockCache:
             sequence: Of each token, in ascending order.
             keys: Of each token.
             values: Of each token.
-            longest: Tokens of the longest sequence with these; where the host doesn't know, it is read.
         """
         counts = torch.bincount(sequence, minlength=len(self.lengths))
         place = torch.arange(len(sequence), device=sequence.device) - (counts.cumsum(0) - counts)[sequence]
@@ -55,9 +94,10 @@ class BlockCache:
         self.lengths = self.lengths + counts
         if self.longest == 0:  # under autocast, keys and values come in other types than weights
             self.keys, self.values = self.keys.to(keys.dtype), self.values.to(values.dtype)
-        self.longest = int(self.lengths.max()) if longest is None else longest
-        if self.longest > self.keys.shape[1]:
-            self.reserve(self.longest + self.longest // GROWTH)
+        self.longest = int(self.lengths.max())
+        if (more := self.longest - self.keys.shape[1]) > 0:
+            more += self.longest // GROWTH
+            self.keys, self.values = (F.pad(part, (0, 0, 0, 0, 0, more)) for part in (self.keys, self.values))
         self.keys[sequence, place] = keys
         self.values[sequence, place] = values
 
@@ -76,35 +116,83 @@ class BlockCache:
 
 
 class KeyValueCache:
-    """The caches of all blocks, and how many tokens each sequence has."""
+    """The caches of all blocks, and how many tokens each sequence has.
+
+    Args:
+        config: Of the decoder.
+        sequences: How many are cached.
+        capacity: Tokens of the longest that there will be.
+        like: A tensor of the type and device of keys and values.
+    """
 
     def __init__(self, config: FuyuConfig, sequences: int, capacity: int, like: Tensor) -> None:
-        self.blocks = [BlockCache(config, sequences, like) for _ in range(config.layers)]
-        for layer, block in enumerate(self.blocks):
-            if layer not in config.routed:
-                block.reserve(capacity)
+        self.blocks = [
+            RoutedBlockCache(config, sequences, like)
+            if layer in config.routed
+            else DenseBlockCache.empty(config, sequences, capacity, like)
+            for layer in range(config.layers)
+        ]
         self.lengths = torch.zeros(sequences, dtype=torch.int64, device=like.device)
         self.longest = 0
         """Tokens of the longest sequence, known to the host."""
+
+    @property
+    def dense(self) -> list[DenseBlockCache]:
+        """The caches of the dense blocks, of which every decoder has one."""
+        return [block for block in self.blocks if isinstance(block, DenseBlockCache)]
 
     @property
     def bytes(self) -> int:
         """Memory that the cache takes."""
         return sum(block.keys.nbytes + block.values.nbytes for block in self.blocks)
 
+    def clear(self) -> None:
+        """Forgets all sequences of a dense decoder, but keeps their room."""
+        for block in self.dense:
+            block.keys.zero_()
+            block.values.zero_()
+        self.lengths = torch.zeros_like(self.lengths)
+        self.longest = 0
+
+    def advance(self) -> None:
+        """Counts one more token of each sequence."""
+        self.lengths = self.lengths + 1
+        self.longest += 1
+
 
 class Prefill(RowAttention):
-    """Attends within a packed row of prompts, and writes their keys and values to the cache.
+    """Attends within a packed row of prompts, or a piece of it, and writes its keys and values to the cache.
+
+    The first prompt of a piece may have begun in an earlier one: its tokens attend to the cache. All others attend
+    as in training.
 
     Args:
-        cache: An empty cache with a place for each document of the row.
-        document_lengths: Tokens of each prompt, in the order of the cache's sequences.
+        cache: With a place for each document of the row, filled with the row's tokens before `start`.
+        document_lengths: Tokens of each prompt of the whole row, in the order of the cache's sequences.
+        start: Where the piece begins in the row.
+        stop: Where it ends.
     """
 
-    def __init__(self, cache: KeyValueCache, document_lengths: tuple[int, ...]) -> None:
+    def __init__(self, cache: KeyValueCache, document_lengths: tuple[int, ...], start: int, stop: int) -> None:
         self.cache = cache
-        self.plan = AttentionPlan.of(document_lengths, cache.lengths.device)
-        cache.lengths = torch.tensor(document_lengths, device=cache.lengths.device)
+        device = cache.lengths.device
+        ends = np.cumsum(document_lengths)
+        starts = ends - document_lengths
+        inside = np.minimum(ends, stop) - np.maximum(starts, start)
+        members = np.flatnonzero(inside > 0)
+        self.first = int(members[0])
+        """The document that the piece begins in."""
+        self.known = int(max(0, start - starts[self.first]))
+        """Its tokens that an earlier piece held."""
+        self.continued = int(inside[self.first]) if self.known else 0
+        """Its tokens in this piece, if there were any before."""
+        lengths = [int(length) for length in inside[members]]
+        self.plan = AttentionPlan.of(tuple(lengths[1:] if self.known else lengths), device)
+        document = np.repeat(members, lengths)
+        places = np.arange(start, stop) - np.repeat(starts[members], lengths)
+        self.document, within = torch.from_numpy(np.stack((document, places))).to(device, non_blocking=True)
+        self.rows = rows_of(self.document, within, cache.dense[0])
+        cache.lengths = torch.tensor(document_lengths, device=device)
         cache.longest = max(document_lengths)
 
     def __call__(
@@ -114,39 +202,70 @@ class Prefill(RowAttention):
         keys: Float[Tensor, "T G K"],
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
-        """Attention as in training."""
-        self.cache.blocks[layer].write(self.plan.document, keys, values, self.cache.longest)
-        return self.plan(layer, queries, keys, values)
+        """Causal attention of every token to the tokens of its own document up to itself."""
+        block = self.cache.blocks[layer]
+        assert isinstance(block, DenseBlockCache)
+        block.write(self.rows, keys, values)
+        if not self.known:
+            return self.plan(layer, queries, keys, values)
+        n = self.continued
+        return torch.cat((self._continue(block, queries[:n]), self.plan(layer, queries[n:], keys[n:], values[n:])))
+
+    def _continue(self, block: DenseBlockCache, queries: Float[Tensor, "n H K"]) -> Float[Tensor, "n H K"]:
+        """Attention of the tokens of a document that began in an earlier piece."""
+        places = self.known + self.continued
+        keys, values = (part[self.first, None, :, :places] for part in (block.keys, block.values))
+        order = torch.arange(places, device=queries.device)
+        attended = F.scaled_dot_product_attention(
+            queries.transpose(0, 1)[None],
+            keys,
+            values,
+            attn_mask=order <= order[self.known :, None],
+            enable_gqa=queries.shape[1] != keys.shape[1],
+        )
+        return attended[0].transpose(0, 1)
 
     def among(self, passing: Passing) -> Attend:
         """Attention of passing tokens to each other, of which alone the cache keeps something."""
-        return self._writing(self.plan.document.index_select(0, passing.index), self.plan.among(passing))
+        document = self.document.index_select(0, passing.index)
+        return partial(self._write_and_attend, document, self.plan.among(passing))
 
     def asking(self, passing: Passing) -> Attend:
         """Attention of passing tokens to the whole row, which the cache keeps."""
-        return self._writing(self.plan.document, self.plan.asking(passing))
+        return partial(self._write_and_attend, self.document, self.plan.asking(passing))
 
-    def _writing(self, sequence: Int64[Tensor, " n"], attend: Attend) -> Attend:
-        def write_and_attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            self.cache.blocks[layer].write(sequence, keys, values)
-            return attend(layer, queries, keys, values)
-
-        return write_and_attend
+    def _write_and_attend(
+        self,
+        document: Int64[Tensor, " n"],
+        attend: Attend,
+        layer: int,
+        queries: Float[Tensor, "C H K"],
+        keys: Float[Tensor, "n G K"],
+        values: Float[Tensor, "n G K"],
+    ) -> Float[Tensor, "C H K"]:
+        block = self.cache.blocks[layer]
+        assert isinstance(block, RoutedBlockCache)
+        block.write(document, keys, values)
+        return attend(layer, queries, keys, values)
 
 
 class DecodeStep(RowAttention):
     """Attends from one new token of each sequence to all of its cached ones and itself.
 
-    Attributes:
-        positions: Of the new tokens in their documents.
+    Args:
+        blocks: What the cache holds of each block.
+        lengths: Tokens that each sequence has in it, which are the positions of the new ones.
+        places: Places of dense blocks that are looked at: enough for every sequence with its new token.
     """
 
-    def __init__(self, cache: KeyValueCache) -> None:
-        self.cache = cache
-        self.positions = cache.lengths
-        self.sequence = torch.arange(len(cache.lengths), device=cache.lengths.device)
-        cache.lengths = cache.lengths + 1
-        cache.longest += 1
+    def __init__(
+        self, blocks: Sequence[DenseBlockCache | RoutedBlockCache], lengths: Int64[Tensor, " B"], places: int
+    ) -> None:
+        self.blocks, self.places = blocks, places
+        self.sequence = torch.arange(len(lengths), device=lengths.device)
+        dense = next(block for block in blocks if isinstance(block, DenseBlockCache))
+        self.rows = rows_of(self.sequence, lengths, dense)
+        self.seen = torch.arange(places, device=lengths.device) <= lengths[:, None]
 
     def __call__(
         self,
@@ -156,23 +275,30 @@ class DecodeStep(RowAttention):
         values: Float[Tensor, "B G K"],
     ) -> Float[Tensor, "B H K"]:
         """Attention of each sequence's new token."""
-        block = self.cache.blocks[layer]
-        block.write(self.sequence, keys, values, self.cache.longest)
-        return block.attend(self.sequence, queries)
+        block = self.blocks[layer]
+        assert isinstance(block, DenseBlockCache)
+        block.write(self.rows, keys, values)
+        return block.attend(queries, self.places, self.seen)
 
     def among(self, passing: Passing) -> Attend:
         """Attention of the passing ones of the new tokens to what passed before them."""
         sequence = self.sequence.index_select(0, passing.index)
-        return self._writing(sequence, sequence)
+        return partial(self._write_and_ask, sequence, sequence)
 
     def asking(self, passing: Passing) -> Attend:
         """Attention of the passing ones of the new tokens to all before them."""
-        return self._writing(self.sequence, self.sequence.index_select(0, passing.index))
+        return partial(self._write_and_ask, self.sequence, self.sequence.index_select(0, passing.index))
 
-    def _writing(self, written: Int64[Tensor, " n"], asking: Int64[Tensor, " m"]) -> Attend:
-        def write_and_attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            block = self.cache.blocks[layer]
-            block.write(written, keys, values)
-            return block.attend(asking, queries)
-
-        return write_and_attend
+    def _write_and_ask(
+        self,
+        written: Int64[Tensor, " n"],
+        asking: Int64[Tensor, " m"],
+        layer: int,
+        queries: Float[Tensor, "m H K"],
+        keys: Float[Tensor, "n G K"],
+        values: Float[Tensor, "n G K"],
+    ) -> Float[Tensor, "m H K"]:
+        block = self.blocks[layer]
+        assert isinstance(block, RoutedBlockCache)
+        block.write(written, keys, values)
+        return block.attend(asking, queries)

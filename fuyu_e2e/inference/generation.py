@@ -1,8 +1,11 @@
 """Continuing prompts: many at once, each with images of its own sizes."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -10,11 +13,17 @@ from torch import Tensor
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import DecodeStep, KeyValueCache, Prefill
+from fuyu_e2e.inference.compiled import compiled_cache, compiled_step, many_graphs
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing import Layout, RoutingTrace
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import Prompt, TokenSequence
 from fuyu_e2e.tokenizer import Tokenizer
+
+PREFILL_TOKENS = 2_048
+"""Tokens of a dense decoder's prompts that are read at once."""
+LOOK_EVERY = {"cpu": 1, "cuda": 8}
+"""Steps after which a device is asked whether all sequences have ended: a GPU then has to finish all it has queued."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +82,7 @@ def generate(
     max_new_tokens: int,
     eos_id: int,
     sampling: Sampling = GREEDY,
+    compiled: bool = False,
 ) -> list[list[int]]:
     """Continues each prompt until its end of document, or for `max_new_tokens` tokens.
 
@@ -82,27 +92,40 @@ def generate(
         max_new_tokens: Tokens generated at most for a prompt, its end included.
         eos_id: The token that ends a document.
         sampling: How tokens are chosen.
+        compiled: Whether to compile the decoding step, see `fuyu_e2e.inference.compiled`: slow in a first call with a
+            new number of prompts or much longer ones, fast in those that follow.
 
     Returns:
         The new tokens of each prompt, without the end of document.
+
+    Raises:
+        UserError: The decoder is routed and is to be compiled.
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
     weight = decoder.embed_tokens.weight
     batch = pack_row(list(prompts)).to(weight.device)
     generator = torch.Generator(weight.device).manual_seed(sampling.seed)
-    longest = max(batch.document_lengths)
-    cache = KeyValueCache(decoder.config, len(prompts), longest + max_new_tokens, like=weight)
-    hidden_BD = prefill(decoder, batch, cache)
-    written = []
+    capacity = max(batch.document_lengths) + max_new_tokens
+    if compiled:
+        cache = compiled_cache(decoder, len(prompts), capacity)
+    else:
+        cache = KeyValueCache(decoder.config, len(prompts), capacity, like=weight)
+    logits_BV = decoder.lm_head(prefill(decoder, batch, cache))
+    look_every = LOOK_EVERY.get(weight.device.type, LOOK_EVERY["cuda"])
+    written: list[Tensor] = []
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=weight.device)
-    while True:
-        chosen = choose(decoder.lm_head(hidden_BD), sampling, generator).masked_fill(ended, eos_id)
-        written.append(chosen)
-        ended |= chosen == eos_id
-        if len(written) == max_new_tokens or bool(ended.all()):
-            break
-        hidden_BD = decode_step(decoder, chosen, cache)
+    with many_graphs() if compiled else nullcontext():
+        while True:
+            chosen = choose(logits_BV, sampling, generator).masked_fill(ended, eos_id)
+            written.append(chosen)
+            ended |= chosen == eos_id
+            if len(written) == max_new_tokens or (len(written) % look_every == 0 and bool(ended.all())):
+                break
+            if compiled:
+                logits_BV = compiled_step(decoder, chosen, cache)
+            else:
+                logits_BV = decoder.lm_head(decode_step(decoder, chosen, cache))
     rows = torch.stack(written, dim=1).tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 
@@ -110,25 +133,44 @@ def generate(
 def prefill(
     decoder: Decoder, batch: PackedBatch, cache: KeyValueCache, trace: RoutingTrace | None = None
 ) -> Float[Tensor, "B D"]:
-    """Reads a packed row of prompts into an empty cache, and gives the last state of each prompt."""
+    """Reads a packed row of prompts into an empty cache, and gives the last state of each prompt.
+
+    A dense decoder reads `PREFILL_TOKENS` at a time, so that a long row takes no more memory than its cache. A routed
+    one reads the row at once: rules may look at whole images.
+    """
     assert not decoder.training, "a decoder generates in evaluation mode"
     trace = trace or RoutingTrace()
+    length = sum(batch.document_lengths)
+    step = PREFILL_TOKENS
     if decoder.config.routing is not None:
         trace.layout = Layout.of(batch, decoder.config, decoder.progress, training=False)
-    x_TD = decoder.embed(batch.tokens, batch.patches, batch.patch_positions)
-    hidden_TD = decoder.hidden(x_TD, batch.positions, Prefill(cache, batch.document_lengths), trace)
-    return hidden_TD[cache.lengths.cumsum(0) - 1]
+        step = length
+    bounds = [*range(0, length, step), length]
+    patches = torch.searchsorted(batch.patch_positions, torch.tensor(bounds, device=batch.tokens.device)).tolist()
+    lasts = np.cumsum(batch.document_lengths) - 1
+    states = []
+    for (start, stop), (first, end) in zip(pairwise(bounds), pairwise(patches), strict=True):
+        x_TD = decoder.embed(
+            batch.tokens[start:stop], batch.patches[first:end], batch.patch_positions[first:end] - start
+        )
+        attend = Prefill(cache, batch.document_lengths, start, stop)
+        hidden_TD = decoder.hidden(x_TD, batch.positions[start:stop], attend, trace)
+        within = torch.from_numpy(lasts[(start <= lasts) & (lasts < stop)] - start)
+        states.append(hidden_TD.index_select(0, within.to(hidden_TD.device)))
+    return torch.cat(states)
 
 
 def decode_step(
     decoder: Decoder, tokens: Int64[Tensor, " B"], cache: KeyValueCache, trace: RoutingTrace | None = None
 ) -> Float[Tensor, "B D"]:
     """Reads one more token of each sequence, and gives its state."""
-    step = DecodeStep(cache)
+    positions = cache.lengths
+    step = DecodeStep(cache.blocks, positions, cache.longest + 1)
+    cache.advance()
     trace = trace or RoutingTrace()
     if decoder.config.routing is not None:
-        trace.layout = Layout.of_new_tokens(step.positions)
-    return decoder.hidden(decoder.embed_tokens(tokens), step.positions, step, trace)
+        trace.layout = Layout.of_new_tokens(positions)
+    return decoder.hidden(decoder.embed_tokens(tokens), positions, step, trace)
 
 
 def continue_texts(

@@ -85,8 +85,8 @@ def expand_patterns(patterns: str | Sequence[str], *, allow_pipe: bool = False) 
         scheme = _scheme(pattern)
         if scheme == "pipe" and not allow_pipe:
             raise UserError(
-                f"{pattern} would run a command of your shell: set data.allow_pipe to true if you trust whoever wrote "
-                "it."
+                f"{pattern} would run a command of your shell: set data.allow_pipe to true on the command line if you "
+                "trust whoever wrote it."
             )
         if scheme not in ("", "file", "pipe"):
             _check_scheme(pattern)

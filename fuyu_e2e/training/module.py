@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.checkpoint.description import SECTION, Description
-from fuyu_e2e.checkpoint.loading import build_decoder, read_model
+from fuyu_e2e.checkpoint.loading import load_weights, read_model
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.generation import continue_texts
@@ -105,20 +105,23 @@ class FuyuModule(pl.LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Builds the decoder, here so that a strategy can shard it as it is made.
-
-        Raises:
-            UserError: The weights to begin with can't be read, or are those of another decoder or tokenizer.
-        """
+        """Builds the decoder, here so that a strategy can shard it as it is made."""
         if not hasattr(self, "decoder"):
             self.decoder = Decoder(self.config)
-            if self.weights is not None and self.trainer.ckpt_path is None:
-                stored = read_model(self.weights)
-                self.description.check_same(stored.description, self.weights)
-                self.decoder = build_decoder(self.config, stored.weights).train()
             # Each rank counts the scores of its own rows; DDP would overwrite them with those of the first.
             counts = [name for name, _ in self.named_buffers() if name.endswith(".rule.counts")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, counts)
+
+    def on_fit_start(self) -> None:
+        """Takes the weights to begin with, unless the run goes on from a checkpoint, which is read by now.
+
+        Raises:
+            UserError: They can't be read, or are those of another decoder or tokenizer.
+        """
+        if self.weights is not None and self.trainer.ckpt_path is None:
+            stored = read_model(self.weights)
+            self.description.check_same(stored.description, self.weights)
+            load_weights(self.decoder, stored.weights)
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule over `trainer.max_steps`."""

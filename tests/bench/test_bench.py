@@ -3,9 +3,11 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import fuyu_e2e.bench.generate as bench_generate
 from fuyu_e2e.bench.__main__ import main
 from fuyu_e2e.bench.isoflop import CONTENDERS, isoflop
 from fuyu_e2e.bench.measure import alternate
@@ -58,6 +60,33 @@ def test_isoflop_trains_each_contender_to_the_same_operations(tmp_path: Path) ->
 def test_every_rule_is_a_contender() -> None:
     rules = {config.routing.rule for config in CONTENDERS.values() if config.routing is not None}
     assert rules == {"threshold", "topk", "image_topk", "fixed", "random"}
+
+
+def test_generate_compares_contenders_that_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not compiled here, which `tests/inference` does."""
+    pytest.importorskip("transformers", reason="needs the extra `export`")
+    ours = bench_generate.generate_ours
+    asked: list[bool] = []
+
+    def eager(*args: Any, compiled: bool, **settings: Any) -> list[list[int]]:
+        asked.append(compiled)
+        return ours(*args, **settings)
+
+    monkeypatch.setattr(bench_generate, "generate_ours", eager)
+    out = tmp_path / "generate.json"
+    bench_generate.generate(["--sizes", "quickstart", "--batches", "1", "3", "--new-tokens", "5", "--rounds", "1",
+                             "--device", "cpu", "--out", str(out)])  # fmt: skip
+    written = json.loads(out.read_text())
+    assert {"device", "torch", "transformers", "date", "copy_gigabytes_per_second"} <= set(written)
+    names = ["transformers", "transformers, static cache", "ours", "ours, compiled"]
+    assert [(result["prompts"], result["contender"]) for result in written["results"]] == [
+        (prompts, name) for prompts in (1, 3) for name in names
+    ]
+    assert asked.count(True) == asked.count(False) > 0
+    for result in written["results"]:
+        assert result["same_tokens"] == 1, "other tokens than transformers writes"
+        assert result["seconds"] > result["prefill_seconds"] > 0
+        assert result["tokens_per_second"] == pytest.approx(result["prompts"] * 5 / result["seconds"], rel=0.01)
 
 
 def test_an_unknown_benchmark_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

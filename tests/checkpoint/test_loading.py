@@ -315,6 +315,14 @@ def test_a_wrong_folder_is_refused_by_name(
         read_model(tmp_path / "out")
 
 
+def test_more_layers_than_tensors_are_refused_at_once(stored: StoredModel, tmp_path: Path) -> None:
+    export_own(stored, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    edit(path, decoder=json.loads(path.read_text())["decoder"] | {"layers": 10**9})
+    with pytest.raises(UserError, match="describes 1,000,000,000 layers, but holds"):
+        read_model(tmp_path / "out")
+
+
 def test_training_begins_with_given_weights(run: Path, question_data: Callable[..., FuyuDataModule]) -> None:
     stored = read_model(run)
     module = FuyuModule(stored.description.config, weights=str(run))

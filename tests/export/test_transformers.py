@@ -196,7 +196,7 @@ def test_a_routed_decoder_is_not_exported_as_a_dense_one(
     shape: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_size": 16, "layers": 4}
     decoder = trained_decoder(0, **shape, routing=RoutingConfig(share=0.5))
     for export in (
-        lambda: transformers_config(decoder.config, tokenizer, torch.float32),
+        lambda: transformers_config(decoder.config, patch_id=3, bos_id=1, eos_id=2, dtype=torch.float32),
         lambda: to_transformers(decoder.state_dict(), decoder.config),
         lambda: write_transformers(
             Description(decoder.config, tokenizer, fitted_images), decoder.state_dict(), tmp_path

@@ -10,9 +10,17 @@ from hypothesis import strategies as st
 
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.inference import generation
 from fuyu_e2e.inference.cache import KeyValueCache
 from fuyu_e2e.inference.depth import token_depth
-from fuyu_e2e.inference.generation import Sampling, choose, continue_texts, generate, prefill
+from fuyu_e2e.inference.generation import (
+    LOOK_EVERY,
+    Sampling,
+    choose,
+    continue_texts,
+    generate,
+    prefill,
+)
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing import Progress, RoutingTrace
 from fuyu_e2e.packing import pack_row
@@ -66,6 +74,47 @@ def test_generation_stops_at_the_end_of_the_document(
     assert stopped == [row[: row.index(end)] if end in row else row for row in free]
     assert generate(decoder, [], max_new_tokens=5, eos_id=end) == []
     assert generate(decoder, prompts[:1], max_new_tokens=0, eos_id=end) == [[]]
+
+
+def test_looking_seldom_for_the_end_changes_nothing(
+    decoder: Decoder,
+    builder: SequenceBuilder,
+    random_document: RandomDocument,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU: sequences that ended are read on, and what they write then is no part of them."""
+    prompts = [builder.prompt(random_document(seed).prompt) for seed in range(6)]
+    end = generate(decoder, prompts[:1], max_new_tokens=5, eos_id=-1)[0][1]
+    expected = generate(decoder, prompts, max_new_tokens=9, eos_id=end)
+    assert len(expected[0]) == 1
+    for every in (2, 4, 8, 100):
+        monkeypatch.setitem(LOOK_EVERY, "cpu", every)
+        assert generate(decoder, prompts[:1], max_new_tokens=9, eos_id=end) == expected[:1]
+        assert generate(decoder, prompts, max_new_tokens=9, eos_id=end) == expected
+
+
+@torch.no_grad()
+@given(seeds=st.lists(st.integers(0, 1_000), min_size=1, max_size=4), tokens=st.integers(5, 200))
+@settings(max_examples=30)
+def test_a_row_read_in_pieces_leaves_what_the_whole_row_leaves(
+    seeds: list[int], tokens: int, decoder: Decoder, builder: SequenceBuilder, random_document: RandomDocument
+) -> None:
+    """Pieces cut prompts and images anywhere: the same last states, and the same keys and values in every block."""
+    row = pack_row([builder.prompt(random_document(seed).prompt) for seed in seeds])
+    longest = max(row.document_lengths)
+
+    def read(piece: int) -> tuple[torch.Tensor, KeyValueCache]:
+        cache = KeyValueCache(decoder.config, len(seeds), longest + 1, like=torch.zeros(1))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(generation, "PREFILL_TOKENS", piece)
+            return prefill(decoder, row, cache), cache
+
+    (whole, one), (pieces, many) = read(len(row.tokens)), read(tokens)
+    torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-5)
+    assert torch.equal(many.lengths, torch.tensor(row.document_lengths))
+    for block, other in zip(one.dense, many.dense, strict=True):
+        torch.testing.assert_close(other.keys, block.keys, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(other.values, block.values, atol=1e-5, rtol=1e-5)
 
 
 @given(seed=st.integers(0, 1_000), top_k=st.integers(1, 12), top_p=st.floats(0.05, 1.0))
@@ -167,7 +216,7 @@ def test_cached_decoding_chooses_the_tokens_of_the_training_forward(
     """Each document read token by token behind its image, against all at once in a row with a fixed capacity."""
     decoder = routed_decoder(share=0.3, skipped=skipped, slack=3.0, explore=0.0).to(dtype)
     same = total = 0
-    for seed in range(40):
+    for seed in range(25):
         sequence = builder.build(random_document(seed))
         start = max((span.stop for span in sequence.images), default=0) + 1
         trace = RoutingTrace()
@@ -179,7 +228,7 @@ def test_cached_decoding_chooses_the_tokens_of_the_training_forward(
         assert depth.passed.shape == expected.shape
         same += int((depth.passed == expected).sum())
         total += expected.numel()
-    assert total > 2_000
+    assert total > 1_200
     # Random weights leave many scores near a threshold, where bfloat16 rounds either way.
     assert same == total if dtype == torch.float32 else same >= 0.99 * total, same / total
 
@@ -202,7 +251,7 @@ def test_a_routed_cache_holds_what_passed(
             decoder.update_thresholds(Progress(), lambda counts: counts)
         cache = KeyValueCache(decoder.config, 4, max(rows.document_lengths), like=torch.zeros(1))
         prefill(decoder, rows, cache)
-        sizes[skipped] = [block.keys.shape[1] for block in cache.blocks]
+        sizes[skipped] = [block.keys.numel() // (4 * 2 * 12) for block in cache.blocks]
         dense = 2 * 5 * 4 * max(rows.document_lengths) * 2 * 12 * 4
         assert cache.bytes < (3 + 2 * 1.0) / 5 * 1.06 * dense
         if skipped == "nothing":

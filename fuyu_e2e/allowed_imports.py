@@ -1,0 +1,111 @@
+"""Which classes a recipe may name: our settings and the parts of Lightning's trainer, until a user allows more."""
+
+import re
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser
+
+from fuyu_e2e.errors import UserError
+
+OPTION = "--allow-imports"
+ALLOWED = (
+    "fuyu_e2e.model.config",
+    "fuyu_e2e.shards.mixture",
+    "fuyu_e2e.training",
+    "lightning.fabric.plugins",
+    "lightning.pytorch.accelerators",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.plugins",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
+)
+"""What settings of a recipe are made of. Not whole packages: `fuyu_e2e.recipe.FuyuCLI` and Lightning's own CLI are
+classes, too, and take a command line; torch has classes that load code."""
+
+
+class DeniedImportError(Exception):
+    """A setting names something outside the allowed packages; nothing of it was imported.
+
+    Not a ValueError, which jsonargparse would take for its own where a config stands within a config.
+
+    Attributes:
+        path: The dotted path.
+        key: The setting.
+    """
+
+    def __init__(self, path: str, key: str) -> None:
+        super().__init__(f"{key} names {path}")
+        self.path, self.key = path, key
+
+
+class RecipeParser(LightningArgumentParser):
+    """Lightning's parser, which says of an import that was denied what was, and no more."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parses; of a setting of ours, jsonargparse lets a denied import through as it was raised."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except ImportError as error:
+            self.error(str(error), error)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends with usage and message, but for a denied import.
+
+        Raises:
+            DeniedImportError: That.
+        """
+        denied = re.search(r"Importing '([\w.]+)' is not allowed", message)
+        if denied and self.exit_on_error:  # else it parses a class within a setting, and hands the message on
+            key = re.search(r"key \"([\w.]+)\"|--([\w.]+?)(?:\.help)?:", message)
+            raise DeniedImportError(denied[1], (key[1] or key[2]) if key else "a setting") from ex
+        super().error(message, ex)
+
+
+def take_allowed(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The packages that a command line allows, and what remains of it.
+
+    The parser of recipes doesn't know the option, so that no recipe can allow itself anything.
+
+    Raises:
+        UserError: Something else than a package was named.
+    """
+    parser = ArgumentParser(prog="fuyu-e2e", add_help=False, allow_abbrev=False)
+    parser.add_argument(OPTION, action="append", default=[], metavar="PACKAGE[,PACKAGE]")
+    options, rest = parser.parse_known_args(args)
+    named = [name for value in options.allow_imports for name in value.split(",")]
+    for name in named:
+        if not all(part.isidentifier() for part in name.split(".")) or name.split(".")[0] == "jsonargparse":
+            raise UserError(f"{OPTION} {name!r} is no package that can be allowed: name one as Python imports it.")
+    return named, rest
+
+
+def is_allowed(path: str, packages: Sequence[str]) -> bool:
+    """Whether a dotted path lies in one of the packages."""
+    return any(path == package or path.startswith(f"{package}.") for package in packages)
+
+
+@contextmanager
+def only_allowed_imports(also: Sequence[str]) -> Iterator[None]:
+    """Has jsonargparse import nothing but what is allowed, wherever the name comes from.
+
+    jsonargparse asks its own list before each import that a value leads to, and again where what it got was defined.
+    So there is nothing to find before it does: a scan of recipes would have to know every way in which it reads a
+    name (nested files, inline JSON, `.help`, short names, re-exports, types that fall back to others), and what it
+    reads tomorrow. All but the allowed packages stays denied in this process afterwards.
+    """
+    also = [package for package in also if not is_allowed(package, ALLOWED)]
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*ALLOWED, *also])
+    try:
+        yield
+    finally:
+        set_parsing_settings(import_path_denylist=list(also))
+
+
+def names_outside(value: Any, packages: Sequence[str]) -> bool:
+    """Whether a setting that may also be a plain name is a dotted path that was not imported for being denied."""
+    return isinstance(value, str) and "." in value and not is_allowed(value, packages)

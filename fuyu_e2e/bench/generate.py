@@ -1,0 +1,216 @@
+"""What generation costs beside transformers' own: the same weights, the same prompts, as many tokens.
+
+Weights are random: what a model says takes as long as what a trained one says. Blocks are drawn so that each says
+something, and the output projection so that the likeliest token stands out from rounding.
+"""
+
+import json
+import warnings
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from fuyu_e2e.bench.measure import alternate, environment, write_json
+from fuyu_e2e.checkpoint.tensor_files import write_weights
+from fuyu_e2e.export.transformers import to_transformers, transformers_config
+from fuyu_e2e.inference.generation import generate as generate_ours
+from fuyu_e2e.model.block import Block
+from fuyu_e2e.model.config import FuyuConfig, named_size
+from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.sequence import ImageSpan, TokenSequence
+from fuyu_e2e.shipped import shipped
+
+PATCH, NEWLINE, BOS, FIRST_WORD = 3, 4, 1, 10
+NEVER = -1
+"""An end of document that no token is, so that all contenders write as many tokens."""
+GRIDS = (4, 12)
+"""Fewest and most patches along a side of an image."""
+WORDS = (8, 32)
+"""Fewest and most tokens of text behind it."""
+THEIRS = "transformers"
+"""The contender that ratios compare with."""
+
+Contender = Callable[[int], list[list[int]]]
+"""Writes so many tokens behind each prompt."""
+
+
+def generate(args: Sequence[str]) -> None:
+    """Times generation, eager and compiled, beside transformers' generate on the exported model."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = ArgumentParser(prog="python -m fuyu_e2e.bench generate", description=generate.__doc__)
+    parser.add_argument(
+        "--sizes", nargs="+", help="Named sizes, or `quickstart`; by default up to 125m, on a GPU up to 1b."
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="Prompts continued at once.")
+    parser.add_argument("--new-tokens", type=int, default=64, help="Tokens after each (default: %(default)s).")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=device)
+    parser.add_argument("--out", type=Path, default=Path("bench-generate.json"))
+    options = parser.parse_args(args)
+    sizes = options.sizes or ["quickstart", "10m", "50m", "125m", *(["1b"] if options.device == "cuda" else [])]
+    console = Console(highlight=False)
+    results: list[dict[str, Any]] = []
+    bandwidth = _copy_bandwidth(options.device)
+    transformers = import_module("transformers")
+    for size in sizes:
+        decoder = _decoder(_config(size), options.device)
+        stock = _stock(transformers, decoder)
+        for batch in options.batches:
+            found = _measure(decoder, stock, batch, bandwidth, options)
+            results += [{"size": size, "prompts": batch, **result} for result in found]
+            console.print(f"{size}, {batch} prompts: done")
+    write_json(options.out, {**environment(options.device), "transformers": transformers.__version__,
+                             "new_tokens": options.new_tokens, "rounds": options.rounds,
+                             "copy_gigabytes_per_second": round(bandwidth / 1e9, 2), "results": results})  # fmt: skip
+    console.print(_table(results))
+
+
+def _config(size: str) -> FuyuConfig:
+    if size == "quickstart":
+        return FuyuConfig(**yaml.safe_load(shipped("recipes/quickstart.yaml").read_text())["model"]["decoder"])
+    return named_size(size)
+
+
+@torch.no_grad()
+def _decoder(config: FuyuConfig, device: str) -> Decoder:
+    torch.manual_seed(0)
+    decoder = Decoder(config)
+    for block in decoder.blocks:
+        assert isinstance(block, Block)
+        for projection in (block.attention.o_proj, block.mlp.down_proj):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+    nn.init.normal_(decoder.lm_head.weight, std=0.5)
+    return decoder.to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval()
+
+
+def _stock(transformers: Any, decoder: Decoder) -> Any:
+    """transformers' model of the exported weights."""
+    weight = decoder.embed_tokens.weight
+    config = transformers_config(decoder.config, patch_id=PATCH, bos_id=BOS, eos_id=2, dtype=weight.dtype)
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        write_weights(to_transformers(decoder.state_dict(), decoder.config), Path(folder))
+        stock = transformers.FuyuForCausalLM.from_pretrained(folder, dtype=weight.dtype).to(weight.device).eval()
+    assert stock.config.text_config._attn_implementation == "sdpa"
+    return stock
+
+
+def _prompts(config: FuyuConfig, count: int) -> list[TokenSequence]:
+    """Images of different sizes, each with a text behind it."""
+    rng = np.random.default_rng(0)
+    prompts = []
+    for number in range(count):
+        rows, cols = rng.integers(*GRIDS, 2, endpoint=True).tolist()
+        grid = np.full((rows, cols + 1), PATCH)
+        grid[:, -1] = NEWLINE
+        words = rng.integers(FIRST_WORD, config.vocab_size, rng.integers(*WORDS, endpoint=True))
+        tokens = np.concatenate((grid.ravel(), [BOS], words))
+        prompts.append(
+            TokenSequence(
+                key=str(number),
+                tokens=tokens,
+                loss=np.zeros(len(tokens), dtype=bool),
+                patches=rng.integers(0, 256, (rows * cols, config.patch_values), dtype=np.uint8),
+                images=(ImageSpan(0, rows, cols),),
+            )
+        )
+    return prompts
+
+
+def _theirs(stock: Any, prompts: list[TokenSequence], settings: dict[str, Any], new_tokens: int) -> list[list[int]]:
+    """As its users call it: prompts padded on the left, patches of all images in their order."""
+    longest = max(map(len, prompts))
+    tokens = np.full((len(prompts), longest), BOS)
+    known = np.zeros((len(prompts), longest), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = prompt.tokens
+        known[row, longest - len(prompt) :] = 1
+    patches = torch.from_numpy(np.concatenate([prompt.patches for prompt in prompts])).to(stock.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about settings of generation that a fixed number of tokens makes idle
+        written = stock.generate(
+            input_ids=torch.from_numpy(tokens).to(stock.device),
+            attention_mask=torch.from_numpy(known).to(stock.device),
+            pixel_values=((patches.to(stock.dtype) - 127.5) / 127.5)[None],
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=BOS,
+            **settings,
+        )
+    return written[:, longest:].tolist()
+
+
+def _measure(decoder: Decoder, stock: Any, batch: int, bandwidth: float, options: Any) -> list[dict[str, Any]]:
+    torch.compiler.reset()  # what was compiled for sizes before would be looked through in every step
+    prompts = _prompts(decoder.config, batch)
+
+    def ours(compiled: bool, new_tokens: int) -> list[list[int]]:
+        return generate_ours(decoder, prompts, max_new_tokens=new_tokens, eos_id=NEVER, compiled=compiled)
+
+    contenders: dict[str, Contender] = {
+        THEIRS: partial(_theirs, stock, prompts, {}),
+        "transformers, static cache": partial(_theirs, stock, prompts, {"cache_implementation": "static"}),
+        "ours": partial(ours, False),
+        "ours, compiled": partial(ours, True),
+    }
+    written = {name: np.array(write(options.new_tokens)) for name, write in contenders.items()}
+    lengths = {"first": 1, "all": options.new_tokens}
+    runs = {(name, part): partial(write, lengths[part]) for name, write in contenders.items() for part in lengths}
+    labels = {f"{name}/{part}": run for (name, part), run in runs.items()}
+    seconds = alternate(labels, options.rounds, warm_up=1)
+    results = []
+    for name in contenders:
+        whole, first = seconds[f"{name}/all"], seconds[f"{name}/first"]
+        step = (whole - first) / max(1, options.new_tokens - 1)
+        results.append(
+            {
+                "contender": name,
+                "seconds": round(whole, 5),
+                "prefill_seconds": round(first, 5),
+                "decode_step_seconds": round(step, 6),
+                "tokens_per_second": round(batch * options.new_tokens / whole, 1),
+                "times_as_fast": round(seconds[f"{THEIRS}/all"] / whole, 3),
+                "same_tokens": round(float((written[name] == written[THEIRS]).mean()), 4),
+                "of_bandwidth": round(_bytes_of_step(decoder, prompts, options.new_tokens) / step / bandwidth, 3),
+            }
+        )
+    return results
+
+
+def _bytes_of_step(decoder: Decoder, prompts: list[TokenSequence], new_tokens: int) -> float:
+    """What a step half-way through has to read: every weight but those that only prompts need, and the cache."""
+    config = decoder.config
+    size = decoder.embed_tokens.weight.element_size()
+    weights = [*decoder.blocks.parameters(), *decoder.norm.parameters(), decoder.lm_head.weight]
+    cached = sum(len(prompt) + new_tokens / 2 for prompt in prompts)
+    values = 2 * config.layers * config.kv_heads * config.head_size
+    return size * (sum(weight.numel() for weight in weights) + cached * values)
+
+
+def _copy_bandwidth(device: str) -> float:
+    """Bytes read and written in a second by a copy of a tensor much larger than any cache."""
+    source = torch.ones(2**26 if device == "cpu" else 2**28, device=device)
+    target = torch.empty_like(source)
+    seconds = alternate({"copy": lambda: target.copy_(source)}, rounds=9)["copy"]
+    return 2 * source.nbytes / seconds
+
+
+def _table(results: Sequence[dict[str, Any]]) -> Table:
+    columns = ["size", "prompts", "contender", "seconds", "prefill_seconds", "decode_step_seconds",
+               "tokens_per_second", "times_as_fast", "same_tokens", "of_bandwidth"]  # fmt: skip
+    table = Table(*columns)
+    for result in results:
+        table.add_row(*(str(result[column]) for column in columns))
+    return table

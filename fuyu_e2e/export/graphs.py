@@ -1,0 +1,112 @@
+"""Prefill and decoding step as graphs of fixed shapes (`torch.export`), for runtimes without this project or Python.
+
+Both are pure functions: the cache goes in and comes out, as a list of keys and one of values with an entry for each
+block, of the shape (sequences, key/value heads, capacity, head size).
+"""
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.inference.cache import DecodeStep, DenseBlockCache, KeyValueCache, Prefill
+from fuyu_e2e.model.decoder import Decoder
+
+Outputs = tuple[Tensor, list[Tensor], list[Tensor]]
+"""Logits of the next token, keys, values."""
+
+
+@torch.no_grad()
+def export_prefill(decoder: Decoder, *, tokens: int, patches: int, capacity: int) -> ExportedProgram:
+    """The graph that reads one prompt.
+
+    Its inputs are token ids, raw patches and the positions of the patches, as `pack_row` lays them out.
+
+    Args:
+        decoder: Dense, in evaluation mode.
+        tokens: Tokens of the prompt, patches and newlines included.
+        patches: Patches among them.
+        capacity: Places of the cache that comes out.
+
+    Raises:
+        UserError: The decoder is routed, or the prompt doesn't fit the cache.
+    """
+    _check_dense(decoder)
+    if capacity < tokens:
+        raise UserError(f"A cache of {capacity} places doesn't hold a prompt of {tokens} tokens: raise the capacity.")
+    device = decoder.embed_tokens.weight.device
+    example = (
+        torch.zeros(tokens, dtype=torch.int64, device=device),
+        torch.zeros(patches, decoder.config.patch_values, dtype=torch.uint8, device=device),
+        torch.arange(patches, device=device),
+    )
+    return torch.export.export(_Prefill(decoder, capacity), example)
+
+
+@torch.no_grad()
+def export_decode_step(decoder: Decoder, *, sequences: int, capacity: int) -> ExportedProgram:
+    """The graph that reads one more token of each sequence.
+
+    Its inputs are these tokens, how many tokens each sequence has in the cache, keys and values.
+
+    Args:
+        decoder: Dense, in evaluation mode.
+        sequences: How many there are.
+        capacity: Places of the cache.
+
+    Raises:
+        UserError: The decoder is routed.
+    """
+    _check_dense(decoder)
+    weight = decoder.embed_tokens.weight
+    cache = KeyValueCache(decoder.config, sequences, capacity, like=weight)
+    tokens = torch.zeros(sequences, dtype=torch.int64, device=weight.device)
+    keys, values = _stores(cache)
+    return torch.export.export(_DecodeStep(decoder), (tokens, torch.zeros_like(tokens), keys, values))
+
+
+def _check_dense(decoder: Decoder) -> None:
+    if decoder.config.routing is not None:
+        raise UserError(
+            "A decoder with routed blocks has no graph of fixed shapes, as what its cache holds depends on what "
+            "passes: generate with `fuyu-e2e generate`."
+        )
+
+
+def _stores(cache: KeyValueCache) -> tuple[list[Tensor], list[Tensor]]:
+    return [block.keys for block in cache.dense], [block.values for block in cache.dense]
+
+
+class _Prefill(nn.Module):
+    def __init__(self, decoder: Decoder, capacity: int) -> None:
+        super().__init__()
+        self.decoder, self.capacity = decoder, capacity
+
+    def forward(
+        self, tokens: Int64[Tensor, " T"], patches: UInt8[Tensor, "P C"], patch_positions: Int64[Tensor, " P"]
+    ) -> Outputs:
+        length = tokens.shape[0]
+        x_TD = self.decoder.embed(tokens, patches, patch_positions)
+        cache = KeyValueCache(self.decoder.config, 1, self.capacity, like=x_TD)
+        positions = torch.arange(length, device=tokens.device)
+        hidden_TD = self.decoder.hidden(x_TD, positions, Prefill(cache, (length,), 0, length))
+        return self.decoder.lm_head(hidden_TD[-1:]), *_stores(cache)
+
+
+class _DecodeStep(nn.Module):
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(
+        self,
+        tokens: Int64[Tensor, " B"],
+        lengths: Int64[Tensor, " B"],
+        keys: list[Float[Tensor, "B G S K"]],
+        values: list[Float[Tensor, "B G S K"]],
+    ) -> Outputs:
+        blocks = [DenseBlockCache(*(store.clone() for store in stores)) for stores in zip(keys, values, strict=True)]
+        step = DecodeStep(blocks, lengths, keys[0].shape[2])
+        hidden_BD = self.decoder.hidden(self.decoder.embed_tokens(tokens), lengths, step)
+        return self.decoder.lm_head(hidden_BD), [block.keys for block in blocks], [block.values for block in blocks]

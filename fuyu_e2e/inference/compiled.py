@@ -1,0 +1,103 @@
+"""The compiled decoding step of a dense decoder: one graph from tokens to logits, on a GPU one CUDA graph.
+
+Shapes must not change, or it would be compiled anew: caches have room for a power of two of places, and a step looks
+at the smallest power of two that holds all sequences. So a decoder is compiled once for each number of sequences and
+each room, and in it for each power of two that its sequences are in on the way.
+"""
+
+from contextlib import AbstractContextManager
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.inference.cache import DecodeStep, DenseBlockCache, KeyValueCache
+from fuyu_e2e.inference.packed import PackedDecoder
+from fuyu_e2e.model.decoder import Decoder
+
+SMALLEST = 128
+"""Places looked at at least: fewer would save less than compiling once more costs."""
+GRAPHS = 64
+"""Graphs kept at most, of all decoders of a process: prompts of many lengths soon reach torch's own limit of 8."""
+
+_caches: WeakKeyDictionary[Decoder, KeyValueCache] = WeakKeyDictionary()
+"""The cache of each decoder's last call: a CUDA graph writes where it wrote when it was recorded."""
+_packed: WeakKeyDictionary[Decoder, PackedDecoder] = WeakKeyDictionary()
+"""What runs in place of decoders on a CPU."""
+
+
+def compiled_cache(decoder: Decoder, sequences: int, capacity: int) -> KeyValueCache:
+    """An empty cache for `compiled_step`. It is the one of the decoder's last call where that has the same shape.
+
+    Raises:
+        UserError: The decoder is routed.
+    """
+    if decoder.config.routing is not None:
+        raise UserError(
+            "The decoding step of a decoder with routed blocks can't be compiled, as what its cache holds depends on "
+            "what passes: generate with compiled=False."
+        )
+    if PackedDecoder.serves(decoder):
+        if decoder not in _packed:
+            _packed[decoder] = PackedDecoder(decoder)
+        _packed[decoder].follow(decoder, sequences)
+    weight = decoder.embed_tokens.weight
+    capacity = _bucket(capacity)
+    cache = _caches.get(decoder)
+    if cache is None or _shape(cache) != (sequences, capacity, weight.dtype, weight.device):
+        cache = _caches[decoder] = KeyValueCache(decoder.config, sequences, capacity, like=weight)
+        if weight.device.type == "cuda":
+            for block in cache.dense:
+                # Else a graph that writes to what it was given is not recorded as a CUDA graph.
+                torch._dynamo.mark_static_address(block.keys, guard=False)
+                torch._dynamo.mark_static_address(block.values, guard=False)
+    else:
+        cache.clear()
+    return cache
+
+
+def many_graphs() -> AbstractContextManager[None]:
+    """A context in which `compiled_step` is called: entered once for many steps, since entering takes its time."""
+    return torch._dynamo.config.patch(recompile_limit=GRAPHS)
+
+
+def compiled_step(decoder: Decoder, tokens: Int64[Tensor, " B"], cache: KeyValueCache) -> Float[Tensor, "B V"]:
+    """Reads one more token of each sequence, and gives the logits of the next, which hold until the next call."""
+    places = _bucket(cache.longest + 1)
+    keys, values = [block.keys for block in cache.dense], [block.values for block in cache.dense]
+    runs = _packed[decoder].decoder if PackedDecoder.serves(decoder) else decoder
+    if tokens.device.type == "cuda":
+        torch.compiler.cudagraph_mark_step_begin()
+        logits_BV = _on_gpu(runs, tokens, cache.lengths, keys, values, places)
+    else:
+        logits_BV = _on_cpu(runs, tokens, cache.lengths, keys, values, places)
+    cache.advance()
+    return logits_BV
+
+
+def _shape(cache: KeyValueCache) -> tuple[int, int, torch.dtype, torch.device]:
+    keys = cache.dense[0].keys
+    return len(keys), keys.shape[2], keys.dtype, keys.device
+
+
+def _bucket(places: int) -> int:
+    return max(SMALLEST, 1 << (places - 1).bit_length())
+
+
+def _step(
+    decoder: Decoder,
+    tokens: Int64[Tensor, " B"],
+    lengths: Int64[Tensor, " B"],
+    keys: list[Tensor],
+    values: list[Tensor],
+    places: int,
+) -> Float[Tensor, "B V"]:
+    blocks = [DenseBlockCache(*stores) for stores in zip(keys, values, strict=True)]
+    step = DecodeStep(blocks, lengths, places)
+    return decoder.lm_head(decoder.hidden(decoder.embed_tokens(tokens), lengths, step))
+
+
+_on_cpu = torch.compile(_step, fullgraph=True, dynamic=False)
+_on_gpu = torch.compile(_step, fullgraph=True, dynamic=False, mode="reduce-overhead")

@@ -1,0 +1,66 @@
+"""A compiled decoding step says what the step says, and is compiled no oftener than promised."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from fuyu_e2e.document import Document, Text
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.inference.generation import generate
+from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.sequence import SequenceBuilder
+
+PROGRAM = """
+import numpy as np, torch
+from torch._dynamo.utils import counters
+from fuyu_e2e.inference import compiled, packed
+from fuyu_e2e.inference.generation import generate
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.sequence import TokenSequence
+
+torch.set_num_threads(1)
+compiled.SMALLEST = 16
+packed.SMALLEST = 300  # so that some weights are packed, and some not
+decoder = Decoder(FuyuConfig(vocab_size=50, patch_size=4, layers=2, width=16, heads=4, kv_heads=2, head_size=8,
+                             feed_forward=24))
+with torch.no_grad():
+    for weight in decoder.parameters():
+        weight.add_(torch.randn_like(weight) * 0.3)
+decoder.eval()
+
+def prompts(*lengths):
+    rng = np.random.default_rng(lengths)
+    return [TokenSequence(key="", tokens=rng.integers(0, 50, n), loss=np.zeros(n, bool),
+                          patches=np.empty((0, 48), np.uint8), images=()) for n in lengths]
+
+def same(*lengths):
+    asked = {"max_new_tokens": 16, "eos_id": -1}
+    expected = generate(decoder, prompts(*lengths), **asked)
+    assert generate(decoder, prompts(*lengths), **asked, compiled=True) == expected
+    assert len({tuple(row) for row in expected}) == len(lengths), "all say the same, which compares little"
+    return counters["stats"]["unique_graphs"]
+
+print(same(14, 3), same(9, 13), same(15, 11))
+with torch.no_grad():
+    decoder.lm_head.weight.mul_(-1)
+print(same(14, 3))
+"""
+
+
+def test_a_compiled_step_writes_the_same_and_is_compiled_once_for_each_size() -> None:
+    """In a process of its own: the checks of shapes that tests switch on can't be compiled.
+
+    14 to 30 tokens lie in rooms of 16 and 32 places; other prompts and other weights of the same shapes add no graph.
+    """
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2", "2", "2", "2"]
+
+
+def test_a_routed_decoder_is_not_compiled(routed_decoder: Callable[..., Decoder], builder: SequenceBuilder) -> None:
+    prompt = builder.prompt(Document("key", (Text("What is it?", loss=False),)))
+    with pytest.raises(UserError, match="compiled=False"):
+        generate(routed_decoder(share=0.4), [prompt], max_new_tokens=1, eos_id=-1, compiled=True)
