@@ -348,7 +348,7 @@ def test_a_checkpoint_of_another_configuration(run: Callable, trained: Path, fol
     refused(run(*fit, "--ckpt_path", checkpoint, "--model.decoder.layers", "2"), checkpoint, "layers is 2 but 4 there")
     (folder / "junk.ckpt").write_bytes(b"junk" * 100)
     refused(run(*fit, "--ckpt_path", "junk.ckpt"), "junk.ckpt can't be read as a checkpoint")
-    refused(run(*fit, "--ckpt_path", "gone.ckpt"), "gone.ckpt is no checkpoint")
+    refused(run(*fit, "--ckpt_path", "gone.ckpt"), "gone.ckpt is no checkpoint on this machine")
     refused(run("generate", "--checkpoint", "junk.ckpt", "--prompt", "a"), "junk.ckpt can't be read as a checkpoint")
     refused(run("generate", "--checkpoint", "gone", "--prompt", "a"), "gone is no checkpoint")
 

@@ -13,6 +13,8 @@ import fsspec
 import pytest
 import torch
 
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
+from fuyu_e2e.checkpoint.whole import FILE, publish, unfinished
 from fuyu_e2e.cli import InspectCLI
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.recipe import FuyuCLI
@@ -63,7 +65,7 @@ def started(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> 
     """The checkpoint of a run of one step."""
     run = tmp_path_factory.mktemp("started")
     FuyuCLI(["fit", *data, "--trainer.max_steps=1", f"--trainer.default_root_dir={run}"])
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)  # noqa: TID251
+    return read_checkpoint(run / "checkpoints" / "last.ckpt")
 
 
 @pytest.fixture
@@ -203,9 +205,16 @@ class Evil:
         return Path.mkdir, (self.place,)
 
 
+def save(checkpoint: dict[str, Any], place: Path, name: str = FILE) -> None:
+    """Saves a checkpoint with a manifest in which everything is right."""
+    with unfinished(place) as folder:
+        torch.save(checkpoint, folder / name)
+        publish(folder, place, step=1, tokens_seen=0)
+
+
 @pytest.mark.parametrize("named", ["https://127.0.0.1:9/a.ckpt", "s3://bucket/a.ckpt", "hpc", "registry:a", "best"])
 def test_a_checkpoint_that_is_not_on_this_machine_is_not_asked_for(named: str) -> None:
-    with pytest.raises(UserError, match="is no file on this machine"):
+    with pytest.raises(UserError, match="is no checkpoint on this machine"):
         FuyuCLI(["fit", RECIPE, f"--ckpt_path={named}"])
 
 
@@ -217,17 +226,16 @@ def test_no_setting_has_a_checkpoint_unpickled(command: str, capsys: pytest.Capt
 
 
 def test_nor_does_the_environment(tmp_path: Path, go_on: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "run/checkpoints").mkdir(parents=True)
-    torch.save({"evil": Evil(tmp_path / "made")}, tmp_path / "run/checkpoints/last.ckpt")
+    save({"evil": Evil(tmp_path / "made")}, tmp_path / "run/checkpoints/a.ckpt")
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    for named in ("last", tmp_path / "run/checkpoints/last.ckpt"):
+    for named in ("last", tmp_path / "run/checkpoints/a.ckpt"):
         with pytest.raises(Exception, match=r"can't be read as a checkpoint|Weights only load failed"):
             go_on(named)
     assert not (tmp_path / "made").exists()
 
 
 def test_a_checkpoint_that_lightning_finds_elsewhere_is_not_read(
-    tmp_path: Path, go_on: Callable, started: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: tuple[str, ...], started: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where Lightning saves as the run fails: it takes that URL for a path
     file = io.BytesIO()
@@ -237,7 +245,9 @@ def test_a_checkpoint_that_lightning_finds_elsewhere_is_not_read(
         '{"class_path": "OnExceptionCheckpoint", "init_args": {"dirpath": "memory://elsewhere", "filename": "last"}}'
     )
     with pytest.raises(UserError, match=r"elsewhere/last.ckpt, which is not on this machine"):
-        go_on("last", f"--trainer.callbacks={there}")
+        FuyuCLI(
+            ["fit", *data, "--trainer.max_steps=2", "--trainer.default_root_dir=run", f"--trainer.callbacks={there}"]
+        )
 
 
 def test_a_folder_whose_name_begins_like_a_url_is_one_of_this_machine(
@@ -250,8 +260,8 @@ def test_a_folder_whose_name_begins_like_a_url_is_one_of_this_machine(
 
 
 def test_last_is_not_a_sharded_checkpoint(tmp_path: Path, go_on: Callable) -> None:
-    (tmp_path / "run/checkpoints/last.ckpt").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"last.ckpt, which is no file but a sharded checkpoint"):
+    save({}, tmp_path / "run/checkpoints/a.ckpt", name="__0_0.distcp")
+    with pytest.raises(UserError, match=r"a.ckpt is a sharded checkpoint.*--model.weights"):
         go_on("last")
 
 
@@ -275,10 +285,10 @@ def test_a_checkpoint_cannot_have_files_deleted(
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints/link").symlink_to(tmp_path / "victim")
     target = form.format(tmp_path / "victim", run=run) + ("/file" if form.endswith("link") else "")
-    [key] = [key for key in started["callbacks"] if key.startswith("ModelCheckpoint")]
+    [key] = [key for key in started["callbacks"] if key.startswith("Checkpoints")]
     evil = started["callbacks"][key] | {"dirpath": f"{run}/checkpoints"}
     evil |= dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), target)
-    torch.save(started | {"callbacks": started["callbacks"] | {key: evil}}, run / "checkpoints/last.ckpt")
+    save(started | {"callbacks": started["callbacks"] | {key: evil}}, run / "checkpoints/a.ckpt")
     monkeypatch.chdir(run / "checkpoints")  # where a URL, taken for a path, would lie, too
     go_on("last")
     assert (tmp_path / "victim/file").exists()

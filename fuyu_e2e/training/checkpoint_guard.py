@@ -6,7 +6,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from fuyu_e2e.checkpoint.whole import FILE, whole_checkpoints
 from fuyu_e2e.errors import UserError
 
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
@@ -61,9 +60,3 @@ def _lies_in(folders: list[Path], path: str) -> bool:
 def _check_local(path: Any) -> None:
     if "://" in str(path) or str(path).startswith("http"):  # as Lightning tells URLs from paths
         raise UserError(f"The run would go on from {path}, which is not on this machine: fetch it, and name it.")
-    place = Path(path)
-    if not place.is_file() and not whole_checkpoints(place) and not (place / FILE).is_file():
-        raise UserError(
-            f"The run would go on from {path}, which is no file but a sharded checkpoint, and its optimizer's state "
-            "may hold code: begin anew from its weights with --model.weights."
-        )

@@ -51,9 +51,15 @@ class WholeCheckpointIO(CheckpointIO):
         """Reads a checkpoint, or of a folder of checkpoints the newest whose every byte is right; runs no code.
 
         Raises:
-            UserError: There is none, or it is damaged.
+            UserError: There is none, it is damaged, or sharded.
         """
-        return read_checkpoint(resolve(Path(path)), checked=True)
+        found = resolve(Path(path))
+        if found.is_dir() and not (found / FILE).is_file():
+            raise UserError(
+                f"{found} is a sharded checkpoint, of whose optimizer's state torch would run what it holds: begin "
+                "anew from its weights with --model.weights."
+            )
+        return read_checkpoint(found, checked=True)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Removes a checkpoint, unless it is the only one that is left: then the one in its stead failed."""
