@@ -45,6 +45,13 @@ def tensors(trainer: pl.Trainer, module: Any) -> str:
     return hashlib.sha256(b"".join(part.detach().numpy().tobytes() for part in parts)).hexdigest()
 
 
+def mark(path: Path, number: int) -> None:
+    """Writes a number that is there as a whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(str(number))
+    part.rename(path)
+
+
 class Plant(Callback):
     """Plants what a run is to survive, and writes down what a rank saw."""
 
@@ -53,6 +60,7 @@ class Plant(Callback):
         self.rows: list[str] = []
         self.losses: list[float] = []
         self.after_step: list[str] = []
+        self.validated = 0
 
     def here(self, trainer: pl.Trainer) -> bool:
         """Whether something is planted on this rank in this step."""
@@ -63,7 +71,7 @@ class Plant(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
         time.sleep(ROW_SECONDS)
-        (self.folder / f"{trainer.global_rank}.row").write_text(str(index))
+        mark(self.folder / f"{trainer.global_rank}.row", index)
         if "hang" in self.wanted and self.here(trainer):
             time.sleep(600)
 
@@ -80,7 +88,8 @@ class Plant(Callback):
             self.write(trainer)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        (self.folder / f"{trainer.global_rank}.validating").write_text("")
+        self.validated += 1
+        mark(self.folder / f"{trainer.global_rank}.validating", self.validated)
         time.sleep(0.3)
 
     def write(self, trainer: pl.Trainer) -> None:
@@ -177,7 +186,7 @@ def launch(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     if "signal" in wanted:
         number = signal.Signals[wanted["signal"]]
         marks = [folder / wanted["name"] / f"{rank}.{wanted.get('when', 'row')}" for rank in range(RANKS)]
-        while not all(mark.is_file() and int(mark.read_text() or 99) >= wanted.get("row", 0) for mark in marks):
+        while not all(path.is_file() and int(path.read_text()) >= wanted.get("row", 0) for path in marks):
             time.sleep(0.005)
         for rank in wanted["ranks"]:
             pid = ranks[rank].pid

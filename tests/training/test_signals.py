@@ -174,6 +174,11 @@ def test_whichever_rank_hears_sigterm_all_leave_and_the_run_goes_on_bitwise(
     assert len(set(whole["after_step"])) == 9
 
 
+def test_a_rank_that_validates_hears_of_another_ones_signal(runs: tuple[Path, dict[str, Any]]) -> None:
+    """It has twelve rows to validate, and the other one hears the signal in its first."""
+    assert int((runs[0] / "validating" / "0.validating").read_text()) < 5
+
+
 def test_a_signal_to_every_process_of_a_job_spares_the_loaders_workers(runs: tuple[Path, dict[str, Any]]) -> None:
     """As Ctrl-C in a terminal and SLURM send it."""
     folder, results = runs
