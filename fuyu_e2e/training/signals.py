@@ -53,7 +53,9 @@ class StopSignals(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes over the signals while training runs."""
+        assert isinstance(pl_module, FuyuModule)
         self._heard = None
+        pl_module.voted = set()
         self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
 
     def on_before_optimizer_step(
@@ -64,14 +66,12 @@ class StopSignals(Callback):
         pl_module.votes |= {number.name: self._heard == number for number in STOP_SIGNALS}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Stops where a rank had heard a signal, once the step's last micro-batch is done.
+        """Stops behind the step in which a rank had heard a signal.
 
         Raises:
             Stopped: On all ranks.
         """
         assert isinstance(pl_module, FuyuModule)
-        if trainer.fit_loop.epoch_loop._should_accumulate():
-            return
         for number in STOP_SIGNALS:
             if number.name in pl_module.voted:
                 self._stop(trainer, number)
