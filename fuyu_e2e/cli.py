@@ -17,6 +17,7 @@ from fuyu_e2e.checkpoint.commands import checkpoint
 from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.exit_codes import WRONG_USE
 from fuyu_e2e.export.commands import export, import_model
 from fuyu_e2e.inference.depth import token_depth
 from fuyu_e2e.inference.depth_map import depth_map
@@ -25,7 +26,7 @@ from fuyu_e2e.inference.generation import generate as generate_ids
 from fuyu_e2e.inspection import draw_sequence, show_tokens
 from fuyu_e2e.processor import Processor
 from fuyu_e2e.quickstart import quickstart
-from fuyu_e2e.recipe import INTERRUPTED, FuyuCLI
+from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.sequence import TokenSequence
 from fuyu_e2e.shards.commands import shards
 from fuyu_e2e.shards.formats import read_documents
@@ -174,9 +175,9 @@ def tokenizer(args: Sequence[str]) -> int:
 
 
 def lightning(args: Sequence[str]) -> int:
-    """Runs Lightning's command; a run that Ctrl-C ended has an exit code of its own."""
-    cli = FuyuCLI(args)
-    return INTERRUPTED if cli.last_checkpoint.interrupted else 0
+    """Runs Lightning's command; a run that a signal ended leaves from within, with an exit code of its own."""
+    FuyuCLI(args)
+    return 0
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -194,14 +195,14 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main() -> int:
-    """Runs one command; what the user can mend ends with a sentence and exit code 2 instead of a traceback."""
+    """Runs one command; what the user can mend ends with a sentence and its exit code instead of a traceback."""
     name, *args = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h", "--version"):
         print(USAGE)
         return 0
     if name not in COMMANDS:
         print(f"fuyu-e2e: there is no command {name!r}.\n\n{USAGE}", file=sys.stderr)
-        return 2
+        return WRONG_USE
     _silence_what_no_user_can_act_on()
     try:
         return COMMANDS[name]([name, *args] if name in LIGHTNING_COMMANDS else args)
@@ -209,7 +210,7 @@ def main() -> int:
         # An error of a loader's worker arrives as a traceback in text, with the sentence in its last line.
         sentence = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
         print(f"fuyu-e2e: {sentence}", file=sys.stderr)
-        return 2
+        return error.exit_code
 
 
 def _silence_what_no_user_can_act_on() -> None:

@@ -1,5 +1,7 @@
 """Shards in, packed batches out: the LightningDataModule."""
 
+import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.exit_codes import STOP_SIGNALS
 from fuyu_e2e.image import ImagePolicy
 from fuyu_e2e.packing import LongDocuments
 from fuyu_e2e.sequence import Prompt, SequenceBuilder
@@ -247,6 +250,20 @@ def settled_rows(trainer: pl.Trainer) -> int:
     return done.total.processed - done.current.processed % trainer.accumulate_grad_batches  # type: ignore[attr-defined]
 
 
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Keeps a loader's worker at work when a signal goes to all processes of a run, as Ctrl-C and SLURM's do.
+
+    The trainer still needs its rows to finish the step. A second SIGTERM ends the worker: torch and Python send theirs
+    to a worker that doesn't leave by itself.
+    """
+
+    def on_sigterm(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, on_sigterm if number == signal.SIGTERM else signal.SIG_IGN)
+
+
 class RowDataset(IterableDataset):
     """The rows of one process, shared out among its workers so that their order is that of one worker."""
 
@@ -286,7 +303,7 @@ class RowLoader(DataLoader):
     """
 
     def __init__(self, dataset: RowDataset, settled: Callable[[], int] | None, **options: Any) -> None:
-        super().__init__(dataset, **options)
+        super().__init__(dataset, worker_init_fn=leave_signals_to_the_trainer, **options)
         self.rows = dataset
         self.settled = settled
         self._given: deque[StreamRow] = deque()

@@ -1,12 +1,16 @@
 """The two ways in which something can be wrong for a user: the whole run, or one sample of its data."""
 
+from fuyu_e2e.exit_codes import WRONG_USE
+
 
 class UserError(ValueError):
     """The run can't go on as it was asked for: a setting or a file is wrong.
 
     The message is one sentence that names the file or setting and the remedy. The command line prints it
-    without a traceback and leaves with exit code 2.
+    without a traceback and leaves with `exit_code`.
     """
+
+    exit_code = WRONG_USE
 
 
 class UnusableSampleError(Exception):

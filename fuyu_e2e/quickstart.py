@@ -20,11 +20,12 @@ from fuyu_e2e.eval.digits import MAX_NEW_TOKENS, TEST_SEED, VOCAB_SIZE, write_sh
 from fuyu_e2e.eval.exact_match import Reading, by_group, chance_of_exchange, exact_match, exchange_images, read
 from fuyu_e2e.export.commands import export_own, export_to_transformers
 from fuyu_e2e.inference.depth_map import depth_map
-from fuyu_e2e.recipe import INTERRUPTED, FuyuCLI
+from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.shipped import shipped
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import train_tokenizer
+from fuyu_e2e.training.signals import Stopped
 
 DEPTH_PICTURES = 200
 """Test pictures over which a routed model's depth is averaged."""
@@ -83,10 +84,11 @@ def quickstart(args: Sequence[str]) -> int:
     console.print(f"{options.pictures:,} training pictures in {place.data} ({time.perf_counter() - started_at:.0f} s)")
 
     console.rule("2. Training")
-    cli = train(place, options.recipe, options.seed, options.max_steps)
-    if cli.last_checkpoint.interrupted:
+    try:
+        cli = train(place, options.recipe, options.seed, options.max_steps)
+    except Stopped:
         console.print(f"Go on with: fuyu-e2e fit --config {place.root}/config.yaml --ckpt_path last", soft_wrap=True)
-        return INTERRUPTED
+        raise
 
     console.rule("3. Reading")
     model = load_model(place.root / "checkpoints" / "last.ckpt")

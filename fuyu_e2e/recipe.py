@@ -27,6 +27,7 @@ from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.checkpoint.whole import is_whole, whole_checkpoints
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.training.bad_steps import BadSteps
 from fuyu_e2e.training.checkpoint_guard import CheckpointGuard
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
 from fuyu_e2e.training.checkpoints import Checkpoints
@@ -36,10 +37,9 @@ from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.progress import Progress
 from fuyu_e2e.training.routing_report import RoutingReport
 from fuyu_e2e.training.samples import SampleGenerations
+from fuyu_e2e.training.signals import StopSignals
 from fuyu_e2e.training.throughput import Throughput
-
-INTERRUPTED = 130
-"""Exit code of a run that Ctrl-C ended: 128 + SIGINT, as shells give it."""
+from fuyu_e2e.training.watchdog import Watchdog
 
 
 class SaveRecipe(SaveConfigCallback):
@@ -83,7 +83,6 @@ class FuyuCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
-        self.last_checkpoint = LastCheckpoint()
         self.throughput = Throughput()
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.allowed, rest = take_allowed(args)
@@ -105,7 +104,8 @@ class FuyuCLI(LightningCLI):
                         RoutingReport(),
                         WritePredictions(),
                         CheckpointGuard(),
-                        self.last_checkpoint,
+                        LastCheckpoint(),
+                        StopSignals(),
                     ],
                 },
                 parser_kwargs={"prog": "fuyu-e2e"},
@@ -115,7 +115,7 @@ class FuyuCLI(LightningCLI):
             )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the checkpoint settings, and derives what a user would otherwise have to say twice."""
+        """Adds the settings of checkpoints and guards, and derives what a user would otherwise have to say twice."""
         parser.epilog = (
             f"{OPTION} PACKAGE[,PACKAGE] on the command line, never in a recipe, lets settings name classes of other "
             "packages than Lightning and fuyu-e2e."
@@ -127,6 +127,8 @@ class FuyuCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         # `last.ckpt` is a link to the newest; a run that goes on writes over the names that it had.
         parser.set_defaults({"checkpoint.save_last": "link", "checkpoint.enable_version_counter": False})
+        parser.add_lightning_class_args(BadSteps, "bad_steps")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.link_arguments(
             "trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: str(Path(root) / "checkpoints")
         )

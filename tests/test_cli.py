@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import signal
 import sys
 import tarfile
 from collections.abc import Callable
@@ -157,6 +159,7 @@ def test_curves_hold_what_a_run_is_judged_by(run: Callable, tokenizer_file: Path
     assert {
         "train/loss", "train/perplexity", "train/gradient_norm", "lr/adamw", "lr/muon", "tokens", "tokens/s",
         "throughput/images_per_second", "throughput/packing_efficiency", "throughput/data_wait_share", "data/read",
+        "bad_steps/skipped", "ranks/slowest", "ranks/step_seconds/0", "ranks/memory_gib/0",
     } <= set(events.Tags()["scalars"])  # fmt: skip
     assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2]
 
@@ -288,6 +291,38 @@ def test_a_stopped_run_goes_on(run: Callable, trained: Path) -> None:
     )
     assert code == 0, printed
     assert read_checkpoint(trained / "checkpoints" / "last.ckpt")["global_step"] == 5
+
+
+def test_a_signal_has_an_exit_code_of_its_own(
+    run: Callable, tokenizer_file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fuyu_e2e.training.module import FuyuModule
+
+    step = FuyuModule.training_step
+    monkeypatch.setattr(
+        FuyuModule, "training_step", lambda *given: os.kill(os.getpid(), signal.SIGUSR1) or step(*given)
+    )
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    out = folder / "runs" / "preempted"
+    fit = ("fit", "--config", recipe(), "--data.train", "shards/*.tar", "--trainer.default_root_dir", str(out), *SHORT)
+    code, printed = run(*fit)
+    for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), before, strict=True):
+        signal.signal(number, handler)
+    assert code == 138, printed
+    assert f"SIGUSR1 at step 1; saved {out / 'checkpoints' / 'last.ckpt'}" in printed
+    monkeypatch.setattr(FuyuModule, "training_step", step)
+    code, printed = run("fit", "--config", str(out / "config.yaml"), "--ckpt_path", "last")
+    assert code == 0, printed
+
+
+def test_a_run_whose_steps_are_all_bad_ends_with_a_sentence(run: Callable, tokenizer_file: Path, folder: Path) -> None:
+    fit = ("fit", "--config", recipe(), "--data.train", "shards/*.tar", "--trainer.default_root_dir", "runs/burnt")
+    burnt = ("--model.optimizer.lr", "1e36", "--model.schedule.warmup", "0", "--bad_steps.in_a_row", "2")
+    code, printed = run(*fit, *SHORT, *burnt)
+    assert code == 3, printed
+    assert "fuyu-e2e: 2 steps in a row were skipped, the last because its" in printed
+    assert "Traceback" not in printed
+    assert not list((folder / "runs" / "burnt").glob("checkpoints/*.ckpt"))
 
 
 # Bad input

@@ -140,16 +140,29 @@ class Decoder(nn.Module):
         The caller divides by the supervised tokens of the whole step; a mean here would weigh batches wrongly. What
         happens at routed blocks goes to `trace`, a rule's own loss among it.
         """
+        return self.loss_and_z(batch, trace, with_z=False)[0]
+
+    def loss_and_z(
+        self, batch: PackedBatch, trace: RoutingTrace | None = None, *, with_z: bool
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """The same, and the sum over supervised tokens of log²(Z); Z normalises the softmax.
+
+        A small part of the latter in the loss (Chowdhery et al. 2022, arXiv 2204.02311, section 5: 1e-4) keeps Z near
+        1, where bfloat16 rounds logits the least. It is 0, and costs nothing, unless asked for by `with_z`.
+        """
         hidden_SD = self._encode(batch, trace).index_select(0, batch.target_positions)
         chunks = zip(hidden_SD.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True)
         if hidden_SD.shape[0] <= LOSS_CHUNK:
-            losses = [self._chunk_loss(*chunk) for chunk in chunks]
+            losses = [self._chunk_losses(*chunk, with_z) for chunk in chunks]
         else:
-            losses = [checkpoint(self._chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
-        return torch.stack(losses).sum()
+            losses = [checkpoint(self._chunk_losses, *chunk, with_z, use_reentrant=False) for chunk in chunks]
+        loss, z_loss = torch.stack(losses).sum(dim=0)
+        return loss, z_loss
 
-    def _chunk_loss(self, hidden_SD: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.lm_head(hidden_SD).float(), targets, reduction="sum")
+    def _chunk_losses(self, hidden_SD: Tensor, targets: Tensor, with_z: bool) -> Tensor:
+        logits_SV = self.lm_head(hidden_SD).float()
+        loss = F.cross_entropy(logits_SV, targets, reduction="sum")
+        return torch.stack((loss, logits_SV.logsumexp(dim=-1).square().sum() if with_z else torch.zeros_like(loss)))
 
     @property
     def _thresholds(self) -> dict[int, Threshold]:
@@ -165,6 +178,11 @@ class Decoder(nn.Module):
             if routed.block in thresholds:
                 assert trace.layout is not None
                 thresholds[routed.block].observe(routed, trace.layout)
+
+    def forget_observed(self) -> None:
+        """Drops the scores counted since the last update, of a step that is skipped."""
+        for rule in self._thresholds.values():
+            rule.counts.zero_()
 
     @torch.no_grad()
     def update_thresholds(self, progress: Progress, reduce: Callable[[Tensor], Tensor]) -> None:

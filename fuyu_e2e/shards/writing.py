@@ -38,6 +38,7 @@ from rich.progress import track
 from webdataset import TarWriter
 
 from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.exit_codes import of_signal
 from fuyu_e2e.image import ImagePolicy, image_size
 from fuyu_e2e.shards.formats import TEXT_BYTES, document
 from fuyu_e2e.shards.manifest import index
@@ -55,7 +56,7 @@ MEGABYTE = 10**6
 PLAN, REPORT = "write-plan.json", "report.json"
 LIMITS = ImagePolicy(patch_size=1)
 """Which images training would refuse by their headers, whatever its patches."""
-INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED = of_signal(signal.SIGINT)
 """Exit code of a run that Ctrl-C ended."""
 
 

@@ -1,5 +1,6 @@
 """The LightningModule: loss, optimizer, logging, and what goes into a checkpoint."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from fuyu_e2e.model.config import FuyuConfig, RoutingConfig, SizeName, named_siz
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing import Progress, RoutingTrace
 from fuyu_e2e.sequence import Prompt
+from fuyu_e2e.training.gradients import gradient_norm, scale_gradients
 from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
 from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
 from fuyu_e2e.training.resume import go_back_to_last_step
@@ -44,6 +46,10 @@ class FuyuModule(pl.LightningModule):
         routing: Mixture-of-Depths for a decoder that has none of its own, so that a named size can have it too.
         weights: What to begin with instead of random weights: a checkpoint, a run's directory or an exported folder
             with the same decoder and tokenizer.
+        z_loss: Weight of the z-loss, which keeps the logits from drifting; PaLM's is 1e-4. Losses are shown without.
+
+    Raises:
+        UserError: Settings contradict each other, or one is out of its range.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class FuyuModule(pl.LightningModule):
         max_new_tokens: int = 64,
         routing: RoutingConfig | None = None,
         weights: str | None = None,
+        z_loss: float = 0.0,
     ) -> None:
         super().__init__()
         self.config = decoder if isinstance(decoder, FuyuConfig) else named_size(decoder)
@@ -61,19 +68,30 @@ class FuyuModule(pl.LightningModule):
             if self.config.routing is not None:
                 raise UserError("Both model.routing and model.decoder.routing are set: leave one of them out.")
             self.config = replace(self.config, routing=routing)
+        if z_loss < 0:
+            raise UserError(f"model.z_loss is {z_loss}, but must be 0 or above.")
+        self.z_loss = z_loss
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.max_new_tokens = max_new_tokens
         self.weights = weights
         self.tokens_seen = 0
-        """Tokens of documents trained on so far, over all ranks; padding doesn't count."""
+        """Tokens of documents in the steps so far, skipped ones among them, over all ranks; padding doesn't count."""
         self.validated: dict[str, float] = {}
         """The figures of the last validation of the run that a checkpoint is from."""
         self.validation = torch.nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
         self.testing = torch.nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
         self.trace = RoutingTrace()
         """What happened at routed blocks in the last batch."""
+        self.votes: dict[str, bool] = {}
+        """What callbacks of this rank have to say to the others in each step, by the same names on all ranks; set in
+        their `on_before_optimizer_step`."""
+        self.voted: set[str] = set()
+        """What any rank said in the last step."""
+        self.guard: Callable[[float, float], bool] = lambda loss, gradient_norm: False
+        """Whether a step is to be skipped, by its mean loss and its gradient norm, which all ranks give alike."""
         self._step_totals: list[Tensor] = []
+        self._gradient_norm: Tensor
 
     @property
     def datamodule(self) -> FuyuDataModule:
@@ -134,32 +152,46 @@ class FuyuModule(pl.LightningModule):
         """The summed loss of one micro-batch, its gradient still to be divided by the step's supervised tokens."""
         self.decoder.progress = self._progress_after(0)
         self.trace = RoutingTrace()
-        loss = self.decoder.loss(batch, self.trace)
+        loss, z_loss = self.decoder.loss_and_z(batch, self.trace, with_z=self.z_loss > 0)
         self.decoder.observe(self.trace)
         counts = loss.new_tensor([batch.targets.numel(), sum(batch.document_lengths)])
         self._step_totals.append(torch.cat((loss.detach()[None], counts)).double())
+        beside = self.z_loss * z_loss + self.trace.auxiliary * batch.targets.numel()
         # Undoes the division by the number of micro-batches that Lightning is about to do.
-        return (loss + self.trace.auxiliary * batch.targets.numel()) * self.trainer.accumulate_grad_batches
+        return (loss + beside) * self.trainer.accumulate_grad_batches
 
     def _progress_after(self, steps: int) -> Progress:
         step = self.trainer.global_step + steps
         return Progress(step, step / self.trainer.max_steps)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divides the gradient by the supervised tokens of the whole step, and logs the step."""
+        """Divides the gradient by the supervised tokens of the whole step, skips it where it is bad, and logs it.
+
+        A skipped step leaves no gradient, and the optimizer touches nothing that has none. It is a step all the same
+        to the data, the learning rate and `global_step`.
+        """
         totals = torch.stack(self._step_totals).sum(dim=0)
         self._step_totals.clear()
-        loss, supervised, tokens = self.trainer.strategy.reduce(totals, reduce_op="sum").unbind()
+        totals = torch.cat((totals, totals.new_tensor(list(self.votes.values()))))
+        loss, supervised, tokens, *votes = self.trainer.strategy.reduce(totals, reduce_op="sum").unbind()
+        self.voted = {name for name, count in zip(self.votes, votes, strict=True) if count}
         # Data-parallel strategies average gradients over ranks; the sum is wanted.
-        factor = (self.trainer.world_size / supervised.clamp(min=1)).float()
-        torch._foreach_mul_([weight.grad for weight in self.parameters() if weight.grad is not None], factor)
-        self.decoder.update_thresholds(
-            self._progress_after(1), lambda counts: self.trainer.strategy.reduce(counts, reduce_op="sum")
-        )
+        scale_gradients(self.parameters(), (self.trainer.world_size / supervised.clamp(min=1)).float())
         mean = (loss / supervised.clamp(min=1)).float()
+        # A sum, since a maximum may lose what isn't a number: one rank's is then every rank's.
+        norms = self.trainer.strategy.reduce(gradient_norm(self.parameters()), reduce_op="sum")
+        self._gradient_norm = norms / self.trainer.world_size
+        if self.guard(float(mean), float(self._gradient_norm)):
+            self.zero_grad(set_to_none=True)
+            self.decoder.forget_observed()
+        else:
+            self.decoder.update_thresholds(
+                self._progress_after(1), lambda counts: self.trainer.strategy.reduce(counts, reduce_op="sum")
+            )
         self.tokens_seen += int(tokens)
         self.log("train/loss", mean, prog_bar=True)
         self.log("train/perplexity", mean.exp())
+        self.log("train/gradient_norm", self._gradient_norm)
         self.log("tokens", float(self.tokens_seen), prog_bar=True)
         for group in optimizer.param_groups:
             self.log(f"lr/{group['kind']}", group["lr"])
@@ -170,9 +202,11 @@ class FuyuModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the norm over all weights, and logs the norm before it."""
-        limit = float("inf") if gradient_clip_val is None else gradient_clip_val
-        self.log("train/gradient_norm", torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
+        """Clips by the norm over all weights."""
+        if gradient_clip_val is not None:
+            # As in torch's clip_grad_norm_, which knows nothing of several meshes.
+            factor = (gradient_clip_val / (self._gradient_norm + 1e-6)).clamp(max=1.0)
+            scale_gradients(self.parameters(), factor)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Adds a batch to the validation loss."""

@@ -1,5 +1,7 @@
-"""How fast a run is, and where its time goes."""
+"""How fast a run is, where its time goes, and which rank keeps the others waiting."""
 
+import resource
+import sys
 import time
 from typing import Any
 
@@ -7,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.model.cost import cost
@@ -14,11 +17,16 @@ from fuyu_e2e.training.module import FuyuModule, steps_between_logs
 
 
 class Throughput(Callback):
-    """Logs tokens/s, images/s, packing efficiency, the share of time spent waiting for data, and MFU.
+    """Logs tokens/s, images/s, packing efficiency, the share of time spent waiting for data, MFU, and ranks.
 
     Each figure is over the batches since the one logged before, validation and checkpoints left out. Rates are of all
     processes, taken to be as fast as this one. MFU is training operations, counted by `fuyu_e2e.model.cost`, over
     what the device could do at its peak; it is logged where Lightning knows that peak.
+
+    Of each rank, under `ranks/`: seconds a step, seconds of those before its backward passes, of those seconds spent
+    waiting for data, and the most memory it has held so far, in GiB, the device's where that is a GPU. Ranks wait for
+    each other in the backward pass, which makes their steps equally long: the slowest is the one that takes longest
+    to get there. On a GPU that is the time to hand out the work, so a slow GPU shows less than slow data.
 
     Attributes:
         tokens: Tokens of documents this process has trained on since training began.
@@ -46,6 +54,10 @@ class Throughput(Callback):
         self._started_at = time.perf_counter()
         self._window.waited += self._started_at - self._last_end
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Counts what this rank did by itself."""
+        self._window.alone += time.perf_counter() - self._last_end
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
     ) -> None:
@@ -68,6 +80,8 @@ class Throughput(Callback):
         self.tokens += row.tokens
         self.seconds += now - self._last_end
         self._last_end = now
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            window.steps += 1
         if trainer.fit_loop.epoch_loop._should_accumulate() or trainer.global_step % steps_between_logs(trainer):
             return
         self._log(trainer, pl_module)
@@ -79,14 +93,37 @@ class Throughput(Callback):
         pl_module.log("throughput/images_per_second", processes * window.images / window.seconds)
         pl_module.log("throughput/packing_efficiency", window.tokens / window.budget)
         pl_module.log("throughput/data_wait_share", window.waited / window.seconds)
+        self._log_ranks(pl_module)
         dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
         if peak := get_available_flops(pl_module.device, dtype):
             pl_module.log("throughput/mfu", window.flops / window.seconds / peak)
+
+    def _log_ranks(self, pl_module: FuyuModule) -> None:
+        window = self._window
+        seconds = (window.seconds, window.alone, window.waited)
+        own = [*(part / window.steps for part in seconds), _peak_memory(pl_module.device)]
+        gathered = pl_module.all_gather(torch.tensor(own, device=pl_module.device))
+        assert isinstance(gathered, Tensor)
+        by_figure = gathered.view(-1, len(own)).T.tolist()
+        names = ("step_seconds", "seconds_before_backward", "data_wait_seconds", "memory_gib")
+        for name, values in zip(names, by_figure, strict=True):
+            for rank, value in enumerate(values):
+                pl_module.log(f"ranks/{name}/{rank}", value)
+        alone = by_figure[1]
+        pl_module.log("ranks/slowest", float(alone.index(max(alone))))
+
+
+def _peak_memory(device: torch.device) -> float:
+    """The most memory held so far, in GiB: allocated on a CUDA device, else resident of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class _Window:
     """Sums over the batches since the last log."""
 
     def __init__(self) -> None:
-        self.tokens = self.budget = self.images = self.flops = 0
-        self.seconds = self.waited = 0.0
+        self.tokens = self.budget = self.images = self.flops = self.steps = 0
+        self.seconds = self.alone = self.waited = 0.0

@@ -101,6 +101,26 @@ def test_loss_is_the_cross_entropy_of_the_logits_however_many_chunks(
         torch.testing.assert_close(gradient, expected_gradient, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [7, 10_000])
+def test_z_loss_is_the_squared_logarithm_of_the_softmaxs_normaliser(
+    decoder: Decoder,
+    builder: SequenceBuilder,
+    random_document: RandomDocument,
+    monkeypatch: pytest.MonkeyPatch,
+    chunk: int,
+) -> None:
+    batch = pack_row([builder.build(random_document(seed)) for seed in range(20)], 4096)
+    expected = decoder(batch)[batch.target_positions].double().exp().sum(dim=-1).log().square().sum().float()
+    (expected_gradient,) = torch.autograd.grad(expected, decoder.embed_tokens.weight)
+    monkeypatch.setattr("fuyu_e2e.model.decoder.LOSS_CHUNK", chunk)
+    loss, z_loss = decoder.loss_and_z(batch, with_z=True)
+    torch.testing.assert_close(z_loss, expected)
+    torch.testing.assert_close(loss, decoder.loss(batch))
+    (gradient,) = torch.autograd.grad(z_loss, decoder.embed_tokens.weight)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-3, rtol=1e-3)
+    assert decoder.loss_and_z(batch, with_z=False)[1] == 0
+
+
 def test_loss_has_no_more_than_a_chunk_of_logits_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fuyu_e2e.model.decoder.LOSS_CHUNK", 64)
     config = FuyuConfig(

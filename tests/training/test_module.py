@@ -190,6 +190,32 @@ def test_routing_anneals_explores_and_counts_over_micro_batches(
     assert all(100 < count <= 256 for count in counted)
 
 
+def test_z_loss_holds_the_normaliser_and_is_not_in_the_loss_that_is_shown(
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path
+) -> None:
+    """The first loss is the same with it; after some steps the softmax's normaliser is nearer to 1 than without."""
+    shown: dict[float, list[float]] = {0.0: [], 0.1: []}
+    log_z: dict[float, float] = {}
+    for weight, losses in shown.items():
+
+        class Watch(Callback):
+            def on_train_batch_end(
+                self, trainer: pl.Trainer, learner: Any, outputs: Any, batch: Any, batch_idx: int
+            ) -> None:
+                losses.append(float(trainer.callback_metrics["train/loss"]))  # noqa: B023
+                with torch.no_grad():
+                    _, squares = learner.decoder.loss_and_z(batch, with_z=True)
+                log_z[weight] = float(squares / batch.targets.numel())  # noqa: B023
+
+        learner = module(config, optimizer=OptimizerConfig(lr=1e-2), z_loss=weight)
+        trainer(tmp_path, max_steps=30, callbacks=[Watch()]).fit(learner, question_data())
+    assert shown[0.0][0] == shown[0.1][0]
+    assert shown[0.1][-1] < shown[0.1][0]
+    assert log_z[0.1] < 0.5 * log_z[0.0]
+    with pytest.raises(UserError, match=r"model\.z_loss is -1"):
+        FuyuModule(config, z_loss=-1.0)
+
+
 def test_a_named_size_can_be_routed_and_routing_is_set_once() -> None:
     assert FuyuModule("1m", routing=RoutingConfig(share=0.5)).config.routed == (2,)
     routed = FuyuModule("1m", routing=RoutingConfig(share=0.5)).config

@@ -1,0 +1,213 @@
+"""Runs a small training several times on two processes that hear signals, meet NaN or hang.
+
+    python guarded_runs.py FOLDER '[{"name": "whole"}, {"name": "stopped", "signal": "SIGTERM", "ranks": [1]}, …]'
+
+The processes are forked, with torchrun's variables around them. FOLDER/results.json says of each run the exit codes
+and the seconds from its signal to the last exit, FOLDER/NAME/RANK.log what a rank printed, FOLDER/NAME/RANK.json what
+it saw.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from resumed_runs import CONFIG, ROWS_PER_STEP, STEPS, digest, prepare
+
+from fuyu_e2e.datamodule import FuyuDataModule
+from fuyu_e2e.training.bad_steps import BadSteps
+from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
+from fuyu_e2e.training.checkpoints import Checkpoints
+from fuyu_e2e.training.data_report import DataReport
+from fuyu_e2e.training.last_checkpoint import LastCheckpoint
+from fuyu_e2e.training.module import FuyuModule
+from fuyu_e2e.training.optimizers import OptimizerConfig
+from fuyu_e2e.training.signals import StopSignals
+from fuyu_e2e.training.watchdog import Watchdog
+
+RANKS = 2
+ROW_SECONDS = 0.03
+"""What a row takes at least, so that signals come in at many places of a step."""
+
+
+def tensors(trainer: pl.Trainer, module: Any) -> str:
+    """A digest of all that a step changes."""
+    parts = [*module.decoder.state_dict().values()]
+    for state in trainer.optimizers[0].state.values():
+        parts += [value for _, value in sorted(state.items())]
+    return hashlib.sha256(b"".join(part.detach().numpy().tobytes() for part in parts)).hexdigest()
+
+
+def mark(path: Path, number: int) -> None:
+    """Writes a number that is there as a whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(str(number))
+    part.rename(path)
+
+
+class Plant(Callback):
+    """Plants what a run is to survive, and writes down what a rank saw."""
+
+    def __init__(self, folder: Path, wanted: dict[str, Any]) -> None:
+        self.folder, self.wanted = folder, wanted
+        self.rows: list[str] = []
+        self.losses: list[float] = []
+        self.after_step: list[str] = []
+        self.validated = 0
+
+    def here(self, trainer: pl.Trainer) -> bool:
+        """Whether something is planted on this rank in this step."""
+        return trainer.global_rank in self.wanted.get("ranks", []) and trainer.global_step in self.wanted["steps"]
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self.after_step.append(tensors(trainer, module))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
+        time.sleep(ROW_SECONDS)
+        mark(self.folder / f"{trainer.global_rank}.row", index)
+        if "hang" in self.wanted and self.here(trainer):
+            time.sleep(600)
+
+    def on_after_backward(self, trainer: pl.Trainer, module: Any) -> None:
+        last = not trainer.fit_loop.epoch_loop._should_accumulate()
+        if last and self.wanted.get("nan") == "gradient" and self.here(trainer):
+            module.decoder.lm_head.weight.grad[3, 3] = float("nan")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        self.rows.append(digest(batch))
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+            self.after_step.append(tensors(trainer, module))
+            self.write(trainer)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.validated += 1
+        mark(self.folder / f"{trainer.global_rank}.validating", self.validated)
+        time.sleep(0.3)
+
+    def write(self, trainer: pl.Trainer) -> None:
+        seen = {"rows": self.rows, "losses": self.losses, "after_step": self.after_step}
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(seen))
+
+
+class Learner(FuyuModule):
+    """Gives a loss that is no number where it is told."""
+
+    wanted: dict[str, Any]
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        planted = (
+            self.wanted.get("nan") == "loss"
+            and batch_idx % self.trainer.accumulate_grad_batches == 1
+            and self.trainer.global_rank in self.wanted["ranks"]
+            and self.trainer.global_step in self.wanted["steps"]
+        )
+        return loss * float("nan") if planted else loss
+
+
+def train(folder: Path, wanted: dict[str, Any], rank: int, port: int) -> None:
+    """One rank of one run."""
+    own = folder / wanted["name"]
+    log = os.open(own / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.setpgrp()
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(RANKS),
+        "LOCAL_WORLD_SIZE": str(RANKS),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": wanted["name"],
+    }
+    torch.manual_seed(3)
+    data = FuyuDataModule(
+        f"{folder}/tokenizer.model",
+        4,
+        workers=wanted.get("workers", 0),
+        cache_dir=f"{folder}/cache",
+        budget=96,
+        lanes=12,
+        shuffle=16,
+        train=f"{folder}/*.tar",
+        val=f"{folder}/*.tar" if wanted.get("validate") else None,
+    )
+    report = DataReport()
+    plant = Plant(own, {"steps": [], **wanted})
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=RANKS,
+        strategy="ddp",
+        max_steps=STEPS,
+        accumulate_grad_batches=ROWS_PER_STEP // RANKS,
+        val_check_interval=wanted.get("validate"),
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        plugins=[BackgroundCheckpointIO()],
+        callbacks=[
+            BadSteps(in_a_row=3),
+            Watchdog(wanted.get("limit")),
+            report,
+            plant,
+            LastCheckpoint(),
+            StopSignals(),
+            Checkpoints(own, every_n_train_steps=wanted.get("save_every", 1000), filename="{step}", save_last="link"),
+        ],
+    )
+    module = Learner(CONFIG, optimizer=OptimizerConfig(name="muon"))
+    module.wanted = plant.wanted
+    resume = wanted.get("resume")
+    trainer.fit(module, data, ckpt_path=folder / resume / "last.ckpt" if resume else None)
+
+
+def launch(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """One run: starts its ranks, signals some of them, waits for all."""
+    (folder / wanted["name"]).mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=train, args=(folder, wanted, rank, port)) for rank in range(RANKS)]
+    for rank in ranks:
+        rank.start()
+    if "signal" in wanted:
+        number = signal.Signals[wanted["signal"]]
+        marks = [folder / wanted["name"] / f"{rank}.{wanted.get('when', 'row')}" for rank in range(RANKS)]
+        while not all(path.is_file() and int(path.read_text()) >= wanted.get("row", 0) for path in marks):
+            time.sleep(0.005)
+        for rank in wanted["ranks"]:
+            pid = ranks[rank].pid
+            assert pid is not None
+            (os.killpg if wanted.get("group") else os.kill)(pid, number)
+    began = time.perf_counter()
+    deadline = began + 60
+    for rank in ranks:
+        rank.join(max(0.0, deadline - time.perf_counter()))
+        if rank.is_alive():
+            rank.kill()
+            rank.join()
+    return {"codes": [rank.exitcode for rank in ranks], "seconds": time.perf_counter() - began}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    prepare(folder)
+    results = {wanted["name"]: launch(folder, wanted) for wanted in json.loads(sys.argv[2])}
+    (folder / "results.json").write_text(json.dumps(results))

@@ -1,0 +1,209 @@
+"""A step that is no number, or out of line, changes nothing on any rank, is reported by its samples, and ends no run.
+
+Unless it is one of many.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
+from fuyu_e2e.datamodule import FuyuDataModule
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.training.bad_steps import BadSteps, TooManyBadStepsError
+from fuyu_e2e.training.module import FuyuModule
+from fuyu_e2e.training.optimizers import OptimizerConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+class Plant(Callback):
+    """Spoils the gradient of chosen steps, and keeps the rows of each and all that it left behind."""
+
+    def __init__(self, *steps: int, value: float = math.nan) -> None:
+        self.steps, self.value = steps, value
+        self.left: list[dict[str, torch.Tensor]] = []
+        self.keys: list[tuple[str, ...]] = []
+        self.lr: list[float] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
+        self.keys.append(batch.keys)
+
+    def on_after_backward(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.global_step in self.steps:
+            module.decoder.patch_projection.bias.grad[0] = self.value
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            self.left.append({name: value.clone() for name, value in everything(trainer, module).items()})
+            self.lr.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def everything(trainer: pl.Trainer, module: FuyuModule) -> dict[str, torch.Tensor]:
+    """Weights, thresholds and histograms, and what the optimizer keeps."""
+    states = trainer.optimizers[0].state.values()
+    kept = {f"{n}.{name}": value for n, state in enumerate(states) for name, value in state.items()}
+    return module.decoder.state_dict() | kept
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.fixture
+def fit(config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path) -> Callable[..., pl.Trainer]:
+    """Trains a routed model for six steps of two rows."""
+
+    def fit(plant: Plant, guard: BadSteps, **settings: Any) -> pl.Trainer:
+        torch.manual_seed(3)
+        module = FuyuModule(config, optimizer=OptimizerConfig(name="muon"), routing=RoutingConfig(share=0.5))
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_steps=6,
+            accumulate_grad_batches=2,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            log_every_n_steps=1,
+            callbacks=[guard, plant],
+            **{"logger": False, "gradient_clip_val": 1.0} | settings,
+        )
+        trainer.fit(module, question_data())
+        return trainer
+
+    return fit
+
+
+def test_a_skipped_step_changes_nothing_but_is_a_step(
+    fit: Callable[..., pl.Trainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights, thresholds, optimizer state and counters are those of the step before; rates and data go on."""
+    plant, guard = Plant(0, 3), BadSteps()
+    with caplog.at_level("INFO"):
+        trainer = fit(plant, guard, logger=TensorBoardLogger(tmp_path, name="", version=""))
+    assert guard.skipped == 2
+    assert trainer.global_step == 6
+    changed = [not same(*pair) for pair in zip(plant.left[:-1], plant.left[1:], strict=True)]
+    assert changed == [True, True, False, True, True]
+    assert all(torch.isfinite(value).all() for value in plant.left[-1].values() if value.is_floating_point())
+    assert len(set(plant.lr)) == 6
+    assert "Step 4 is skipped: its gradient norm is nan." in caplog.text
+    assert "Step 4 is skipped: its gradient norm is nan. Samples: " + ", ".join([*plant.keys[6], *plant.keys[7]]) in (
+        caplog.text
+    )
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.value for event in events.Scalars("bad_steps/skipped")] == [1, 1, 1, 2, 2, 2]
+    told = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("bad_steps/samples/text_summary")]
+    assert all(key in told[1] for key in plant.keys[6])
+
+
+def test_a_step_without_a_gradient_before_it_leaves_no_optimizer_state(fit: Callable[..., pl.Trainer]) -> None:
+    plant = Plant(0)
+    fit(plant, BadSteps())
+    assert not [name for name in plant.left[0] if name.endswith((".step", ".momentum", ".exp_avg"))]
+    [counter, *_] = [value for name, value in plant.left[-1].items() if name.endswith(".step")]
+    assert counter == 5
+
+
+def test_too_many_in_a_row_end_the_run_with_a_sentence(fit: Callable[..., pl.Trainer]) -> None:
+    plant, guard = Plant(1, 3, 4), BadSteps(in_a_row=2)
+    with pytest.raises(TooManyBadStepsError, match=r"2 steps in a row were skipped, .* weights are those of step 3,"):
+        fit(plant, guard)
+    assert guard.skipped == 3
+    assert same(plant.left[2], plant.left[-1])
+
+
+def test_what_is_far_out_of_line_is_skipped_where_asked() -> None:
+    def judged(guard: BadSteps, loss: float = 2.0, norm: float = 1.0) -> bool:
+        return guard.is_bad(loss, norm)
+
+    guard, lenient = BadSteps(deviations=6.0), BadSteps()
+    steps = [(2.0 + 0.1 * math.sin(step), 1.0 + 0.2 * math.cos(3 * step)) for step in range(100)]
+    assert not any(judged(guard, *step) or judged(lenient, *step) for step in [(9.0, 9.0), *steps * 8])
+    # Their deviations are 0.071 and 0.141; the first step, which no one would call bad, is forgotten by now.
+    assert judged(guard, loss=3.5)
+    assert judged(guard, norm=4.0)
+    assert not judged(guard, loss=2.3, norm=1.5)
+    assert not judged(guard, loss=-9.0, norm=0.0), "below is never bad"
+    assert not judged(lenient, loss=1e9)
+    assert all(judged(each, loss=loss) for each in (guard, lenient) for loss in (math.nan, math.inf))
+    early = BadSteps(deviations=6.0)
+    assert not any(judged(early, loss=loss) for loss in (2.0, 2.0, 50.0)), "too early to tell"
+
+
+def test_a_resumed_guard_goes_on_where_it_was() -> None:
+    guard, resumed = BadSteps(deviations=6.0), BadSteps(deviations=6.0)
+    for step in range(150):
+        guard.is_bad(2 + math.sin(step), 1.0)
+    resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert resumed.state_dict() == guard.state_dict()
+    assert resumed.is_bad(30.0, 1.0)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("in_a_row", 0), ("deviations", 0.0)])
+def test_bad_settings(setting: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"bad_steps\.{setting} is {value}"):
+        BadSteps(**{setting: value})
+
+
+@pytest.fixture(scope="module")
+def runs(guarded_runs: Callable[..., tuple[Path, dict[str, Any]]]) -> tuple[Path, dict[str, Any]]:
+    """Runs on two processes in which one of them meets NaN."""
+    return guarded_runs(
+        {"name": "loss", "nan": "loss", "ranks": [1], "steps": [2]},
+        {"name": "gradient", "nan": "gradient", "ranks": [0], "steps": [2, 5]},
+        {"name": "for-ever", "nan": "loss", "ranks": [1], "steps": [*range(4, 99)], "save_every": 2},
+    )
+
+
+def seen(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads((folder / name / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize(("name", "steps"), [("loss", [2]), ("gradient", [2, 5])])
+def test_nan_on_one_rank_is_skipped_on_all_and_the_run_goes_on(
+    runs: tuple[Path, dict[str, Any]], name: str, steps: list[int]
+) -> None:
+    folder, results = runs
+    log = (folder / name / "0.log").read_text()
+    assert results[name]["codes"] == [0, 0], log
+    ranks = seen(folder, name)
+    assert ranks[0]["after_step"] == ranks[1]["after_step"]
+    after = ranks[0]["after_step"]
+    assert len(after) == 9
+    assert [step for step in range(8) if after[step] == after[step + 1]] == steps
+    assert all(f"Step {step + 1} is skipped" in log for step in steps)
+
+
+def test_the_samples_of_the_rows_that_are_no_number_are_named(runs: tuple[Path, dict[str, Any]]) -> None:
+    """The log of rank 0 names what rank 1 had in the second of its three rows, and nothing of the other five."""
+    folder, _ = runs
+    [named] = [line for line in (folder / "loss" / "0.log").read_text().splitlines() if "Samples: " in line]
+    every = [line for line in (folder / "gradient" / "0.log").read_text().splitlines() if "Step 3 is skipped" in line]
+    few, all_of_step = (line.split("Samples: ")[1].split(", ") for line in (named, every[0]))
+    assert 0 < len(few) < len(all_of_step) / 3
+    assert set(few) < {key.rstrip(".") for key in all_of_step} | {few[-1]}
+
+
+def test_nan_for_ever_ends_the_run_with_a_sentence_and_good_checkpoints(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = runs
+    logs = [(folder / "for-ever" / f"{rank}.log").read_text() for rank in range(2)]
+    assert all("TooManyBadStepsError: 3 steps in a row were skipped" in log for log in logs)
+    assert results["for-ever"]["codes"] == [1, 1], "what an exception gives; the command line gives its exit code"
+    newest = max((folder / "for-ever").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    state = read_checkpoint(newest)["state_dict"]
+    assert all(weight.isfinite().all() for weight in state.values())
+    ranks = seen(folder, "for-ever")
+    last_good = ranks[1]["after_step"][4]
+    assert ranks[0]["after_step"][4:] == [last_good] * 3 != ranks[0]["after_step"][3:6]
