@@ -144,7 +144,8 @@ class FuyuCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, and reads the checkpoint that was named before Lightning does, whose errors are tracebacks.
 
-        `last` becomes the folder of the run's checkpoints, of which the newest that is right is read.
+        `last` becomes the folder of the run's checkpoints, of which the newest that is right is read; a run that has
+        none yet begins.
 
         Raises:
             UserError: The recipe names a class that is not allowed, or asks for what only a command line may; or the
@@ -169,9 +170,7 @@ class FuyuCLI(LightningCLI):
         named = settings.get("ckpt_path")
         if named == "last":
             folder = Path(settings["trainer"]["default_root_dir"]) / "checkpoints"
-            if not whole_checkpoints(folder):
-                raise UserError(f"{folder} holds no checkpoint to go on from: leave --ckpt_path out to begin the run.")
-            settings["ckpt_path"] = str(folder)
+            settings["ckpt_path"] = str(folder) if whole_checkpoints(folder) else None
         elif named:
             if not Path(named).is_file() and not is_whole(Path(named)):
                 raise UserError(

@@ -309,7 +309,7 @@ def test_a_signal_has_an_exit_code_of_its_own(
     for number, handler in zip((signal.SIGTERM, signal.SIGUSR1), before, strict=True):
         signal.signal(number, handler)
     assert code == 138, printed
-    assert f"SIGUSR1 at step 1; saved {out / 'checkpoints' / 'last.ckpt'}" in printed
+    assert f"SIGUSR1 at step 1; saved {find_checkpoint(out)}" in printed
     monkeypatch.setattr(FuyuModule, "training_step", step)
     code, printed = run("fit", "--config", str(out / "config.yaml"), "--ckpt_path", "last")
     assert code == 0, printed
@@ -534,6 +534,5 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_right(
     assert f"Passed over the checkpoint runs/damaged/checkpoints/{newest.name}, which is damaged" in printed
     assert "step=2.ckpt" in printed
     assert read_checkpoint(find_checkpoint(folder / "runs" / "damaged"))["global_step"] == 4
-    refused(
-        run(*fit, "--ckpt_path", "last", "--trainer.default_root_dir", "runs/none"), "holds no checkpoint to go on"
-    )
+    code, printed = run(*fit, *SHORT, "--ckpt_path", "last", "--trainer.default_root_dir", "runs/none")
+    assert code == 0, f"a run that has no checkpoint yet begins: {printed}"

@@ -17,6 +17,6 @@ class LastCheckpoint(Callback):
 
 
 def save_last(trainer: pl.Trainer) -> Path | None:
-    """Saves what was trained so far, on all ranks at once, and gives where; None where the run keeps no checkpoints."""
+    """Saves what was trained so far, on all ranks at once; gives where, None where the run keeps no checkpoints."""
     checkpoints = trainer.checkpoint_callback
     return checkpoints.save_now(trainer) if isinstance(checkpoints, Checkpoints) else None
