@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -253,15 +254,21 @@ def settled_rows(trainer: pl.Trainer) -> int:
 def leave_signals_to_the_trainer(worker: int) -> None:
     """Keeps a loader's worker at work when a signal goes to all processes of a run, as Ctrl-C and SLURM's do.
 
-    The trainer still needs its rows to finish the step. A second SIGTERM ends the worker: torch and Python send theirs
-    to a worker that doesn't leave by itself.
+    The trainer still needs its rows to finish the step. Only its parent's SIGTERM ends a worker, at once, as torch has
+    it: that is how a loader gets rid of one. Where the sender can't be told (macOS), every SIGTERM ends it.
     """
-
-    def on_sigterm(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-
     for number in STOP_SIGNALS:
-        signal.signal(number, on_sigterm if number == signal.SIGTERM else signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_leave_for, args=(os.getppid(),), daemon=True).start()
+
+
+def _leave_for(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class RowDataset(IterableDataset):

@@ -151,8 +151,9 @@ def runs(guarded_runs: Callable[..., tuple[Path, dict[str, Any]]]) -> tuple[Path
     ]
     stops.append({"name": "validating", **VALIDATING})
     resumed = [{"name": f"{stop['name']}-resumed", "resume": stop["name"]} for stop in stops]
-    job = {"name": "job", "signal": "SIGINT", "ranks": [0, 1], "row": 4, "group": True, "workers": 2}
-    return guarded_runs({"name": "whole"}, *stops, *resumed, job)
+    job = {"ranks": [0, 1], "row": 4, "group": True, "workers": 2}
+    jobs = [{"name": number, "signal": number, **job} for number in ("SIGINT", "SIGTERM")]
+    return guarded_runs({"name": "whole"}, *stops, *resumed, *jobs)
 
 
 @pytest.mark.parametrize("name", [*RANKS, "validating"])
@@ -183,9 +184,12 @@ def test_a_rank_that_validates_hears_of_another_ones_signal(runs: tuple[Path, di
     assert int((runs[0] / "validating" / "0.validating").read_text()) < 5
 
 
-def test_a_signal_to_every_process_of_a_job_spares_the_loaders_workers(runs: tuple[Path, dict[str, Any]]) -> None:
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_to_every_process_of_a_job_spares_the_loaders_workers(
+    runs: tuple[Path, dict[str, Any]], name: str, code: int
+) -> None:
     """As Ctrl-C in a terminal and SLURM send it."""
     folder, results = runs
-    assert results["job"]["codes"] == [130, 130], (folder / "job" / "0.log").read_text()
-    assert results["job"]["seconds"] < 30
-    assert 0 < step(folder / "job") < 8
+    assert results[name]["codes"] == [code, code], (folder / name / "0.log").read_text()
+    assert results[name]["seconds"] < 5, "a worker that doesn't leave is waited for that long"
+    assert 0 < step(folder / name) < 8
