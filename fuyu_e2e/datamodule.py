@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.document import Document
@@ -322,11 +323,16 @@ class RowLoader(DataLoader):
         return self._batches(super().__iter__())
 
     def _batches(self, rows: Iterator[StreamRow]) -> Iterator[PackedBatch]:
-        for row in rows:
-            if self.settled:
-                self._settle()
-                self._given.append(row)
-            yield row.batch
+        try:
+            for row in rows:
+                if self.settled:
+                    self._settle()
+                    self._given.append(row)
+                yield row.batch
+        finally:
+            # Left to the garbage collector behind an error, workers are waited for 5 seconds each.
+            if isinstance(rows, _MultiProcessingDataLoaderIter):
+                rows._shutdown_workers()
 
     def _settle(self) -> None:
         assert self.settled
