@@ -75,7 +75,6 @@ def run(write: Callable[[Path, int], None], folder: Path, first: int) -> int:
     """Starts a process that writes without end, from step `first` on; gives its number."""
     if child := os.fork():
         return child
-    torch.set_num_threads(1)
     step = first
     while True:
         write(folder, step)
@@ -139,6 +138,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # a forked process would wait for its parent's threads for ever
     if Path("/dev/shm").is_dir():
         tempfile.tempdir = os.environ["TMPDIR"] = "/dev/shm"
     rng = random.Random(0)
