@@ -128,7 +128,7 @@ def test_so_does_the_oldest_version_that_is_supported(
     tokenizer: Tokenizer,
     fitted_images: ImagePolicy,
 ) -> None:
-    names = [name_of(shape, tied, 0) for shape in SHAPES for tied in (False, True)]
+    names = [name_of(shape, number % 2 == 0, 0) for number, shape in enumerate(SHAPES)]
     run_stock([exported[name] for name in names], OLDEST)
     for name in names:
         stock = load_file(exported[name] / "answered.safetensors")

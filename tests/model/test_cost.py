@@ -52,7 +52,7 @@ def test_training_flops_agree_with_torchs_counter(
     def loss() -> torch.Tensor:
         x = decoder.embed(batch.tokens, batch.patches, batch.patch_positions)
         hidden = decoder.hidden(x, batch.positions, attend)[batch.target_positions]
-        return decoder._chunk_loss(hidden, batch.targets)
+        return decoder._chunk_losses(hidden, batch.targets, with_z=False)[0]
 
     with FlopCounterMode(display=False) as forward:
         result = loss()
@@ -115,7 +115,7 @@ def test_routed_flops_agree_with_torchs_counter(rule: str, skipped: str) -> None
         trace.blocks.clear()
         x = decoder.embed(batch.tokens, batch.patches, batch.patch_positions)
         hidden = decoder.hidden(x, batch.positions, Definition(), trace)[batch.target_positions]
-        return decoder._chunk_loss(hidden, batch.targets)
+        return decoder._chunk_losses(hidden, batch.targets, with_z=False)[0]
 
     with FlopCounterMode(display=False) as forward:
         result = loss()
