@@ -27,7 +27,7 @@ from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.tokenizer import Tokenizer, train_tokenizer
 
 settings.register_profile(
-    "suite", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "suite", deadline=None, max_examples=35, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("suite")
 
