@@ -329,10 +329,11 @@ class RowLoader(DataLoader):
                     self._settle()
                     self._given.append(row)
                 yield row.batch
-        finally:
+        except Exception:
             # Left to the garbage collector behind an error, workers are waited for 5 seconds each.
             if isinstance(rows, _MultiProcessingDataLoaderIter):
                 rows._shutdown_workers()
+            raise
 
     def _settle(self) -> None:
         assert self.settled
