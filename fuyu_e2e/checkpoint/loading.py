@@ -68,7 +68,7 @@ def read_model(path: str | Path, averaged: bool = False) -> StoredModel:
             raise UserError(f"{path} holds no averaged weights: leave that option out.")
         return StoredModel(path, description, fitting(weights, description.config, path), provenance)
     file = find_checkpoint(path)
-    checkpoint = read_checkpoint(file)
+    checkpoint = read_checkpoint(file, checked=file != path)  # one that was searched for was compared on the way
     description = Description.of(checkpoint, str(file))
     # Lightning's WeightAveraging puts averaged weights in the place of the others.
     holds_average = "current_model_state" in checkpoint

@@ -64,9 +64,9 @@ class Manifest:
         if not sealed:
             raise UserError(f"{path} has another checksum than when it was written")
         try:
-            return cls(**read_json(checkpoint / MANIFEST))
+            return cls(**read_json(path))
         except TypeError as error:
-            raise UserError(f"{checkpoint / MANIFEST} is no manifest of a checkpoint ({error}).") from error
+            raise UserError(f"{path} is no manifest of a checkpoint ({error}).") from error
 
 
 def is_whole(path: Path) -> bool:
