@@ -22,7 +22,8 @@ from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.exit_codes import STOP_SIGNALS
 from fuyu_e2e.image import ImagePolicy
-from fuyu_e2e.packing import LongDocuments
+from fuyu_e2e.packing import LongDocuments, empty_row
+from fuyu_e2e.ranks import DataRank, anywhere, in_step
 from fuyu_e2e.sequence import Prompt, SequenceBuilder
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.shards.manifest import check_complete, facts_of
@@ -194,11 +195,11 @@ class FuyuDataModule(pl.LightningDataModule):
             builder=self.builder,
             budget=self.budget,
             long_documents=self.long_documents,
-            lanes=self.lanes if training else self._world_size * max(1, self.workers),
+            lanes=self.lanes if training else self._place.size * max(1, self.workers),
             shuffle=self.shuffle if training else 0,
             seed=self.seed,
             mix_by=self.mix_by,
-            rows_per_step=self._world_size * (self.trainer.accumulate_grad_batches if self.trainer else 1),
+            rows_per_step=self._place.size * (self.trainer.accumulate_grad_batches if self.trainer else 1),
         )
 
     def validation_prompts(self, count: int) -> list[Prompt]:
@@ -206,14 +207,15 @@ class FuyuDataModule(pl.LightningDataModule):
         return list(islice(self.builder.prompts(self.documents("val", Tally()), Tally()), count))
 
     @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
+    def _place(self) -> DataRank:
+        return DataRank.of(self.trainer)
 
     def _loader(self, split: str, settled: Callable[[], int] | None = None) -> "RowLoader":
-        rank = self.trainer.global_rank if self.trainer else 0
-        rows = RowDataset(self.stream(split), rank, self._world_size)
+        rows = RowDataset(self.stream(split), self._place.rank, self._place.size)
         pin = torch.cuda.is_available()
-        return RowLoader(rows, settled, batch_size=None, num_workers=self.workers, pin_memory=pin)
+        # Training rows have no end. Of others, one process may have a row more than the next.
+        anyone = partial(anywhere, self.trainer) if self.trainer and not settled and in_step(self.trainer) else None
+        return RowLoader(rows, settled, anyone, batch_size=None, num_workers=self.workers, pin_memory=pin)
 
     def train_dataloader(self) -> "RowLoader":
         """Rows without end, continued where a resumed run stopped."""
@@ -307,13 +309,22 @@ class RowLoader(DataLoader):
     Args:
         dataset: The rows of this process.
         settled: How many of its rows are behind a step that is done; None for a loader that begins anew each time.
+        anyone: Whether any process has a row, given whether this one has, where they have to go through the same
+            number of rows: those that have no more give rows that hold nothing.
         options: As in torch's DataLoader.
     """
 
-    def __init__(self, dataset: RowDataset, settled: Callable[[], int] | None, **options: Any) -> None:
+    def __init__(
+        self,
+        dataset: RowDataset,
+        settled: Callable[[], int] | None,
+        anyone: Callable[[bool], bool] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(dataset, worker_init_fn=leave_signals_to_the_trainer, **options)
         self.rows = dataset
         self.settled = settled
+        self.anyone = anyone
         self._given: deque[StreamRow] = deque()
 
     def __iter__(self) -> Any:
@@ -328,7 +339,11 @@ class RowLoader(DataLoader):
                 if self.settled:
                     self._settle()
                     self._given.append(row)
+                if self.anyone:
+                    self.anyone(True)
                 yield row.batch
+            while self.anyone and self.anyone(False):
+                yield empty_row(self.rows.stream.builder.images.patch_size)
         except Exception:
             # Left to the garbage collector behind an error, workers are waited for 5 seconds each.
             if isinstance(rows, _MultiProcessingDataLoaderIter):
@@ -349,10 +364,10 @@ class RowLoader(DataLoader):
         self._settle()
         states = {lane: asdict(state) for lane, state in self.rows.states.items()}
         if self.rows.world_size > 1:
-            gathered: list[Any] = [None] * self.rows.world_size
-            dist.all_gather_object(gathered, states)
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, (self.rows.rank, states))
             # Each process knows the lanes that it reads; of the others it may know where they were when it began.
-            for rank, known in enumerate(gathered):
+            for rank, known in gathered:
                 states |= {lane: state for lane, state in known.items() if lane % self.rows.world_size == rank}
         return {
             "rows": self.rows.start * self.rows.world_size,

@@ -91,6 +91,20 @@ class Packer:
         return sequence
 
 
+def empty_row(patch_size: int) -> PackedBatch:
+    """A row that holds no document, only one token of padding."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    return PackedBatch(
+        tokens=torch.zeros(1, dtype=torch.int64),
+        positions=torch.zeros(1, dtype=torch.int64),
+        patches=torch.empty(0, patch_size * patch_size * 3, dtype=torch.uint8),
+        patch_positions=nothing,
+        target_positions=nothing,
+        targets=nothing,
+        document_lengths=(),
+    )
+
+
 def pack_row(sequences: list[TokenSequence], budget: int | None = None) -> PackedBatch:
     """Lays sequences end to end as one row, padded to `budget` tokens where one is given.
 

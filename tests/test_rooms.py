@@ -17,7 +17,7 @@ FLOORS = [
     {"packing", "model", "processor"},
     {"sequence"},
     {"tokenizer", "image"},
-    {"document", "batch", "shipped", "allowed_imports"},
+    {"document", "batch", "shipped", "allowed_imports", "ranks"},
     {"tally"},
     {"errors", "version"},
     {"exit_codes"},

@@ -13,6 +13,7 @@ from fuyu_e2e.checkpoint.training_files import WEIGHTS_PREFIX, find_checkpoint, 
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.sharding import copy_part
 from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.tokenizer import Tokenizer
 
@@ -116,9 +117,11 @@ def build_decoder(config: FuyuConfig, weights: Mapping[str, Tensor], device: tor
 
 
 def load_weights(decoder: Decoder, weights: Mapping[str, Tensor]) -> None:
-    """Gives a decoder weights that fit it."""
+    """Gives a decoder weights that fit it, each process its part where it is sharded."""
     tied = {OUTPUT: weights[EMBEDDING]} if decoder.config.tie_embeddings else {}
-    decoder.load_state_dict({**weights, **tied})
+    stored = {**weights, **tied}
+    for name, tensor in decoder.state_dict().items():
+        copy_part(stored[name], tensor)
 
 
 def fitting(weights: dict[str, Tensor], config: FuyuConfig, source: Path) -> dict[str, Tensor]:

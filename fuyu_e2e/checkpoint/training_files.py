@@ -1,27 +1,21 @@
-"""Checkpoints as Lightning leaves them: one file, or the directory of a sharded strategy. Nothing in them is ever run.
+"""Checkpoints as training leaves them: one file, or the shards of several processes. Nothing in them is ever run."""
 
-A file holds tensors and primitives, which torch reads without running anything. A sharded one is torch's distributed
-checkpoint, whose table of contents is a pickle: it is read with a list of the classes that may stand in it.
-"""
+from pathlib import Path
+from typing import Any
 
-import pickle
-from pathlib import Path, PurePath
-from typing import Any, ClassVar
-
-import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import filesystem, metadata
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-
+from fuyu_e2e.checkpoint.sharded_files import (
+    GROUPS,
+    OPTIMIZER,
+    WEIGHTS,
+    ShardedFiles,
+    is_sharded,
+    read_tensors_and_primitives,
+)
 from fuyu_e2e.checkpoint.whole import FILE, MANIFEST, check, is_whole, newest, whole_checkpoints
 from fuyu_e2e.errors import UserError
 
 WEIGHTS_PREFIX = "decoder."
 """What stands before the decoder's own names in the checkpoint's weights."""
-TABLE = ".metadata"
-"""The table of contents of a sharded checkpoint."""
-REST = "meta.pt"
-"""Where Lightning keeps all of a sharded checkpoint but weights and optimizer."""
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -31,7 +25,7 @@ def find_checkpoint(path: str | Path) -> Path:
         UserError: There is none.
     """
     path = Path(path)
-    if path.is_file() or (path / TABLE).is_file() or is_whole(path):
+    if path.is_file() or is_sharded(path) or is_whole(path):
         return path
     folders = {manifest.parent.parent for manifest in path.glob(f"**/*.ckpt/{MANIFEST}")}
     if folders:
@@ -42,102 +36,46 @@ def find_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
-def read_checkpoint(path: Path, checked: bool = False) -> dict[str, Any]:
-    """Lightning's checkpoint as a dictionary of tensors and primitives; of a sharded one without its optimizer.
+def read_checkpoint(path: Path, *, checked: bool = False, optimizer: bool = False) -> dict[str, Any]:
+    """Lightning's checkpoint as a dictionary of tensors and primitives, whole on any machine.
 
     Args:
         path: Of a checkpoint with a manifest, or as Lightning alone writes one.
         checked: Whether its files were compared with the manifest already.
+        optimizer: Whether the optimizer's state in shards is wanted too, in the place where one file has it anyway.
 
     Raises:
         UserError: It is not a checkpoint, is damaged, or holds code.
     """
     if not path.is_dir():
-        return _read_file(path)
+        return read_tensors_and_primitives(path)
     if is_whole(path) and not checked:
         check(path)
-    return _read_file(path / FILE) if (path / FILE).is_file() else _read_sharded(path)
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # noqa: TID251
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path} can't be read as a checkpoint ({str(error).splitlines()[0]}): it is damaged or something else. "
-            "Name another checkpoint."
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint.")
+    if (path / FILE).is_file():
+        return read_tensors_and_primitives(path / FILE)
+    shards = ShardedFiles(path)
+    checkpoint = shards.read_rest()
+    groups = checkpoint.pop(GROUPS, None)
+    checkpoint["state_dict"] = shards.read_whole(WEIGHTS)
+    if optimizer:
+        if groups is None:
+            raise UserError(
+                f"{path} has no optimizer's state that can be read without running what it holds: begin anew from its "
+                "weights with --model.weights."
+            )
+        checkpoint["optimizer_states"] = [_numbered(groups, shards.read_whole(OPTIMIZER))]
     return checkpoint
 
 
-class _TableReader(pickle.Unpickler):
-    """Reads a table of contents: the classes that torch writes there, and torch's own types, are all it makes."""
-
-    CLASSES: ClassVar[dict[tuple[str, str], Any]] = {
-        **{(metadata.__name__, name): getattr(metadata, name) for name in metadata.__all__},
-        (metadata.__name__, "_MEM_FORMAT_ENCODING"): metadata._MEM_FORMAT_ENCODING,
-        (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
-        ("torch", "Size"): torch.Size,
-        # Where it was saved, which nothing reads: a path that can't be opened will do.
-        **{
-            (f"pathlib{part}", f"{system}Path"): PurePath
-            for part in ("", "._local")
-            for system in ("Posix", "Windows")
-        },
-        ("torch.serialization", "_get_layout"): {str(torch.strided): torch.strided}.__getitem__,
+def _numbered(groups: list[dict[str, Any]], tensors: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state as torch's optimizers take it: by the numbers of weights, in the order of the groups."""
+    state: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        weight, _, entry = name.rpartition(".")
+        state.setdefault(weight, {})[entry] = tensor
+    names = [name for group in groups for name in group["params"]]
+    numbers = {name: number for number, name in enumerate(names)}
+    return {
+        "state": {numbers[name]: kept for name, kept in state.items()},
+        "param_groups": [group | {"params": [numbers[name] for name in group["params"]]} for group in groups],
     }
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The class, or a refusal."""
-        if module == "torch" and isinstance(kind := getattr(torch, name, None), torch.dtype):
-            return kind
-        if (module, name) not in self.CLASSES:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self.CLASSES[module, name]
-
-
-class _ShardReader(dcp.FileSystemReader):
-    """torch's reader, but for the table of contents, which it would unpickle whatever stands in it."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The table of contents."""
-        path = Path(self.path) / TABLE
-        with path.open("rb") as file:
-            table = _TableReader(file).load()
-        if not isinstance(table, Metadata) or not isinstance(table.storage_data, dict):
-            raise pickle.UnpicklingError("it is no table of contents")
-        for entry in table.storage_data.values():
-            if Path(entry.relative_path).name != entry.relative_path:
-                raise pickle.UnpicklingError(f"it names a file outside: {entry.relative_path!r}")
-        return table
-
-
-def _read_sharded(path: Path) -> dict[str, Any]:
-    if not (path / TABLE).is_file() or not (path / REST).is_file():
-        missing = TABLE if not (path / TABLE).is_file() else REST
-        raise UserError(f"{path} is no whole sharded checkpoint: {missing} is missing. Name another checkpoint.")
-    try:
-        reader = _ShardReader(path)
-        section = "state_dict."
-        weights = {
-            name.removeprefix(section): torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in reader.read_metadata().state_dict_metadata.items()
-            if name.startswith(section) and isinstance(entry, TensorStorageMetadata)
-        }
-        dcp.load({"state_dict": weights}, storage_reader=reader, no_dist=True)
-    except (
-        dcp.CheckpointException,
-        pickle.UnpicklingError,
-        RuntimeError,
-        LookupError,
-        EOFError,
-        OSError,
-        ValueError,
-    ) as error:
-        raise UserError(
-            f"{path} can't be read as a sharded checkpoint ({str(error).splitlines()[0]}): it is damaged or something "
-            "else. Name another checkpoint."
-        ) from error
-    return _read_file(path / REST) | {"state_dict": weights}

@@ -128,10 +128,15 @@ def newest(folder: Path) -> tuple[Path, dict[Path, str]]:
     raise UserError(f"{folder} holds no checkpoint to go on from{said}.")
 
 
+def unfinished_place(target: Path) -> Path:
+    """Where a checkpoint is filled that is to become `target`."""
+    return target.parent / f"{UNFINISHED}{target.name}"
+
+
 @contextmanager
 def unfinished(target: Path) -> Iterator[Path]:
     """A directory beside `target` to fill, which is gone when that fails."""
-    place = target.parent / f"{UNFINISHED}{target.name}"
+    place = unfinished_place(target)
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     try:

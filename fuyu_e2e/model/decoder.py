@@ -156,8 +156,9 @@ class Decoder(nn.Module):
             losses = [self._chunk_losses(*chunk, with_z) for chunk in chunks]
         else:
             losses = [checkpoint(self._chunk_losses, *chunk, with_z, use_reentrant=False) for chunk in chunks]
-        loss, z_loss = torch.stack(losses).sum(dim=0)
-        return loss, z_loss
+        # Two sums, not one to be taken apart: torch's FSDP wants no views from a forward pass.
+        both = torch.stack(losses)
+        return both[:, 0].sum(), both[:, 1].sum()
 
     def _chunk_losses(self, hidden_SD: Tensor, targets: Tensor, with_z: bool) -> Tensor:
         logits_SV = self.lm_head(hidden_SD).float()

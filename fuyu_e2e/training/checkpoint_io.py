@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from fuyu_e2e.checkpoint.description import SECTION
+from fuyu_e2e.checkpoint.sharded_files import write_shards
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.checkpoint.whole import (
     FILE,
@@ -22,6 +24,7 @@ from fuyu_e2e.checkpoint.whole import (
     publish,
     remove,
     unfinished,
+    unfinished_place,
     whole_checkpoints,
 )
 from fuyu_e2e.errors import UserError
@@ -37,29 +40,25 @@ class WholeCheckpointIO(CheckpointIO):
         """Writes `checkpoint`, which Lightning makes, to the directory `path`."""
         target = Path(path)
         try:
-            with unfinished(target) as place:
-                torch.save(checkpoint, place / FILE)
-                tokens_seen = checkpoint.get(SECTION, {}).get("tokens_seen", 0)
-                publish(place, target, step=int(checkpoint["global_step"]), tokens_seen=tokens_seen)
+            self._write(checkpoint, target)
         except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError of a full disk
             rank_zero_warn(
                 f"The checkpoint {target} could not be written ({str(error).splitlines()[0]}): training goes on, and "
                 "the earlier checkpoints are as they were. Make room on the disk."
             )
 
+    def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
+        with unfinished(target) as place:
+            torch.save(checkpoint, place / FILE)
+            _publish(checkpoint, place, target)
+
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint, or of a folder of checkpoints the newest whose every byte is right; runs no code.
 
         Raises:
-            UserError: There is none, it is damaged, or sharded.
+            UserError: There is none, or it is damaged.
         """
-        found = resolve(Path(path))
-        if found.is_dir() and not (found / FILE).is_file():
-            raise UserError(
-                f"{found} is a sharded checkpoint, of whose optimizer's state torch would run what it holds: begin "
-                "anew from its weights with --model.weights."
-            )
-        return read_checkpoint(found, checked=True)
+        return read_checkpoint(resolve(Path(path)), checked=True, optimizer=True)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Removes a checkpoint, unless it is the only one that is left: then the one in its stead failed."""
@@ -70,6 +69,39 @@ class WholeCheckpointIO(CheckpointIO):
         if is_whole(checkpoint) and not others:
             return
         remove(checkpoint)
+
+
+class ShardedCheckpointIO(WholeCheckpointIO):
+    """The same for a checkpoint of which each process has its parts; all of them save and load together.
+
+    Args:
+        group: All processes, with a backend that carries tensors of the CPU, and used for nothing else.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
+        trouble: list[str | None] = [None]
+        with ExitStack() as stack:
+            if dist.get_rank() == 0:
+                try:
+                    stack.enter_context(unfinished(target))
+                except OSError as error:
+                    trouble = [str(error)]
+            dist.broadcast_object_list(trouble, src=0, group=self.group)
+            if trouble[0] is not None:
+                raise OSError(trouble[0])
+            place = unfinished_place(target)
+            write_shards(checkpoint, place, self.group)
+            if dist.get_rank() == 0:
+                _publish(checkpoint, place, target)
+
+
+def _publish(checkpoint: dict[str, Any], place: Path, target: Path) -> None:
+    tokens_seen = checkpoint.get(SECTION, {}).get("tokens_seen", 0)
+    publish(place, target, step=int(checkpoint["global_step"]), tokens_seen=tokens_seen)
 
 
 def resolve(path: Path) -> Path:

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.ranks import DataRank
 from fuyu_e2e.shards.mixture import shares
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.training.module import steps_between_logs
@@ -25,6 +26,11 @@ class DataReport(Callback):
         self.tallies: dict[str, Tally] = {}
         self._before = Tally()
         self._of_this_step = Tally()
+        self._counts = True
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves the counting to one of the processes that see the same rows."""
+        self._counts = DataRank.of(trainer).first
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of training over all processes and resumed runs, in primitives."""
@@ -56,7 +62,7 @@ class DataReport(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
     ) -> None:
         """Counts a batch once its step is done, and logs the counts at every `log_every_n_steps`-th step."""
-        self._of_this_step.add(batch.tally)
+        self._add(self._of_this_step, batch)
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
         self.tallies["train"].add(self._of_this_step.take())
@@ -89,7 +95,7 @@ class DataReport(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Counts a batch."""
-        self.tallies["val"].add(batch.tally)
+        self._add(self.tallies["val"], batch)
 
     def on_test_batch_end(
         self,
@@ -101,7 +107,11 @@ class DataReport(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Counts a batch."""
-        self.tallies["test"].add(batch.tally)
+        self._add(self.tallies["test"], batch)
+
+    def _add(self, tally: Tally, batch: PackedBatch) -> None:
+        if self._counts:
+            tally.add(batch.tally)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints the training data's counts."""

@@ -6,28 +6,49 @@ torch works on the shards of one mesh at a time: tensor parallelism with FSDP2 a
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+Spread = tuple[DeviceMesh, tuple[int, ...]]
+"""A mesh, and those of its dimensions over whose devices a tensor is parted."""
 
-def _by_mesh(weights: Iterable[nn.Parameter]) -> list[list[Tensor]]:
-    groups: dict[object, list[Tensor]] = {}
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this device; a change of it changes the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _by_spread(weights: Iterable[nn.Parameter]) -> dict[Spread | None, list[Tensor]]:
+    groups: dict[Spread | None, list[Tensor]] = {}
     for weight in weights:
         if (gradient := weight.grad) is not None:
-            mesh = gradient.device_mesh if isinstance(gradient, DTensor) else None
-            groups.setdefault(mesh, []).append(gradient)
-    return list(groups.values())
+            spread = None
+            if isinstance(gradient, DTensor):
+                parted = [n for n, placement in enumerate(gradient.placements) if not placement.is_replicate()]
+                spread = gradient.device_mesh, tuple(parted)
+            groups.setdefault(spread, []).append(local(gradient))
+    return groups
 
 
 def gradient_norm(weights: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
     """The Euclidean norm over all gradients of `weights`, whole where they are sharded; 0 where there are none."""
-    norms = [torch.nn.utils.get_total_norm(group) for group in _by_mesh(weights)]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return whole[0] if len(whole) == 1 else torch.nn.utils.get_total_norm(whole)
+    norms = []
+    for spread, gradients in _by_spread(weights).items():
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if spread is not None:
+            mesh, dimensions = spread
+            square = norm.square()
+            for dimension in dimensions:
+                dist.all_reduce(square, group=mesh.get_group(dimension))
+            norm = square.sqrt()
+        norms.append(norm)
+    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
 
 def scale_gradients(weights: Iterable[nn.Parameter], factor: Float[Tensor, ""]) -> None:
     """Multiplies the gradients of `weights` by `factor`, in place."""
-    for group in _by_mesh(weights):
-        torch._foreach_mul_(group, factor)
+    for gradients in _by_spread(weights).values():
+        torch._foreach_mul_(gradients, factor)

@@ -12,13 +12,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.checkpoint.description import SECTION, Description
-from fuyu_e2e.checkpoint.loading import load_weights, read_model
+from fuyu_e2e.checkpoint.loading import build_decoder, load_weights, read_model
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.generation import continue_texts
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig, SizeName, named_size
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing import Progress, RoutingTrace
+from fuyu_e2e.model.sharding import gather_weights, shard
+from fuyu_e2e.ranks import DataRank
 from fuyu_e2e.sequence import Prompt
 from fuyu_e2e.training.gradients import gradient_norm, scale_gradients
 from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
@@ -107,8 +109,13 @@ class FuyuModule(pl.LightningModule):
         """Checks what can't be seen from the settings alone.
 
         Raises:
-            UserError: The tokenizer doesn't fit the decoder, or `fit` has no end.
+            UserError: The tokenizer doesn't fit the decoder, `fit` has no end, or `predict` has several processes.
         """
+        if stage == "predict" and self.trainer.world_size > 1:
+            raise UserError(
+                "predict runs in one process, and continues the checkpoints of any strategy: say --trainer.devices 1 "
+                "--trainer.strategy auto."
+            )
         vocabulary = self.datamodule.tokenizer.vocab_size
         if vocabulary != self.config.vocab_size:
             raise UserError(
@@ -129,6 +136,8 @@ class FuyuModule(pl.LightningModule):
             # Each rank counts the scores of its own rows; DDP would overwrite them with those of the first.
             counts = [name for name, _ in self.named_buffers() if name.endswith(".rule.counts")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, counts)
+            if self.device_mesh is not None:
+                shard(self.decoder, self.device_mesh)
 
     def on_fit_start(self) -> None:
         """Takes the weights to begin with, unless the run goes on from a checkpoint, which is read by now.
@@ -170,12 +179,14 @@ class FuyuModule(pl.LightningModule):
         A skipped step leaves no gradient, and the optimizer touches nothing that has none. It is a step all the same
         to the data, the learning rate and `global_step`.
         """
+        copies = DataRank.of(self.trainer).copies
         totals = torch.stack(self._step_totals).sum(dim=0)
         self._step_totals.clear()
         totals = torch.cat((totals, totals.new_tensor(list(self.votes.values()))))
         loss, supervised, tokens, *votes = self.trainer.strategy.reduce(totals, reduce_op="sum").unbind()
         self.voted = {name for name, count in zip(self.votes, votes, strict=True) if count}
-        # Data-parallel strategies average gradients over ranks; the sum is wanted.
+        # Gradients are averaged over the ranks that see different rows; their sum is wanted. Where several see the
+        # same rows, all that is counted here is counted as many times.
         scale_gradients(self.parameters(), (self.trainer.world_size / supervised.clamp(min=1)).float())
         mean = (loss / supervised.clamp(min=1)).float()
         # A sum, since a maximum may lose what isn't a number: one rank's is then every rank's.
@@ -186,9 +197,9 @@ class FuyuModule(pl.LightningModule):
             self.decoder.forget_observed()
         else:
             self.decoder.update_thresholds(
-                self._progress_after(1), lambda counts: self.trainer.strategy.reduce(counts, reduce_op="sum")
+                self._progress_after(1), lambda counts: self.trainer.strategy.reduce(counts, reduce_op="sum") // copies
             )
-        self.tokens_seen += int(tokens)
+        self.tokens_seen += int(tokens) // copies
         self.log("train/loss", mean, prog_bar=True)
         self.log("train/perplexity", mean.exp())
         self.log("train/gradient_norm", self._gradient_norm)
@@ -226,15 +237,28 @@ class FuyuModule(pl.LightningModule):
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[dict[str, str]]:
         """Continues each prompt; gives its key, the true continuation and the generated one."""
-        texts = self.continue_prompts(batch)
+        texts = self.continue_prompts(batch, self.decoder)
         return [
             {"key": prompt.document.key, "truth": prompt.truth, "generated": text}
             for prompt, text in zip(batch, texts, strict=True)
         ]
 
-    def continue_prompts(self, prompts: list[Prompt]) -> list[str]:
+    def continue_prompts(self, prompts: list[Prompt], decoder: Decoder) -> list[str]:
         """The likeliest continuation of each prompt, as text."""
-        return continue_texts(self.decoder, self.datamodule.tokenizer, prompts, max_new_tokens=self.max_new_tokens)
+        return continue_texts(decoder, self.datamodule.tokenizer, prompts, max_new_tokens=self.max_new_tokens)
+
+    def whole_decoder(self) -> Decoder | None:
+        """On the first process a decoder that works alone: a copy, where weights are in parts over the processes.
+
+        None on the others, which have to ask too.
+        """
+        if self.device_mesh is None:
+            return self.decoder if self.trainer.is_global_zero else None
+        weights = {}
+        for name, tensor in gather_weights(self.decoder):
+            if self.trainer.is_global_zero:
+                weights[name] = tensor.cpu()
+        return build_decoder(self.config, weights, self.device) if self.trainer.is_global_zero else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the checkpoint says about itself."""

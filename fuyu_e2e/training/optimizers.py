@@ -7,10 +7,13 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim.adamw import adamw
 
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.training.gradients import local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +82,9 @@ def build_optimizer(decoder: Decoder, config: OptimizerConfig) -> "MuonAdamW":
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) and AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) in one optimizer.
 
-    One object, because Lightning's automatic optimization and torch's distributed checkpoint take one. Each group
-    names its `kind`, `muon` or `adamw`. Muon's update has the root mean square of AdamW's when scaled by
-    sqrt(max(1, rows / columns)), as in the reference.
+    One object, because Lightning's automatic optimization takes one. Each group names its `kind`, `muon` or `adamw`.
+    Muon's update has the root mean square of AdamW's when scaled by sqrt(max(1, rows / columns)), as in the reference.
+    Of weights that are sharded, each device updates its own part; only Muon's matrices have to be put together.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -110,10 +113,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 }
         states = [self.state[weight] for weight in weights]
         adamw(
-            weights,
+            [local(weight) for weight in weights],
             _gradients(weights),
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             amsgrad=False,
@@ -126,24 +129,48 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
     def _step_muon(self, group: dict[str, Any], weights: list[Tensor]) -> None:
-        by_shape: dict[torch.Size, list[Tensor]] = {}
+        by_shape: dict[tuple[torch.Size, Any], list[Tensor]] = {}
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight] = {"momentum": torch.zeros_like(weight)}
-            by_shape.setdefault(weight.shape, []).append(weight)
-        for shape, alike in by_shape.items():
-            gradients = _gradients(alike)
-            momenta = [self.state[weight]["momentum"] for weight in alike]
+            placements = weight.placements if isinstance(weight, DTensor) else None
+            by_shape.setdefault((weight.shape, placements), []).append(weight)
+        for (shape, _), alike in by_shape.items():
+            gradients, own = _gradients(alike), [local(weight) for weight in alike]
+            momenta = [local(self.state[weight]["momentum"]) for weight in alike]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
-            updates = orthogonalize(torch.stack(nesterov))
-            torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+            nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
+            first = alike[0]
+            updates = _orthogonalize_parts(nesterov, first) if isinstance(first, DTensor) else orthogonalize(nesterov)
+            torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            torch._foreach_add_(alike, list(updates.to(alike[0].dtype).unbind()), alpha=-group["lr"] * scale)
+            torch._foreach_add_(own, list(updates.to(own[0].dtype).unbind()), alpha=-group["lr"] * scale)
 
 
 def _gradients(weights: list[Tensor]) -> list[Tensor]:
-    return [weight.grad for weight in weights if weight.grad is not None]
+    return [local(weight.grad) for weight in weights if weight.grad is not None]
+
+
+def _orthogonalize_parts(parts: Tensor, like: DTensor) -> Tensor:
+    """`orthogonalize` for matrices that are parted as `like` is: (n, own rows, own cols) of them lie here.
+
+    Each device takes some of the matrices as wholes, and gives the parts of their updates back.
+    """
+    mesh, whole = like.device_mesh, torch.Size((len(parts), *like.shape))
+    stride = (like.shape[0] * like.shape[1], like.shape[1], 1)
+    parted = [_behind_one_more(placement) for placement in like.placements]
+    apart = [Shard(0)] * mesh.ndim
+    stacked = DTensor.from_local(parts, mesh, parted, run_check=False, shape=whole, stride=stride)
+    own = orthogonalize(stacked.redistribute(placements=apart).to_local())
+    updates = DTensor.from_local(own, mesh, apart, run_check=False, shape=whole, stride=stride)
+    return updates.redistribute(placements=parted).to_local()
+
+
+def _behind_one_more(placement: Placement) -> Placement:
+    """The placement of matrices in a stack of them, by that of each."""
+    if isinstance(placement, _StridedShard):
+        return _StridedShard(placement.dim + 1, split_factor=placement.split_factor)
+    return Shard(placement.dim + 1) if isinstance(placement, Shard) else placement
 
 
 def orthogonalize(matrices: Float[Tensor, "n rows cols"], iterations: int = 5) -> Float[Tensor, "n rows cols"]:

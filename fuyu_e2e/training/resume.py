@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.ranks import DataRank
 
 
 def go_back_to_last_step(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
@@ -23,7 +24,8 @@ def go_back_to_last_step(checkpoint: dict[str, Any], trainer: pl.Trainer) -> Non
     if not loaders:
         return
     rows = loaders[0]["rows"]
-    batch = trainer.world_size * trainer.accumulate_grad_batches
+    processes = DataRank.of(trainer).size
+    batch = processes * trainer.accumulate_grad_batches
     if rows % batch:
         raise UserError(
             f"The checkpoint was saved after {rows:,} rows, which steps of {batch} rows (processes x "
@@ -31,11 +33,11 @@ def go_back_to_last_step(checkpoint: dict[str, Any], trainer: pl.Trainer) -> Non
         )
     progress = fit_loop["epoch_loop.batch_progress"]
     behind = progress["total"]["processed"] * loaders[0]["world_size"] - rows
-    if not behind and loaders[0]["world_size"] == trainer.world_size:
+    if not behind and loaders[0]["world_size"] == processes:
         return
     for name in ("total", "current"):
         counts = progress[name]
-        done = (counts["processed"] * loaders[0]["world_size"] - behind) // trainer.world_size
+        done = (counts["processed"] * loaders[0]["world_size"] - behind) // processes
         # Lightning tells by the count of completed ones whether it was saving at the end of a micro-batch.
         completed = done if behind else done - counts["processed"] + counts["completed"]
         progress[name] = {"ready": done, "started": done, "processed": done, "completed": completed}

@@ -14,6 +14,7 @@ from fuyu_e2e.inference.depth import KIND_NAMES, token_depth
 from fuyu_e2e.inference.depth_map import depth_map
 from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model.block import RoutedBlock
+from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing import RoutingTrace, Threshold
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import Prompt
@@ -73,7 +74,7 @@ class RoutingReport(Callback):
     ) -> None:
         """Counts a batch."""
         assert isinstance(pl_module, FuyuModule)
-        if pl_module.config.routing is not None:
+        if pl_module.config.routing is not None and batch.document_lengths:
             self._validation.add(pl_module.trace)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -85,31 +86,32 @@ class RoutingReport(Callback):
         """Compares choices with those of the validation before, and draws heat maps, on the first process."""
         logger = trainer.logger
         assert isinstance(pl_module, FuyuModule)
-        if pl_module.config.routing is None or trainer.sanity_checking or not trainer.is_global_zero:
+        if pl_module.config.routing is None or trainer.sanity_checking or not isinstance(logger, TensorBoardLogger):
             return
-        if not isinstance(logger, TensorBoardLogger):
+        if (decoder := pl_module.whole_decoder()) is None:
             return
         if self._prompts is None:
             self._prompts = pl_module.datamodule.validation_prompts(max(self.maps, self.followed))
-        choices = self._choose(pl_module, self._prompts[: self.followed])
+        choices = self._choose(decoder, self._prompts[: self.followed])
         if self._choices is not None:
             changed = (choices != self._choices).float().mean()
             logger.experiment.add_scalar("val/routing/changed_choices", changed, trainer.global_step)
         self._choices = choices
         tokenizer = pl_module.datamodule.tokenizer
         shown = [prompt.sequence for prompt in self._prompts[: self.maps]]
-        written = generate(pl_module.decoder, shown, max_new_tokens=pl_module.max_new_tokens, eos_id=tokenizer.eos_id)
+        written = generate(decoder, shown, max_new_tokens=pl_module.max_new_tokens, eos_id=tokenizer.eos_id)
         for number, (sequence, continuation) in enumerate(zip(shown, written, strict=True)):
-            picture = depth_map(token_depth(pl_module.decoder, sequence, continuation), tokenizer)
+            picture = depth_map(token_depth(decoder, sequence, continuation), tokenizer)
             logger.experiment.add_image(
                 f"routing/{number}", np.asarray(picture), trainer.global_step, dataformats="HWC"
             )
 
     @staticmethod
     @torch.no_grad()
-    def _choose(pl_module: FuyuModule, prompts: list[Prompt]) -> Tensor:
+    def _choose(decoder: Decoder, prompts: list[Prompt]) -> Tensor:
         trace = RoutingTrace()
-        pl_module.decoder(pack_row([prompt.sequence for prompt in prompts]).to(pl_module.device), trace)
+        row = pack_row([prompt.sequence for prompt in prompts])
+        decoder(row.to(decoder.embed_tokens.weight.device), trace)
         return torch.stack([routed.passed for routed in trace.blocks])
 
 

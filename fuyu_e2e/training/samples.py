@@ -23,12 +23,14 @@ class SampleGenerations(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Generates and logs, on the first process."""
         logger = trainer.logger
-        if trainer.sanity_checking or not trainer.is_global_zero or not isinstance(logger, TensorBoardLogger):
+        if trainer.sanity_checking or not isinstance(logger, TensorBoardLogger):
             return
         assert isinstance(pl_module, FuyuModule)
+        if (decoder := pl_module.whole_decoder()) is None:
+            return
         if self._prompts is None:
             self._prompts = pl_module.datamodule.validation_prompts(self.count)
-        texts = pl_module.continue_prompts(self._prompts)
+        texts = pl_module.continue_prompts(self._prompts, decoder)
         for index, (prompt, text) in enumerate(zip(self._prompts, texts, strict=True)):
             written = f"truth:\n\n    {prompt.truth}\n\ngenerated:\n\n    {text}"
             logger.experiment.add_text(f"samples/{index}", written, trainer.global_step)

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from fuyu_e2e.exit_codes import STOP_SIGNALS, of_signal
+from fuyu_e2e.ranks import anywhere, in_step
 from fuyu_e2e.training.last_checkpoint import save_last
 from fuyu_e2e.training.module import FuyuModule
 
@@ -79,10 +80,15 @@ class StopSignals(Callback):
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Cuts a validation during training short.
 
-        Ranks may have different numbers of validation rows, so they have no collective between them: the word goes
-        round through the process group's store. Lightning's loop takes StopIteration for the end of the data.
+        Ranks may have different numbers of validation rows, so they have no collective between them, unless weights
+        are in parts over them: the word goes round through the process group's store. Lightning's loop takes
+        StopIteration for the end of the data.
         """
         if not self._previous:
+            return
+        if in_step(trainer):
+            if anywhere(trainer, self._heard is not None):
+                raise StopIteration
             return
         store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
         if self._heard:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.model.cost import cost
+from fuyu_e2e.ranks import DataRank
 from fuyu_e2e.training.module import FuyuModule, steps_between_logs
 
 
@@ -88,15 +89,15 @@ class Throughput(Callback):
         self._window = _Window()
 
     def _log(self, trainer: pl.Trainer, pl_module: FuyuModule) -> None:
-        window, processes = self._window, trainer.world_size
-        pl_module.log("tokens/s", processes * window.tokens / window.seconds, prog_bar=True)
-        pl_module.log("throughput/images_per_second", processes * window.images / window.seconds)
+        window, place = self._window, DataRank.of(trainer)
+        pl_module.log("tokens/s", place.size * window.tokens / window.seconds, prog_bar=True)
+        pl_module.log("throughput/images_per_second", place.size * window.images / window.seconds)
         pl_module.log("throughput/packing_efficiency", window.tokens / window.budget)
         pl_module.log("throughput/data_wait_share", window.waited / window.seconds)
         self._log_ranks(pl_module)
         dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
         if peak := get_available_flops(pl_module.device, dtype):
-            pl_module.log("throughput/mfu", window.flops / window.seconds / peak)
+            pl_module.log("throughput/mfu", window.flops / place.copies / window.seconds / peak)
 
     def _log_ranks(self, pl_module: FuyuModule) -> None:
         window = self._window

@@ -1,0 +1,109 @@
+"""How a decoder is laid over many devices: what tensor parallelism splits, and what FSDP2 shards around it.
+
+Tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053, section 3) splits each block between its two products:
+
+    q, k, v, gate, up   by their outputs: each device has some of the heads and of the feed-forward's values
+    o, down             by their inputs: their outputs are summed over the devices
+    norms of q and k    whole on each device, applied to its heads; their gradients are summed
+    other norms, routing rules, biases of o and down
+                        whole on each device, and given the same states there
+
+Embedding and output projection are split by the vocabulary, the patch projection by its outputs.
+
+FSDP2 (torch's `fully_shard`) then spreads every weight over the devices that see other data, and gathers a block's
+when it is its turn. Routed blocks are blocks like the others: their counts of scores are buffers, which stay whole and
+of their device.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.block import Block, RoutedBlock
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.decoder import Decoder
+
+REPLICAS, SHARDS, TENSOR = MESH = ("replicas", "shards", "tensor")
+"""The dimensions of the mesh: whole copies, the shards of a copy, and the parts of each product."""
+
+
+def shard(decoder: Decoder, mesh: DeviceMesh) -> None:
+    """Lays the weights of `decoder`, which are the same on all devices, over a mesh of the dimensions `MESH`.
+
+    Raises:
+        UserError: Heads can't be shared out evenly.
+    """
+    if mesh[TENSOR].size() > 1:
+        _split(decoder, mesh[TENSOR])
+    data = mesh[REPLICAS, SHARDS] if mesh[REPLICAS].size() > 1 else mesh[SHARDS]
+    for block in decoder.blocks:
+        fully_shard(block, mesh=data)
+    fully_shard(decoder, mesh=data)
+    register_fsdp_forward_method(decoder, "loss_and_z")
+
+
+@torch.no_grad()
+def copy_part(whole: Tensor, tensor: Tensor) -> None:
+    """Gives `tensor`, whole or laid over devices, the values of `whole`, which all of them have."""
+    if isinstance(tensor, DTensor):
+        whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(whole)
+
+
+def gather_weights(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Weights and buffers as wholes, one at a time, by their names; all devices go through them together."""
+    for name, tensor in decoder.state_dict().items():
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _split(decoder: Decoder, mesh: DeviceMesh) -> None:
+    _check_heads(decoder.config, mesh.size())
+    plan: dict[str, ParallelStyle] = {
+        "embed_tokens": RowwiseParallel(input_layouts=Replicate()),
+        "patch_projection": ColwiseParallel(output_layouts=Replicate()),
+        "lm_head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    for layer, block in enumerate(decoder.blocks):
+        assert isinstance(block, Block)
+        plan |= {f"blocks.{layer}.{name}": style for name, style in _block_plan(block).items()}
+    parallelize_module(decoder, mesh, plan)
+    if decoder.config.tie_embeddings:
+        decoder.lm_head.weight = decoder.embed_tokens.weight  # splitting each parted them
+
+
+def _block_plan(block: Block) -> dict[str, ParallelStyle]:
+    plan: dict[str, ParallelStyle] = {
+        **{f"attention.{name}_proj": ColwiseParallel() for name in "qkv"},
+        **{f"attention.{name}_norm": SequenceParallel(sequence_dim=1, use_local_output=True) for name in "qk"},
+        "attention.o_proj": RowwiseParallel(),
+        # Of the products that share an input, gradients are added up before they are summed over the devices.
+        "mlp": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate()),
+        **{f"mlp.{name}": ColwiseParallel() for name, _ in block.mlp.named_children() if name != "down_proj"},
+        "mlp.down_proj": RowwiseParallel(),
+    }
+    if not isinstance(block, RoutedBlock) or not block.leaves_keys:  # there, asking tokens are picked from the states
+        whole = (Replicate(), None, None, None)
+        plan["attention"] = PrepareModuleInput(input_layouts=whole, desired_input_layouts=whole)
+    return plan
+
+
+def _check_heads(config: FuyuConfig, parts: int) -> None:
+    for name in ("heads", "kv_heads"):
+        if (heads := getattr(config, name)) % parts:
+            raise UserError(
+                f"The decoder has {heads} {name}, which {parts} tensor parallel devices can't share out evenly: "
+                "choose a number of devices that divides it."
+            )

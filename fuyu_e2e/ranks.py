@@ -1,0 +1,40 @@
+"""What the processes of a run have to do with each other: which of them see which data, and which move in step."""
+
+from dataclasses import dataclass
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+
+
+@dataclass(frozen=True)
+class DataRank:
+    """A process's place among those that see different data; parts of one tensor parallel group share a place."""
+
+    rank: int
+    size: int
+    """How many such places there are."""
+    copies: int
+    """Processes that see the same rows as this one, itself among them."""
+    first: bool
+    """Whether this one counts for them."""
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer | None) -> "DataRank":
+        """The place of this process."""
+        if trainer is None or not isinstance(strategy := trainer.strategy, ParallelStrategy):
+            return cls(rank=0, size=1, copies=1, first=True)
+        rank, size = (int(strategy.distributed_sampler_kwargs[name]) for name in ("rank", "num_replicas"))
+        copies = trainer.world_size // size
+        return cls(rank=rank, size=size, copies=copies, first=trainer.global_rank % copies == 0)
+
+
+def in_step(trainer: pl.Trainer) -> bool:
+    """Whether no process computes a batch by itself, since each holds a part of every weight."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def anywhere(trainer: pl.Trainer, here: bool) -> bool:
+    """Whether something is so on any process; all of them ask at once."""
+    count = torch.tensor(float(here), device=trainer.strategy.root_device)
+    return bool(trainer.strategy.reduce(count, reduce_op="sum") > 0)

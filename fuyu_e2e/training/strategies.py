@@ -1,0 +1,187 @@
+"""Weights in parts over many processes: FSDP2, tensor parallelism, and both, by Lightning's ModelParallelStrategy.
+
+    --trainer.strategy fsdp2            every weight in parts over all processes
+    --trainer.strategy hsdp             in parts over the processes of a host, and a copy on each host
+    --trainer.strategy tensor_parallel  products split over the processes of a host, FSDP2 over the hosts
+    --trainer.strategy ddp              Lightning's own: a copy in each process
+
+`fuyu_e2e.model.sharding` is the plan of what is split and how. Other mixes name the class:
+
+    trainer:
+      strategy:
+        class_path: fuyu_e2e.training.strategies.Sharded
+        init_args: {tensor_parallel: 2, replicas: 4}
+"""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
+
+from fuyu_e2e.checkpoint.description import Description
+from fuyu_e2e.checkpoint.sharded_files import GROUPS, OPTIMIZER, WEIGHTS, ShardedFiles, is_sharded
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.sharding import MESH, copy_part
+from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO, ShardedCheckpointIO, resolve
+
+
+class Sharded(ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy with replicas, and checkpoints that any number of processes can go on from.
+
+    Args:
+        tensor_parallel: Processes that share the work on the same rows; neighbours by rank. `host` takes those of
+            a host.
+        replicas: Whole copies of the weights; between them, only gradients travel. `hosts` makes one for each host.
+        process_group_backend: As in ModelParallelStrategy.
+        timeout: As in ModelParallelStrategy.
+
+    Raises:
+        UserError: The number of processes is no multiple of `tensor_parallel` times `replicas`.
+    """
+
+    def __init__(
+        self,
+        tensor_parallel: int | Literal["host"] = 1,
+        replicas: int | Literal["hosts"] = 1,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        self._tensor_parallel = tensor_parallel
+        self._replicas = replicas
+
+    def setup_environment(self) -> None:
+        """Joins the other processes, and lays the mesh over them."""
+        self._setup_distributed()
+        tensor = self.num_processes if self._tensor_parallel == "host" else self._tensor_parallel
+        replicas = self.num_nodes if self._replicas == "hosts" else self._replicas
+        if tensor < 1 or replicas < 1 or self.world_size % (tensor * replicas):
+            raise UserError(
+                f"{self.world_size} processes can't be {replicas} replicas of tensor_parallel {tensor} groups each: "
+                "choose numbers whose product divides the number of processes."
+            )
+        shape = (replicas, self.world_size // (tensor * replicas), tensor)
+        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=MESH)
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Has checkpoints written by all processes together, each its own parts."""
+        super().setup(trainer)
+        writer = self.checkpoint_io
+        if isinstance(writer, BackgroundCheckpointIO):
+            # A group of its own, since it works beside the training's collectives, and with tensors of the CPU.
+            writer.checkpoint_io = ShardedCheckpointIO(dist.new_group(backend="gloo"))
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which rows are this process's: those of one tensor parallel group take the same."""
+        replica, part, _ = self.device_mesh.get_coordinate() or (0, 0, 0)
+        replicas, parts, _ = self.device_mesh.shape
+        return {"num_replicas": replicas * parts, "rank": replica * parts + part}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """What the optimizer keeps of each weight, by its name, and its settings, which name weights too."""
+        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        names = self._names()
+        return {
+            "state": {
+                names[weight]: {name: tensor.cpu() for name, tensor in kept.items()}
+                for weight, kept in optimizer.state.items()
+            },
+            "param_groups": [
+                group | {"params": [names[weight] for weight in group["params"]]} for group in optimizer.param_groups
+            ],
+        }
+
+    def _names(self) -> dict[Tensor, str]:
+        assert self.lightning_module is not None
+        return {weight: name for name, weight in self.lightning_module.named_parameters()}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Writes a checkpoint; every process its parts."""
+        self.checkpoint_io.save_checkpoint(checkpoint, self.broadcast(filepath), storage_options=storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Fills weights and optimizer with this process's parts of a checkpoint of any strategy; gives the rest.
+
+        Raises:
+            UserError: It is no checkpoint of this model, is damaged, or has no optimizer's state that can be read.
+        """
+        if isinstance(self.checkpoint_io, BackgroundCheckpointIO):
+            self.checkpoint_io.teardown()  # all that was to be written is
+        path = resolve(Path(self.broadcast(checkpoint_path)))
+        if is_sharded(path):
+            shards = ShardedFiles(path)
+            rest = shards.read_rest()
+            self._check(rest, path)
+            self._fill_from_shards(shards, rest.pop(GROUPS, None))
+        else:
+            rest = read_checkpoint(path, checked=True)
+            self._check(rest, path)
+            self._fill_from_whole(rest)
+        assert self.lightning_module is not None
+        return rest | {"state_dict": self.lightning_module.state_dict()}
+
+    def _check(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Refuses another model's checkpoint before its weights meet these."""
+        description: Description = self.lightning_module.description  # type: ignore[union-attr, assignment]
+        description.check_same(Description.of(checkpoint, str(path)), str(path))
+
+    def _fill_from_shards(self, shards: ShardedFiles, groups: list[dict[str, Any]] | None) -> None:
+        assert self.lightning_module is not None
+        shards.read_into({f"{WEIGHTS}{name}": tensor for name, tensor in self.lightning_module.state_dict().items()})
+        for optimizer in self.optimizers:
+            if groups is None:
+                raise UserError(
+                    f"{shards.path} has no optimizer's state that can be read without running what it holds: begin "
+                    "anew from its weights with --model.weights."
+                )
+            _take_settings(optimizer, groups)
+            wanted = {}
+            for weight, name in self._names().items():
+                prefix = f"{OPTIMIZER}{name}."
+                for entry, stored in shards.tensors.items():
+                    if entry.startswith(prefix):
+                        kept = _like(weight, stored.size, stored.properties.dtype)
+                        optimizer.state[weight][entry.removeprefix(prefix)] = wanted[entry] = kept
+            shards.read_into(wanted)
+
+    def _fill_from_whole(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self.lightning_module is not None
+        for name, tensor in self.lightning_module.state_dict().items():
+            copy_part(checkpoint["state_dict"][name], tensor)
+        for optimizer, stored in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+            _take_settings(optimizer, stored["param_groups"])
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            for number, kept in stored["state"].items():
+                for name, whole in kept.items():
+                    own = _like(weights[number], whole.shape, whole.dtype)
+                    copy_part(whole, own)
+                    optimizer.state[weights[number]][name] = own
+
+
+def _take_settings(optimizer: Optimizer, stored: list[dict[str, Any]]) -> None:
+    for group, settings in zip(optimizer.param_groups, stored, strict=True):
+        group.update({name: value for name, value in settings.items() if name != "params"})
+
+
+def _like(weight: Tensor, size: torch.Size, dtype: torch.dtype | None) -> Tensor:
+    """Room for what an optimizer keeps of a weight: laid over the devices as that is, or a number on the host."""
+    return torch.empty_like(weight, dtype=dtype) if size == weight.shape else torch.empty(size, dtype=dtype)
+
+
+StrategyRegistry.register("fsdp2", Sharded)
+StrategyRegistry.register("hsdp", Sharded, replicas="hosts")
+StrategyRegistry.register("tensor_parallel", Sharded, tensor_parallel="host")
