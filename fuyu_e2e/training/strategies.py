@@ -79,10 +79,8 @@ class Sharded(ModelParallelStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         """Has checkpoints written by all processes together, each its own parts."""
         super().setup(trainer)
-        writer = self.checkpoint_io
-        if isinstance(writer, BackgroundCheckpointIO):
-            # A group of its own, since it works beside the training's collectives, and with tensors of the CPU.
-            writer.checkpoint_io = ShardedCheckpointIO(dist.new_group(backend="gloo"))
+        # A group of its own, since it works beside the training's collectives, and with tensors of the CPU.
+        self.checkpoint_io = BackgroundCheckpointIO(ShardedCheckpointIO(dist.new_group(backend="gloo")))
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -119,8 +117,7 @@ class Sharded(ModelParallelStrategy):
         Raises:
             UserError: It is no checkpoint of this model, is damaged, or has no optimizer's state that can be read.
         """
-        if isinstance(self.checkpoint_io, BackgroundCheckpointIO):
-            self.checkpoint_io.teardown()  # all that was to be written is
+        self.checkpoint_io.teardown()  # all that was to be written is
         path = resolve(Path(self.broadcast(checkpoint_path)))
         if is_sharded(path):
             shards = ShardedFiles(path)
