@@ -17,7 +17,7 @@ from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.generation import continue_texts
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig, SizeName, named_size
-from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.decoder import ActivationCheckpointing, Decoder
 from fuyu_e2e.model.routing import Progress, RoutingTrace
 from fuyu_e2e.model.sharding import gather_weights, shard
 from fuyu_e2e.ranks import DataRank
@@ -49,6 +49,8 @@ class FuyuModule(pl.LightningModule):
         weights: What to begin with instead of random weights: a checkpoint, a run's directory or an exported folder
             with the same decoder and tokenizer.
         z_loss: Weight of the z-loss, which keeps the logits from drifting; PaLM's is 1e-4. Losses are shown without.
+        activation_checkpointing: What the backward pass computes anew instead of keeping it: `none`, all but products
+            and attention (`selective`), or `full` blocks, for the least memory and the time of one more forward pass.
 
     Raises:
         UserError: Settings contradict each other, or one is out of its range.
@@ -63,6 +65,7 @@ class FuyuModule(pl.LightningModule):
         routing: RoutingConfig | None = None,
         weights: str | None = None,
         z_loss: float = 0.0,
+        activation_checkpointing: ActivationCheckpointing = "none",
     ) -> None:
         super().__init__()
         self.config = decoder if isinstance(decoder, FuyuConfig) else named_size(decoder)
@@ -73,6 +76,7 @@ class FuyuModule(pl.LightningModule):
         if z_loss < 0:
             raise UserError(f"model.z_loss is {z_loss}, but must be 0 or above.")
         self.z_loss = z_loss
+        self.activation_checkpointing: ActivationCheckpointing = activation_checkpointing
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.max_new_tokens = max_new_tokens
@@ -133,6 +137,7 @@ class FuyuModule(pl.LightningModule):
         """Builds the decoder, here so that a strategy can shard it as it is made."""
         if not hasattr(self, "decoder"):
             self.decoder = Decoder(self.config)
+            self.decoder.activation_checkpointing = self.activation_checkpointing
             # Each rank counts the scores of its own rows; DDP would overwrite them with those of the first.
             counts = [name for name, _ in self.named_buffers() if name.endswith(".rule.counts")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, counts)
