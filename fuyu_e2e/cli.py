@@ -45,7 +45,7 @@ usage: fuyu-e2e COMMAND [--help]
   predict            continue the documents of data.predict, into predictions.jsonl of the run's directory
   generate           continue one prompt:  fuyu-e2e generate --checkpoint C --image a.png --prompt "..."
   routing            show how much depth each token of a prompt gets in a model with routed blocks
-  checkpoint         verify or info: whether checkpoints are what was written, and what one is
+  checkpoint         verify, info, consolidate: whether one is what was written, what it is, and it in one file
   export             write a trained model for fuyu_e2e.load, or --to transformers for FuyuForCausalLM
   import             make a FuyuForCausalLM folder a model to go on with: generate, fit, export
   tokenizer train    train a tokenizer on the text of shards

@@ -38,6 +38,7 @@ from fuyu_e2e.training.progress import Progress
 from fuyu_e2e.training.routing_report import RoutingReport
 from fuyu_e2e.training.samples import SampleGenerations
 from fuyu_e2e.training.signals import StopSignals
+from fuyu_e2e.training.strategies import check_strategy
 from fuyu_e2e.training.throughput import Throughput
 from fuyu_e2e.training.watchdog import Watchdog
 
@@ -157,6 +158,7 @@ class FuyuCLI(LightningCLI):
             for name in ("accelerator", "strategy", "profiler"):
                 if names_outside(value := settings["trainer"][name], [*ALLOWED, *self.allowed]):
                     raise DeniedImportError(value, f"trainer.{name}")
+            check_strategy(settings["trainer"]["strategy"])
         except DeniedImportError as error:
             raise UserError(
                 f"{error.key} {_where(error.path, args)}names {error.path}, and a recipe may name only classes of "

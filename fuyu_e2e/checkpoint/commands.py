@@ -1,4 +1,4 @@
-"""`fuyu-e2e checkpoint verify|info`: whether checkpoints are what was written, and what one is."""
+"""`fuyu-e2e checkpoint verify|info|consolidate`: whether one is what was written, what it is, and it in one file."""
 
 import time
 from argparse import ArgumentParser
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fuyu_e2e.checkpoint.loading import read_model
-from fuyu_e2e.checkpoint.training_files import find_checkpoint
+from fuyu_e2e.checkpoint.training_files import find_checkpoint, read_checkpoint, write_file
 from fuyu_e2e.checkpoint.whole import Manifest, faults, is_whole, whole_checkpoints
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.cost import cost
@@ -19,18 +19,23 @@ DAMAGED = 1
 
 
 def checkpoint(args: Sequence[str]) -> int:
-    """Looks after checkpoints: verify compares every byte with the manifests, info tells what one is."""
+    """Looks after checkpoints: compares them with their checksums, tells what one is, makes one file of shards."""
     parser = ArgumentParser(prog="fuyu-e2e checkpoint", description=checkpoint.__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     for name, said in (
         ("verify", "Compare a checkpoint, or all of a run, with the checksums taken when they were written."),
         ("info", "Tell the step, data, figures and model of a checkpoint, or of the newest of a run."),
+        ("consolidate", "Write a checkpoint in shards, or the newest of a run, anew as one file."),
     ):
-        actions.add_parser(name, help=said, description=said).add_argument(
-            "path", help="A checkpoint, or a run's directory."
-        )
+        action = actions.add_parser(name, help=said, description=said)
+        action.add_argument("path", help="A checkpoint, or a run's directory.")
+        if name == "consolidate":
+            action.add_argument("--out", required=True, help="The checkpoint to write; it must not be there yet.")
     options = parser.parse_args(args)
-    return verify(Path(options.path)) if options.action == "verify" else info(Path(options.path))
+    path = Path(options.path)
+    if options.action == "consolidate":
+        return consolidate(path, Path(options.out))
+    return verify(path) if options.action == "verify" else info(path)
 
 
 def verify(path: Path) -> int:
@@ -44,6 +49,17 @@ def verify(path: Path) -> int:
         damaged |= bool(wrong)
         print(f"{one}: {'; '.join(wrong) or 'every byte is right'}")
     return DAMAGED if damaged else 0
+
+
+def consolidate(path: Path, out: Path) -> int:
+    """Writes a checkpoint in one file, as a run whose weights are whole in each process would have."""
+    if out.exists():
+        raise UserError(f"{out} is already there: name another place.")
+    found = find_checkpoint(path)
+    checkpoint = read_checkpoint(found, checked=found != path, optimizer=True)
+    write_file(checkpoint, out)
+    print(f"{out}: step {checkpoint['global_step']:,}, from {found}")
+    return 0
 
 
 def info(path: Path) -> int:

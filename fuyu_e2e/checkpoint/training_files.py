@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fuyu_e2e.checkpoint.description import SECTION
 from fuyu_e2e.checkpoint.sharded_files import (
     GROUPS,
     OPTIMIZER,
@@ -11,7 +14,7 @@ from fuyu_e2e.checkpoint.sharded_files import (
     is_sharded,
     read_tensors_and_primitives,
 )
-from fuyu_e2e.checkpoint.whole import FILE, MANIFEST, check, is_whole, newest, whole_checkpoints
+from fuyu_e2e.checkpoint.whole import FILE, MANIFEST, check, is_whole, newest, publish, unfinished, whole_checkpoints
 from fuyu_e2e.errors import UserError
 
 WEIGHTS_PREFIX = "decoder."
@@ -65,6 +68,24 @@ def read_checkpoint(path: Path, *, checked: bool = False, optimizer: bool = Fals
             )
         checkpoint["optimizer_states"] = [_numbered(groups, shards.read_whole(OPTIMIZER))]
     return checkpoint
+
+
+def write_file(checkpoint: dict[str, Any], target: Path) -> None:
+    """Writes Lightning's checkpoint as the directory `target`, in one file.
+
+    Raises:
+        OSError: The disk is full, or at fault.
+        RuntimeError: The same, as torch says it.
+    """
+    with unfinished(target) as place:
+        torch.save(checkpoint, place / FILE)
+        publish_checkpoint(checkpoint, place, target)
+
+
+def publish_checkpoint(checkpoint: dict[str, Any], place: Path, target: Path) -> None:
+    """Makes the directory `place`, which holds Lightning's checkpoint, the checkpoint `target`."""
+    tokens_seen = checkpoint.get(SECTION, {}).get("tokens_seen", 0)
+    publish(place, target, step=int(checkpoint["global_step"]), tokens_seen=tokens_seen)
 
 
 def _numbered(groups: list[dict[str, Any]], tensors: dict[str, Any]) -> dict[str, Any]:

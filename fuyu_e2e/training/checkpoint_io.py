@@ -6,22 +6,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from fuyu_e2e.checkpoint.description import SECTION
 from fuyu_e2e.checkpoint.sharded_files import write_shards
-from fuyu_e2e.checkpoint.training_files import read_checkpoint
+from fuyu_e2e.checkpoint.training_files import publish_checkpoint, read_checkpoint, write_file
 from fuyu_e2e.checkpoint.whole import (
-    FILE,
     check,
     is_whole,
     link,
     newest,
-    publish,
     remove,
     unfinished,
     unfinished_place,
@@ -48,9 +44,7 @@ class WholeCheckpointIO(CheckpointIO):
             )
 
     def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
-        with unfinished(target) as place:
-            torch.save(checkpoint, place / FILE)
-            _publish(checkpoint, place, target)
+        write_file(checkpoint, target)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint, or of a folder of checkpoints the newest whose every byte is right; runs no code.
@@ -96,12 +90,7 @@ class ShardedCheckpointIO(WholeCheckpointIO):
             place = unfinished_place(target)
             write_shards(checkpoint, place, self.group)
             if dist.get_rank() == 0:
-                _publish(checkpoint, place, target)
-
-
-def _publish(checkpoint: dict[str, Any], place: Path, target: Path) -> None:
-    tokens_seen = checkpoint.get(SECTION, {}).get("tokens_seen", 0)
-    publish(place, target, step=int(checkpoint["global_step"]), tokens_seen=tokens_seen)
+                publish_checkpoint(checkpoint, place, target)
 
 
 def resolve(path: Path) -> Path:

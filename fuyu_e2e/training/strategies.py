@@ -35,6 +35,20 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.sharding import MESH, copy_part
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO, ShardedCheckpointIO, resolve
 
+REFUSED = ("fsdp", "deepspeed")
+"""How the names of strategies begin that hide the weights from the optimizer, clipping and checkpoints here."""
+
+
+def check_strategy(named: Any) -> None:
+    """Refuses a recipe's `trainer.strategy` that doesn't work here.
+
+    Raises:
+        UserError: Says which does.
+    """
+    name = str(named if isinstance(named, str | None) else named.get("class_path", "")).rpartition(".")[2].lower()
+    if name.startswith(REFUSED) and name != "fsdp2":
+        raise UserError(f"trainer.strategy {name} doesn't work here: say ddp, fsdp2, hsdp or tensor_parallel.")
+
 
 class Sharded(ModelParallelStrategy):
     """Lightning's ModelParallelStrategy with replicas, and checkpoints that any number of processes can go on from.

@@ -28,10 +28,12 @@ from fuyu_e2e.training.bad_steps import BadSteps
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
 from fuyu_e2e.training.checkpoints import Checkpoints
 from fuyu_e2e.training.data_report import DataReport
+from fuyu_e2e.training.gradients import local
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
 from fuyu_e2e.training.signals import StopSignals
+from fuyu_e2e.training.strategies import Sharded
 from fuyu_e2e.training.watchdog import Watchdog
 
 RANKS = 2
@@ -44,7 +46,7 @@ def tensors(trainer: pl.Trainer, module: Any) -> str:
     parts = [*module.decoder.state_dict().values()]
     for state in trainer.optimizers[0].state.values():
         parts += [value for _, value in sorted(state.items())]
-    return hashlib.sha256(b"".join(part.detach().numpy().tobytes() for part in parts)).hexdigest()
+    return hashlib.sha256(b"".join(local(part).detach().numpy().tobytes() for part in parts)).hexdigest()
 
 
 def mark(path: Path, number: int) -> None:
@@ -80,7 +82,7 @@ class Plant(Callback):
     def on_after_backward(self, trainer: pl.Trainer, module: Any) -> None:
         last = not trainer.fit_loop.epoch_loop._should_accumulate()
         if last and self.wanted.get("nan") == "gradient" and self.here(trainer):
-            module.decoder.lm_head.weight.grad[3, 3] = float("nan")
+            local(module.decoder.lm_head.weight.grad)[3, 3] = float("nan")
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
         self.rows.append(digest(batch))
@@ -149,7 +151,7 @@ def train(folder: Path, wanted: dict[str, Any], rank: int, port: int) -> None:
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=RANKS,
-        strategy="ddp",
+        strategy=Sharded() if wanted.get("sharded") else "ddp",
         max_steps=STEPS,
         accumulate_grad_batches=ROWS_PER_STEP // RANKS,
         val_check_interval=wanted.get("validate"),

@@ -124,7 +124,9 @@ def train(folder: Path, wanted: dict[str, Any], world_size: int) -> None:
             Checkpoints(folder / wanted["name"], every_n_train_steps=1000, filename="{step}", save_last="link"),
         ],
     )
-    module = Learner(config, optimizer=OptimizerConfig(name=wanted.get("optimizer", "muon"), lr=3e-3), **wanted.get("model", {}))
+    module = Learner(
+        config, optimizer=OptimizerConfig(name=wanted.get("optimizer", "muon"), lr=3e-3), **wanted.get("model", {})
+    )
     module.text_rows = wanted.get("text_rows", False)
     resume = wanted.get("resume")
     trainer.fit(module, data, ckpt_path=folder / resume / "last.ckpt" if resume else None)

@@ -1,0 +1,155 @@
+"""Under every strategy a run is the run of one process, and goes on under any other, on any number of processes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.training.strategies import check_strategy
+
+SCRIPT = Path(__file__).with_name("sharded_runs.py")
+STRATEGIES: dict[str, tuple[int, Any]] = {
+    "one process": (1, None),
+    "ddp": (2, None),
+    "fsdp2": (2, {}),
+    "hsdp": (2, {"replicas": 2}),
+    "tensor parallel": (2, {"tensor_parallel": 2}),
+    "fsdp2 and tensor parallel": (4, {"tensor_parallel": 2}),
+    "hsdp of four": (4, {"replicas": 2}),
+}
+"""Processes and settings."""
+USUAL = {"routed": True, "optimizer": "muon", "clip": 0.5}
+
+
+def run(folder: Path, *runs: dict[str, Any]) -> None:
+    """Does runs, each with the `under` of `STRATEGIES`; earlier numbers of processes first."""
+    phases: list[tuple[int, list[dict[str, Any]]]] = []
+    for wanted in runs:
+        processes, strategy = STRATEGIES[wanted["under"]]
+        if not phases or phases[-1][0] != processes:
+            phases.append((processes, []))
+        phases[-1][1].append(USUAL | wanted | {"strategy": strategy})
+    # Tests before this one may have seeded through Lightning, which leaves its seed to processes that it starts.
+    environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder), json.dumps(phases)],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+def losses(folder: Path, name: str, figure: str = "train/loss") -> torch.Tensor:
+    return torch.tensor(json.loads((folder / f"{name}.json").read_text())[figure])
+
+
+def tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """Weights, buffers and the optimizer's state, whole."""
+    return torch.load(folder / f"{name}.pt", weights_only=True)  # noqa: TID251
+
+
+def assert_same_run(folder: Path, name: str, reference: str, atol: float = 5e-6) -> None:
+    for figure in ("train/loss", "train/gradient_norm", "tokens", "val/loss"):
+        torch.testing.assert_close(
+            losses(folder, name, figure), losses(folder, reference, figure), atol=atol, rtol=0, msg=f"{name}: {figure}"
+        )
+
+
+def settled(weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """All but the histogram of scores, in which a score on the edge of a bin falls to either side."""
+    return ((name, tensor) for name, tensor in weights.items() if not name.endswith(".history"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process, the same under three strategies, and runs that go on from them under others."""
+    folder = tmp_path_factory.mktemp("strategies")
+    usual: dict[str, Any] = {"steps": 8, "validate": 8, "text_rows": True}
+    selective, full = ({"activation_checkpointing": kind} for kind in ("selective", "full"))
+    run(
+        folder,
+        {"name": "alone", "under": "one process", **usual, "validate": 16},
+        {"name": "fsdp2", "under": "fsdp2", **usual, "model": selective},
+        {"name": "tp", "under": "tensor parallel", **usual, "validate": 16, "model": full},
+        {"name": "fsdp2-ddp", "under": "ddp", "resume": "fsdp2", "steps": 8},
+        {"name": "alone-fsdp2", "under": "fsdp2", "resume": "alone", "steps": 8},
+        {"name": "fsdp2-tp", "under": "tensor parallel", "resume": "fsdp2", "steps": 8},
+        {"name": "tp-alone", "under": "one process", "resume": "tp", "steps": 8},
+        {"name": "fsdp2-four", "under": "fsdp2 and tensor parallel", "resume": "fsdp2", "steps": 8},
+    )  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "tp"])
+def test_a_run_in_parts_is_the_run_of_one_process(folder: Path, name: str) -> None:
+    """One rank of two has text alone, blocks are routed, gradients clipped, and activations computed anew.
+
+    Ranks have unequal numbers of validation rows, and go through as many all the same.
+    """
+    assert_same_run(folder, name, "alone")
+    alone = tensors(folder, "alone")
+    for weight, tensor in settled(tensors(folder, name)):
+        torch.testing.assert_close(tensor, alone[weight], atol=1e-5, rtol=1e-4, msg=f"{name}: {weight}")
+
+
+@pytest.mark.parametrize("name", ["fsdp2-ddp", "alone-fsdp2", "fsdp2-tp", "tp-alone", "fsdp2-four"])
+def test_every_tensor_is_the_same_under_another_strategy(folder: Path, name: str) -> None:
+    before, after = tensors(folder, name.split("-")[0]), tensors(folder, name)
+    assert before.keys() == after.keys()
+    assert any(".momentum" in entry for entry in before)
+    assert any(".exp_avg_sq" in entry for entry in before)
+    for entry, tensor in before.items():
+        assert torch.equal(tensor, after[entry]), entry
+
+
+@pytest.mark.slow
+def test_fifty_steps_under_every_strategy_give_the_losses_of_one_process(tmp_path: Path) -> None:
+    """To 5 decimals, with AdamW and with Muon, dense and routed."""
+    kinds: dict[str, dict[str, Any]] = {
+        "muon": {"routed": False},
+        "adamw": {"optimizer": "adamw", "decoder": {"tie_embeddings": True}},
+    }
+    runs = [
+        {"name": f"{under}, {kind}", "under": under, "steps": 50, **settings}
+        for under in STRATEGIES
+        for kind, settings in kinds.items()
+    ]
+    run(tmp_path, *runs)
+    for wanted in runs:
+        assert_same_run(tmp_path, wanted["name"], f"one process, {wanted['name'].split(', ')[1]}")
+
+
+@pytest.mark.slow
+def test_any_strategy_goes_on_from_any_other(tmp_path: Path) -> None:
+    """Bitwise where it begins, and to 5 decimals as the run that never stopped."""
+    first = [{"name": under, "under": under} for under in STRATEGIES]
+    pairs = [(source, under) for under in STRATEGIES for source in STRATEGIES]
+    loaded = [{"name": f"{source} to {under}", "under": under, "resume": source} for source, under in pairs]
+    on = [{"name": f"on to {under}", "under": under, "resume": "fsdp2", "steps": 12} for under in STRATEGIES]
+    run(tmp_path, {"name": "whole", "under": "one process", "steps": 12}, *first, *loaded, *on)
+    for wanted in loaded:
+        before, after = tensors(tmp_path, wanted["resume"]), tensors(tmp_path, wanted["name"])
+        assert before.keys() == after.keys()
+        assert all(torch.equal(tensor, after[entry]) for entry, tensor in before.items()), wanted["name"]
+    for wanted in on:
+        whole = losses(tmp_path, "whole")[6:]
+        torch.testing.assert_close(losses(tmp_path, wanted["name"]), whole, atol=5e-6, rtol=0, msg=wanted["name"])
+
+
+@pytest.mark.parametrize(
+    "named", ["fsdp", "deepspeed_stage_2", {"class_path": "lightning.pytorch.strategies.FSDPStrategy"}]
+)
+def test_a_strategy_that_hides_weights_is_refused(named: Any) -> None:
+    with pytest.raises(UserError, match="say ddp, fsdp2, hsdp or tensor_parallel"):
+        check_strategy(named)
+    for good in (None, "auto", "ddp", "fsdp2", {"class_path": "fuyu_e2e.training.strategies.Sharded"}):
+        check_strategy(good)
