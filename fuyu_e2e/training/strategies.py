@@ -160,9 +160,9 @@ class Sharded(ModelParallelStrategy):
                     "anew from its weights with --model.weights."
                 )
             _take_settings(optimizer, groups)
-            wanted = {}
-            for weight, name in self._names().items():
-                prefix = f"{OPTIMIZER}{name}."
+            wanted, names = {}, self._names()
+            for weight in _weights(optimizer):
+                prefix = f"{OPTIMIZER}{names[weight]}."
                 for entry, stored in shards.tensors.items():
                     if entry.startswith(prefix):
                         kept = _like(weight, stored.size, stored.properties.dtype)
@@ -175,12 +175,17 @@ class Sharded(ModelParallelStrategy):
             copy_part(checkpoint["state_dict"][name], tensor)
         for optimizer, stored in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
             _take_settings(optimizer, stored["param_groups"])
-            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            weights = _weights(optimizer)
             for number, kept in stored["state"].items():
                 for name, whole in kept.items():
                     own = _like(weights[number], whole.shape, whole.dtype)
                     copy_part(whole, own)
                     optimizer.state[weights[number]][name] = own
+
+
+def _weights(optimizer: Optimizer) -> list[Tensor]:
+    """In the order that numbers in a stored state count."""
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 def _take_settings(optimizer: Optimizer, stored: list[dict[str, Any]]) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +153,42 @@ def test_a_strategy_that_hides_weights_is_refused(named: Any) -> None:
         check_strategy(named)
     for good in (None, "auto", "ddp", "fsdp2", {"class_path": "fuyu_e2e.training.strategies.Sharded"}):
         check_strategy(good)
+
+
+@pytest.fixture(scope="module")
+def guarded(guarded_runs: Callable[..., tuple[Path, dict[str, Any]]]) -> tuple[Path, dict[str, Any]]:
+    """Runs in parts on two processes that hear signals and meet NaN."""
+    runs: list[dict[str, Any]] = [
+        {"name": "whole"},
+        {"name": "stopped", "signal": "SIGTERM", "ranks": [1], "row": 8},
+        {"name": "validating", "signal": "SIGTERM", "ranks": [0], "validate": 9, "when": "validating"},
+        {"name": "stopped-resumed", "resume": "stopped"},
+        {"name": "validating-resumed", "resume": "validating"},
+        {"name": "nan", "nan": "gradient", "ranks": [1], "steps": [2]},
+    ]
+    return guarded_runs(*(wanted | {"sharded": True} for wanted in runs))
+
+
+@pytest.mark.parametrize("name", ["stopped", "validating"])
+def test_a_signal_to_one_rank_ends_all_and_the_run_goes_on_bitwise(
+    guarded: tuple[Path, dict[str, Any]], name: str
+) -> None:
+    folder, results = guarded
+    assert results[name]["codes"] == [143, 143], (folder / name / "0.log").read_text()
+    assert results[f"{name}-resumed"]["codes"] == [0, 0], (folder / f"{name}-resumed" / "0.log").read_text()
+    for rank in range(2):
+        whole, resumed = (
+            json.loads((folder / run / f"{rank}.json").read_text()) for run in ("whole", f"{name}-resumed")
+        )
+        assert 0 < len(resumed["losses"]) < 8
+        for kind in ("after_step", "losses", "rows"):
+            assert resumed[kind] == whole[kind][-len(resumed[kind]) :], kind
+        assert len(set(whole["after_step"])) == 9
+
+
+def test_nan_in_the_part_of_one_rank_skips_the_step_on_all(guarded: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = guarded
+    assert results["nan"]["codes"] == [0, 0], (folder / "nan" / "0.log").read_text()
+    for rank in range(2):
+        after = json.loads((folder / "nan" / f"{rank}.json").read_text())["after_step"]
+        assert [step for step in range(8) if after[step] == after[step + 1]] == [2]
