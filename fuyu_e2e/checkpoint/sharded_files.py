@@ -11,6 +11,7 @@ Lightning's own sharded checkpoints are alike but for the optimizer, which torch
 """
 
 import pickle
+import warnings
 from pathlib import Path, PurePath
 from typing import Any, ClassVar
 
@@ -95,7 +96,10 @@ class ShardedFiles:
             UserError: A name isn't there or has another size, or the files are damaged.
         """
         try:
-            dcp.load(dict(tensors), storage_reader=self._reader, no_dist=True)
+            with warnings.catch_warnings():
+                # Each process reads by itself, as is intended.
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(dict(tensors), storage_reader=self._reader, no_dist=True)
         except _UNREADABLE as error:
             raise self._unreadable(error) from error
 
