@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 import fuyu_e2e
 from fuyu_e2e.checkpoint.description import Description, Provenance
 from fuyu_e2e.checkpoint.loading import StoredModel, build_decoder, load_model, read_model
-from fuyu_e2e.checkpoint.tensor_files import read_weights, write_weights
 from fuyu_e2e.checkpoint.sharded_files import REST, TABLE
+from fuyu_e2e.checkpoint.tensor_files import read_weights, write_weights
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError

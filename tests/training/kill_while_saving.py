@@ -3,9 +3,10 @@
     python tests/training/kill_while_saving.py [--kills 50] [--out FILE.json]
 
 A process writes checkpoint after checkpoint, each step's tensors filled with its number, and removes the one before.
-It is killed at random moments, and once at each phase of writing. Then what a resuming run would take is read: of ours
-the newest that verifies, of Lightning's `last.ckpt`, which it writes over. Temporary files go to another file system
-(/dev/shm), as on machines with a /tmp of their own. Linux only.
+It is killed at random moments, and once at each phase of writing. In shards, two processes write together; both are
+killed, or one a moment before the other. Then what a resuming run would take is read: of ours the newest that is right,
+of Lightning's `last.ckpt`, which it writes over. Temporary files go to another file system (/dev/shm), as on machines
+with a /tmp of their own. Linux only.
 """
 
 import argparse
@@ -23,15 +24,20 @@ from typing import Any
 
 import lightning
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from fuyu_e2e.checkpoint import whole
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.checkpoint.whole import newest
-from fuyu_e2e.training.checkpoint_io import WholeCheckpointIO
+from fuyu_e2e.training.checkpoint_io import ShardedCheckpointIO, WholeCheckpointIO
 
 TENSORS, VALUES = 40, 100_000
 """16 MB a checkpoint."""
+RANKS = 2
+"""Processes that write in shards."""
 
 
 def state(step: int) -> dict[str, Any]:
@@ -46,6 +52,17 @@ def write_ours(folder: Path, step: int) -> None:
     WholeCheckpointIO().remove_checkpoint(folder / f"step={step - 1}.ckpt")
 
 
+def write_shards(folder: Path, step: int) -> None:
+    mesh = init_device_mesh("cpu", (RANKS,))
+    parts = [torch.full((VALUES // RANKS,), float(step)) for _ in range(TENSORS)]
+    weights = {str(n): DTensor.from_local(part, mesh, [Shard(0)]) for n, part in enumerate(parts)}
+    assert dist.group.WORLD is not None
+    writer = ShardedCheckpointIO(dist.group.WORLD)
+    writer.save_checkpoint({"global_step": step, "state_dict": weights}, folder / f"step={step}.ckpt")
+    if dist.get_rank() == 0:
+        writer.remove_checkpoint(folder / f"step={step - 1}.ckpt")
+
+
 def write_stock(folder: Path, step: int) -> None:
     TorchCheckpointIO().save_checkpoint(state(step), folder / "last.ckpt")
 
@@ -58,7 +75,12 @@ def read_stock(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "last.ckpt", weights_only=True)  # noqa: TID251
 
 
-CONTENDERS = {"ours": (write_ours, read_ours), "Lightning": (write_stock, read_stock)}
+CONTENDERS = {
+    "ours": (write_ours, read_ours, 1),
+    "ours in shards": (write_shards, read_ours, RANKS),
+    "Lightning": (write_stock, read_stock, 1),
+}
+"""How each writes and reads, and in how many processes it writes."""
 
 
 def judge(read: Callable[[Path], dict[str, Any]], folder: Path) -> str:
@@ -71,30 +93,43 @@ def judge(read: Callable[[Path], dict[str, Any]], folder: Path) -> str:
     return "whole" if steps == {float(found["global_step"])} else "mixed"
 
 
-def run(write: Callable[[Path, int], None], folder: Path, first: int) -> int:
-    """Starts a process that writes without end, from step `first` on; gives its number."""
-    if child := os.fork():
-        return child
-    step = first
-    while True:
-        write(folder, step)
-        step += 1
+def run(write: Callable[[Path, int], None], folder: Path, steps: range, processes: int) -> list[int]:
+    """Starts processes that write these steps, and gives their numbers once they have begun."""
+    meeting = Path(tempfile.mkdtemp())
+    children = []
+    for rank in range(processes):
+        if child := os.fork():
+            children.append(child)
+            continue
+        if processes > 1:
+            dist.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=processes)
+        (meeting / f"{rank}").touch()
+        for step in steps:
+            write(folder, step)
+        os._exit(0)
+    while not all((meeting / f"{rank}").exists() for rank in range(processes)):
+        time.sleep(0.01)
+    shutil.rmtree(meeting, ignore_errors=True)
+    return children
 
 
 def random_kills(name: str, kills: int, rng: random.Random) -> dict[str, int]:
-    write, read = CONTENDERS[name]
+    write, read, processes = CONTENDERS[name]
     results: dict[str, int] = {}
     folder = Path(tempfile.mkdtemp(dir=Path.cwd()))
-    write(folder, 1)
     for number in range(kills):
-        if judge(read, folder) != "whole":  # begin anew after a loss
+        if judge(read, folder) != "whole":  # at the beginning, and anew after a loss
             shutil.rmtree(folder)
             folder.mkdir()
-            write(folder, 1)
-        child = run(write, folder, 2 + number * 1000)
+            for child in run(write, folder, range(1, 2), processes):
+                os.waitpid(child, 0)
+        children = run(write, folder, range(2 + number * 1000, 1_000_000), processes)
         time.sleep(rng.uniform(0.05, 0.6))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        rng.shuffle(children)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            time.sleep(rng.choice([0, 0.1]))
         result = judge(read, folder)
         results[result] = results.get(result, 0) + 1
     shutil.rmtree(folder)
@@ -160,7 +195,8 @@ def main() -> None:
     print(f"ours, at each phase: {results['at each phase']}")
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
-    bad = sum(count for result, count in results["ours"].items() if result != "whole")
+    ours = (results[name] for name in CONTENDERS if name.startswith("ours"))
+    bad = sum(count for counts in ours for result, count in counts.items() if result != "whole")
     sys.exit(bad > 0 or any(result != "whole" for result in results["at each phase"].values()))
 
 
