@@ -4,9 +4,9 @@
 
 A process writes checkpoint after checkpoint, each step's tensors filled with its number, and removes the one before.
 It is killed at random moments, and once at each phase of writing. In shards, two processes write together; both are
-killed, or one a moment before the other. Then what a resuming run would take is read: of ours the newest that is right,
-of Lightning's `last.ckpt`, which it writes over. Temporary files go to another file system (/dev/shm), as on machines
-with a /tmp of their own. Linux only.
+killed, or one a moment before the other. Then what a resuming run would take is read: of ours the newest that
+verifies, of Lightning's `last.ckpt`, which it writes over. Temporary files go to another file system (/dev/shm), as on
+machines with a /tmp of their own. Linux only.
 """
 
 import argparse

@@ -78,6 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(
         folder,
         {"name": "alone", "under": "one process", **usual, "validate": 16},
+        {"name": "ddp", "under": "ddp", "steps": 4, "text_rows": True},
         {"name": "fsdp2", "under": "fsdp2", **usual, "model": selective},
         {"name": "tp", "under": "tensor parallel", **usual, "validate": 16, "model": full},
         {"name": "fsdp2-ddp", "under": "ddp", "resume": "fsdp2", "steps": 8},
@@ -99,6 +100,11 @@ def test_a_run_in_parts_is_the_run_of_one_process(folder: Path, name: str) -> No
     alone = tensors(folder, "alone")
     for weight, tensor in settled(tensors(folder, name)):
         torch.testing.assert_close(tensor, alone[weight], atol=1e-5, rtol=1e-4, msg=f"{name}: {weight}")
+
+
+def test_two_processes_of_two_rows_have_the_losses_of_one_of_four(folder: Path) -> None:
+    """To 1e-6, though one's rows have fewer supervised tokens than the other's."""
+    torch.testing.assert_close(losses(folder, "ddp"), losses(folder, "alone")[:4], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["fsdp2-ddp", "alone-fsdp2", "fsdp2-tp", "tp-alone", "fsdp2-four"])
