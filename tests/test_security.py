@@ -205,10 +205,10 @@ class Evil:
         return Path.mkdir, (self.place,)
 
 
-def save(checkpoint: dict[str, Any], place: Path, name: str = FILE) -> None:
+def save(checkpoint: dict[str, Any], place: Path) -> None:
     """Saves a checkpoint with a manifest in which everything is right."""
     with unfinished(place) as folder:
-        torch.save(checkpoint, folder / name)
+        torch.save(checkpoint, folder / FILE)
         publish(folder, place, step=1, tokens_seen=0)
 
 
@@ -257,12 +257,6 @@ def test_a_folder_whose_name_begins_like_a_url_is_one_of_this_machine(
     torch.save(started, tmp_path / "http-run/a.ckpt")
     monkeypatch.chdir(tmp_path)
     assert go_on("http-run/a.ckpt").trainer.global_step == 2
-
-
-def test_last_is_not_a_sharded_checkpoint(tmp_path: Path, go_on: Callable) -> None:
-    save({}, tmp_path / "run/checkpoints/a.ckpt", name="__0_0.distcp")
-    with pytest.raises(UserError, match=r"a.ckpt is a sharded checkpoint.*--model.weights"):
-        go_on("last")
 
 
 def test_hyperparameters_of_a_checkpoint_are_no_settings(

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 import fuyu_e2e
 from fuyu_e2e.checkpoint.description import Description, Provenance
 from fuyu_e2e.checkpoint.loading import StoredModel, build_decoder, load_model, read_model
-from fuyu_e2e.checkpoint.sharded_files import REST, TABLE
+from fuyu_e2e.checkpoint.sharded_files import GROUPS, REST, TABLE
 from fuyu_e2e.checkpoint.tensor_files import read_weights, write_weights
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.datamodule import FuyuDataModule
@@ -236,6 +236,20 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(where: str, run: Path,
         torch.save(evil, shards[0])
     with pytest.raises(UserError, match="can't be read as a"):
         read_model(path)
+    assert not evil.place.exists()
+
+
+def test_the_optimizer_of_a_sharded_checkpoint_is_tensors_or_nothing(run: Path, tmp_path: Path) -> None:
+    """Lightning's own, with which objects are stored, torch would unpickle."""
+    checkpoint = torch.load(next(run.glob("checkpoints/*.ckpt")), weights_only=True)  # noqa: TID251
+    evil = Evil(tmp_path / "it ran")
+    checkpoint["optimizer_states"] = [{"state": {"evil": evil}}]
+    path = shard(checkpoint, tmp_path / "sharded.ckpt")
+    with pytest.raises(UserError, match=r"without running what it holds: begin anew .* --model.weights"):
+        read_checkpoint(path, optimizer=True)
+    rest = torch.load(path / REST, weights_only=True)  # noqa: TID251
+    torch.save(rest | {GROUPS: []}, path / REST)
+    assert read_checkpoint(path, optimizer=True)["optimizer_states"] == [{"state": {}, "param_groups": []}]
     assert not evil.place.exists()
 
 
