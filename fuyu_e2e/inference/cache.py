@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from fuyu_e2e.model.attention import Attend, AttentionPlan, Passing, RowAttention
+from fuyu_e2e.model.attention import Attend, Passing, RowAttention
+from fuyu_e2e.model.attention_plans import AttentionPlan
 from fuyu_e2e.model.config import FuyuConfig
 
 GROWTH = 8

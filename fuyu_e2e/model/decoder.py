@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.model.attention import Attend, AttentionPlan, RowAttention, rotary
+from fuyu_e2e.model.attention import Attend, RowAttention, rotary
+from fuyu_e2e.model.attention_kernels import AttentionBackend, plan_attention
 from fuyu_e2e.model.block import Block, DenseBlock, RoutedBlock, build_norm
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.routing import Layout, Progress, RoutingTrace, Scorer, Threshold
@@ -61,6 +62,8 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.progress = Progress()
         """How far its training has come, for the annealing of shares; whoever trains it sets this in each step."""
+        self.attention: AttentionBackend = "auto"
+        """What computes the attention of packed rows."""
         self.activation_checkpointing: ActivationCheckpointing = "none"
         """For memory (Chen et al. 2016, arXiv 1604.06174): what is computed, and what comes of it, stays the same."""
         self.initialize()
@@ -146,7 +149,10 @@ class Decoder(nn.Module):
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=keep)
 
     def _encode(self, batch: PackedBatch, trace: RoutingTrace | None) -> Float[Tensor, "T D"]:
-        plan = AttentionPlan.of((*batch.document_lengths, batch.padding), batch.tokens.device)
+        device = batch.tokens.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.embed_tokens.weight.dtype
+        plan = plan_attention((*batch.document_lengths, batch.padding), device, dtype, self.attention)
         trace = RoutingTrace() if trace is None else trace
         if self.config.routing is not None:
             trace.layout = Layout.of(batch, self.config, self.progress, self.training)

@@ -16,6 +16,7 @@ from fuyu_e2e.checkpoint.loading import build_decoder, load_weights, read_model
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.generation import continue_texts
+from fuyu_e2e.model.attention_kernels import AttentionBackend
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig, SizeName, named_size
 from fuyu_e2e.model.decoder import ActivationCheckpointing, Decoder
 from fuyu_e2e.model.routing import Progress, RoutingTrace
@@ -51,6 +52,8 @@ class FuyuModule(pl.LightningModule):
         z_loss: Weight of the z-loss, which keeps the logits from drifting; PaLM's is 1e-4. Losses are shown without.
         activation_checkpointing: What the backward pass computes anew instead of keeping it: `none`, all but products
             and attention (`selective`), or `full` blocks, for the least memory and the time of one more forward pass.
+        attention: What computes attention: `documents` anywhere, `varlen`, `flash` or `flex` on CUDA devices; `auto`
+            takes the fastest that is there.
 
     Raises:
         UserError: Settings contradict each other, or one is out of its range.
@@ -66,6 +69,7 @@ class FuyuModule(pl.LightningModule):
         weights: str | None = None,
         z_loss: float = 0.0,
         activation_checkpointing: ActivationCheckpointing = "none",
+        attention: AttentionBackend = "auto",
     ) -> None:
         super().__init__()
         self.config = decoder if isinstance(decoder, FuyuConfig) else named_size(decoder)
@@ -77,6 +81,7 @@ class FuyuModule(pl.LightningModule):
             raise UserError(f"model.z_loss is {z_loss}, but must be 0 or above.")
         self.z_loss = z_loss
         self.activation_checkpointing: ActivationCheckpointing = activation_checkpointing
+        self.attention: AttentionBackend = attention
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.max_new_tokens = max_new_tokens
@@ -138,6 +143,7 @@ class FuyuModule(pl.LightningModule):
         if not hasattr(self, "decoder"):
             self.decoder = Decoder(self.config)
             self.decoder.activation_checkpointing = self.activation_checkpointing
+            self.decoder.attention = self.attention
             # Each rank counts the scores of its own rows; DDP would overwrite them with those of the first.
             counts = [name for name, _ in self.named_buffers() if name.endswith(".rule.counts")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, counts)

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuyu_e2e.model.attention import AttentionPlan, MaskedAttention, reference_attention, rotary, rotate
+from fuyu_e2e.model.attention import reference_attention, rotary, rotate
+from fuyu_e2e.model.attention_plans import AttentionPlan, MaskedAttention
 from fuyu_e2e.model.routing import gather_passing
 
 lengths = st.lists(st.integers(1, 70), min_size=1, max_size=12)

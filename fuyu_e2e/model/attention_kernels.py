@@ -1,0 +1,220 @@
+"""Attention by documents with kernels for GPUs, and which backend serves a row.
+
+    documents   torch's scaled dot product, documents of nearly equal length together; any device, any type
+    varlen      torch.nn.attention.varlen: FlashAttention (Dao 2023, arXiv 2307.08691) over documents laid end to end;
+                CUDA, bfloat16 or float16
+    flash       the same kernel, or a newer one, from the flash_attn package where it is installed
+    flex        torch's flex_attention (Dong et al. 2024, arXiv 2412.05496) under a mask by blocks; CUDA, any type
+
+Which tokens pass a routed block is known on the device alone. The lengths of what passes of each document stay there,
+so that the host never waits.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Int64
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.attention import Attend, Passing, RowAttention
+from fuyu_e2e.model.attention_plans import AttentionPlan, MaskedAttention
+
+AttentionBackend = Literal["auto", "documents", "varlen", "flash", "flex"]
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+"""Causal attention within documents: (queries "T H K", keys "T G K", values "T G K", starts of documents and the end
+"D+1", the longest one's length or more) to outputs "T H K"."""
+
+
+def plan_attention(
+    lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype, backend: AttentionBackend = "auto"
+) -> RowAttention:
+    """The attention of a row of documents with these lengths, laid end to end.
+
+    Args:
+        lengths: Tokens of each document, and of the padding behind them.
+        device: Where the row is.
+        dtype: What products are computed in.
+        backend: Which way; `auto` takes what is fastest there.
+
+    Raises:
+        UserError: The backend doesn't serve this device or type.
+    """
+    backend = _fastest(device, dtype) if backend == "auto" else backend
+    if backend == "documents":
+        return AttentionPlan.of(lengths, device)
+    if device.type != "cuda":
+        raise UserError(f"model.attention {backend} needs a CUDA device, and this is {device.type}: leave it at auto.")
+    if backend == "flex":
+        return FlexRow.of(lengths, device)
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise UserError(
+            f"model.attention {backend} works in bfloat16 or float16, and this is {dtype}: leave it at auto, or say "
+            "--trainer.precision bf16-mixed."
+        )
+    return VarlenRow.of(lengths, device, _varlen_kernel(backend))
+
+
+def _fastest(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "documents"
+    if torch.cuda.get_device_capability(device) < (8, 0):  # FlashAttention 2 begins with Ampere
+        return "documents"
+    return "flash" if find_spec("flash_attn") else "varlen" if find_spec("torch.nn.attention.varlen") else "documents"
+
+
+@cache
+def _varlen_kernel(backend: str) -> Kernel:
+    if backend == "flash":
+        if not find_spec("flash_attn"):
+            raise UserError("model.attention flash needs the flash_attn package: install it, or leave it at auto.")
+        from flash_attn import flash_attn_varlen_func
+
+        return partial(_flash, flash_attn_varlen_func)
+    if not find_spec("torch.nn.attention.varlen"):
+        raise UserError(f"model.attention varlen needs torch 2.10 or newer, and this is {torch.__version__}.")
+    from torch.nn.attention.varlen import varlen_attn
+
+    return partial(_torch_varlen, varlen_attn, frozenset(inspect.signature(varlen_attn).parameters))
+
+
+def _flash(kernel: Any, queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, longest: int) -> Tensor:
+    return kernel(queries, keys, values, starts, starts, longest, longest, causal=True)
+
+
+def _torch_varlen(
+    kernel: Any,
+    knows: frozenset[str],
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    longest: int,
+) -> Tensor:
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in knows else {"is_causal": True}
+    if queries.shape[1] != keys.shape[1]:
+        if "enable_gqa" in knows:
+            causal["enable_gqa"] = True
+        else:  # torch before 2.12
+            repeat = queries.shape[1] // keys.shape[1]
+            keys, values = keys.repeat_interleave(repeat, dim=1), values.repeat_interleave(repeat, dim=1)
+    return kernel(queries, keys, values, starts, starts, longest, longest, **causal)
+
+
+@dataclass(frozen=True)
+class VarlenRow(RowAttention):
+    """A row whose documents a kernel finds by where they start."""
+
+    kernel: Kernel
+    starts: Int[Tensor, " bounds"]
+    """Where each document starts, and where the last ends: int32."""
+    longest: int
+    """Tokens of the longest, rounded up to a power of two: a compiled step is made anew for each."""
+    document: Int64[Tensor, " T"]
+    """For each token, the number of its document."""
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], device: torch.device, kernel: Kernel) -> "VarlenRow":
+        """Plans a row of documents with these lengths."""
+        counts = torch.tensor(lengths, dtype=torch.int64)
+        starts = F.pad(counts.cumsum(0), (1, 0)).int()
+        document = torch.arange(len(lengths)).repeat_interleave(counts)
+        longest = 1 << (max(lengths) - 1).bit_length()
+        return cls(kernel, starts.to(device, non_blocking=True), longest, document.to(device, non_blocking=True))
+
+    def __call__(
+        self,
+        layer: int,
+        queries: Float[Tensor, "T H K"],
+        keys: Float[Tensor, "T G K"],
+        values: Float[Tensor, "T G K"],
+    ) -> Float[Tensor, "T H K"]:
+        """Causal attention of every token to the tokens of its own document up to itself."""
+        # Norms and rotations under autocast leave queries and keys in float32.
+        return self.kernel(queries.to(values.dtype), keys.to(values.dtype), values, self.starts, self.longest)
+
+    def among(self, passing: Passing) -> Attend:
+        """The attention of passing tokens to each other; what only fills the capacity is one more document."""
+        documents = len(self.starts) - 1
+        own = torch.where(passing.real, self.document.index_select(0, passing.index), documents)
+        counts = torch.zeros(documents + 1, dtype=torch.int64, device=own.device).scatter_add_(
+            0, own, torch.ones_like(own)
+        )
+        starts = F.pad(counts.cumsum(0), (1, 0)).int()
+        return VarlenRow(self.kernel, starts, len(own), own)
+
+    def asking(self, passing: Passing) -> Attend:
+        """The attention of passing tokens to the whole row, whose places the kernels can't be told."""
+        return MaskedAttention.asking(passing.index, self.document)
+
+
+@dataclass(frozen=True)
+class FlexRow(RowAttention):
+    """A row under a mask of which blocks of queries see which blocks of keys."""
+
+    mask: BlockMask
+    document: Int64[Tensor, " T"]
+    """For each token, the number of its document."""
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], device: torch.device) -> "FlexRow":
+        """Plans a row of documents with these lengths."""
+        counts = torch.tensor(lengths, dtype=torch.int64)
+        document = torch.arange(len(lengths)).repeat_interleave(counts).to(device, non_blocking=True)
+        order = torch.arange(len(document), device=device)
+        return cls(_block_mask(document, order, document, order), document)
+
+    def __call__(
+        self,
+        layer: int,
+        queries: Float[Tensor, "C H K"],
+        keys: Float[Tensor, "S G K"],
+        values: Float[Tensor, "S G K"],
+    ) -> Float[Tensor, "C H K"]:
+        """Attention of every query to the keys that it sees."""
+        flex: Any = _compiled_flex() if queries.is_cuda else flex_attention
+        attended = flex(
+            queries.to(values.dtype).transpose(0, 1)[None],
+            keys.to(values.dtype).transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            block_mask=self.mask,
+            enable_gqa=queries.shape[1] != keys.shape[1],
+        )
+        return attended[0].transpose(0, 1)
+
+    def among(self, passing: Passing) -> Attend:
+        """The attention of passing tokens to each other; what only fills the capacity is one more document."""
+        own = torch.where(passing.real, self.document.index_select(0, passing.index), len(self.document))
+        order = torch.arange(len(own), device=own.device)
+        return FlexRow(_block_mask(own, order, own, order), own)
+
+    def asking(self, passing: Passing) -> Attend:
+        """The attention of passing tokens to the whole row."""
+        order = torch.arange(len(self.document), device=self.document.device)
+        own = self.document.index_select(0, passing.index)
+        return FlexRow(_block_mask(own, passing.index, self.document, order), self.document)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
+
+
+def _block_mask(
+    document: Int64[Tensor, " C"], place: Int64[Tensor, " C"], key_document: Int64[Tensor, " S"], key_place: Tensor
+) -> BlockMask:
+    return create_block_mask(
+        lambda batch, head, query, key: (document[query] == key_document[key]) & (place[query] >= key_place[key]),
+        None,
+        None,
+        len(document),
+        len(key_document),
+        device=document.device,
+    )
