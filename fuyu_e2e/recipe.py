@@ -32,6 +32,7 @@ from fuyu_e2e.training.checkpoint_guard import CheckpointGuard
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
 from fuyu_e2e.training.checkpoints import Checkpoints
 from fuyu_e2e.training.data_report import DataReport
+from fuyu_e2e.training.garbage import GarbageCollection
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.progress import Progress
@@ -105,6 +106,7 @@ class FuyuCLI(LightningCLI):
                         RoutingReport(),
                         WritePredictions(),
                         CheckpointGuard(),
+                        GarbageCollection(),
                         LastCheckpoint(),
                         StopSignals(),
                     ],

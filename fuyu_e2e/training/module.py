@@ -52,6 +52,7 @@ class FuyuModule(pl.LightningModule):
         z_loss: Weight of the z-loss, which keeps the logits from drifting; PaLM's is 1e-4. Losses are shown without.
         activation_checkpointing: What the backward pass computes anew instead of keeping it: `none`, all but products
             and attention (`selective`), or `full` blocks, for the least memory and the time of one more forward pass.
+        compile: Whether blocks are compiled, once for all batches, which takes a minute or more and pays on GPUs.
         attention: What computes attention: `documents` anywhere, `varlen`, `flash` or `flex` on CUDA devices; `auto`
             takes the fastest that is there.
 
@@ -69,6 +70,7 @@ class FuyuModule(pl.LightningModule):
         weights: str | None = None,
         z_loss: float = 0.0,
         activation_checkpointing: ActivationCheckpointing = "none",
+        compile: bool = False,
         attention: AttentionBackend = "auto",
     ) -> None:
         super().__init__()
@@ -81,6 +83,7 @@ class FuyuModule(pl.LightningModule):
             raise UserError(f"model.z_loss is {z_loss}, but must be 0 or above.")
         self.z_loss = z_loss
         self.activation_checkpointing: ActivationCheckpointing = activation_checkpointing
+        self.compiles = compile
         self.attention: AttentionBackend = attention
         self.optimizer_config = optimizer
         self.schedule = schedule
@@ -147,6 +150,9 @@ class FuyuModule(pl.LightningModule):
             # Each rank counts the scores of its own rows; DDP would overwrite them with those of the first.
             counts = [name for name, _ in self.named_buffers() if name.endswith(".rule.counts")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, counts)
+            if self.compiles:
+                for block in self.decoder.blocks:
+                    block.compile()
             if self.device_mesh is not None:
                 shard(self.decoder, self.device_mesh)
 
