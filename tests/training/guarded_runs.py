@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from forked_ranks import become_rank, free_port
 from lightning.pytorch.callbacks import Callback
 from resumed_runs import CONFIG, ROWS_PER_STEP, STEPS, digest, prepare
 
@@ -123,17 +123,7 @@ def train(folder: Path, wanted: dict[str, Any], rank: int, port: int) -> None:
     log = os.open(own / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.setpgrp()
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(RANKS),
-        "LOCAL_WORLD_SIZE": str(RANKS),
-        "GROUP_RANK": "0",
-        "TORCHELASTIC_RUN_ID": wanted["name"],
-    }
+    become_rank(rank, RANKS, port)
     torch.manual_seed(3)
     data = FuyuDataModule(
         f"{folder}/tokenizer.model",
@@ -181,9 +171,7 @@ def train(folder: Path, wanted: dict[str, Any], rank: int, port: int) -> None:
 def launch(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """One run: starts its ranks, signals some of them, waits for all."""
     (folder / wanted["name"]).mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     fork = multiprocessing.get_context("fork")
     ranks = [fork.Process(target=train, args=(folder, wanted, rank, port)) for rank in range(RANKS)]
     for rank in ranks:

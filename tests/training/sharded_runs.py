@@ -9,8 +9,6 @@ wholes, FOLDER/NAME/ the checkpoints. A run goes on from FOLDER/RESUME/last.ckpt
 
 import json
 import multiprocessing
-import os
-import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from forked_ranks import become_rank, free_port
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
 from resumed_runs import CONFIG, prepare
@@ -138,26 +137,14 @@ def train(folder: Path, wanted: dict[str, Any], world_size: int) -> None:
 
 def process(folder: Path, runs: list[dict[str, Any]], rank: int, world_size: int, port: int) -> None:
     """One process of several runs."""
-    os.setpgrp()
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "GROUP_RANK": "0",
-        "TORCHELASTIC_RUN_ID": "runs",
-    }
+    become_rank(rank, world_size, port)
     for wanted in runs:
         train(folder, wanted, world_size)
 
 
 def launch(folder: Path, world_size: int, runs: list[dict[str, Any]]) -> None:
     """Forks the processes, and waits for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     fork = multiprocessing.get_context("fork")
     ranks = [fork.Process(target=process, args=(folder, runs, rank, world_size, port)) for rank in range(world_size)]
     for rank in ranks:
