@@ -74,7 +74,7 @@ class Hosts(Callback):
             return
         # Under torchrun a store outlives the run's restarts, and with it what lost hosts said.
         run = trainer.strategy.broadcast(os.urandom(8).hex())
-        store = dist.distributed_c10d._get_default_store().clone()
+        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         if trainer.local_rank == 0:
             store.set(_key(run, trainer.node_rank), "")
         known: list[Any] = [None] * trainer.world_size

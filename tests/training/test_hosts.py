@@ -1,10 +1,10 @@
-"""Two hosts, network namespaces of this machine, train as one process does; one lost, the other says which and ends."""
+"""Two hosts, network namespaces of this machine, train as one process does; one lost, the other says which it was."""
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,19 +13,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.checkpoint.whole import check, newest
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.training.hosts import TICKS, Host, Hosts
+from fuyu_e2e.shipped import shipped
+from fuyu_e2e.training.hosts import Host, Hosts
 from fuyu_e2e.training.launched import launched_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 SWITCH = "10.77.0.254"
 SILENCE = 3.0
+COMMAND = Path(sys.executable).parent / "fuyu-e2e"
 
 
 class Network:
@@ -137,8 +139,6 @@ def test_two_hosts_train_as_one_process_and_end_with_a_sentence_when_one_is_lost
     spec.loader.exec_module(runs)
     one = runs.run(folder, "one", 0, None)
     assert results["whole"]["codes"] == [0, 0]
-    import json
-
     two = json.loads((folder / "whole" / "0.json").read_text())
     torch.testing.assert_close(two["losses"], one.losses, atol=1e-5, rtol=1e-4)
 
@@ -154,3 +154,150 @@ def test_two_hosts_train_as_one_process_and_end_with_a_sentence_when_one_is_lost
     for name in ("killed", "cut"):
         assert results[name]["seconds"] < 2 * SILENCE + 2
         check(newest(folder / name)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("back", [False, True], ids=["with the host that is left", "with the one that came back"])
+def test_torchrun_goes_on_by_itself(
+    question_data: Callable[..., FuyuDataModule],
+    network: Network,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    back: bool,
+) -> None:
+    """The weights become those of a run of one process, for a step has the same rows on any number of hosts."""
+    data = question_data()
+    subprocess.run([COMMAND, "shards", "index", data.patterns["train"]], check=True, capture_output=True)
+
+    def fit(name: str, train: str) -> list[str]:
+        return [
+            str(COMMAND),
+            "fit",
+            f"--config={shipped('recipes/quickstart.yaml')}",
+            f"--data.train={train}",
+            f"--data.tokenizer={data.tokenizer_path}",
+            f"--data.cache_dir={tmp_path / 'cache'}",
+            "--data.budget=96",
+            "--data.shuffle=4",
+            "--rows_per_step=4",
+            f"--hosts.limit={SILENCE}",
+            "--checkpoint.every_n_train_steps=4",
+            "--trainer.max_steps=40",
+            "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+            f"--trainer.default_root_dir={tmp_path / name}",
+            "--ckpt_path=last",
+        ]
+
+    served = (tmp_path / "train.tar").relative_to(tmp_path_factory.getbasetemp())
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+    # By default the first host's torchrun keeps the ranks' store, and forgets to tell a newcomer where.
+    environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+    def start(number: int) -> subprocess.Popen[bytes]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1"]
+        torchrun += ["--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint={network.addresses[0]}:29400"]
+        torchrun += [f"--rdzv-conf=last_call_timeout=5,is_host={1 - number}"]
+        torchrun += [f"--local-addr={network.addresses[number]}", "--no-python"]
+        command = [*torchrun, *fit("two", f"http://{SWITCH}:8000/{served}")]
+        with (tmp_path / f"{number}.log").open("ab") as log:
+            return network.start(
+                network.pids[1 + number], *command, env=environment, cwd=tmp_path, stdout=log, stderr=log
+            )
+
+    agents = [start(0), start(1)]
+    while not (tmp_path / "two" / "checkpoints" / "last.ckpt").exists():
+        assert all(agent.poll() is None for agent in agents), (tmp_path / "0.log").read_text()
+        time.sleep(0.1)
+    network.kill(network.pids[2], network.pids[2])
+    if back:
+        start(1)
+    code = agents[0].wait(timeout=240)
+    log = (tmp_path / "0.log").read_text()
+    assert code == 0, log
+    assert f"host host1 ({network.addresses[1]}, node rank 1, rank 1) is lost" in log
+    assert "exitcode: 5" in log
+    assert log.count("Starting with 2 processes") == 1 + back
+    assert "Going on from" in log
+
+    done = subprocess.run(fit("one", data.patterns["train"]), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    two, one = (
+        read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("two", "one")
+    )
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], atol=1e-4, rtol=1e-3)
+
+
+class Ticks(threading.Event):
+    """What the thread waits with: nothing, but for what a test does at each tick."""
+
+    def __init__(self, at_tick: Callable[[int], Any], ticks: int) -> None:
+        super().__init__()
+        self.at_tick, self.ticks, self.ticked = at_tick, ticks, 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.ticked += 1
+        self.at_tick(self.ticked)
+        return self.ticked == self.ticks
+
+
+@pytest.mark.parametrize(
+    ("silent", "after", "named"),
+    [
+        ((2,), (9,), ["c"]),
+        ((1, 2), (9, 9), ["b", "c"]),
+        ((0,), (9,), ["a"]),
+        ((2, 0), (9, 19), ["c"]),  # the first host leaves for the loss of the third, before the fourth has seen it
+        ((), (), []),
+    ],
+    ids=["one", "two", "the store's", "the store's afterwards", "none"],
+)
+def test_which_host_is_named(
+    silent: tuple[int, ...],
+    after: tuple[int, ...],
+    named: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As the fourth of four hosts sees it; without the first, which keeps the store, it hears nobody."""
+    left: list[int] = []
+    monkeypatch.setattr("os._exit", left.append)
+    monkeypatch.setattr("sys.__stderr__", sys.stderr)
+    hosts = [Host(name, f"10.0.0.{rank}", rank, (2 * rank, 2 * rank + 1)) for rank, name in enumerate("abc")]
+    callback = Hosts(1.0)
+    callback._signs = [b""] * 3
+
+    def hear(tick: int) -> None:
+        lost = {host for host, last in zip(silent, after, strict=True) if tick > last}
+        if 0 in lost:
+            return
+        callback._answers += 1
+        callback._signs = [sign if host in lost else str(tick).encode() for host, sign in enumerate(callback._signs)]
+
+    callback._watch(hosts, hosts[0], 0.1, Ticks(hear, ticks=60))
+    written = capsys.readouterr().err
+    assert left == ([5] if named else [])
+    for host in hosts:
+        assert (str(host) in written) == (host.name in named)
+    if named:
+        assert "not heard for 1 s (hosts.limit) after step 0" in written
+
+
+def test_the_launcher_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("TORCHELASTIC", "SLURM"))]:
+        monkeypatch.delenv(name)
+    assert launched_processes() == {}
+    slurm = {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "captions"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    assert launched_processes() == {"devices": 4, "num_nodes": 2}
+    for name, value in {"TORCHELASTIC_RUN_ID": "a", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched_processes() == {"devices": 8, "num_nodes": 3}
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0])
+def test_bad_limits(limit: float) -> None:
+    with pytest.raises(UserError, match=r"hosts\.limit is"):
+        Hosts(limit)
