@@ -4,6 +4,7 @@
 2    what was asked for can't be done: a setting or a file is wrong
 3    too many steps in a row had to be skipped
 4    the watch ended a run that stood still
+5    another host of the run is lost
 130  SIGINT (Ctrl-C), 143 SIGTERM, 138 SIGUSR1: saved, and can go on
 """
 
@@ -12,6 +13,7 @@ import signal
 WRONG_USE = 2
 BAD_STEPS = 3
 STUCK = 4
+HOST_LOST = 5
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """The signals that end a training behind a whole step; SIGUSR1 is what SLURM's `--signal=USR1@60` sends."""
 

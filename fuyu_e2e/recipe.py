@@ -33,7 +33,9 @@ from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
 from fuyu_e2e.training.checkpoints import Checkpoints
 from fuyu_e2e.training.data_report import DataReport
 from fuyu_e2e.training.garbage import GarbageCollection
+from fuyu_e2e.training.hosts import Hosts
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
+from fuyu_e2e.training.launched import launched_processes
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.progress import Progress
 from fuyu_e2e.training.routing_report import RoutingReport
@@ -130,8 +132,16 @@ class FuyuCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         # `last.ckpt` is a link to the newest; a run that goes on writes over the names that it had.
         parser.set_defaults({"checkpoint.save_last": "link", "checkpoint.enable_version_counter": False})
+        parser.add_argument(
+            "--rows_per_step",
+            type=int | None,
+            default=None,
+            help="Rows of an optimizer step, all processes together: from it and their number follows "
+            "trainer.accumulate_grad_batches, also where a run goes on with fewer or more of them.",
+        )
         parser.add_lightning_class_args(BadSteps, "bad_steps")
         parser.add_lightning_class_args(Watchdog, "watchdog")
+        parser.add_lightning_class_args(Hosts, "hosts")
         parser.link_arguments(
             "trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: str(Path(root) / "checkpoints")
         )
@@ -206,13 +216,15 @@ class FuyuCLI(LightningCLI):
         if settings["enable_progress_bar"] is not False:
             kwargs["callbacks"] = [*(settings["callbacks"] or []), Progress()]
         kwargs["plugins"] = [*(settings["plugins"] or []), BackgroundCheckpointIO()]
+        kwargs |= launched_processes()
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Keeps a new run from mixing its files with an old one's.
+        """Keeps a new run from mixing its files with an old one's, and shares the rows of a step out.
 
         Raises:
-            UserError: The run's directory has checkpoints, and the run is not told to go on from one.
+            UserError: The run's directory has checkpoints, and the run is not told to go on from one; or the rows of a
+                step don't divide by the processes.
         """
         root = Path(self.trainer.default_root_dir)
         if self.config.fit.ckpt_path is None and any(root.glob("checkpoints/*.ckpt")):
@@ -220,6 +232,11 @@ class FuyuCLI(LightningCLI):
                 f"{root} already holds a run: continue it with --ckpt_path last, or name another directory with "
                 "--trainer.default_root_dir."
             )
+        rows, processes = self.config.fit.rows_per_step, self.trainer.world_size
+        if rows is not None:
+            if rows < 1 or rows % processes:
+                raise UserError(f"rows_per_step is {rows}, but must be a multiple of the {processes} processes.")
+            self.trainer.accumulate_grad_batches = rows // processes
 
 
 def _where(path: str, args: Sequence[str]) -> str:

@@ -22,5 +22,6 @@ def become_rank(rank: int, world_size: int, port: int) -> None:
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
         "TORCHELASTIC_RUN_ID": "forked",
     }

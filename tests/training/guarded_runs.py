@@ -1,17 +1,22 @@
-"""Runs a small training several times on two processes that hear signals, meet NaN or hang.
+"""Runs a small training several times on two processes that hear signals, meet NaN, hang or lose each other.
 
     python guarded_runs.py FOLDER '[{"name": "whole"}, {"name": "stopped", "signal": "SIGTERM", "ranks": [1]}, …]'
 
 The processes are forked, with torchrun's variables around them. FOLDER/results.json says of each run the exit codes
 and the seconds from its signal to the last exit, FOLDER/NAME/RANK.log what a rank printed, FOLDER/NAME/RANK.json what
 it saw.
+
+With "hosts", each of the two processes is alone on a host: "pids" are processes in the network namespaces of these
+hosts, "address" is the first's, "shards" where they stream from, "cut" a command that takes the network down.
 """
 
+import ctypes
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,12 +29,16 @@ from lightning.pytorch.callbacks import Callback
 from resumed_runs import CONFIG, ROWS_PER_STEP, STEPS, digest, prepare
 
 from fuyu_e2e.datamodule import FuyuDataModule
+from fuyu_e2e.shards.manifest import index
+from fuyu_e2e.shards.sources import ShardCache
 from fuyu_e2e.training.bad_steps import BadSteps
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
 from fuyu_e2e.training.checkpoints import Checkpoints
 from fuyu_e2e.training.data_report import DataReport
 from fuyu_e2e.training.gradients import local
+from fuyu_e2e.training.hosts import Hosts
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
+from fuyu_e2e.training.launched import launched_processes
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
 from fuyu_e2e.training.signals import StopSignals
@@ -117,30 +126,49 @@ class Learner(FuyuModule):
         return loss * float("nan") if planted else loss
 
 
+def enter(pid: int) -> None:
+    """Makes this process one of the host on which process `pid` runs."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for kind in ("net", "uts"):
+        with Path(f"/proc/{pid}/ns/{kind}").open() as namespace:
+            if libc.setns(namespace.fileno(), 0):
+                raise OSError(ctypes.get_errno(), f"can't enter the {kind} namespace of {pid}")
+
+
 def train(folder: Path, wanted: dict[str, Any], rank: int, port: int) -> None:
     """One rank of one run."""
     own = folder / wanted["name"]
     log = os.open(own / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    hosts = wanted.get("hosts")
     become_rank(rank, RANKS, port)
+    if hosts:
+        enter(hosts["pids"][rank])
+        os.environ |= {
+            "MASTER_ADDR": hosts["address"],
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "GROUP_RANK": str(rank),
+            "GROUP_WORLD_SIZE": str(RANKS),
+        }
     torch.manual_seed(3)
     data = FuyuDataModule(
         f"{folder}/tokenizer.model",
         4,
         workers=wanted.get("workers", 0),
-        cache_dir=f"{folder}/cache",
+        cache_dir=f"{own}/cache{rank}" if hosts else f"{folder}/cache",
         budget=96,
         lanes=12,
         shuffle=16,
-        train=f"{folder}/*.tar",
+        train=hosts["shards"].format(folder.name) if hosts else f"{folder}/*.tar",
         val=f"{folder}/*.tar" if wanted.get("validate") else None,
     )
     report = DataReport()
     plant = Plant(own, {"steps": [], **wanted})
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=RANKS,
+        **launched_processes(),  # type: ignore[arg-type]
         strategy=Sharded() if wanted.get("sharded") else "ddp",
         max_steps=STEPS,
         accumulate_grad_batches=ROWS_PER_STEP // RANKS,
@@ -155,6 +183,7 @@ def train(folder: Path, wanted: dict[str, Any], rank: int, port: int) -> None:
         callbacks=[
             BadSteps(in_a_row=3),
             Watchdog(wanted.get("limit")),
+            Hosts(wanted.get("silence")),
             report,
             plant,
             LastCheckpoint(),
@@ -176,15 +205,17 @@ def launch(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     ranks = [fork.Process(target=train, args=(folder, wanted, rank, port)) for rank in range(RANKS)]
     for rank in ranks:
         rank.start()
-    if "signal" in wanted:
-        number = signal.Signals[wanted["signal"]]
+    if "signal" in wanted or "cut" in wanted:
         marks = [folder / wanted["name"] / f"{rank}.{wanted.get('when', 'row')}" for rank in range(RANKS)]
         while not all(path.is_file() and int(path.read_text()) >= wanted.get("row", 0) for path in marks):
             time.sleep(0.005)
+    if "cut" in wanted:
+        subprocess.run(wanted["cut"], check=True)
+    if "signal" in wanted:
         for rank in wanted["ranks"]:
             pid = ranks[rank].pid
             assert pid is not None
-            (os.killpg if wanted.get("group") else os.kill)(pid, number)
+            (os.killpg if wanted.get("group") else os.kill)(pid, signal.Signals[wanted["signal"]])
     began = time.perf_counter()
     deadline = began + 60
     for rank in ranks:
@@ -199,5 +230,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     prepare(folder)
+    index(sorted(map(str, folder.glob("*.tar"))), ShardCache.at(f"{folder}/cache"))
     results = {wanted["name"]: launch(folder, wanted) for wanted in json.loads(sys.argv[2])}
     (folder / "results.json").write_text(json.dumps(results))
