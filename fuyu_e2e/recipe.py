@@ -35,6 +35,7 @@ from fuyu_e2e.training.data_report import DataReport
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.progress import Progress
+from fuyu_e2e.training.random_state import RandomState
 from fuyu_e2e.training.routing_report import RoutingReport
 from fuyu_e2e.training.samples import SampleGenerations
 from fuyu_e2e.training.signals import StopSignals
@@ -199,8 +200,8 @@ class FuyuCLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         if settings["logger"] is None:
             kwargs["logger"] = TensorBoardLogger(settings["default_root_dir"], name="tensorboard", version="")
-        if settings["enable_progress_bar"] is not False:
-            kwargs["callbacks"] = [*(settings["callbacks"] or []), Progress()]
+        bar = [Progress()] if settings["enable_progress_bar"] is not False else []
+        kwargs["callbacks"] = [RandomState(), *(settings["callbacks"] or []), *bar]
         kwargs["plugins"] = [*(settings["plugins"] or []), BackgroundCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
