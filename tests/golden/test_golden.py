@@ -7,8 +7,8 @@ gradient's direction, not its size.) Where that is meant, make it anew, and say 
 
     python tests/golden/run.py tests/golden/losses.json
 
-It was the same up to 1e-6 with 1 and 2 threads and with torch's kernels for AVX-512, AVX2
-and none (`ATEN_CPU_CAPABILITY`, `MKL_CBWR`, `ONEDNN_MAX_CPU_ISA`).
+It was the same up to 1e-6 with 1 and 2 threads and with torch's kernels for AVX-512, AVX2 and neither
+(`ATEN_CPU_CAPABILITY`, `MKL_CBWR`, `ONEDNN_MAX_CPU_ISA`).
 """
 
 import json
