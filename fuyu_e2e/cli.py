@@ -1,5 +1,6 @@
 """The command line: Lightning's `fit`, `validate`, `test` and `predict`, and the project's own commands."""
 
+import errno
 import logging
 import sys
 import warnings
@@ -211,6 +212,13 @@ def main() -> int:
         sentence = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
         print(f"fuyu-e2e: {sentence}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        sentence = f"The disk has no room left{where}: make room on it, and run the command again."
+        print(f"fuyu-e2e: {sentence}", file=sys.stderr)
+        return WRONG_USE
 
 
 def _silence_what_no_user_can_act_on() -> None:

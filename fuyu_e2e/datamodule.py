@@ -321,7 +321,10 @@ class RowLoader(DataLoader):
         anyone: Callable[[bool], bool] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(dataset, worker_init_fn=leave_signals_to_the_trainer, **options)
+        # Each iterator draws a seed for its workers, and training's random numbers are not to depend on how many there
+        # were.
+        own = torch.Generator()
+        super().__init__(dataset, worker_init_fn=leave_signals_to_the_trainer, generator=own, **options)
         self.rows = dataset
         self.settled = settled
         self.anyone = anyone

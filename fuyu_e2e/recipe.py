@@ -11,7 +11,6 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from fuyu_e2e.allowed_imports import (
     ALLOWED,
@@ -31,6 +30,7 @@ from fuyu_e2e.training.bad_steps import BadSteps
 from fuyu_e2e.training.checkpoint_guard import CheckpointGuard
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
 from fuyu_e2e.training.checkpoints import Checkpoints
+from fuyu_e2e.training.curves import Curves
 from fuyu_e2e.training.data_report import DataReport
 from fuyu_e2e.training.garbage import GarbageCollection
 from fuyu_e2e.training.hosts import Hosts
@@ -38,6 +38,7 @@ from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.launched import launched_processes
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.progress import Progress
+from fuyu_e2e.training.random_state import RandomState
 from fuyu_e2e.training.routing_report import RoutingReport
 from fuyu_e2e.training.samples import SampleGenerations
 from fuyu_e2e.training.signals import StopSignals
@@ -212,9 +213,10 @@ class FuyuCLI(LightningCLI):
         """Builds the trainer, with TensorBoard in the run's directory unless the recipe names another logger."""
         settings = self._get(self.config_init, "trainer")
         if settings["logger"] is None:
-            kwargs["logger"] = TensorBoardLogger(settings["default_root_dir"], name="tensorboard", version="")
-        if settings["enable_progress_bar"] is not False:
-            kwargs["callbacks"] = [*(settings["callbacks"] or []), Progress()]
+            kwargs["logger"] = Curves(settings["default_root_dir"], name="tensorboard", version="")
+        named = settings["callbacks"] or []  # one, or a list
+        bar = [Progress()] if settings["enable_progress_bar"] is not False else []
+        kwargs["callbacks"] = [RandomState(), *(named if isinstance(named, list) else [named]), *bar]
         kwargs["plugins"] = [*(settings["plugins"] or []), BackgroundCheckpointIO()]
         kwargs |= launched_processes()
         return super().instantiate_trainer(**kwargs)

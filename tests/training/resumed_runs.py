@@ -8,6 +8,8 @@ at the positions in SAVED_BEHIND.
 
 import hashlib
 import json
+import os
+import random
 import sys
 import tarfile
 from dataclasses import fields
@@ -28,6 +30,7 @@ from fuyu_e2e.tokenizer import train_tokenizer
 from fuyu_e2e.training.data_report import DataReport
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
+from fuyu_e2e.training.random_state import RandomState
 
 STEPS, ROWS_PER_STEP, DOCUMENTS = 8, 6, 48
 SAVED_BEHIND = {"boundary": 18, "mid-accumulation": 28, "epoch-edge": 36}
@@ -69,12 +72,19 @@ def digest(batch: PackedBatch) -> str:
 
 
 class Watch(Callback):
-    """Writes down rows and losses, and saves where it is told."""
+    """Writes down rows, losses and numbers from each global generator, and saves where it is told."""
 
     def __init__(self, folder: Path, save: bool) -> None:
         self.folder, self.save = folder, save
         self.rows: list[str] = []
         self.losses: list[float] = []
+        self.drawn: dict[str, list[float]] = {"python": [], "numpy": [], "torch": []}
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        # Python and numpy make normal numbers in pairs, and keep the second one for later.
+        self.drawn["python"] += [random.gauss(), random.random()]
+        self.drawn["numpy"] += [np.random.randn(), np.random.rand()]
+        self.drawn["torch"] += torch.rand(2).tolist()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
         self.rows.append(digest(batch))
@@ -87,7 +97,8 @@ class Watch(Callback):
 
 def run(folder: Path, name: str, workers: int, resume: str | None, world_size: int = 1, **changed: Any) -> Watch:
     """One run; `world_size` processes are there already."""
-    torch.manual_seed(3)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(3 + int(os.environ.get("RANK", "0")))
     torch.set_num_threads(1)
     settings = {"budget": 96, "lanes": 12, "shuffle": 16, "train": f"{folder}/*.tar"} | changed
     data = FuyuDataModule(f"{folder}/tokenizer.model", 4, workers=workers, cache_dir=f"{folder}/cache", **settings)
@@ -104,13 +115,13 @@ def run(folder: Path, name: str, workers: int, resume: str | None, world_size: i
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
-        callbacks=[report, watch],
+        callbacks=[RandomState(), report, watch],
     )
     module = FuyuModule(CONFIG, optimizer=OptimizerConfig(name="muon"))
     trainer.fit(module, data, ckpt_path=folder / f"{resume}.ckpt" if resume else None)
     trainer.save_checkpoint(folder / f"{name}.ckpt")
     counts = report.state_dict()
-    described = {"rows": watch.rows, "losses": watch.losses, "counts": counts}
+    described = {"rows": watch.rows, "losses": watch.losses, "drawn": watch.drawn, "counts": counts}
     (folder / f"{name}-{trainer.global_rank}.json").write_text(json.dumps(described))
     return watch
 

@@ -89,6 +89,10 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
         whole, resumed = described(folder, "whole", rank), described(folder, name, rank)
         assert resumed["rows"] == whole["rows"][steps * runs.ROWS_PER_STEP // ranks :]
         assert resumed["losses"] == whole["losses"][steps:]
+        for generator, drawn in whole["drawn"].items():
+            # The checks of types that pytest puts into our functions draw from Python's generator in this process.
+            if (processes, generator) != ("alone", "python"):
+                assert resumed["drawn"][generator] == drawn[2 * steps * runs.ROWS_PER_STEP // ranks :]
         assert len(resumed["losses"]) == runs.STEPS - steps
         assert resumed["counts"] == whole["counts"]
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
@@ -105,6 +109,7 @@ def test_one_process_and_two_see_the_same_batches(alone: Path, together: Path) -
     rows = described(alone, "whole")["rows"]
     assert described(together, "whole", 0)["rows"] == rows[0::2]
     assert described(together, "whole", 1)["rows"] == rows[1::2]
+    assert described(together, "whole", 1)["drawn"] != described(together, "whole", 0)["drawn"]
     assert len(rows) == runs.STEPS * runs.ROWS_PER_STEP
     assert len(set(rows)) > len(rows) / 2
 
@@ -114,6 +119,8 @@ def test_a_run_may_stop_on_two_processes_and_go_on_in_one(alone: Path, together:
     resumed = runs.run(together, f"{position}-on-one", 0, position)
     steps = runs.SAVED_BEHIND[position] // runs.ROWS_PER_STEP
     assert resumed.rows == described(alone, "whole")["rows"][steps * runs.ROWS_PER_STEP :]
+    drawn = described(together, "whole")["drawn"]["numpy"]
+    assert resumed.drawn["numpy"][:6] == drawn[steps * runs.ROWS_PER_STEP :][:6]
     whole, found = checkpoint(alone, "whole"), checkpoint(together, f"{position}-on-one")
     assert found["global_step"] == whole["global_step"] == runs.STEPS
     counts = whole["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]

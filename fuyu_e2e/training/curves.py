@@ -1,0 +1,68 @@
+"""TensorBoard's curves, which a full disk holds up and which end no run."""
+
+import os
+from pathlib import Path
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Curves(TensorBoardLogger):
+    """Lightning's TensorBoard logger, whose run goes on where its disk is full or fails.
+
+    TensorBoard's thread ends at its first failure to write, which the trainer then hears of in whatever it logs next.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        """TensorBoard's own writer."""
+        if self._experiment is None:
+            events = super().experiment.file_writer.event_writer
+            events._async_writer._writer._writer = PatientFile(Path(events._file_name))
+        return super().experiment
+
+
+class PatientFile:
+    """A file that is only ever added to, and keeps in memory what the disk has no room for until it has.
+
+    Args:
+        path: Of a file that is there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.closed = False
+        self._size = path.stat().st_size
+        self._waiting = bytearray()
+        self._warned = False
+
+    def write(self, data: bytes) -> None:
+        """Adds some bytes, or has them wait behind those that do."""
+        self._waiting += data
+        try:
+            with self.path.open("ab") as file:
+                file.write(self._waiting)
+        except OSError as error:
+            # A record cut in two would hide all that comes behind it.
+            os.truncate(self.path, self._size)
+            if not self._warned:
+                rank_zero_warn(
+                    f"{self.path} could not be written ({error}): training goes on, and its curves wait in memory "
+                    "until there is room. Make room on the disk."
+                )
+            self._warned = True
+        else:
+            self._size += len(self._waiting)
+            self._waiting.clear()
+
+    def flush(self) -> None:
+        """Tries once more to write what waits."""
+        self.write(b"")
+
+    def close(self) -> None:
+        """Takes no more."""
+        self.flush()
+        self.closed = True
