@@ -128,6 +128,13 @@ def _resolve(path: Path) -> Path:
     return found
 
 
+def _warn_of_a_fault(work: Callable[..., None], *arguments: Any) -> None:
+    try:
+        work(*arguments)
+    except OSError as error:
+        rank_zero_warn(f"Checkpoints are as they were, for one could not be linked or removed ({error}).")
+
+
 class BackgroundCheckpointIO(AsyncCheckpointIO):
     """Lightning's writing in a thread, with removals in their turn, so that none comes before its successor is there.
 
@@ -157,7 +164,7 @@ class BackgroundCheckpointIO(AsyncCheckpointIO):
     def _later(self, work: Callable[..., None], *arguments: Any) -> None:
         self._ensure_setup()
         assert self._executor is not None
-        self._executor.submit(work, *arguments)
+        self._executor.submit(_warn_of_a_fault, work, *arguments)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Reads a checkpoint, once all that was to be written is."""

@@ -49,8 +49,12 @@ class StopSignals(Callback):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Keeps Lightning from installing its handlers, which would take the place of ours or hang `validate`."""
+        """Keeps Lightning from installing its handlers, which would take the place of ours or hang `validate`.
+
+        And from asking rank 0 about them before each row, for which all ranks and devices wait.
+        """
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes over the signals while training runs."""
