@@ -42,7 +42,7 @@ from fuyu_e2e.training.random_state import RandomState
 from fuyu_e2e.training.routing_report import RoutingReport
 from fuyu_e2e.training.samples import SampleGenerations
 from fuyu_e2e.training.signals import StopSignals
-from fuyu_e2e.training.strategies import check_strategy
+from fuyu_e2e.training.strategies import Sharded, check_strategy
 from fuyu_e2e.training.throughput import Throughput
 from fuyu_e2e.training.watchdog import Watchdog
 
@@ -234,10 +234,15 @@ class FuyuCLI(LightningCLI):
                 f"{root} already holds a run: continue it with --ckpt_path last, or name another directory with "
                 "--trainer.default_root_dir."
             )
-        rows, processes = self.config.fit.rows_per_step, self.trainer.world_size
+        rows, strategy = self.config.fit.rows_per_step, self.trainer.strategy
         if rows is not None:
+            sharing = strategy.tensor_parallel_size if isinstance(strategy, Sharded) else 1
+            processes = max(1, self.trainer.world_size // sharing)
             if rows < 1 or rows % processes:
-                raise UserError(f"rows_per_step is {rows}, but must be a multiple of the {processes} processes.")
+                raise UserError(
+                    f"rows_per_step is {rows}, but must be a multiple of the {processes} processes that read rows of "
+                    "their own."
+                )
             self.trainer.accumulate_grad_batches = rows // processes
 
 

@@ -75,10 +75,15 @@ class Sharded(ModelParallelStrategy):
         self._tensor_parallel = tensor_parallel
         self._replicas = replicas
 
+    @property
+    def tensor_parallel_size(self) -> int:
+        """How many processes read the same rows."""
+        return self.num_processes if self._tensor_parallel == "host" else self._tensor_parallel
+
     def setup_environment(self) -> None:
         """Joins the other processes, and lays the mesh over them."""
         self._setup_distributed()
-        tensor = self.num_processes if self._tensor_parallel == "host" else self._tensor_parallel
+        tensor = self.tensor_parallel_size
         replicas = self.num_nodes if self._replicas == "hosts" else self._replicas
         if tensor < 1 or replicas < 1 or self.world_size % (tensor * replicas):
             raise UserError(
