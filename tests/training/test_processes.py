@@ -27,7 +27,7 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_micro_batches(
     weights = []
     for name, settings in {
         "one": ["--trainer.accumulate_grad_batches=4"],
-        "two": ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accumulate_grad_batches=2"],
+        "two": ["--trainer.devices=2", "--trainer.strategy=ddp", "--rows_per_step=4"],
     }.items():
         arguments = [
             "fit",
