@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.checkpoint.whole import check, newest
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.shipped import shipped
 from fuyu_e2e.training.hosts import Host, Hosts
 from fuyu_e2e.training.launched import launched_processes
@@ -157,6 +159,7 @@ def test_two_hosts_train_as_one_process_and_end_with_a_sentence_when_one_is_lost
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("FUYU_HOSTS" not in os.environ, reason="set FUYU_HOSTS to lose a host under torchrun, 4 minutes")
 @pytest.mark.parametrize("back", [False, True], ids=["with the host that is left", "with the one that came back"])
 def test_torchrun_goes_on_by_itself(
     question_data: Callable[..., FuyuDataModule],
@@ -295,6 +298,16 @@ def test_the_launcher_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -
     for name, value in {"TORCHELASTIC_RUN_ID": "a", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
     assert launched_processes() == {"devices": 8, "num_nodes": 3}
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_rows_of_a_step_that_the_processes_cannot_share(rows: int, tmp_path: Path) -> None:
+    trainer = SimpleNamespace(default_root_dir=str(tmp_path), world_size=2)
+    command = SimpleNamespace(
+        trainer=trainer, config=SimpleNamespace(fit=SimpleNamespace(ckpt_path=None, rows_per_step=rows))
+    )
+    with pytest.raises(UserError, match=f"rows_per_step is {rows}, but must be a multiple of the 2 processes"):
+        FuyuCLI.before_fit(command)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0])

@@ -68,7 +68,7 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_micro_batches(
     thresholds = [weight for name, weight in one["state_dict"].items() if name.endswith(".threshold")]
     assert len(thresholds) == 1
     assert thresholds[0].isfinite()
-    two = ["--trainer.devices=2", "--trainer.accumulate_grad_batches=2"]
+    two = ["--trainer.devices=2", "--rows_per_step=4"]
     assert_same_weights(one, fit("two", "--trainer.strategy=ddp", *two))
     validation = [f"--data.val={tmp_path}/train.tar", "--trainer.val_check_interval=4"]
     parts = fit("parts", "--trainer.strategy=fsdp2", *two, *validation)
