@@ -159,7 +159,6 @@ def test_two_hosts_train_as_one_process_and_end_with_a_sentence_when_one_is_lost
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("FUYU_HOSTS" not in os.environ, reason="set FUYU_HOSTS to lose a host under torchrun, 4 minutes")
 @pytest.mark.parametrize("back", [False, True], ids=["with the host that is left", "with the one that came back"])
 def test_torchrun_goes_on_by_itself(
     question_data: Callable[..., FuyuDataModule],
