@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.sharding import _check_heads
 from fuyu_e2e.training.strategies import check_strategy
 
 SCRIPT = Path(__file__).with_name("sharded_runs.py")
@@ -198,3 +200,11 @@ def test_nan_in_the_part_of_one_rank_skips_the_step_on_all(guarded: tuple[Path, 
     for rank in range(2):
         after = json.loads((folder / "nan" / f"{rank}.json").read_text())["after_step"]
         assert [step for step in range(8) if after[step] == after[step + 1]] == [2]
+
+
+def test_heads_that_cannot_be_shared_out_are_refused(config: FuyuConfig) -> None:
+    with pytest.raises(UserError, match="4 heads, which 3 tensor parallel devices can't share out"):
+        _check_heads(config, 3)
+    with pytest.raises(UserError, match="2 kv_heads, which 4 tensor"):
+        _check_heads(config, 4)
+    _check_heads(config, 2)
