@@ -138,19 +138,19 @@ def test_fifty_steps_under_every_strategy_give_the_losses_of_one_process(tmp_pat
 
 @pytest.mark.slow
 def test_any_strategy_goes_on_from_any_other(tmp_path: Path) -> None:
-    """Bitwise where it begins, and to 5 decimals as the run that never stopped."""
+    """Bitwise where it begins, and to 5 decimals as the run of one process."""
     first = [{"name": under, "under": under} for under in STRATEGIES]
     pairs = [(source, under) for under in STRATEGIES for source in STRATEGIES]
     loaded = [{"name": f"{source} to {under}", "under": under, "resume": source} for source, under in pairs]
     on = [{"name": f"on to {under}", "under": under, "resume": "fsdp2", "steps": 12} for under in STRATEGIES]
-    run(tmp_path, {"name": "whole", "under": "one process", "steps": 12}, *first, *loaded, *on)
+    alone = {"name": "alone", "under": "one process", "resume": "one process", "steps": 12}
+    run(tmp_path, *first, *loaded, *on, alone)
     for wanted in loaded:
         before, after = tensors(tmp_path, wanted["resume"]), tensors(tmp_path, wanted["name"])
         assert before.keys() == after.keys()
         assert all(torch.equal(tensor, after[entry]) for entry, tensor in before.items()), wanted["name"]
     for wanted in on:
-        whole = losses(tmp_path, "whole")[6:]
-        torch.testing.assert_close(losses(tmp_path, wanted["name"]), whole, atol=5e-6, rtol=0, msg=wanted["name"])
+        assert_same_run(tmp_path, wanted["name"], "alone")
 
 
 @pytest.mark.parametrize(
