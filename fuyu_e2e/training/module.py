@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -142,7 +143,11 @@ class FuyuModule(pl.LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Builds the decoder, here so that a strategy can shard it as it is made."""
+        """Builds the decoder, here so that a strategy can shard it as it is made.
+
+        Raises:
+            UserError: Weights in parts are to be averaged.
+        """
         if not hasattr(self, "decoder"):
             self.decoder = Decoder(self.config)
             self.decoder.activation_checkpointing = self.activation_checkpointing
@@ -154,6 +159,12 @@ class FuyuModule(pl.LightningModule):
                 for block in self.decoder.blocks:
                     block.compile()
             if self.device_mesh is not None:
+                callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+                if any(isinstance(callback, WeightAveraging) for callback in callbacks):
+                    raise UserError(
+                        "Lightning averages weights (EMA) in a copy of the model, which can't be made where they are "
+                        "in parts over processes: leave that callback out, or say --trainer.strategy ddp."
+                    )
                 shard(self.decoder, self.device_mesh)
 
     def on_fit_start(self) -> None:

@@ -8,13 +8,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
+from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.sharding import _check_heads
-from fuyu_e2e.training.strategies import check_strategy
+from fuyu_e2e.training.module import FuyuModule
+from fuyu_e2e.training.strategies import Sharded, check_strategy
 
 SCRIPT = Path(__file__).with_name("sharded_runs.py")
 STRATEGIES: dict[str, tuple[int, Any]] = {
@@ -208,3 +213,22 @@ def test_heads_that_cannot_be_shared_out_are_refused(config: FuyuConfig) -> None
     with pytest.raises(UserError, match="2 kv_heads, which 4 tensor"):
         _check_heads(config, 4)
     _check_heads(config, 2)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_weights_in_parts_are_not_averaged(config: FuyuConfig, question_data: Callable[..., FuyuDataModule]) -> None:
+    """Lightning would copy the model, which torch refuses with an assertion."""
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=Sharded(),
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        callbacks=[EMAWeightAveraging()],
+    )
+    try:
+        with pytest.raises(UserError, match="leave that callback out, or say --trainer.strategy ddp"):
+            trainer.fit(FuyuModule(config), question_data())
+    finally:
+        dist.destroy_process_group()
