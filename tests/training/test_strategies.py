@@ -228,7 +228,7 @@ def test_weights_in_parts_are_not_averaged(config: FuyuConfig, question_data: Ca
         callbacks=[EMAWeightAveraging()],
     )
     try:
-        with pytest.raises(UserError, match="leave that callback out, or say --trainer.strategy ddp"):
+        with pytest.raises(UserError, match=r"leave that callback out, or say --trainer.strategy ddp"):
             trainer.fit(FuyuModule(config), question_data())
     finally:
         dist.destroy_process_group()
