@@ -1,0 +1,59 @@
+"""What a device can do: its peak as its maker states it, and what large products and copies reach on it."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# The table behind Lightning's get_available_flops, which asks it for the device that is there alone.
+from lightning.fabric.utilities.throughput import _CUDA_FLOPS
+
+from fuyu_e2e.errors import UserError
+
+WITH_SPARSITY = ("h200", "h100 nvl")
+"""Cards of which Lightning's table has the rates of sparse products, twice those of dense ones."""
+
+
+def named_peak(name: str, dtype: torch.dtype) -> float:
+    """Operations per second of a card at its peak, dense, by its name in Lightning's table.
+
+    Raises:
+        UserError: No card, or more than one, has that name, or the card has no such numbers.
+    """
+    asked = name.lower().replace("-", " ").replace("_", " ")
+    found = [card for card in _CUDA_FLOPS if card == asked] or [card for card in _CUDA_FLOPS if asked in card]
+    if len(found) != 1:
+        problem = f"could be {', '.join(found)}" if found else f"is unknown; the cards are {', '.join(_CUDA_FLOPS)}"
+        raise UserError(f"--device {name} {problem}.")
+    rates = _CUDA_FLOPS[found[0]]
+    if dtype not in rates:
+        raise UserError(f"--device {name} does no {str(dtype).removeprefix('torch.')}: choose trainer.precision.")
+    sparse = found[0].startswith(WITH_SPARSITY) and dtype in (torch.bfloat16, torch.float16)
+    return rates[dtype] / (2 if sparse else 1)
+
+
+def matmul_rate(device: str, dtype: torch.dtype, rounds: int = 5) -> float:
+    """Operations per second of the product of two large square matrices: the median of some rounds."""
+    side = 8_192 if device == "cuda" else 1_536
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / _median_seconds(lambda: left @ right, device, rounds)
+
+
+def copy_bandwidth(device: str, rounds: int = 9) -> float:
+    """Bytes read and written in a second by a copy of a tensor much larger than any cache: the median of rounds."""
+    source = torch.ones(2**28 if device == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device, rounds)
+
+
+def _median_seconds(run: Callable[[], Any], device: str, rounds: int) -> float:
+    seconds = []
+    for _ in range(rounds + 1):
+        started_at = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started_at)
+    return statistics.median(seconds[1:])
