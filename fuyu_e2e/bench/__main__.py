@@ -7,12 +7,15 @@ from fuyu_e2e.bench.data import data
 from fuyu_e2e.bench.generate import generate
 from fuyu_e2e.bench.isoflop import isoflop
 from fuyu_e2e.bench.mod import mod
+from fuyu_e2e.bench.train import train
+from fuyu_e2e.errors import UserError
 
 BENCHMARKS: dict[str, Callable[[Sequence[str]], None]] = {
     "mod": mod,
     "isoflop": isoflop,
     "data": data,
     "generate": generate,
+    "train": train,
 }
 
 
@@ -22,7 +25,11 @@ def main() -> int:
     if name not in BENCHMARKS:
         print(f"usage: python -m fuyu_e2e.bench {{{','.join(BENCHMARKS)}}} [--help]", file=sys.stderr)
         return 2
-    BENCHMARKS[name](args)
+    try:
+        BENCHMARKS[name](args)
+    except UserError as error:
+        print(f"fuyu_e2e.bench: {error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 # The table behind Lightning's get_available_flops, which asks it for the device that is there alone.
-from lightning.fabric.utilities.throughput import _CUDA_FLOPS
+from lightning.fabric.utilities.throughput import _CUDA_FLOPS, get_available_flops
 
 from fuyu_e2e.errors import UserError
 
@@ -32,6 +32,17 @@ def named_peak(name: str, dtype: torch.dtype) -> float:
         raise UserError(f"--device {name} does no {str(dtype).removeprefix('torch.')}: choose trainer.precision.")
     sparse = found[0].startswith(WITH_SPARSITY) and dtype in (torch.bfloat16, torch.float16)
     return rates[dtype] / (2 if sparse else 1)
+
+
+def peak_rate(device: str, dtype: torch.dtype) -> tuple[float, str]:
+    """Operations per second that MFU is a share of, and where the figure is from.
+
+    The maker's where Lightning knows it, else what the product of two large matrices reaches.
+    """
+    if device == "cuda" and (stated := get_available_flops(torch.device(device), dtype)):
+        name = torch.cuda.get_device_name().lower()
+        return stated / (2 if any(card in name for card in WITH_SPARSITY) else 1), "data sheet"
+    return matmul_rate(device, dtype), "measured"
 
 
 def matmul_rate(device: str, dtype: torch.dtype, rounds: int = 5) -> float:

@@ -36,9 +36,7 @@ def row(config: FuyuConfig, tokens: int, document: int = 128) -> PackedBatch:
 
 
 def estimated(config: FuyuConfig, batch: PackedBatch, **settings: Any) -> Memory:
-    return memory(
-        config, tokens=len(batch.tokens), patches=len(batch.patches), targets=len(batch.targets), **settings
-    )
+    return memory(config, tokens=len(batch.tokens), patches=len(batch.patches), targets=len(batch.targets), **settings)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
