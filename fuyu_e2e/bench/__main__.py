@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from fuyu_e2e.bench.data import data
 from fuyu_e2e.bench.generate import generate
 from fuyu_e2e.bench.isoflop import isoflop
+from fuyu_e2e.bench.limit import limit
 from fuyu_e2e.bench.mod import mod
+from fuyu_e2e.bench.scale import scale
 from fuyu_e2e.bench.train import train
 from fuyu_e2e.errors import UserError
 
@@ -16,6 +18,8 @@ BENCHMARKS: dict[str, Callable[[Sequence[str]], None]] = {
     "data": data,
     "generate": generate,
     "train": train,
+    "scale": scale,
+    "limit": limit,
 }
 
 

@@ -8,6 +8,7 @@ cut into as many batches. Only documents' own tokens count; batches lie ready on
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,22 +128,21 @@ def train(args: Sequence[str]) -> None:
     transformers = require_transformers()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     peak, source = peak_rate(device, dtype)
-    console = Console(highlight=False)
-    cases = []
-    for size in options.sizes:
-        case = CASES[size] if options.budget is None else replace(CASES[size], budget=options.budget)
-        cases.append(_measure(case, options.contenders, options.rounds, device, peak))
-        console.print(f"{size}: done")
-    result = {
+    about = {
         **environment(device),
         "transformers": transformers.__version__,
         "precision": "bf16-mixed" if device == "cuda" else "32-true",
         "peak_flops_per_second": peak,
         "peak_source": source,
         "rounds": options.rounds,
-        "cases": cases,
     }
-    write_json(options.out, result)
+    console = Console(highlight=False)
+    cases: list[dict[str, Any]] = []
+    for size in options.sizes:
+        case = CASES[size] if options.budget is None else replace(CASES[size], budget=options.budget)
+        cases.append(_measure(case, options.contenders, options.rounds, device, peak))
+        console.print(f"{size}: done")
+        write_json(options.out, about | {"cases": cases})
     report(cases, options.out.with_suffix(".png"))
 
 
@@ -161,7 +161,7 @@ def _measure(case: Case, names: Sequence[str], rounds: int, device: str, peak: f
         cost(case.config, document_lengths=row.document_lengths, patches=len(row.patches), targets=len(row.targets))
         for row in rows
     ]
-    found = {name: _remember(lambda name=name: peak_memory(run_once, case, name, device)) for name in names}
+    found = {name: _remember(partial(peak_memory, run_once, case, name, device)) for name in names}
     apart = device == "cuda" and _together(case, rows[0], names) > torch.cuda.mem_get_info()[1]
     seconds: dict[str, float | str] = {}
     losses: dict[str, float] = {}
@@ -169,14 +169,15 @@ def _measure(case: Case, names: Sequence[str], rounds: int, device: str, peak: f
         torch.compiler.reset()
         trainees = build(case, group, device)
         for name in group:
-            first = _remember(lambda name=name: _first_loss(trainees[name]))
+            first = _remember(partial(_first_loss, trainees[name]))
             if isinstance(first, str):
                 seconds[name] = first
             else:
                 losses[name] = first
         running = {name: trainees[name].epoch for name in group if name in losses}
         seconds |= alternate(running, rounds, warm_up=2)
-        del trainees, running
+        trainees.clear()
+        running.clear()
         torch.cuda.empty_cache()
     best = min((s for n, s in seconds.items() if isinstance(s, float) and not CONTENDERS[n].ours), default=None)
     results = []
