@@ -17,6 +17,8 @@ SHAPES = ((1, 1), (3, 4), (4, 3), (2, 3), (3, 2), (9, 16), (16, 9))
 """Heights to widths as cameras and screens have them."""
 KINDS = ("caption", "caption", "question", "question", "text")
 """What documents are, each as often as it is named."""
+LEARNT = {"caption": (12, 48), "question": (2, 24), "text": (32, 256)}
+"""Fewest and most supervised tokens of each, the most not among them."""
 
 
 def draw(
@@ -66,13 +68,10 @@ def mixture(
         height, width = SHAPES[rng.integers(len(SHAPES))]
         scale = rng.integers(*sides, endpoint=True) / max(height, width)
         grid = None if kind == "text" else (max(1, round(height * scale)), max(1, round(width * scale)))
-        asked, supervised = {
-            "caption": (0, rng.integers(12, 48)),
-            "question": (rng.integers(8, 24), rng.integers(2, 24)),
-            "text": (0, rng.integers(32, 256)),
-        }[kind]
+        asked = int(rng.integers(8, 24)) if kind == "question" else 0
+        supervised = int(rng.integers(*LEARNT[kind]))
         key = str(len(drawn))
-        drawn[key] = draw(rng, config, key, grid=grid, asked=int(asked), supervised=int(supervised))
+        drawn[key] = draw(rng, config, key, grid=grid, asked=asked, supervised=supervised)
         packer.add(drawn[key])
         if packer.full:
             packed.append(packer.fill_row())

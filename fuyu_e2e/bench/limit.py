@@ -51,6 +51,8 @@ WARM_UP = 5
 """Steps of a run that are not timed."""
 PROMPTS = (1, 8)
 NEW_TOKENS = 32
+PICTURES = 2_000
+"""Of digits, to train on."""
 
 
 def limit(args: Sequence[str]) -> None:
@@ -140,7 +142,7 @@ def _decoding(size: str, device: str, rounds: int, compiled: bool) -> list[dict[
 
 def _prepare(folder: Path) -> None:
     """The quickstart's shards and tokenizer."""
-    train = write_shards(folder, split="train", count=2_000, seed=0, most_digits=4, processes=1)
+    train = write_shards(folder, split="train", count=PICTURES, seed=0, most_digits=4, processes=1)
     texts = (text for document in read_documents(train[0], Tally()) for text in document.texts)
     train_tokenizer(texts, VOCAB_SIZE).save(folder / "tokenizer.model")
 
@@ -222,7 +224,7 @@ def _trainer_seconds(folder: Path, device: str, rows: list[PackedBatch]) -> floa
     run = _run(folder, device, len(rows))
     clock = _Clock()
     run.trainer.callbacks.append(clock)  # type: ignore[attr-defined]
-    run.datamodule.train_dataloader = partial(DataLoader, Rows(rows), batch_size=None)  # type: ignore[method-assign]
+    run.datamodule.train_dataloader = partial(DataLoader, Rows(rows), batch_size=None)
     with redirect_stdout(io.StringIO()):  # the progress bar
         run.trainer.fit(run.model, datamodule=run.datamodule)
     return (clock.ended_at - clock.started_at) / (len(rows) - WARM_UP)

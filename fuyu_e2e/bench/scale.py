@@ -43,6 +43,8 @@ TINY = FuyuConfig(
 """Where rows of many lengths are to fit a CPU."""
 WORDS = 32
 """Tokens of text behind each image, half of them supervised."""
+PICTURES = 2_000
+"""Of digits, to train on with several processes."""
 PARTS = ("rows", "images", "widths", "processes")
 
 
@@ -188,7 +190,7 @@ def _processes(counts: Sequence[int], steps: int, device: str) -> list[dict[str,
     """Tokens a second of the real trainer under DDP, each process with a row of its own a step; runs alternate."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        train = write_shards(folder, split="train", count=2_000, seed=0, most_digits=4, processes=1)
+        train = write_shards(folder, split="train", count=PICTURES, seed=0, most_digits=4, processes=1)
         texts = (text for document in read_documents(train[0], Tally()) for text in document.texts)
         train_tokenizer(texts, VOCAB_SIZE).save(folder / "tokenizer.model")
         speeds: dict[int, list[float]] = {count: [] for count in counts}

@@ -180,7 +180,7 @@ def _measure(case: Case, names: Sequence[str], rounds: int, device: str, peak: f
         running.clear()
         torch.cuda.empty_cache()
     best = min((s for n, s in seconds.items() if isinstance(s, float) and not CONTENDERS[n].ours), default=None)
-    results = []
+    results: list[dict[str, Any]] = []
     for name in names:
         took = seconds[name]
         if isinstance(took, str):

@@ -10,15 +10,16 @@ from rich.table import Table
 
 from fuyu_e2e.bench.plots import draw_picture
 
-COLUMNS = (
-    "tokens_per_second",
-    "images_per_second",
-    "mfu",
-    "times_as_fast",
-    "padding",
-    "peak_memory_bytes",
-    "first_loss",
-)
+COLUMNS = {
+    "tokens/s": ("tokens_per_second", 1),
+    "images/s": ("images_per_second", 1),
+    "MFU": ("mfu", 1),
+    "times": ("times_as_fast", 1),
+    "padding": ("padding", 1),
+    "GiB": ("peak_memory_bytes", 2**30),
+    "loss": ("first_loss", 1),
+}
+"""Of each heading, the figure below it and its unit."""
 
 
 def report(cases: Sequence[dict[str, Any]], picture: Path) -> None:
@@ -32,9 +33,14 @@ def report(cases: Sequence[dict[str, Any]], picture: Path) -> None:
         )
         table = Table("contender", *COLUMNS)
         for result in case["results"]:
-            table.add_row(result["contender"], *(str(result.get(column, result.get("failed"))) for column in COLUMNS))
+            table.add_row(result["contender"], *(_cell(result, *column) for column in COLUMNS.values()))
         console.print(table)
     draw_picture(picture, 2 * len(cases), partial(_draw, cases))
+
+
+def _cell(result: dict[str, Any], key: str, unit: int) -> str:
+    value = result.get(key, result.get("failed"))
+    return f"{value / unit:.4g}" if isinstance(value, int | float) else str(value)
 
 
 def _draw(cases: Sequence[dict[str, Any]], axes: list[Any]) -> None:
