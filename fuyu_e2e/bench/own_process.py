@@ -3,7 +3,6 @@
 import os
 import resource
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -54,34 +53,9 @@ def _measured(run: Callable[..., Any], args: tuple[Any, ...], threads: int) -> i
         run(*args)
         return torch.cuda.max_memory_allocated()
     _load_kernels()
-    with _Watch() as watch:
-        before = _resident("VmRSS")
-        run(*args)
-        whole = _resident("VmHWM") - before
-    return max(whole, watch.growth)
-
-
-class _Watch:
-    """How far anonymous memory, which holds tensors, grows while this is entered, looked at every few milliseconds.
-
-    A process's peak covers its libraries' pages as well, and a machine short of memory takes those away meanwhile.
-    """
-
-    def __enter__(self) -> "_Watch":
-        self.growth = 0
-        self._before = _resident("RssAnon")
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._ended.wait(0.003):
-            self.growth = max(self.growth, _resident("RssAnon") - self._before)
+    before = _resident("VmRSS")
+    run(*args)
+    return _resident("VmHWM") - before
 
 
 def _load_kernels() -> None:
