@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import fuyu_e2e.bench.limit as bench_limit
 import fuyu_e2e.bench.scale as bench_scale
@@ -212,6 +213,7 @@ def test_the_time_of_a_step_is_shared_out_by_part() -> None:
     parts = profile_parts(decoder, rows(), update, 3, "cpu")
     assert set(parts) == {*PARTS, "idle"}
     assert parts["data"] > 5
+    assert parts["projections"] > parts["rest"], "the backward pass, twice the forward, is shared out as well"
     assert parts["projections"] > parts["attention"] > 0
     assert parts["loss"] > 0
     flops = {
@@ -229,12 +231,19 @@ def test_decoding_counts_as_the_last_token_of_a_document() -> None:
     assert decode_step_flops(TINY, (10, 5)) - by_hand == 4 * 2 * 16 * 2 * (9 + 4)
 
 
-def test_limit_gives_shares_and_lightnings_overhead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_gives_shares_and_lightnings_overhead(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bench_limit, "CASES", {"small": CASE})
     monkeypatch.setattr(bench_limit, "matmul_rate", lambda *_: 1e9)
     monkeypatch.setattr(bench_limit, "copy_bandwidth", lambda *_: 1e9)
     monkeypatch.setattr(bench_limit, "NEW_TOKENS", 4)
     monkeypatch.setattr(bench_limit, "PICTURES", 100)
+    recipe = yaml.safe_load((repository / "recipes" / "quickstart.yaml").read_text())
+    recipe["data"]["budget"] = 256
+    recipe["model"]["decoder"]["layers"] = 2
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(bench_limit, "shipped", lambda name: tmp_path / "small.yaml")
     out = tmp_path / "limit.json"
     bench_limit.limit(["--sizes", "small", "--decoders", "quickstart", "--eager", "--steps", "8", "--rounds", "1",
                        "--out", str(out)])  # fmt: skip

@@ -9,21 +9,37 @@ version=${2:-3.12}
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON=${PYTHON:-python3}
 mapfile -t wanted < <("$PYTHON" tests/gpu/requirements.py)
-# Resolved with torch's small CPU build, which is not kept: the other machine has a torch of its own.
-resolved=$(mktemp)
-"$PYTHON" -m pip install -q --dry-run --ignore-installed --report "$resolved" --only-binary=:all: \
-    --target "$(mktemp -d)" --python-version "$version" --platform manylinux_2_28_x86_64 \
-    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-    --extra-index-url https://download.pytorch.org/whl/cpu "torch==2.11.0+cpu" "${wanted[@]}"
-"$PYTHON" - "$resolved" >"$resolved.txt" <<'PYTHON'
-import json, sys
-inside_torch = {"torch", "triton", "sympy", "mpmath", "networkx", "jinja2", "markupsafe"}
-for found in json.load(open(sys.argv[1]))["install"]:
-    name = found["metadata"]["name"].lower()
-    if name not in inside_torch and not name.startswith(("nvidia", "cuda")):
-        print(f"{name}=={found['metadata']['version']}")
+names=$(mktemp)
+# Versions of an environment in which the tests pass, but for torch and what only torch needs: the other machine has its
+# own.
+"$PYTHON" - "${wanted[@]}" >"$names" <<'PYTHON'
+import re, sys
+from importlib.metadata import distribution
+
+seen = set()
+
+
+def need(requirement):
+    name = re.split(r"[^\w.-]", requirement.strip())[0].lower().replace("_", "-")
+    if name in seen or name == "torch" or "extra ==" in requirement:
+        return
+    seen.add(name)
+    try:
+        found = distribution(name)
+    except ImportError:
+        return  # for another platform or Python
+    print(f"{name}=={found.version}")
+    extras = re.search(r"\[([\w,-]+)\]", requirement)
+    for further in found.requires or []:
+        wanted = re.search(r"extra == ['\"]([\w-]+)['\"]", further)
+        if wanted is None or (extras and wanted[1] in extras[1].split(",")):
+            need(re.sub(r";.*", "", further))
+
+
+for requirement in sys.argv[1:]:
+    need(requirement)
 PYTHON
 "$PYTHON" -m pip download -q --no-deps --only-binary=:all: --dest "$out" --python-version "$version" \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-    -r "$resolved.txt"
+    -r "$names"
 du -sh "$out"
