@@ -12,11 +12,10 @@ PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-wheels}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 if ! "$PYTHON" -c 'import lightning, webdataset, transformers, pytest, beartype' 2>/dev/null; then
-    environment=$(mktemp -d)
-    trap 'rm -rf "$environment"' EXIT
-    "$PYTHON" -m venv --system-site-packages "$environment"
-    mapfile -t wanted < <("$PYTHON" tests/gpu/requirements.py)
-    "$environment/bin/python" -m pip install -q --no-index --find-links "$WHEELS" "${wanted[@]}"
-    PYTHON="$environment/bin/python"
+    packages=$(mktemp -d)
+    trap 'rm -rf "$packages"' EXIT
+    # All that is needed lies in the folder, so that nothing asks for another torch.
+    "$PYTHON" -m pip install -q --no-index --no-deps --target "$packages" "$WHEELS"/*.whl
+    export PYTHONPATH="$PYTHONPATH:$packages"
 fi
 "$PYTHON" tests/gpu/run_all.py "$@"
