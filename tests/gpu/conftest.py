@@ -13,3 +13,10 @@ def device() -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return wanted
+
+
+@pytest.fixture
+def without_hook(request: pytest.FixtureRequest) -> None:
+    """For tests that compile, for which the hook that checks types is in the way; `all.sh` leaves it out."""
+    if request.config.getoption("--jaxtyping-packages", None):
+        pytest.skip("compiles only without --jaxtyping-packages, as tests/gpu/all.sh runs it")

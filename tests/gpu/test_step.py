@@ -119,11 +119,13 @@ def test_every_kernel_of_attention_gives_the_reference(backend: str, kv_heads: i
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_host_never_waits_for_a_training_step(
-    compiled: bool, speaking: Decoder, row: PackedBatch, device: str
+    compiled: bool, speaking: Decoder, row: PackedBatch, device: str, request: pytest.FixtureRequest
 ) -> None:
     """Forward, backward and update, with everything that a step of `bench train` does."""
     if device == "cpu":
         pytest.skip("needs a CUDA device")
+    if compiled:
+        request.getfixturevalue("without_hook")
     optimizer = torch.optim.AdamW(speaking.parameters(), fused=True)
     if compiled:
         for block in speaking.blocks:
@@ -142,6 +144,7 @@ def test_the_host_never_waits_for_a_training_step(
         step()
 
 
+@pytest.mark.usefixtures("without_hook")
 def test_a_compiled_step_is_the_eager_one(speaking: Decoder, row: PackedBatch, device: str) -> None:
     compiled = copy.deepcopy(speaking)
     for block in compiled.blocks:
@@ -171,9 +174,13 @@ def test_the_host_never_waits_for_a_decoding_step(speaking: Decoder, device: str
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_generation_writes_what_the_cpu_writes(compiled: bool, speaking: Decoder, device: str) -> None:
+def test_generation_writes_what_the_cpu_writes(
+    compiled: bool, speaking: Decoder, device: str, request: pytest.FixtureRequest
+) -> None:
     if compiled and device == "cpu":
         pytest.skip("tests/inference compiles on a CPU")
+    if compiled:
+        request.getfixturevalue("without_hook")
     with torch.no_grad():
         torch.nn.init.normal_(speaking.lm_head.weight, std=0.5)
     speaking.eval()
