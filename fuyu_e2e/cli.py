@@ -18,6 +18,7 @@ from fuyu_e2e.checkpoint.commands import checkpoint
 from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.estimate import estimate
 from fuyu_e2e.exit_codes import WRONG_USE
 from fuyu_e2e.export.commands import export, import_model
 from fuyu_e2e.inference.depth import token_depth
@@ -52,6 +53,7 @@ usage: fuyu-e2e COMMAND [--help]
   tokenizer train    train a tokenizer on the text of shards
   shards             index, verify, stats or write: what shards hold, and new ones from your own files
   inspect            show a sample as it enters the model
+  estimate           memory, operations and hours of a recipe's run, before it is started
 """
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -184,6 +186,7 @@ def lightning(args: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     **dict.fromkeys(LIGHTNING_COMMANDS, lightning),
     "inspect": inspect,
+    "estimate": estimate,
     "checkpoint": checkpoint,
     "export": export,
     "import": import_model,

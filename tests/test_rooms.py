@@ -9,7 +9,7 @@ import fuyu_e2e
 
 FLOORS = [
     {"cli"},
-    {"__init__", "quickstart", "bench"},
+    {"__init__", "quickstart", "estimate", "bench"},
     {"inspection", "recipe"},
     {"eval", "export", "training"},
     {"datamodule"},

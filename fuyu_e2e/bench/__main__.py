@@ -6,13 +6,20 @@ from collections.abc import Callable, Sequence
 from fuyu_e2e.bench.data import data
 from fuyu_e2e.bench.generate import generate
 from fuyu_e2e.bench.isoflop import isoflop
+from fuyu_e2e.bench.limit import limit
 from fuyu_e2e.bench.mod import mod
+from fuyu_e2e.bench.scale import scale
+from fuyu_e2e.bench.train import train
+from fuyu_e2e.errors import UserError
 
 BENCHMARKS: dict[str, Callable[[Sequence[str]], None]] = {
     "mod": mod,
     "isoflop": isoflop,
     "data": data,
     "generate": generate,
+    "train": train,
+    "scale": scale,
+    "limit": limit,
 }
 
 
@@ -22,7 +29,11 @@ def main() -> int:
     if name not in BENCHMARKS:
         print(f"usage: python -m fuyu_e2e.bench {{{','.join(BENCHMARKS)}}} [--help]", file=sys.stderr)
         return 2
-    BENCHMARKS[name](args)
+    try:
+        BENCHMARKS[name](args)
+    except UserError as error:
+        print(f"fuyu_e2e.bench: {error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 

@@ -4,14 +4,11 @@ Weights are random: what a model says takes as long as what a trained one says. 
 something, and the output projection so that the likeliest token stands out from rounding.
 """
 
-import json
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,17 +18,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from fuyu_e2e.bench.documents import BOS, FIRST_WORD, NEWLINE, PATCH
 from fuyu_e2e.bench.measure import alternate, environment, write_json
-from fuyu_e2e.checkpoint.tensor_files import write_weights
-from fuyu_e2e.export.transformers import to_transformers, transformers_config
+from fuyu_e2e.bench.stock import require_transformers, stock_model
 from fuyu_e2e.inference.generation import generate as generate_ours
 from fuyu_e2e.model.block import Block
 from fuyu_e2e.model.config import FuyuConfig, named_size
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.sequence import ImageSpan, TokenSequence
 from fuyu_e2e.shipped import shipped
+from fuyu_e2e.training.device_limits import copy_bandwidth
 
-PATCH, NEWLINE, BOS, FIRST_WORD = 3, 4, 1, 10
 NEVER = -1
 """An end of document that no token is, so that all contenders write as many tokens."""
 GRIDS = (4, 12)
@@ -61,11 +58,11 @@ def generate(args: Sequence[str]) -> None:
     sizes = options.sizes or ["quickstart", "10m", "50m", "125m", *(["1b"] if options.device == "cuda" else [])]
     console = Console(highlight=False)
     results: list[dict[str, Any]] = []
-    bandwidth = _copy_bandwidth(options.device)
-    transformers = import_module("transformers")
+    bandwidth = copy_bandwidth(options.device)
+    transformers = require_transformers()
     for size in sizes:
-        decoder = _decoder(_config(size), options.device)
-        stock = _stock(transformers, decoder)
+        decoder = random_decoder(sized(size), options.device)
+        stock = stock_model(decoder).eval()
         for batch in options.batches:
             found = _measure(decoder, stock, batch, bandwidth, options)
             results += [{"size": size, "prompts": batch, **result} for result in found]
@@ -76,14 +73,16 @@ def generate(args: Sequence[str]) -> None:
     console.print(_table(results))
 
 
-def _config(size: str) -> FuyuConfig:
+def sized(size: str) -> FuyuConfig:
+    """The decoder of a named size, or of the quickstart."""
     if size == "quickstart":
         return FuyuConfig(**yaml.safe_load(shipped("recipes/quickstart.yaml").read_text())["model"]["decoder"])
     return named_size(size)
 
 
 @torch.no_grad()
-def _decoder(config: FuyuConfig, device: str) -> Decoder:
+def random_decoder(config: FuyuConfig, device: str) -> Decoder:
+    """A decoder whose every block says something, ready to generate."""
     torch.manual_seed(0)
     decoder = Decoder(config)
     for block in decoder.blocks:
@@ -94,19 +93,7 @@ def _decoder(config: FuyuConfig, device: str) -> Decoder:
     return decoder.to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval()
 
 
-def _stock(transformers: Any, decoder: Decoder) -> Any:
-    """transformers' model of the exported weights."""
-    weight = decoder.embed_tokens.weight
-    config = transformers_config(decoder.config, patch_id=PATCH, bos_id=BOS, eos_id=2, dtype=weight.dtype)
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        write_weights(to_transformers(decoder.state_dict(), decoder.config), Path(folder))
-        stock = transformers.FuyuForCausalLM.from_pretrained(folder, dtype=weight.dtype).to(weight.device).eval()
-    assert stock.config.text_config._attn_implementation == "sdpa"
-    return stock
-
-
-def _prompts(config: FuyuConfig, count: int) -> list[TokenSequence]:
+def random_prompts(config: FuyuConfig, count: int) -> list[TokenSequence]:
     """Images of different sizes, each with a text behind it."""
     rng = np.random.default_rng(0)
     prompts = []
@@ -154,7 +141,7 @@ def _theirs(stock: Any, prompts: list[TokenSequence], settings: dict[str, Any], 
 
 def _measure(decoder: Decoder, stock: Any, batch: int, bandwidth: float, options: Any) -> list[dict[str, Any]]:
     torch.compiler.reset()  # what was compiled for sizes before would be looked through in every step
-    prompts = _prompts(decoder.config, batch)
+    prompts = random_prompts(decoder.config, batch)
 
     def ours(compiled: bool, new_tokens: int) -> list[list[int]]:
         return generate_ours(decoder, prompts, max_new_tokens=new_tokens, eos_id=NEVER, compiled=compiled)
@@ -183,13 +170,13 @@ def _measure(decoder: Decoder, stock: Any, batch: int, bandwidth: float, options
                 "tokens_per_second": round(batch * options.new_tokens / whole, 1),
                 "times_as_fast": round(seconds[f"{THEIRS}/all"] / whole, 3),
                 "same_tokens": round(float((written[name] == written[THEIRS]).mean()), 4),
-                "of_bandwidth": round(_bytes_of_step(decoder, prompts, options.new_tokens) / step / bandwidth, 3),
+                "of_bandwidth": round(bytes_of_step(decoder, prompts, options.new_tokens) / step / bandwidth, 3),
             }
         )
     return results
 
 
-def _bytes_of_step(decoder: Decoder, prompts: list[TokenSequence], new_tokens: int) -> float:
+def bytes_of_step(decoder: Decoder, prompts: list[TokenSequence], new_tokens: int) -> float:
     """What a step half-way through has to read: every weight but those that only prompts need, and the cache."""
     config = decoder.config
     size = decoder.embed_tokens.weight.element_size()
@@ -197,14 +184,6 @@ def _bytes_of_step(decoder: Decoder, prompts: list[TokenSequence], new_tokens: i
     cached = sum(len(prompt) + new_tokens / 2 for prompt in prompts)
     values = 2 * config.layers * config.kv_heads * config.head_size
     return size * (sum(weight.numel() for weight in weights) + cached * values)
-
-
-def _copy_bandwidth(device: str) -> float:
-    """Bytes read and written in a second by a copy of a tensor much larger than any cache."""
-    source = torch.ones(2**26 if device == "cpu" else 2**28, device=device)
-    target = torch.empty_like(source)
-    seconds = alternate({"copy": lambda: target.copy_(source)}, rounds=9)["copy"]
-    return 2 * source.nbytes / seconds
 
 
 def _table(results: Sequence[dict[str, Any]]) -> Table:

@@ -126,10 +126,12 @@ class StoredRows(FuyuDataModule):
 
     def train_dataloader(self) -> DataLoader:  # type: ignore[override]
         """The stored rows, from the first on."""
-        return DataLoader(_Rows(self.rows), batch_size=None)
+        return DataLoader(Rows(self.rows), batch_size=None)
 
 
-class _Rows(IterableDataset):
+class Rows(IterableDataset):
+    """Rows that are there already, as a data set."""
+
     def __init__(self, rows: list[PackedBatch]) -> None:
         self.rows = rows
 

@@ -108,3 +108,10 @@ def _rule_parameters(config: FuyuConfig) -> int:
     inner = config.width // 2
     predictor = config.width * inner + 2 * inner + 1 if config.routing.rule == "topk" else 0
     return config.width + predictor
+
+
+def decode_step_flops(config: FuyuConfig, keys: Counts) -> int:
+    """Operations of one more token in each sequence of a dense decoder; it sees so many keys, its own among them."""
+    assert config.routing is None
+    alone = cost(config, document_lengths=(1,) * len(keys), patches=0, targets=len(keys)).forward_flops
+    return alone + round(4 * config.heads * config.head_size * config.layers * (sum(keys) - len(keys)))

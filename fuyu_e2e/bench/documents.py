@@ -1,0 +1,84 @@
+"""Documents for benchmarks, of random pixels and words: captions, questions and text, with images of many sizes."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.packing import Packer
+from fuyu_e2e.sequence import ImageSpan, TokenSequence
+from fuyu_e2e.tally import Tally
+
+PATCH, NEWLINE, BOS, EOS, FIRST_WORD = 3, 4, 1, 2, 10
+"""Token ids; words are all those behind."""
+SHAPES = ((1, 1), (3, 4), (4, 3), (2, 3), (3, 2), (9, 16), (16, 9))
+"""Heights to widths as cameras and screens have them."""
+KINDS = ("caption", "caption", "question", "question", "text")
+"""What documents are, each as often as it is named."""
+LEARNT = {"caption": (12, 48), "question": (2, 24), "text": (32, 256)}
+"""Fewest and most supervised tokens of each, the most not among them."""
+
+
+def draw(
+    rng: np.random.Generator,
+    config: FuyuConfig,
+    key: str,
+    *,
+    grid: tuple[int, int] | None,
+    asked: int,
+    supervised: int,
+) -> TokenSequence:
+    """A document: an image of `grid` patches, `asked` tokens of a question and `supervised` tokens to be learnt."""
+    rows, cols = grid or (0, 0)
+    image = np.full((rows, cols + 1), PATCH)
+    image[:, -1] = NEWLINE
+    words = rng.integers(FIRST_WORD, config.vocab_size, asked + supervised - 1)
+    tokens = np.concatenate((image.ravel(), [BOS], words, [EOS]))
+    loss = np.zeros(len(tokens), dtype=bool)
+    loss[-supervised:] = True
+    return TokenSequence(
+        key=key,
+        tokens=tokens,
+        loss=loss,
+        patches=rng.integers(0, 256, (rows * cols, config.patch_values), dtype=np.uint8),
+        images=(ImageSpan(0, rows, cols),) if grid else (),
+    )
+
+
+def mixture(
+    config: FuyuConfig, *, rows: int, budget: int, sides: tuple[int, int], seed: int = 0
+) -> list[list[TokenSequence]]:
+    """The documents of so many packed rows: two captions and two questions to each text.
+
+    Args:
+        config: Of the decoder that reads them.
+        rows: How many.
+        budget: Tokens of a row.
+        sides: Fewest and most patches along an image's longer side, each number as likely.
+        seed: Of all that is drawn.
+    """
+    rng = np.random.default_rng(seed)
+    packer = Packer(budget, "skip", Tally())
+    drawn: dict[str, TokenSequence] = {}
+    packed: list[PackedBatch] = []
+    while len(packed) < rows:
+        kind = KINDS[len(drawn) % len(KINDS)]
+        height, width = SHAPES[rng.integers(len(SHAPES))]
+        scale = rng.integers(*sides, endpoint=True) / max(height, width)
+        grid = None if kind == "text" else (max(1, round(height * scale)), max(1, round(width * scale)))
+        asked = int(rng.integers(8, 24)) if kind == "question" else 0
+        supervised = int(rng.integers(*LEARNT[kind]))
+        key = str(len(drawn))
+        drawn[key] = draw(rng, config, key, grid=grid, asked=asked, supervised=supervised)
+        packer.add(drawn[key])
+        if packer.full:
+            packed.append(packer.fill_row())
+    return [[drawn[key] for key in row.keys] for row in packed]
+
+
+def histogram(lengths: Sequence[int]) -> dict[str, int]:
+    """How many documents have so many tokens, in steps of a factor of two."""
+    counts = Counter(max(16, 1 << (length - 1).bit_length()) for length in lengths)
+    return {f"up to {most}": counts[most] for most in sorted(counts)}

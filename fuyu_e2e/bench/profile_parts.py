@@ -1,0 +1,156 @@
+"""Where the time of a training step goes, by part of the model, from torch's profiler.
+
+An operation belongs to the part whose module ran it; in the backward pass, to the part of the operation that it is the
+gradient of, which autograd numbers alike.
+
+- attention: what attention modules do themselves: rotary positions, grouping by length, softmax(QK)V
+- projections: the linear layers of blocks and of patches
+- loss: all behind the last norm: choosing supervised positions, logits, cross-entropy
+- optimizer: clipping, update, zeroing gradients
+- data: waiting for the next row
+- rest: norms, activations, residuals, embeddings, planning the row's attention, gradients summed into place
+- idle: the step's time in which no operation ran: Python between operations; on a GPU, the GPU waiting
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.profiler import record_function
+from torch.profiler import ProfilerActivity, profile
+
+from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.model.block import Block
+from fuyu_e2e.model.decoder import Decoder
+
+PARTS = ("attention", "projections", "loss", "optimizer", "data", "rest")
+PREFIX = "part: "
+WHOLE = ("data", "optimizer")
+"""Parts whose Python counts, too."""
+BACKWARD = 1
+"""The profiler's mark of operations of the backward pass."""
+
+
+class _Ranges:
+    """Opens and closes a part's range as a module begins and ends."""
+
+    def __init__(self) -> None:
+        self.open: list[record_function] = []
+
+    def enter(self, part: str) -> None:
+        self.open.append(record_function(PREFIX + part))
+        self.open[-1].__enter__()
+
+    def leave(self) -> None:
+        self.open.pop().__exit__(None, None, None)
+
+    def watch(self, module: nn.Module, part: str) -> list[Any]:
+        """Hooks that mark all that a module does as of a part."""
+        return [
+            module.register_forward_pre_hook(lambda *_: self.enter(part)),
+            module.register_forward_hook(lambda *_: self.leave()),
+        ]
+
+
+def profile_parts(
+    decoder: Decoder,
+    rows: Iterator[PackedBatch],
+    update: Callable[[], None],
+    steps: int,
+    device: str,
+) -> dict[str, float]:
+    """Trains for some steps, and gives the milliseconds of a step that each part takes, and `idle`.
+
+    Args:
+        decoder: Not compiled, or its modules couldn't be told apart.
+        rows: At least two more than `steps`.
+        update: Applies the gradients and drops them.
+        steps: How many are looked at.
+        device: Where the decoder is.
+    """
+    ranges = _Ranges()
+    hooks = [hook for module, part in _modules(decoder) for hook in ranges.watch(module, part)]
+    hooks.append(decoder.norm.register_forward_hook(lambda *_: ranges.enter("loss")))
+
+    def step() -> None:
+        with record_function(PREFIX + "data"):
+            batch = next(rows).to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"), record_function(PREFIX + "rest"):
+            loss = decoder.loss(batch)
+            ranges.leave()
+        (loss / batch.targets.numel()).backward()
+        with record_function(PREFIX + "optimizer"):
+            update()
+
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.callback(hook.remove)
+        step()
+        step()
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+        with profile(activities=activities) as profiler:
+            started_at = time.perf_counter()
+            for _ in range(steps):
+                step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            wall = time.perf_counter() - started_at
+    milliseconds = {part: micro / 1e3 / steps for part, micro in _sum_up(profiler.events(), device).items()}
+    return milliseconds | {"idle": max(0.0, wall * 1e3 / steps - sum(milliseconds.values()))}
+
+
+def _modules(decoder: Decoder) -> Iterator[tuple[nn.Module, str]]:
+    yield decoder.patch_projection, "projections"
+    for block in decoder.blocks:
+        assert isinstance(block, Block)
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                yield module, "projections"
+            elif module is block.attention:
+                yield module, "attention"
+            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                yield module, "rest"
+
+
+def _sum_up(events: Any, device: str) -> dict[str, float]:
+    """Microseconds of each part, over all events."""
+    host = sorted(
+        (event for event in events if event.device_type == torch.autograd.DeviceType.CPU),
+        key=lambda event: event.time_range.start,
+    )
+    forward: dict[int, str] = {}
+    for event in host:
+        part = _range_of(event)
+        if part is not None and event.scope != BACKWARD and event.sequence_nr >= 0:
+            forward[event.sequence_nr] = part  # of operations that share a number, the last is the one with a gradient
+    sums = dict.fromkeys(PARTS, 0.0)
+    for event in host:
+        part = _range_of(event)
+        if part is None:
+            part = forward.get(_backward_number(event), "rest")
+        if device == "cuda":
+            sums[part] += event.self_device_time_total
+        elif not event.name.startswith(PREFIX) or part in WHOLE:
+            sums[part] += event.self_cpu_time_total
+    return sums
+
+
+def _range_of(event: Any) -> str | None:
+    """The innermost part that an event stands in; None in the backward pass, but for what it computes anew."""
+    while event is not None:
+        if event.name.startswith(PREFIX):
+            return event.name.removeprefix(PREFIX)
+        event = event.cpu_parent
+    return None
+
+
+def _backward_number(event: Any) -> int:
+    """The number that an operation of the backward pass shares with the forward operation; -1 where there is none."""
+    while event is not None:
+        if event.scope == BACKWARD:
+            return event.sequence_nr
+        event = event.cpu_parent
+    return -1

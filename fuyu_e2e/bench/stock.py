@@ -1,0 +1,81 @@
+"""transformers' `FuyuForCausalLM` as a contender: the same weights, and documents as its users batch them."""
+
+import json
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuyu_e2e.bench.documents import BOS, EOS, PATCH
+from fuyu_e2e.checkpoint.tensor_files import write_weights
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.export.transformers import stock_inputs, to_transformers, transformers_config
+from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.sequence import TokenSequence
+
+NO_LOSS = -100
+"""The label that its loss leaves out."""
+
+
+def require_transformers() -> Any:
+    """transformers, the module.
+
+    Raises:
+        UserError: It isn't installed.
+    """
+    if find_spec("transformers") is None:
+        raise UserError(
+            "This benchmark compares with transformers, which is missing: pip install 'fuyu-e2e[transformers]'."
+        )
+    transformers = import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def stock_model(decoder: Decoder, attention: str = "sdpa") -> Any:
+    """transformers' model of a decoder's weights, on the same device and in the same type.
+
+    Raises:
+        UserError: transformers is missing.
+    """
+    transformers = require_transformers()
+    weight = decoder.embed_tokens.weight
+    config = transformers_config(decoder.config, patch_id=PATCH, bos_id=BOS, eos_id=EOS, dtype=weight.dtype)
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        write_weights(to_transformers(decoder.state_dict(), decoder.config), Path(folder))
+        model = transformers.FuyuForCausalLM.from_pretrained(folder, dtype=weight.dtype, attn_implementation=attention)
+    assert model.config.text_config._attn_implementation == attention
+    return model.to(weight.device)
+
+
+def stock_training_batch(documents: list[TokenSequence], device: str) -> dict[str, Tensor]:
+    """A padded batch, on the left as its processor pads, with labels where documents carry loss."""
+    inputs = stock_inputs(documents)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"][None]
+    labels = torch.full_like(inputs["input_ids"], NO_LOSS)
+    for row, document in zip(labels, documents, strict=True):
+        own = row[len(row) - len(document) :]
+        own.copy_(torch.where(torch.from_numpy(document.loss), torch.from_numpy(document.tokens), NO_LOSS))
+    return {name: tensor.to(device) for name, tensor in (inputs | {"labels": labels}).items()}
+
+
+def grouped_by_length(batches: list[list[TokenSequence]]) -> list[list[TokenSequence]]:
+    """The same documents in as many batches of as many tokens, but neighbours in length together.
+
+    What transformers' trainer calls grouping by length: less is padded, and which documents share a step is no longer
+    left to chance.
+    """
+    documents = sorted((document for batch in batches for document in batch), key=len)
+    room = -(-sum(map(len, documents)) // len(batches))
+    grouped: list[list[TokenSequence]] = [[] for _ in batches]
+    seen = 0
+    for document in documents:
+        grouped[min(seen // room, len(batches) - 1)].append(document)
+        seen += len(document)
+    return [batch for batch in grouped if batch]

@@ -1,0 +1,69 @@
+"""What a device can do: its peak as its maker states it, and what large products and copies reach on it."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# The table behind Lightning's get_available_flops, which asks it for the device that is there alone.
+from lightning.fabric.utilities.throughput import _CUDA_FLOPS, get_available_flops
+
+from fuyu_e2e.errors import UserError
+
+WITH_SPARSITY = ("h200", "h100 nvl")
+"""Cards of which Lightning's table has the rates of sparse products, twice those of dense ones."""
+
+
+def named_peak(name: str, dtype: torch.dtype) -> float:
+    """Operations per second of a card at its peak, dense, by its name in Lightning's table.
+
+    Raises:
+        UserError: No card, or more than one, has that name, or the card has no such numbers.
+    """
+    asked = name.lower().replace("-", " ").replace("_", " ")
+    found = [card for card in _CUDA_FLOPS if card == asked] or [card for card in _CUDA_FLOPS if asked in card]
+    if len(found) != 1:
+        problem = f"could be {', '.join(found)}" if found else f"is unknown; the cards are {', '.join(_CUDA_FLOPS)}"
+        raise UserError(f"--device {name} {problem}.")
+    rates = _CUDA_FLOPS[found[0]]
+    if dtype not in rates:
+        raise UserError(f"--device {name} does no {str(dtype).removeprefix('torch.')}: choose trainer.precision.")
+    sparse = found[0].startswith(WITH_SPARSITY) and dtype in (torch.bfloat16, torch.float16)
+    return rates[dtype] / (2 if sparse else 1)
+
+
+def peak_rate(device: str, dtype: torch.dtype) -> tuple[float, str]:
+    """Operations per second that MFU is a share of, and where the figure is from.
+
+    The maker's where Lightning knows it, else what the product of two large matrices reaches.
+    """
+    if device == "cuda" and (stated := get_available_flops(torch.device(device), dtype)):
+        name = torch.cuda.get_device_name().lower()
+        return stated / (2 if any(card in name for card in WITH_SPARSITY) else 1), "data sheet"
+    return matmul_rate(device, dtype), "measured"
+
+
+def matmul_rate(device: str, dtype: torch.dtype, rounds: int = 5) -> float:
+    """Operations per second of the product of two large square matrices: the best of some rounds."""
+    side = 8_192 if device == "cuda" else 1_536
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / _least_seconds(lambda: left @ right, device, rounds)
+
+
+def copy_bandwidth(device: str, rounds: int = 9) -> float:
+    """Bytes read and written in a second by a copy of a tensor much larger than any cache: the best of rounds."""
+    source = torch.ones(2**28 if device == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _least_seconds(lambda: target.copy_(source), device, rounds)
+
+
+def _least_seconds(run: Callable[[], Any], device: str, rounds: int) -> float:
+    seconds = []
+    for _ in range(rounds):
+        started_at = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started_at)
+    return min(seconds)  # other work only ever takes away
