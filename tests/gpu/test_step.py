@@ -13,7 +13,8 @@ from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.bench.documents import mixture
 from fuyu_e2e.inference.cache import KeyValueCache
 from fuyu_e2e.inference.generation import decode_step, generate, prefill
-from fuyu_e2e.model.attention import AttentionPlan, reference_attention
+from fuyu_e2e.model.attention import reference_attention
+from fuyu_e2e.model.attention_plans import AttentionPlan
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.packing import pack_row
