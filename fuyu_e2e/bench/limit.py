@@ -5,7 +5,6 @@ of `fuyu_e2e.model.cost`; bytes are the least that has to move, each weight once
 """
 
 import io
-import logging
 import statistics
 import time
 from argparse import ArgumentParser
@@ -69,7 +68,6 @@ def limit(args: Sequence[str]) -> None:
     parser.add_argument("--eager", action="store_true", help="Leaves compiled decoding out.")
     parser.add_argument("--out", type=Path, default=Path("bench-limit.json"))
     options = parser.parse_args(args)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rate, bandwidth = matmul_rate(device, dtype), copy_bandwidth(device)
     console = Console(highlight=False)
