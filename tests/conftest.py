@@ -1,9 +1,14 @@
 """What most tests need: a tokenizer trained in process, small decoders, and random sequences."""
 
+import os
+
+# Two processes that run tests side by side, of two threads each, would wait for each other; so would what they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import copy
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace

@@ -301,7 +301,7 @@ def test_the_launcher_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("rows", [0, 3])
 def test_rows_of_a_step_that_the_processes_cannot_share(rows: int, tmp_path: Path) -> None:
-    trainer = SimpleNamespace(default_root_dir=str(tmp_path), world_size=2)
+    trainer = SimpleNamespace(default_root_dir=str(tmp_path), world_size=2, strategy=None)
     command = SimpleNamespace(
         trainer=trainer, config=SimpleNamespace(fit=SimpleNamespace(ckpt_path=None, rows_per_step=rows))
     )
