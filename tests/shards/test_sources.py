@@ -628,7 +628,7 @@ def test_prefetching_goes_on_in_the_background_two_at_a_time(cache: ShardCache, 
     for shard in shards:
         cache.prefetch(shard)
         cache.prefetch(shard)
-    assert time.monotonic() - began < 0.1
+    assert time.monotonic() - began < 0.5
     waited_for(lambda: len(web.asked) == 4)
     for shard, data in shards.items():
         assert cache.path(shard).read_bytes() == data
