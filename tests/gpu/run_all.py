@@ -38,7 +38,8 @@ def bench(name: str, seconds: int, *options: str, called: str = "") -> Step:
 
 UNHOOKED = "addopts=--strict-markers --import-mode=importlib"
 """The project's settings but for the hook that checks types, which can't be compiled."""
-TESTS = ("-m", "pytest", "-p", "no:cacheprovider", "-o", UNHOOKED, "-m", "gpu", "tests/gpu", "--show-capture=no",
+MARKED = ("tests/gpu", "tests/model/test_attention_kernels.py")
+TESTS = ("-m", "pytest", "-p", "no:cacheprovider", "-o", UNHOOKED, "-m", "gpu", *MARKED, "--show-capture=no",
          "--junitxml", "{out}")  # fmt: skip
 FULL = (
     Step("tests", TESTS, 180),
