@@ -103,15 +103,29 @@ class ShardedFiles:
         except _UNREADABLE as error:
             raise self._unreadable(error) from error
 
-    def read_whole(self, *sections: str) -> dict[str, Tensor]:
-        """The tensors of some sections (`WEIGHTS`, `OPTIMIZER`) as wholes, by their names without the section's."""
+    def read_whole(self, section: str) -> dict[str, Tensor]:
+        """The tensors of a section (`WEIGHTS` or `OPTIMIZER`) as wholes, by their names without the section's."""
         found = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in self.tensors.items()
-            if name.startswith(sections)
+            if name.startswith(section)
         }
         self.read_into(found)
-        return {next(name.removeprefix(s) for s in sections if name.startswith(s)): t for name, t in found.items()}
+        return {name.removeprefix(section): tensor for name, tensor in found.items()}
+
+    def optimizer_groups(self, rest: dict[str, Any]) -> list[dict[str, Any]]:
+        """The optimizer's settings, of what `read_rest` gave.
+
+        Raises:
+            UserError: Its state was stored as objects, as Lightning's own is.
+        """
+        if GROUPS not in rest:
+            raise UserError(
+                f"{self.path} has no optimizer's state that can be read without running what it holds: begin anew "
+                "from its weights with --model.weights."
+            )
+        groups: list[dict[str, Any]] = rest[GROUPS]
+        return groups
 
     def _unreadable(self, error: BaseException) -> UserError:
         return UserError(

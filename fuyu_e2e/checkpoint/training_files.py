@@ -57,16 +57,11 @@ def read_checkpoint(path: Path, *, checked: bool = False, optimizer: bool = Fals
     if (path / FILE).is_file():
         return read_tensors_and_primitives(path / FILE)
     shards = ShardedFiles(path)
-    checkpoint = shards.read_rest()
-    groups = checkpoint.pop(GROUPS, None)
+    rest = shards.read_rest()
+    checkpoint = {name: value for name, value in rest.items() if name != GROUPS}
     checkpoint["state_dict"] = shards.read_whole(WEIGHTS)
     if optimizer:
-        if groups is None:
-            raise UserError(
-                f"{path} has no optimizer's state that can be read without running what it holds: begin anew from its "
-                "weights with --model.weights."
-            )
-        checkpoint["optimizer_states"] = [_numbered(groups, shards.read_whole(OPTIMIZER))]
+        checkpoint["optimizer_states"] = [_numbered(shards.optimizer_groups(rest), shards.read_whole(OPTIMIZER))]
     return checkpoint
 
 

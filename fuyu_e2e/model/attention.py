@@ -29,6 +29,15 @@ class Passing:
     real: Bool[Tensor, " C"]
     """False for the tokens at the end that only fill the capacity: they skip the block, whatever is computed."""
 
+    def documents(self, document: Int64[Tensor, " T"], filling: int) -> Int64[Tensor, " C"]:
+        """The document of each, of those of the row's tokens; what only fills the capacity forms one of its own.
+
+        Args:
+            document: Of each token of the row, the number of its document.
+            filling: A number that no document has.
+        """
+        return torch.where(self.real, document.index_select(0, self.index), filling)
+
 
 class RowAttention(ABC):
     """Attention of all tokens of a row, which also serves those that pass a routed block."""

@@ -62,6 +62,7 @@ def plan_attention(
     return VarlenRow.of(lengths, device, _varlen_kernel(backend))
 
 
+@cache
 def _fastest(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "documents"
@@ -143,7 +144,7 @@ class VarlenRow(RowAttention):
     def among(self, passing: Passing) -> Attend:
         """The attention of passing tokens to each other; what only fills the capacity is one more document."""
         documents = len(self.starts) - 1
-        own = torch.where(passing.real, self.document.index_select(0, passing.index), documents)
+        own = passing.documents(self.document, documents)
         counts = torch.zeros(documents + 1, dtype=torch.int64, device=own.device).scatter_add_(
             0, own, torch.ones_like(own)
         )
@@ -191,7 +192,7 @@ class FlexRow(RowAttention):
 
     def among(self, passing: Passing) -> Attend:
         """The attention of passing tokens to each other; what only fills the capacity is one more document."""
-        own = torch.where(passing.real, self.document.index_select(0, passing.index), len(self.document))
+        own = passing.documents(self.document, len(self.document))
         order = torch.arange(len(own), device=own.device)
         return FlexRow(_block_mask(own, order, own, order), own)
 

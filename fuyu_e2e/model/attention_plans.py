@@ -104,7 +104,7 @@ class AttentionPlan(RowAttention):
 
     def _documents_of(self, passing: Passing) -> Int64[Tensor, " C"]:
         """The document of each passing token; what only fills the capacity forms one more behind the last."""
-        return torch.where(passing.real, self.document.index_select(0, passing.index), len(self.lengths))
+        return passing.documents(self.document, len(self.lengths))
 
     def _counts(self, document: Int64[Tensor, " C"]) -> list[int]:
         return torch.bincount(document, minlength=len(self.lengths) + 1).tolist()

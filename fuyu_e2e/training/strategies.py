@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from fuyu_e2e.checkpoint.description import Description
-from fuyu_e2e.checkpoint.sharded_files import GROUPS, OPTIMIZER, WEIGHTS, ShardedFiles, is_sharded
+from fuyu_e2e.checkpoint.sharded_files import OPTIMIZER, WEIGHTS, ShardedFiles, is_sharded
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.sharding import MESH, copy_part
@@ -142,7 +142,7 @@ class Sharded(ModelParallelStrategy):
             shards = ShardedFiles(path)
             rest = shards.read_rest()
             self._check(rest, path)
-            self._fill_from_shards(shards, rest.pop(GROUPS, None))
+            self._fill_from_shards(shards, rest)
         else:
             rest = read_checkpoint(path, checked=True)
             self._check(rest, path)
@@ -155,16 +155,11 @@ class Sharded(ModelParallelStrategy):
         description: Description = self.lightning_module.description  # type: ignore[union-attr, assignment]
         description.check_same(Description.of(checkpoint, str(path)), str(path))
 
-    def _fill_from_shards(self, shards: ShardedFiles, groups: list[dict[str, Any]] | None) -> None:
+    def _fill_from_shards(self, shards: ShardedFiles, rest: dict[str, Any]) -> None:
         assert self.lightning_module is not None
         shards.read_into({f"{WEIGHTS}{name}": tensor for name, tensor in self.lightning_module.state_dict().items()})
         for optimizer in self.optimizers:
-            if groups is None:
-                raise UserError(
-                    f"{shards.path} has no optimizer's state that can be read without running what it holds: begin "
-                    "anew from its weights with --model.weights."
-                )
-            _take_settings(optimizer, groups)
+            _take_settings(optimizer, shards.optimizer_groups(rest))
             wanted, names = {}, self._names()
             for weight in _weights(optimizer):
                 prefix = f"{OPTIMIZER}{names[weight]}."
