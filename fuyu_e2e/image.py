@@ -24,6 +24,10 @@ try:
 except ImportError:
     simplejpeg = None
 
+# Whatever Pillow warns about (corrupt EXIF, huge sizes) is either harmless or refused here. Said once for the process:
+# `warnings.catch_warnings` around each image would hide what other threads, a checkpoint's writer, warn of meanwhile.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 """The decoders that untrusted bytes may reach."""
 PADDING = 1
@@ -139,12 +143,9 @@ def _opened(data: bytes, policy: ImagePolicy) -> Iterator[Pillow.Image]:
     if len(data) > policy.max_bytes:
         raise UnusableSampleError("image-too-many-bytes", f"{len(data):,} bytes")
     try:
-        with warnings.catch_warnings():
-            # Whatever Pillow warns about (corrupt EXIF, huge sizes) is either harmless or refused below.
-            warnings.simplefilter("ignore")
-            with Pillow.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_size(*image.size, policy)
-                yield image
+        with Pillow.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(*image.size, policy)
+            yield image
     except (UnusableSampleError, MemoryError):
         raise
     except Pillow.DecompressionBombError as error:
