@@ -4,6 +4,8 @@ import contextlib
 import io
 import math
 import struct
+import threading
+import warnings
 import zlib
 
 import numpy as np
@@ -290,6 +292,19 @@ def test_damaged_images_are_refused_or_read_but_never_crash(data: st.DataObject)
     damaged = damaged[: data.draw(st.integers(0, len(damaged)))]
     with contextlib.suppress(UnusableSampleError):
         assert load_patches(bytes(damaged), POLICY).values.dtype == np.uint8
+
+
+def test_warnings_of_other_threads_are_shown_while_an_image_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that could not be written says so from a thread, at any moment."""
+
+    def check_size_while_a_thread_warns(width: int, height: int, policy: ImagePolicy) -> None:
+        thread = threading.Thread(target=warnings.warn, args=("The checkpoint could not be written.",))
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(image_module, "_check_size", check_size_while_a_thread_warns)
+    with pytest.warns(UserWarning, match="could not be written"):
+        decode_image(encode(pixels(8, 8)), POLICY)
 
 
 def test_lack_of_memory_is_not_blamed_on_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
