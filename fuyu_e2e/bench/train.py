@@ -24,6 +24,7 @@ from fuyu_e2e.bench.train_report import report
 from fuyu_e2e.model.config import FuyuConfig, named_size
 from fuyu_e2e.model.cost import cost
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.float8 import has_float8, use_float8
 from fuyu_e2e.model.memory import memory
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import TokenSequence
@@ -77,6 +78,8 @@ class Contender:
     """transformers' name of its attention."""
     grouped: bool = False
     """Whether batches are grouped by length."""
+    fp8: bool = False
+    """Whether blocks multiply in float8."""
 
 
 CONTENDERS = {
@@ -88,6 +91,7 @@ CONTENDERS = {
     "transformers, sdpa, by length, compiled": Contender(ours=False, compiled=True, grouped=True),
     "ours": Contender(ours=True),
     "ours, compiled": Contender(ours=True, compiled=True),
+    "ours, compiled, fp8": Contender(ours=True, compiled=True, fp8=True),
 }
 
 
@@ -147,9 +151,13 @@ def train(args: Sequence[str]) -> None:
 
 
 def available() -> list[str]:
-    """The contenders that run here: flash attention needs its package and a GPU."""
+    """The contenders that run here: flash attention needs its package and a GPU, float8 a GPU that has it."""
     flash = torch.cuda.is_available() and require_transformers().utils.is_flash_attn_2_available()
-    return [name for name, contender in CONTENDERS.items() if flash or contender.attention != "flash_attention_2"]
+    return [
+        name
+        for name, contender in CONTENDERS.items()
+        if (flash or contender.attention != "flash_attention_2") and (has_float8() or not contender.fp8)
+    ]
 
 
 def _measure(case: Case, names: Sequence[str], rounds: int, device: str, peak: float) -> dict[str, Any]:
@@ -257,6 +265,8 @@ def build(case: Case, names: Sequence[str], device: str) -> dict[str, Trainee]:
             own = Decoder(case.config)
             own.load_state_dict(decoder.state_dict())
             own = own.to(device).train()
+            if contender.fp8:
+                use_float8(own, torch.device(device))
             if contender.compiled:
                 for block in own.blocks:
                     block.compile()

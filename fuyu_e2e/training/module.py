@@ -20,8 +20,9 @@ from fuyu_e2e.inference.generation import continue_texts
 from fuyu_e2e.model.attention_kernels import AttentionBackend
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig, SizeName, named_size
 from fuyu_e2e.model.decoder import ActivationCheckpointing, Decoder
+from fuyu_e2e.model.float8 import use_float8
 from fuyu_e2e.model.routing import Progress, RoutingTrace
-from fuyu_e2e.model.sharding import gather_weights, shard
+from fuyu_e2e.model.sharding import TENSOR, gather_weights, shard
 from fuyu_e2e.ranks import DataRank
 from fuyu_e2e.sequence import Prompt
 from fuyu_e2e.training.gradients import gradient_norm, scale_gradients
@@ -56,6 +57,8 @@ class FuyuModule(pl.LightningModule):
         compile: Whether blocks are compiled, once for all batches, which takes a minute or more and pays on GPUs.
         attention: What computes attention: `documents` anywhere, `varlen`, `flash` or `flex` on CUDA devices; `auto`
             takes the fastest that is there.
+        fp8: Whether blocks multiply in 8-bit floating point, on GPUs that do; best with `trainer.precision`
+            bf16-mixed and `compile`. Not under tensor parallelism.
 
     Raises:
         UserError: Settings contradict each other, or one is out of its range.
@@ -73,6 +76,7 @@ class FuyuModule(pl.LightningModule):
         activation_checkpointing: ActivationCheckpointing = "none",
         compile: bool = False,
         attention: AttentionBackend = "auto",
+        fp8: bool = False,
     ) -> None:
         super().__init__()
         self.config = decoder if isinstance(decoder, FuyuConfig) else named_size(decoder)
@@ -86,6 +90,7 @@ class FuyuModule(pl.LightningModule):
         self.activation_checkpointing: ActivationCheckpointing = activation_checkpointing
         self.compiles = compile
         self.attention: AttentionBackend = attention
+        self.fp8 = fp8
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.max_new_tokens = max_new_tokens
@@ -146,7 +151,7 @@ class FuyuModule(pl.LightningModule):
         """Builds the decoder, here so that a strategy can shard it as it is made.
 
         Raises:
-            UserError: Weights in parts are to be averaged.
+            UserError: Weights in parts are to be averaged, or the device has no float8 products.
         """
         if not hasattr(self, "decoder"):
             self.decoder = Decoder(self.config)
@@ -155,6 +160,10 @@ class FuyuModule(pl.LightningModule):
             # Each rank counts the scores of its own rows; DDP would overwrite them with those of the first.
             counts = [name for name, _ in self.named_buffers() if name.endswith(".rule.counts")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, counts)
+            if self.fp8:
+                if self.device_mesh is not None and self.device_mesh[TENSOR].size() > 1:
+                    raise UserError("model.fp8 doesn't work under tensor parallelism: say --trainer.strategy fsdp2.")
+                use_float8(self.decoder, self.trainer.strategy.root_device)
             if self.compiles:
                 for block in self.decoder.blocks:
                     block.compile()

@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 
 LEFT_OUT = {"torch"}
-EXTRAS = ("plots", "transformers")
+EXTRAS = ("plots", "transformers", "fp8")
 FOR_TESTS = ("pytest", "hypothesis", "beartype")
 
 project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]

@@ -17,6 +17,7 @@ from fuyu_e2e.model.attention import reference_attention
 from fuyu_e2e.model.attention_plans import AttentionPlan
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.float8 import has_float8, use_float8
 from fuyu_e2e.packing import pack_row
 
 pytestmark = [
@@ -158,6 +159,23 @@ def test_a_compiled_step_is_the_eager_one(speaking: Decoder, row: PackedBatch, d
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     for mine, theirs in zip(compiled.parameters(), speaking.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.usefixtures("without_hook")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_step_in_float8_is_nearly_that_in_bfloat16(
+    compiled: bool, speaking: Decoder, row: PackedBatch, device: str
+) -> None:
+    if not has_float8():
+        pytest.skip("needs torchao and a GPU with float8 products")
+    loss, gradient = gradients(speaking, row, device, bf16=True)
+    use_float8(speaking, torch.device(device))
+    if compiled:
+        for block in speaking.blocks:
+            block.compile()
+    rounded_loss, rounded = gradients(speaking, row, device, bf16=True)
+    assert rounded_loss == pytest.approx(loss, rel=0.03)
+    assert torch.cosine_similarity(gradient, rounded, dim=0) > 0.97
 
 
 def test_the_host_never_waits_for_a_decoding_step(speaking: Decoder, device: str) -> None:
