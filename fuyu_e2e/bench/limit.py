@@ -58,13 +58,13 @@ def limit(args: Sequence[str]) -> None:
     """Measures the device's limits, the shares that a training step and decoding reach, and Lightning's overhead."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = ArgumentParser(prog="python -m fuyu_e2e.bench limit", description=limit.__doc__)
-    sizes = ["125m", "1b"] if device == "cuda" else ["small", "10m"]
+    sizes = ["125m", "1b"] if device == "cuda" else ["small"]
     parser.add_argument(
         "--sizes", nargs="+", choices=list(CASES), default=sizes, help="Trained (default: %(default)s)"
     )
     parser.add_argument("--decoders", nargs="+", default=["125m", "1b"] if device == "cuda" else ["10m"])
     parser.add_argument("--steps", type=int, default=40, help="Of the trainer and of the bare loop, in each round.")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="Leaves compiled decoding out.")
     parser.add_argument("--out", type=Path, default=Path("bench-limit.json"))
     options = parser.parse_args(args)

@@ -115,8 +115,8 @@ def scale(args: Sequence[str]) -> None:
                         [512, 1_024, 2_048, 4_096])  # fmt: skip
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2] if device == "cpu" else
                         sorted({1, torch.cuda.device_count()}))  # fmt: skip
-    parser.add_argument("--steps", type=int, default=60, help="Of the real trainer, for each number of processes.")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=30, help="Of the real trainer, for each number of processes.")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("bench-scale.json"))
     options = parser.parse_args(args)
     config = TINY if device == "cpu" else replace(TINY, width=1_024, heads=16, kv_heads=16, head_size=64, layers=8,

@@ -43,9 +43,9 @@ TESTS = ("-m", "pytest", "-p", "no:cacheprovider", "-o", UNHOOKED, "-m", "gpu", 
          "--junitxml", "{out}")  # fmt: skip
 FULL = (
     Step("tests", TESTS, 180),
-    bench("limit", 150, "--rounds", "3"),
+    bench("limit", 150),
     *(bench("train", 220, "--rounds", "3", "--sizes", size, called=f"train {size}") for size in ("125m", "1b", "3b")),
-    bench("scale", 180, "--rounds", "3"),
+    bench("scale", 180),
     bench("generate", 200, "--sizes", "125m", "1b", "--rounds", "2"),
     bench("mod", 90, "--rounds", "3", "--modes", "eager"),
 )
