@@ -92,7 +92,7 @@ class EvaluationInTraining(Callback):
         try:
             for task, questions in self._asked:
                 evaluation = evaluate(model, task, questions, batch_tokens=self.batch_tokens)
-                self._log(trainer, evaluation, score(evaluation))
+                self._log(trainer, evaluation, score(evaluation, intervals=False))
         finally:
             decoder.train(training)
             put_back(random_state)

@@ -25,7 +25,7 @@ class Scored:
     value: float | None
     """None where there is none."""
     interval: tuple[float, float] | None
-    """95 %, by bootstrap over images."""
+    """95 %, by bootstrap over images; None where it was not asked for, or there are not two images."""
     questions: int
     images: int
 
@@ -55,10 +55,15 @@ class Perplexity:
             return np.asarray(np.exp(total[..., 0] / total[..., 1]))
 
 
-def score(evaluation: Evaluation) -> dict[str, MetricScores]:
-    """Every metric of the task; a question that can't be used is wrong."""
+def score(evaluation: Evaluation, intervals: bool = True) -> dict[str, MetricScores]:
+    """Every metric of the task; a question that can't be used is wrong.
+
+    Args:
+        evaluation: All outcomes.
+        intervals: Whether to find the intervals, too, which takes far longer than the scores.
+    """
     runs = {run: statistics(evaluation, run) for run in RUNS if _was_asked(evaluation, run)}
-    outcomes, seed = evaluation.outcomes, evaluation.seed
+    outcomes, seed = evaluation.outcomes, evaluation.seed if intervals else None
     images = np.array([outcome.image for outcome in outcomes], dtype=object)
     scores = {}
     for name, (metric, rows) in runs["image"].items():
@@ -103,9 +108,10 @@ def _was_asked(evaluation: Evaluation, run: Run) -> bool:
     return run == "image" or evaluation.tallies[run].used > 0
 
 
-def _scored(metric: Score, rows: Float64[np.ndarray, "N K"], images: np.ndarray, seed: int) -> Scored:
+def _scored(metric: Score, rows: Float64[np.ndarray, "N K"], images: np.ndarray, seed: int | None) -> Scored:
     names = images.tolist()
-    low, high = (_number(end) for end in interval(metric, rows, names, seed=seed))
+    ends = (np.nan, np.nan) if seed is None else interval(metric, rows, names, seed=seed)
+    low, high = map(_number, ends)
     between = None if low is None or high is None else (low, high)
     return Scored(_number(metric.value(rows.sum(axis=0))), between, len(rows), len(set(names)))
 
