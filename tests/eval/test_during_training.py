@@ -41,7 +41,9 @@ def task(tmp_path: Path, write_shard: Callable[..., None], make_png: Callable[..
 def fit(config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path) -> Callable[..., Any]:
     """Trains four steps of two micro-batches; gives the weights, and what was drawn at random behind them."""
 
-    def fit(*callbacks: pl.Callback, routed: bool = False) -> tuple[dict[str, torch.Tensor], tuple[float, float], bool]:
+    def fit(
+        *callbacks: pl.Callback, routed: bool = False
+    ) -> tuple[dict[str, torch.Tensor], tuple[float, float], bool]:
         torch.manual_seed(3)
         np.random.seed(3)
         trainer = pl.Trainer(
@@ -75,7 +77,7 @@ def test_figures_and_pictures_are_logged_at_their_steps(fit: Callable[..., Any],
     curves = EventAccumulator(str(tmp_path / "curves")).Reload()
     for name in ("", "/kind/a", "/kind/b", "/without_image", "/other_image"):
         assert [event.step for event in curves.Scalars(f"eval/mine/accuracy{name}")] == [2, 4], name
-    assert 0 < curves.Scalars("eval/mine/character_error_rate")[-1].value
+    assert curves.Scalars("eval/mine/character_error_rate")[-1].value > 0
     assert [event.step for event in curves.Images("eval/mine/wrong")] == [2, 4]
 
 
