@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.errors import UserError
@@ -27,7 +28,8 @@ from fuyu_e2e.training.throughput import Throughput
 class EvaluationInTraining(Callback):
     """Evaluates tasks every so many steps, on the first process while the others wait; training is as without.
 
-    Logs `eval/TASK/METRIC`, the same by group and blind, and contact sheets of right and wrong answers. The time that
+    Logs `eval/TASK/METRIC`, the same by group and blind, `eval/TASK/unusable`, which is how many questions are wrong
+    since they can't be used, and contact sheets of right and wrong answers. The time that
     it takes counts for `watchdog.limit`, and ends a run on several GPUs where it exceeds the 10 minutes that NCCL
     waits: the limit is there to keep it short.
 
@@ -68,8 +70,15 @@ class EvaluationInTraining(Callback):
         """
         if stage != "fit":
             return
-        tasks = [load_task(named, self.data.get(named)) for named in self.tasks]
-        self._asked = [(task, list(islice(task.questions(Tally()), self.limit))) for task in tasks]
+        self._asked = []
+        for named in self.tasks:
+            task, tally = load_task(named, self.data.get(named)), Tally()
+            questions = list(islice(task.questions(tally), self.limit))
+            if not questions:
+                raise UserError(f"The task {named} has no question: {tally.summary()}.")
+            if tally.skipped:
+                rank_zero_warn(f"The task {named} is evaluated on fewer questions than it has: {tally.summary()}.")
+            self._asked.append((task, questions))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Evaluates behind a step whose turn it is."""
@@ -100,8 +109,9 @@ class EvaluationInTraining(Callback):
     @staticmethod
     def _log(trainer: pl.Trainer, evaluation: Evaluation, scores: Mapping[str, MetricScores]) -> None:
         name, step = evaluation.task.name, trainer.global_step
+        logged = figures(scores) | {"unusable": float(evaluation.tallies["image"].skipped.total())}
         for logger in trainer.loggers:
-            logger.log_metrics({f"eval/{name}/{figure}": value for figure, value in figures(scores).items()}, step)
+            logger.log_metrics({f"eval/{name}/{figure}": value for figure, value in logged.items()}, step)
             if isinstance(logger, TensorBoardLogger):
                 for kind, cells in (("right", evaluation.right), ("wrong", evaluation.wrong)):
                     if cells:

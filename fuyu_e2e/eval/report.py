@@ -106,4 +106,6 @@ def _share(found: MetricScores, run: Run) -> str:
     share = found.from_image[run]
     if share is None:
         return "none"
-    return f"{share:.1%}" if found.higher_is_better else f"{-share:+.1%} blind"
+    if found.higher_is_better:
+        return f"{share:.1%}"
+    return f"{abs(share):.1%} {'higher' if share <= 0 else 'lower'} blind"

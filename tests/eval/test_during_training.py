@@ -78,6 +78,7 @@ def test_figures_and_pictures_are_logged_at_their_steps(fit: Callable[..., Any],
     for name in ("", "/kind/a", "/kind/b", "/without_image", "/other_image"):
         assert [event.step for event in curves.Scalars(f"eval/mine/accuracy{name}")] == [2, 4], name
     assert curves.Scalars("eval/mine/character_error_rate")[-1].value > 0
+    assert [event.value for event in curves.Scalars("eval/mine/unusable")] == [1, 1]
     assert [event.step for event in curves.Images("eval/mine/wrong")] == [2, 4]
 
 
@@ -90,3 +91,11 @@ def test_wrong_settings_are_refused_by_name(setting: str) -> None:
 def test_a_missing_task_ends_the_run_before_it_begins(fit: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match="no-such-task"):
         fit(EvaluationInTraining(("no-such-task",)))
+
+
+def test_a_task_without_a_question_ends_the_run_before_it_begins(
+    fit: Callable[..., Any], task: str, tmp_path: Path, write_shard: Callable[..., None]
+) -> None:
+    write_shard(tmp_path / "asked.tar", [({"conversations": []}, b"")])
+    with pytest.raises(UserError, match="chat-turns 1"):
+        fit(EvaluationInTraining((task,)))
