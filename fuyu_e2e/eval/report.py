@@ -57,7 +57,10 @@ def counts(evaluation: Evaluation) -> dict[str, Any]:
 def line(outcome: Outcome) -> dict[str, Any]:
     """One outcome in primitives."""
     answers = {run: answer for run, answer in outcome.answers.items() if run == "image" or answer.skipped is None}
-    shown = {run: {name: value for name, value in asdict(found).items() if value} for run, found in answers.items()}
+    shown = {
+        run: {name: value for name, value in asdict(found).items() if value not in (None, 0)}
+        for run, found in answers.items()
+    }
     seen = outcome.answers["image"]
     return {
         "key": outcome.key,

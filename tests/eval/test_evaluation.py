@@ -14,9 +14,9 @@ from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.errors import UnusableSampleError
 from fuyu_e2e.eval import evaluation as evaluation_module
 from fuyu_e2e.eval.answering import Answer
-from fuyu_e2e.eval.evaluation import Evaluation, evaluate
+from fuyu_e2e.eval.evaluation import Evaluation, Outcome, evaluate
 from fuyu_e2e.eval.question import Question
-from fuyu_e2e.eval.report import print_report, write_report
+from fuyu_e2e.eval.report import line, print_report, write_report
 from fuyu_e2e.eval.scores import score
 from fuyu_e2e.eval.task import Task
 from fuyu_e2e.tally import Tally
@@ -132,12 +132,13 @@ def test_a_real_model_leaves_a_report(
     accuracy = results["metrics"]["accuracy"]
     assert accuracy["all"]["value"] == found["accuracy"].all.value
     assert {"without_image", "other_image"} == accuracy["blind"].keys() == accuracy["from_image"].keys()
-    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [line["key"] for line in lines] == [f"q{n}" for n in range(7)]
-    assert sum(line["right"] for line in lines) == round(accuracy["all"]["value"] * 7)
+    lines = [json.loads(entry) for entry in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [entry["key"] for entry in lines] == [f"q{n}" for n in range(7)]
+    assert sum(entry["right"] for entry in lines) == round(accuracy["all"]["value"] * 7)
     assert lines[0]["prompt"] == "<image>What is it?"
     assert lines[0]["answer"] in asked[0].choices
     assert lines[6]["answer"] is None
+    assert lines[6]["answers"] == {"image": {"skipped": "image-unreadable"}}
     assert sum(len(cells) for cells in (evaluation.right, evaluation.wrong)) == 6
     for name, cells in (("right", evaluation.right), ("wrong", evaluation.wrong)):
         assert (tmp_path / "pictures" / f"{name}.png").exists() == bool(cells)
@@ -145,6 +146,12 @@ def test_a_real_model_leaves_a_report(
     printed = capsys.readouterr().out
     for words in ("accuracy per token", "parity even", "blind: without image", "image-unreadable 1"):
         assert words in printed
+
+
+def test_an_empty_answer_is_an_answer() -> None:
+    answers = {"image": Answer(text="7"), "without_image": Answer(text=""), "other_image": Answer(skipped="x")}
+    outcome = Outcome(key="q", image="i", groups={}, prompt="", references=("7",), answers=answers, right=True)
+    assert line(outcome)["answers"] == {"image": {"text": "7"}, "without_image": {"text": ""}}
 
 
 def test_a_perplexity_is_scored_by_tokens(model: TrainedModel, make_question: MakeQuestion) -> None:
