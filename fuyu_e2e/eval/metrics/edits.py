@@ -14,7 +14,7 @@ def edit_distance(a: str, b: str) -> int:
     torchmetrics' `edit_distance` searches near the diagonal only, so it gives too much for long texts that are
     shifted against each other.
     """
-    rows, cols = sorted((np.array([*map(ord, text)], np.int64) for text in (a, b)), key=len, reverse=True)
+    rows, cols = sorted((np.array([*map(ord, text)], np.int64) for text in (a, b)), key=len)
     # A row of the table of distances minus its column's number: an insertion, which adds one a column, adds nothing.
     lowered = np.zeros(len(cols) + 1, np.int64)
     for number, letter in enumerate(rows, 1):

@@ -7,6 +7,7 @@ evaluated as the official script for v2.0 does, its peculiarities included.
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
 DIGITS_WITH_COMMA = re.compile(r"\d,\d")
@@ -47,6 +48,7 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     return sum(min(count / 3, 1.0) for count in others) / len(given)
 
 
+@lru_cache(maxsize=2**16)  # annotators mostly write the same few words
 def normalise(answer: str) -> str:
     """Removes punctuation and articles, writes numbers up to ten in digits and restores apostrophes.
 
