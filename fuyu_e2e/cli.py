@@ -19,6 +19,7 @@ from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.estimate import estimate
+from fuyu_e2e.eval.commands import evaluate
 from fuyu_e2e.exit_codes import WRONG_USE
 from fuyu_e2e.export.commands import export, import_model
 from fuyu_e2e.inference.depth import token_depth
@@ -45,6 +46,7 @@ usage: fuyu-e2e COMMAND [--help]
   fit                train:       fuyu-e2e fit --config recipes/X.yaml [--data.train 'PATTERN'] [--ckpt_path last]
   validate, test     loss and perplexity of a checkpoint on data.val or data.test
   predict            continue the documents of data.predict, into predictions.jsonl of the run's directory
+  evaluate           score a checkpoint on a task, and whether it looks:  fuyu-e2e evaluate --checkpoint C --task T
   generate           continue one prompt:  fuyu-e2e generate --checkpoint C --image a.png --prompt "..."
   routing            show how much depth each token of a prompt gets in a model with routed blocks
   checkpoint         verify, info, consolidate: whether one is what was written, what it is, and it in one file
@@ -190,6 +192,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "checkpoint": checkpoint,
     "export": export,
     "import": import_model,
+    "evaluate": evaluate,
     "generate": generate,
     "routing": routing,
     "shards": shards,

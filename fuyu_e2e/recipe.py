@@ -26,6 +26,7 @@ from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.checkpoint.whole import is_whole, whole_checkpoints
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.eval.during_training import EvaluationInTraining
 from fuyu_e2e.training.bad_steps import BadSteps
 from fuyu_e2e.training.checkpoint_guard import CheckpointGuard
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
@@ -143,6 +144,7 @@ class FuyuCLI(LightningCLI):
         parser.add_lightning_class_args(BadSteps, "bad_steps")
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(Hosts, "hosts")
+        parser.add_lightning_class_args(EvaluationInTraining, "evaluate")
         parser.link_arguments(
             "trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: str(Path(root) / "checkpoints")
         )

@@ -156,6 +156,15 @@ class SequenceBuilder:
         tokens.begin_text(loss=True)
         return tokens.sequence(document.key)
 
+    def answered(self, prompt: TokenSequence, answer: str) -> TokenSequence:
+        """What `prompt` gave, with a supervised text and the end of the document behind it, as `build` lays it out."""
+        written = [*self.tokenizer.encode(answer), self.tokenizer.eos_id]
+        return replace(
+            prompt,
+            tokens=np.concatenate([prompt.tokens, np.array(written, np.int64)]),
+            loss=np.concatenate([prompt.loss, np.ones(len(written), bool)]),
+        )
+
     def prompts(self, documents: Iterable[Document], tally: Tally) -> Iterator[Prompt]:
         """Each document as a prompt; those whose images can't be used are counted in `tally`."""
         for document in documents:

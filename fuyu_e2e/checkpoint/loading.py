@@ -99,7 +99,11 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> TrainedM
     Raises:
         UserError: As in `read_model`.
     """
-    stored = read_model(path)
+    return build_model(read_model(path), device)
+
+
+def build_model(stored: StoredModel, device: torch.device | str = "cpu") -> TrainedModel:
+    """The trained model of what was stored."""
     description = stored.description
     decoder = build_decoder(description.config, stored.weights, device)
     return TrainedModel(decoder, SequenceBuilder(description.tokenizer, description.images), stored.provenance.step)

@@ -190,6 +190,15 @@ class Decoder(nn.Module):
         both = torch.stack(losses)
         return both[:, 0].sum(), both[:, 1].sum()
 
+    @torch.no_grad()
+    def token_losses(self, batch: PackedBatch) -> Float[Tensor, " S"]:
+        """The cross-entropy of each supervised token, in nats, float32, in the order of `batch.targets`."""
+        hidden_SD = self._encode(batch, None).index_select(0, batch.target_positions)
+        chunks = zip(hidden_SD.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True)
+        return torch.cat(
+            [F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none") for hidden, targets in chunks]
+        )
+
     def _chunk_losses(self, hidden_SD: Tensor, targets: Tensor, with_z: bool) -> Tensor:
         logits_SV = self.lm_head(hidden_SD).float()
         loss = F.cross_entropy(logits_SV, targets, reduction="sum")

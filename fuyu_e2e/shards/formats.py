@@ -52,7 +52,7 @@ def document(sample: Sample) -> Document:
     if "jsonl" in members:
         return _from_line(sample.key, members["jsonl"], where)
     images = {name: Image(data) for name, data in sorted(members.items()) if name.split(".")[-1] in IMAGE_EXTENSIONS}
-    described = _parse(members["json"], where) if "json" in members else {}
+    described = description(sample)
     if "conversations" in described:
         return Document(sample.key, _chat(described["conversations"], list(images.values()), where))
     if "segments" in described:
@@ -68,6 +68,16 @@ def document(sample: Sample) -> Document:
     if len(images) > 1:
         raise UnusableSampleError("caption-of-several-images", f"{where}: {', '.join(images)}")
     return Document(sample.key, (*images.values(), Text(text)))
+
+
+def description(sample: Sample) -> dict[str, Any]:
+    """The JSON object beside the images of a sample; empty where it has none.
+
+    Raises:
+        UnusableSampleError: It is no JSON object.
+    """
+    where = f"{sample.shard}: {sample.key}"
+    return _parse(sample.members["json"], where) if "json" in sample.members else {}
 
 
 def _from_line(key: str, line: bytes, where: str) -> Document:

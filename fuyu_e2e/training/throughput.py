@@ -48,6 +48,10 @@ class Throughput(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leaves validation out."""
+        self.leave_out()
+
+    def leave_out(self) -> None:
+        """Counts nothing of the time since the last batch."""
         self._last_end = time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:

@@ -1,0 +1,128 @@
+"""`fuyu-e2e evaluate`: a checkpoint's scores on a task, and whether it looks at the images."""
+
+import platform
+import time
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.status import Status
+
+from fuyu_e2e.checkpoint.folder import is_exported
+from fuyu_e2e.checkpoint.loading import build_model, read_model
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.eval.answering import BATCH_TOKENS
+from fuyu_e2e.eval.evaluation import evaluate as evaluate_task
+from fuyu_e2e.eval.report import print_report, write_report
+from fuyu_e2e.eval.scores import score
+from fuyu_e2e.eval.task import load_task
+from fuyu_e2e.tally import Tally
+from fuyu_e2e.version import __version__
+
+
+def evaluate(args: Sequence[str]) -> int:
+    """Scores a checkpoint on a task, with intervals, and tells how much of the score comes from the images."""
+    parser = ArgumentParser(prog="fuyu-e2e evaluate", description=evaluate.__doc__)
+    parser.add_argument("--checkpoint", required=True, help="A checkpoint, a run's directory, or an exported folder.")
+    parser.add_argument("--task", required=True, help="A task file, or the name of a shipped one.")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        type=_path_by_name,
+        metavar="KEY=PATH",
+        help="A file or folder of the task's data, in place of the task's own; may be given several times.",
+    )
+    parser.add_argument("--limit", type=int, help="Ask the first N questions only.")
+    parser.add_argument("--out", help="Where the report goes (default: evaluate/TASK in the run's directory).")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="What computes (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=BATCH_TOKENS,
+        help="Tokens read and written at once, which memory bounds; a longer question is scored as wrong (default: "
+        "%(default)s).",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seeds the exchange of images and the intervals.")
+    options = parser.parse_args(args)
+    for name in ("limit", "batch_tokens"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, but must be at least 1.")
+    task = load_task(options.task, dict(options.data))
+    stored = read_model(options.checkpoint)
+    model = build_model(stored, options.device)
+    console = Console(highlight=False)
+    started_at = time.perf_counter()
+    read = Tally()
+    with console.status(f"{task.name}: reading questions") as status:
+        evaluation = evaluate_task(
+            model,
+            task,
+            task.questions(read),
+            limit=options.limit,
+            batch_tokens=options.batch_tokens,
+            seed=options.seed,
+            read=read,
+            tell=Told(status, task.name),
+        )
+        if not evaluation.tallies["image"].used:
+            skipped = read.skipped + evaluation.tallies["image"].skipped
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.most_common())
+            raise UserError(f"No question of {task.name} could be asked ({reasons or 'there are none'}).")
+        status.update(f"{task.name}: scoring")
+        scores = score(evaluation)
+    folder = Path(options.out) if options.out else run_folder(stored.source) / "evaluate" / task.name
+    about = {
+        "task": task.name,
+        "task_settings": asdict(task),
+        "checkpoint": str(stored.source),
+        "step": stored.provenance.step,
+        "tokens_seen": stored.provenance.tokens_seen,
+        "limit": options.limit,
+        "seconds": round(time.perf_counter() - started_at, 1),
+        "device": str(options.device),
+        "versions": {
+            "fuyu-e2e": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    write_report(evaluation, scores, about, folder)
+    console.print(f"{task.name}, step {stored.provenance.step:,} of {stored.source}", soft_wrap=True)
+    print_report(console, evaluation, scores)
+    console.print(f"All figures, answers and pictures: {folder}", soft_wrap=True)
+    return 0
+
+
+class Told:
+    """Shows how far an evaluation has come."""
+
+    def __init__(self, status: Status, name: str) -> None:
+        self.status, self.name = status, name
+
+    def __call__(self, done: int) -> None:
+        """Shows how many questions are done."""
+        self.status.update(f"{self.name}: {done:,} questions")
+
+
+def run_folder(source: Path) -> Path:
+    """The directory of the run that a checkpoint is of: itself for an exported folder."""
+    if is_exported(source):
+        return source
+    return source.parent.parent if source.parent.name == "checkpoints" else source.parent
+
+
+def _path_by_name(text: str) -> tuple[str, str]:
+    name, sign, path = text.partition("=")
+    if not (name and sign and path):
+        raise ArgumentTypeError(f"{text!r} is not KEY=PATH")
+    return name, path

@@ -1,0 +1,165 @@
+"""One evaluation: every question is asked three times, with its image, without, and with the image of another."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Literal, get_args
+
+import numpy as np
+
+from fuyu_e2e.checkpoint.loading import TrainedModel
+from fuyu_e2e.document import Document, Image
+from fuyu_e2e.errors import UnusableSampleError
+from fuyu_e2e.eval.answering import BATCH_TOKENS, Answer, answer_all
+from fuyu_e2e.eval.blind import draw_partners, with_images_of, without_images
+from fuyu_e2e.eval.contact_sheet import Cell
+from fuyu_e2e.eval.metrics import METRICS
+from fuyu_e2e.eval.question import Question
+from fuyu_e2e.eval.task import Task
+from fuyu_e2e.image import decode_image
+from fuyu_e2e.shards.formats import PLACEHOLDER
+from fuyu_e2e.tally import Tally
+
+Run = Literal["image", "without_image", "other_image"]
+"""What a question is asked with."""
+RUNS: tuple[Run, ...] = get_args(Run)
+CHUNK = 512
+"""Questions whose images are in memory at once, or twice as many: images are exchanged among these."""
+NO_OTHER_IMAGE = "no-other-image"
+"""Why a question is not asked with another's image: all of them are about one."""
+PICTURES = 48
+"""Pictures of right answers, and of wrong ones, that are kept to be looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One question and what came of it; without its image, so that all of them fit in memory."""
+
+    key: str
+    image: str
+    groups: Mapping[str, str]
+    prompt: str
+    """What was asked, with `<image>` where an image stood."""
+    references: tuple[str, ...]
+    answers: Mapping[Run, Answer]
+    right: bool
+    """Whether the answer is a reference, as accuracy has it."""
+
+
+@dataclass
+class Evaluation:
+    """All outcomes of a task, in order."""
+
+    task: Task
+    seed: int
+    outcomes: list[Outcome] = field(default_factory=list)
+    read: Tally = field(default_factory=Tally)
+    """What was read, and by reason what is no question and so has no score."""
+    tallies: dict[Run, Tally] = field(default_factory=lambda: {run: Tally() for run in RUNS})
+    """Of each run, the questions that were used, and by reason those that can't be and are scored as wrong."""
+    right: list[Cell] = field(default_factory=list)
+    wrong: list[Cell] = field(default_factory=list)
+
+
+def evaluate(
+    model: TrainedModel,
+    task: Task,
+    questions: Iterable[Question],
+    *,
+    limit: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    seed: int = 0,
+    read: Tally | None = None,
+    tell: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Has a model answer questions, with and without looking.
+
+    Args:
+        model: A decoder in evaluation mode, and what it is prompted with.
+        task: How to answer.
+        questions: What is asked.
+        limit: How many at most, the first ones; None asks all.
+        batch_tokens: Tokens that are read and written at once.
+        seed: Seeds which image takes the place of which.
+        read: What counts the questions as they are read.
+        tell: Is told now and then how many questions are done.
+    """
+    evaluation = Evaluation(task, seed, read=read or Tally())
+    rng = np.random.default_rng(seed)
+    for chunk in _chunks(islice(questions, limit)):
+        _ask(model, evaluation, chunk, batch_tokens, rng)
+        tell(len(evaluation.outcomes))
+    return evaluation
+
+
+def _chunks(questions: Iterable[Question]) -> Iterator[list[Question]]:
+    """Lists of questions, each about two images or more wherever that many are left to be about."""
+    waiting: list[Question] = []
+    for question in questions:
+        waiting.append(question)
+        if len(waiting) % CHUNK == 0:
+            chunk, rest = waiting[:-CHUNK], waiting[-CHUNK:]
+            if min(len({question.image for question in part}) for part in (chunk, rest)) > 1:
+                yield chunk
+                waiting = rest
+    if waiting:
+        yield waiting
+
+
+def _ask(
+    model: TrainedModel, evaluation: Evaluation, chunk: list[Question], batch_tokens: int, rng: np.random.Generator
+) -> None:
+    task, tallies = evaluation.task, evaluation.tallies
+    seen = answer_all(model, task, chunk, [question.document for question in chunk], tallies["image"], batch_tokens)
+    # What can't be used with its image is wrong in every run, and its image is given to nobody: the runs differ in
+    # images alone.
+    usable = [question for question, answer in zip(chunk, seen, strict=True) if answer.skipped is None]
+    partners = draw_partners(usable, rng)
+    looks = [_has_image(question) and answer.skipped is None for question, answer in zip(chunk, seen, strict=True)]
+    blind: dict[Run, list[Document | None]] = {"without_image": [], "other_image": []}
+    for question, looking in zip(chunk, looks, strict=True):
+        partner = partners.get(question.image)
+        if looking and partner is None:
+            tallies["other_image"].skip(UnusableSampleError(NO_OTHER_IMAGE, question.document.key))
+        blind["without_image"].append(without_images(question.document) if looking else None)
+        blind["other_image"].append(with_images_of(question.document, partner) if looking and partner else None)
+    answers: dict[Run, list[Answer]] = {"image": seen}
+    for run, documents in blind.items():
+        asked = answer_all(model, task, chunk, documents, tallies[run], batch_tokens)
+        # Where there is nothing to look at, nothing changes.
+        answers[run] = [new if looking else old for new, old, looking in zip(asked, seen, looks, strict=True)]
+    texts = [answer.text or "" for answer in seen]
+    rows = METRICS["accuracy"].statistics(texts, [question.references for question in chunk])
+    for number, (question, right) in enumerate(zip(chunk, METRICS["accuracy"].value(rows) == 1, strict=True)):
+        outcome = Outcome(
+            key=question.document.key,
+            image=question.image,
+            groups=question.groups,
+            prompt=_shown(question.document),
+            references=question.references,
+            answers={run: answers[run][number] for run in RUNS},
+            right=bool(right) and seen[number].text is not None,
+        )
+        evaluation.outcomes.append(outcome)
+        kept = evaluation.right if outcome.right else evaluation.wrong
+        if len(kept) < PICTURES and seen[number].text is not None and _has_image(question):
+            kept.append(_cell(model, question, outcome))
+
+
+def _has_image(question: Question) -> bool:
+    return any(isinstance(part, Image) for part in question.document.segments)
+
+
+def _shown(document: Document) -> str:
+    return "".join(PLACEHOLDER if isinstance(part, Image) else part.text for part in document.segments)
+
+
+def _cell(model: TrainedModel, question: Question, outcome: Outcome) -> Cell:
+    image = next(part for part in question.document.segments if isinstance(part, Image))
+    return Cell(
+        decode_image(image.data, model.builder.images),
+        truth=outcome.references[0],
+        reading=outcome.answers["image"].text or "",
+        question=outcome.prompt.replace(PLACEHOLDER, "").strip(),
+        right=outcome.right,
+    )

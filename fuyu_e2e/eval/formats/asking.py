@@ -1,0 +1,100 @@
+"""From entries of a benchmark's files to questions: the prompt behind the image, and images from one folder only."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+
+from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.eval.question import Question
+from fuyu_e2e.tally import Tally
+
+QUESTION = "{question}"
+"""Where the question stands in a prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One question as a file says it, its image not read yet."""
+
+    key: str
+    image: str
+    """The name of its file in the folder of images."""
+    prompt: str
+    references: tuple[str, ...]
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+
+def filled(prompt: str, question: str) -> str:
+    """A prompt with the question in it.
+
+    Raises:
+        UserError: It has no place for one.
+    """
+    if QUESTION not in prompt:
+        raise UserError(f"prompt is {prompt!r}, but must hold {QUESTION}: no question would be asked.")
+    return prompt.replace(QUESTION, question)
+
+
+def ask(entries: Sequence[Entry], source: str | Path, images: str | Path, tally: Tally) -> Iterator[Question]:
+    """The questions of a file, in its order; their images are read as they are asked.
+
+    A benchmark is whole or it is refused, for a score of some of its questions compares with no other: all images are
+    looked for first. Links in the folder are followed, since whoever made the folder made them. What an image file
+    holds is checked where it is decoded.
+
+    Args:
+        entries: The file's entries.
+        source: The file, which errors name.
+        images: The folder of their images.
+        tally: Counts the questions as they are read.
+
+    Raises:
+        UserError: Two entries share a key, an image's name leads out of the folder, or images are missing.
+    """
+    keys = set()
+    for entry in entries:
+        if entry.key in keys:
+            raise UserError(f"{source}: two entries are called {entry.key!r}.")
+        keys.add(entry.key)
+    asked_of: dict[str, str] = {}
+    for entry in entries:
+        asked_of.setdefault(entry.image, entry.key)
+    missing = [name for name, key in asked_of.items() if not _is_file(_inside(images, name, f"{source}: {key}"))]
+    if missing:
+        raise UserError(
+            f"{source} asks about {len(asked_of):,} images, but {len(missing):,} of them are no files in {images}: "
+            f"{asked_of[missing[0]]} asks about {missing[0]!r}. Is this the folder of its images, all unpacked?"
+        )
+    return _asked(entries, Path(images), tally)
+
+
+def _asked(entries: Sequence[Entry], images: Path, tally: Tally) -> Iterator[Question]:
+    for entry in entries:
+        try:
+            image = Image((images / entry.image).read_bytes())
+        except OSError as error:
+            raise UserError(f"{images / entry.image} can't be read: {error.strerror}.") from error
+        tally.read += 1
+        prompt = (Text(entry.prompt, loss=False),) if entry.prompt else ()
+        yield Question(
+            document=Document(entry.key, (image, *prompt)),
+            references=entry.references,
+            image=entry.image,
+            groups=entry.groups,
+        )
+
+
+def _inside(folder: str | Path, name: str, where: str) -> Path:
+    """The path of a file in a folder; as on Windows, where both slashes part names and a colon ends a drive's."""
+    path = PureWindowsPath(name)
+    if path.anchor or ".." in path.parts:
+        raise UserError(f"{where} asks about the image {name!r}, which leads out of its folder.")
+    return Path(folder, name)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False

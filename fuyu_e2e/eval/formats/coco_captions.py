@@ -1,0 +1,46 @@
+"""COCO captions: a file that names images and gives several captions of each."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.eval.formats.asking import QUESTION, Entry, ask
+from fuyu_e2e.eval.formats.json_file import load
+from fuyu_e2e.eval.question import Question
+from fuyu_e2e.tally import Tally
+
+
+def read_coco_captions(
+    annotations: str | Path, images: str | Path, *, tally: Tally, prompt: str = ""
+) -> Iterator[Question]:
+    """The images of COCO captions, one question each: what does it show?
+
+    Args:
+        annotations: `captions_val2014.json` or another in its format.
+        images: The folder with the images, by their `file_name`.
+        tally: Counts the images as they are read.
+        prompt: What stands behind each image; nothing does where it is empty, as when a model learns captions.
+
+    Returns:
+        Each image with all its captions as references.
+
+    Raises:
+        UserError: A file or an image is missing or not as the format says; names the entry.
+    """
+    if QUESTION in prompt:
+        raise UserError(f"prompt is {prompt!r}, but captions answer no question: leave {QUESTION} out.")
+    described = load(annotations)
+    captions: dict[str, list[str]] = {record.identity("id"): [] for record in described.records("images")}
+    for record in described.records("annotations"):
+        image = record.identity("image_id")
+        if image not in captions:
+            raise UserError(f"{record.where}: there is no image {image} in the list of images.")
+        captions[image].append(record.text("caption"))
+    entries = []
+    for record in described.records("images"):
+        key = record.identity("id")
+        if not captions[key]:
+            raise UserError(f"{record.where}: there is no caption of image {key}.")
+        references = tuple(captions[key])
+        entries.append(Entry(key=key, image=record.text("file_name"), prompt=prompt, references=references))
+    return ask(entries, annotations, images, tally)

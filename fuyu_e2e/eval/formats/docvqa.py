@@ -1,0 +1,45 @@
+"""DocVQA: questions about scanned pages."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fuyu_e2e.eval.formats.asking import QUESTION, Entry, ask, filled
+from fuyu_e2e.eval.formats.json_file import Record, load
+from fuyu_e2e.eval.question import Question
+from fuyu_e2e.tally import Tally
+
+
+def read_docvqa(
+    annotations: str | Path, images: str | Path, *, tally: Tally, prompt: str = QUESTION
+) -> Iterator[Question]:
+    """The questions of DocVQA (task 1, single pages).
+
+    Args:
+        annotations: `val_v1.0.json` or another in its format.
+        images: The folder that holds `documents/`.
+        tally: Counts the questions as they are read.
+        prompt: What stands behind the image, with `{question}` in it.
+
+    Returns:
+        Each with all its answers. A question may be of several types, so that each type is a group of its own:
+        `{"form": "yes", "layout": "yes"}`.
+
+    Raises:
+        UserError: A file or an image is missing or not as the format says; names the entry.
+    """
+    entries = [
+        Entry(
+            key=record.identity("questionId"),
+            image=record.text("image"),
+            prompt=filled(prompt, record.text("question")),
+            references=record.texts("answers"),
+            groups=_types(record),
+        )
+        for record in load(annotations).records("data")
+    ]
+    return ask(entries, annotations, images, tally)
+
+
+def _types(record: Record) -> dict[str, str]:
+    """The types of a question, which early versions of the file don't give."""
+    return dict.fromkeys(record.texts("question_types"), "yes") if record.fields.get("question_types") else {}

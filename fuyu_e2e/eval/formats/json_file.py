@@ -1,0 +1,93 @@
+"""JSON files of public benchmarks: what is not as their format says is an error that names the file and the entry."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fuyu_e2e.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One object of a JSON file, and where it stands."""
+
+    fields: dict[str, Any]
+    where: str
+
+    def text(self, name: str) -> str:
+        """A text.
+
+        Raises:
+            UserError: There is none.
+        """
+        value = self.fields.get(name)
+        if not isinstance(value, str):
+            raise self.error(name, "a text")
+        return value
+
+    def identity(self, name: str) -> str:
+        """A text or a whole number that names something, as text.
+
+        Raises:
+            UserError: It is neither.
+        """
+        value = self.fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise self.error(name, "a text or a whole number")
+        return str(value)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """One text or more, those that many entries repeat kept once.
+
+        Raises:
+            UserError: It is no list of texts, or an empty one.
+        """
+        values = self.fields.get(name)
+        if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+            raise self.error(name, "a list of texts, and not empty (those of a test split are kept secret)")
+        return tuple(map(sys.intern, values))
+
+    def records(self, name: str) -> Iterator["Record"]:
+        """The objects of a list, in order.
+
+        Raises:
+            UserError: It is no list, or one of them is no object.
+        """
+        values = self.fields.get(name)
+        if not isinstance(values, list):
+            raise self.error(name, "a list")
+        for number, value in enumerate(values):
+            where = f"{self.where}: {name}[{number}]"
+            if not isinstance(value, dict):
+                raise UserError(f"{where} is {_shown(value)}, but must be an object.")
+            yield Record(value, where)
+
+    def error(self, name: str, expected: str) -> UserError:
+        """What to raise where a field is not what it should be."""
+        found = f"is {_shown(self.fields[name])}" if name in self.fields else "is missing"
+        return UserError(f"{self.where}: {name} {found}, but must be {expected}.")
+
+
+def load(path: str | Path) -> Record:
+    """The object that a JSON file holds.
+
+    Raises:
+        UserError: It can't be read, is no JSON, or holds something else.
+    """
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {_shown(value)}, but must hold an object.")
+    return Record(value, str(path))
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."

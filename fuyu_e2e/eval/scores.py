@@ -1,0 +1,124 @@
+"""From answers to scores: of all questions and of groups, with intervals, and how much of each the image brought."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64
+
+from fuyu_e2e.eval.blind import share_from_image
+from fuyu_e2e.eval.bootstrap import interval
+from fuyu_e2e.eval.evaluation import RUNS, Evaluation, Run
+from fuyu_e2e.eval.metric import Metric, Score
+from fuyu_e2e.eval.metrics import METRICS
+
+NO_ANSWER = "\N{REPLACEMENT CHARACTER}"
+"""What a question that can't be used is scored as answered with: an empty text may be right."""
+PER_TOKEN = "_per_token"
+"""Behind a metric's name: of the choices of highest likelihood per token."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The score of some questions."""
+
+    value: float | None
+    """None where there is none."""
+    interval: tuple[float, float] | None
+    """95 %, by bootstrap over images; None where it was not asked for, or there are not two images."""
+    questions: int
+    images: int
+
+
+@dataclass(frozen=True)
+class MetricScores:
+    """What one metric says of a task."""
+
+    higher_is_better: bool
+    all: Scored
+    groups: dict[str, dict[str, Scored]]
+    """By group and its value."""
+    blind: Mapping[Run, Scored]
+    """The same questions without their images, and with images of others."""
+    from_image: Mapping[Run, float | None]
+    """The share of the score that the image brought, by either."""
+
+
+class Perplexity:
+    """The exponential of the mean loss of tokens, in nats, from its sum and their number."""
+
+    higher_is_better = False
+
+    def value(self, total: Float64[np.ndarray, "*samples 2"]) -> Float64[np.ndarray, "*samples"]:
+        """Of tokens whose losses add up to the first number; nan where there are none."""
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            return np.asarray(np.exp(total[..., 0] / total[..., 1]))
+
+
+def score(evaluation: Evaluation, intervals: bool = True) -> dict[str, MetricScores]:
+    """Every metric of the task; a question that can't be used is wrong.
+
+    Args:
+        evaluation: All outcomes.
+        intervals: Whether to find the intervals, too, which takes far longer than the scores.
+    """
+    runs = {run: statistics(evaluation, run) for run in RUNS if _was_asked(evaluation, run)}
+    outcomes, seed = evaluation.outcomes, evaluation.seed if intervals else None
+    images = np.array([outcome.image for outcome in outcomes], dtype=object)
+    scores = {}
+    for name, (metric, rows) in runs["image"].items():
+        everything = _scored(metric, rows, images, seed)
+        groups: dict[str, dict[str, Scored]] = {}
+        for group in evaluation.task.groups:
+            values = [outcome.groups.get(group) for outcome in outcomes]
+            groups[group] = {}
+            for value in sorted({value for value in values if value is not None}):
+                chosen = np.array([own == value for own in values])
+                groups[group][value] = _scored(metric, rows[chosen], images[chosen], seed)
+        blind: dict[Run, Scored] = {
+            run: _scored(*found[name], images, seed) for run, found in runs.items() if run != "image"
+        }
+        shares: dict[Run, float | None] = {run: _share(everything, other) for run, other in blind.items()}
+        scores[name] = MetricScores(metric.higher_is_better, everything, groups, blind, shares)
+    return scores
+
+
+def statistics(evaluation: Evaluation, run: Run) -> dict[str, tuple[Score, Float64[np.ndarray, "N K"]]]:
+    """By metric, its statistics of every question of a run."""
+    answers = [outcome.answers[run] for outcome in evaluation.outcomes]
+    if evaluation.task.answer == "perplexity":
+        losses = np.array([[answer.loss, answer.tokens] for answer in answers], np.float64).reshape(-1, 2)
+        return {"perplexity": (Perplexity(), losses)}
+    texts = {"": [NO_ANSWER if answer.text is None else answer.text for answer in answers]}
+    if evaluation.task.answer == "choose":
+        texts[PER_TOKEN] = [
+            NO_ANSWER if answer.text_per_token is None else answer.text_per_token for answer in answers
+        ]
+    references = [outcome.references for outcome in evaluation.outcomes]
+    found: dict[str, tuple[Score, Float64[np.ndarray, "N K"]]] = {}
+    for name in evaluation.task.metrics:
+        metric: Metric = METRICS[name]
+        for suffix, written in texts.items():
+            found[name + suffix] = metric, metric.statistics(written, references)
+    return found
+
+
+def _was_asked(evaluation: Evaluation, run: Run) -> bool:
+    """Whether any question was asked in this way."""
+    return run == "image" or evaluation.tallies[run].used > 0
+
+
+def _scored(metric: Score, rows: Float64[np.ndarray, "N K"], images: np.ndarray, seed: int | None) -> Scored:
+    names = images.tolist()
+    ends = (np.nan, np.nan) if seed is None else interval(metric, rows, names, seed=seed)
+    low, high = map(_number, ends)
+    between = None if low is None or high is None else (low, high)
+    return Scored(_number(metric.value(rows.sum(axis=0))), between, len(rows), len(set(names)))
+
+
+def _number(value: float | np.ndarray) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _share(seen: Scored, blind: Scored) -> float | None:
+    return None if seen.value is None or blind.value is None else share_from_image(seen.value, blind.value)

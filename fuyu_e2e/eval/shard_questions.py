@@ -1,0 +1,65 @@
+"""Shards as questions: a document's last supervised text is the answer, and what stands before it the prompt."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fuyu_e2e.errors import UnusableSampleError
+from fuyu_e2e.eval.question import Question
+from fuyu_e2e.shards.formats import description, document
+from fuyu_e2e.shards.reading import Sample, Shard
+from fuyu_e2e.shards.sources import ShardCache, expand_patterns
+from fuyu_e2e.tally import Tally
+
+
+def read_shards(shards: str, tally: Tally) -> Iterator[Question]:
+    """The questions of shards, one a sample, in stored order.
+
+    Beside what its format has, the JSON of a sample may hold `"groups": {"kind": "relational"}`, `"choices": [...]`
+    and `"image": "name"`: samples that share an image name are about one image.
+
+    Args:
+        shards: Path, glob, brace pattern or URL.
+        tally: Counts all samples as read, and by reason those that are no question: among them `no-answer`, and
+            `json-type` where one of the three is something else.
+
+    Raises:
+        UserError: There are none, or one can't be read.
+    """
+    cache = ShardCache.at()
+    for name in expand_patterns(shards):
+        shard = Shard(cache.path(name), name)
+        for number in range(len(shard)):
+            tally.read += 1
+            try:
+                yield question(shard.sample(number))
+            except UnusableSampleError as error:
+                tally.skip(error)
+
+
+def question(sample: Sample) -> Question:
+    """The question that a sample asks.
+
+    Raises:
+        UnusableSampleError: As in `read_shards`, and in `fuyu_e2e.shards.formats.document`.
+    """
+    asked = document(sample)
+    where = f"{sample.shard}: {sample.key}"
+    if not asked.answer:
+        raise UnusableSampleError("no-answer", where)
+    described = description(sample)
+    groups, choices, image = (described.get(name, default) for name, default in DEFAULTS.items())
+    if not isinstance(groups, dict) or not isinstance(choices, list) or not isinstance(image, str):
+        raise UnusableSampleError("json-type", f"{where}: groups, choices or image is not what it should be")
+    if not all(isinstance(text, str) for text in (*groups.values(), *choices)):
+        raise UnusableSampleError("json-type", f"{where}: a group or a choice is no text")
+    return Question(
+        document=asked.prompt,
+        references=(asked.answer,),
+        choices=tuple(choices),
+        image=image or sample.key,
+        groups=groups,
+    )
+
+
+DEFAULTS: dict[str, Any] = {"groups": {}, "choices": [], "image": ""}
+"""What a sample may say of its question, and what holds where it doesn't."""

@@ -1,0 +1,70 @@
+"""A small model as it is stored, and questions about random pictures."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fuyu_e2e.checkpoint.description import Description, Provenance
+from fuyu_e2e.checkpoint.loading import StoredModel, TrainedModel
+from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.eval.question import Question
+from fuyu_e2e.export.commands import export_own
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.sequence import SequenceBuilder
+
+
+@pytest.fixture(scope="session")
+def model(decoder: Decoder, builder: SequenceBuilder) -> TrainedModel:
+    return TrainedModel(decoder, builder, step=7)
+
+
+@pytest.fixture(scope="session")
+def exported(
+    tmp_path_factory: pytest.TempPathFactory, config: FuyuConfig, decoder: Decoder, builder: SequenceBuilder
+) -> Path:
+    """The folder of that model."""
+    folder = tmp_path_factory.mktemp("models") / "own"
+    description = Description(config, builder.tokenizer, builder.images)
+    export_own(StoredModel(folder, description, dict(decoder.state_dict()), Provenance(step=7)), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_question(make_png: Callable[..., bytes]) -> Callable[..., Question]:
+    """Makes the question of a number; one with the same image name is about the same picture."""
+
+    def make(number: int, **changed: Any) -> Question:
+        image = changed.pop("image", f"image{number}")
+        name = int("".join(filter(str.isdigit, image)) or 0)
+        picture = changed.pop("picture", make_png(6 + name % 5, 9 + name % 7, seed=name))
+        settings = {
+            "document": Document(f"q{number}", (Image(picture), Text("What is it?", loss=False))),
+            "references": (str(number),),
+            "choices": (str(number), "a red square", "19"),
+            "image": image,
+            "groups": {"parity": "even" if number % 2 == 0 else "odd"},
+        }
+        return Question(**settings | changed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_shard(make_png: Callable[..., bytes]) -> Callable[..., None]:
+    """Writes a shard of samples: JSON, and a picture by number, or the bytes of one."""
+
+    def write(path: Path, samples: list[tuple[dict[str, Any], bytes]]) -> None:
+        with tarfile.open(path, "w") as tar:
+            for number, (described, picture) in enumerate(samples):
+                for extension, content in (("png", picture), ("json", json.dumps(described).encode())):
+                    info = tarfile.TarInfo(f"{number:04}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+    return write

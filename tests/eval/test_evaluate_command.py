@@ -1,0 +1,124 @@
+"""The command: a folder of a public format and a checkpoint in, figures, answers and pictures out, with no code."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fuyu_e2e.cli import main
+from fuyu_e2e.eval.commands import run_folder
+from fuyu_e2e.eval.during_training import EvaluationInTraining
+from fuyu_e2e.recipe import FuyuCLI
+from fuyu_e2e.shipped import shipped
+
+ANSWERS = ("yes", "no", "2")
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> Callable[..., tuple[int, str]]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "140")
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["fuyu-e2e", "evaluate", *arguments])
+        try:
+            code = main()
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        printed = capfd.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+@pytest.fixture
+def vqav2(tmp_path: Path, make_png: Callable[..., bytes]) -> list[str]:
+    """Six questions about three pictures, as VQAv2 lays them out; gives the arguments that name the files."""
+    images = tmp_path / "val2014"
+    images.mkdir()
+    head = {"info": {"version": "2.0"}, "license": {}, "data_type": "mscoco", "data_subtype": "val2014"}
+    questions, annotations = [], []
+    for number in range(6):
+        image, word = 40 + number // 2, ANSWERS[number % 3]
+        (images / f"COCO_val2014_{image:012}.jpg").write_bytes(
+            b"no picture" if image == 42 else make_png(12, 16, seed=image)
+        )
+        asked = {"image_id": image, "question_id": image * 1000 + number}
+        questions.append(asked | {"question": "Is it red?"})
+        given = [{"answer": word, "answer_confidence": "yes", "answer_id": n + 1} for n in range(10)]
+        kind = {"question_type": "is it", "answer_type": "number" if word == "2" else "yes/no"}
+        annotations.append(asked | kind | {"multiple_choice_answer": word, "answers": given})
+    files = {
+        "questions": {**head, "task_type": "Open-Ended", "questions": questions},
+        "annotations": {**head, "annotations": annotations},
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return ["--data", "questions=questions.json", "--data", "annotations=annotations.json", "--data", "images=val2014"]
+
+
+def test_a_public_format_is_scored_with_no_code(
+    run: Callable[..., Any], vqav2: list[str], exported: Path, tmp_path: Path
+) -> None:
+    code, printed = run("--checkpoint", str(exported), "--task", "vqav2", *vqav2, "--out", "report", "--device", "cpu")
+    assert code == 0, printed
+    for words in ("vqa accuracy", "answer_type yes/no", "blind: another's image", "image-unreadable 2", "report"):
+        assert words in printed
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert (results["task"], results["step"], results["questions"], results["images"]) == ("vqav2", 7, 6, 3)
+    assert results["task_settings"]["data"]["images"] == "val2014"
+    assert results["runs"]["image"] == {
+        "used": 4,
+        "scored_as_wrong": {"image-unreadable": 2},
+        "examples": results["runs"]["image"]["examples"],
+    }
+    scores = results["metrics"]["vqa_accuracy"]
+    assert 0 <= scores["all"]["interval"][0] <= scores["all"]["value"] <= scores["all"]["interval"][1] <= 1
+    assert scores["groups"]["answer_type"]["number"]["questions"] == 2
+    assert set(results["versions"]) == {"fuyu-e2e", "torch", "numpy", "python"}
+    assert len((tmp_path / "report" / "answers.jsonl").read_text().splitlines()) == 6
+    assert list((tmp_path / "report" / "pictures").glob("*.png"))
+
+
+def test_a_report_goes_beside_the_run_and_holds_the_first_questions(
+    run: Callable[..., Any], vqav2: list[str], exported: Path
+) -> None:
+    code, printed = run("--checkpoint", str(exported), "--task", "vqav2", *vqav2, "--limit", "3")
+    assert code == 0, printed
+    results = json.loads((exported / "evaluate" / "vqav2" / "results.json").read_text())
+    assert (results["questions"], results["limit"]) == (3, 3)
+    assert run_folder(Path("runs/a/checkpoints/last.ckpt")) == Path("runs/a")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--task", "vqav2"], "data.questions"),
+        (["--task", "nothing"], "sort-of-clevr"),
+        (["--task", "vqav2", "--data", "questions"], "KEY=PATH"),
+        (["--task", "sort-of-clevr", "--data", "shards=none-*.tar"], "none-*.tar"),
+        (["--task", "sort-of-clevr", "--data", "shards=x.tar", "--limit", "0"], "--limit"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(
+    run: Callable[..., Any], exported: Path, arguments: list[str], named: str
+) -> None:
+    code, printed = run("--checkpoint", str(exported), *arguments)
+    assert code == 2
+    assert named in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_recipe_turns_evaluation_on() -> None:
+    recipe = [f"--config={shipped('recipes/quickstart.yaml')}", "--trainer.accelerator=cpu", "--trainer.devices=1"]
+    given = ["--evaluate.tasks=[a,b]", "--evaluate.every_n_steps=7", "--evaluate.data={a: {shards: x.tar}}"]
+    [on] = [c for c in FuyuCLI(recipe + given, run=False).trainer.callbacks if isinstance(c, EvaluationInTraining)]
+    assert (on.tasks, on.every_n_steps, on.data) == (("a", "b"), 7, {"a": {"shards": "x.tar"}})
+    [off] = [c for c in FuyuCLI(recipe, run=False).trainer.callbacks if isinstance(c, EvaluationInTraining)]
+    assert not off.tasks
