@@ -38,6 +38,7 @@ from fuyu_e2e.training.hosts import Hosts
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.launched import launched_processes
 from fuyu_e2e.training.module import FuyuModule
+from fuyu_e2e.training.no_profiler import NoProfiler
 from fuyu_e2e.training.progress import Progress
 from fuyu_e2e.training.random_state import RandomState
 from fuyu_e2e.training.routing_report import RoutingReport
@@ -220,6 +221,8 @@ class FuyuCLI(LightningCLI):
         bar = [Progress()] if settings["enable_progress_bar"] is not False else []
         kwargs["callbacks"] = [RandomState(), *(named if isinstance(named, list) else [named]), *bar]
         kwargs["plugins"] = [*(settings["plugins"] or []), BackgroundCheckpointIO()]
+        if settings["profiler"] is None:
+            kwargs["profiler"] = NoProfiler()
         kwargs |= launched_processes()
         return super().instantiate_trainer(**kwargs)
 

@@ -536,3 +536,16 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_right(
     assert read_checkpoint(find_checkpoint(folder / "runs" / "damaged"))["global_step"] == 4
     code, printed = run(*fit, *SHORT, "--ckpt_path", "last", "--trainer.default_root_dir", "runs/none")
     assert code == 0, f"a run that has no checkpoint yet begins: {printed}"
+
+
+def test_a_run_is_profiled_where_a_recipe_says_so(tokenizer_file: Path) -> None:
+    from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
+
+    from fuyu_e2e.recipe import FuyuCLI
+
+    settings = [f"--config={recipe()}", "--data.train=none.tar", f"--data.tokenizer={tokenizer_file}"]
+    assert isinstance(FuyuCLI([*settings, "--trainer.profiler=simple"], run=False).trainer.profiler, SimpleProfiler)
+    profiler = FuyuCLI(settings, run=False).trainer.profiler
+    assert isinstance(profiler, PassThroughProfiler)
+    with profiler.profile("a hook"), profiler.profile("another in it"):
+        pass

@@ -11,7 +11,7 @@ from fuyu_e2e.cli import lightning
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.estimate import estimate, estimated
-from fuyu_e2e.training.device_limits import named_peak
+from fuyu_e2e.training.device_limits import known_peak, named_peak
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 DECODER = {
@@ -82,6 +82,28 @@ def test_a_card_that_is_not_known_is_refused(name: str, problem: str) -> None:
 def test_a_card_counts_with_its_rate_for_dense_products() -> None:
     assert named_peak("H200-SXM1", torch.bfloat16) == 1e15
     assert named_peak("h100 sxm", torch.bfloat16) == 989.4e12
+
+
+@pytest.mark.parametrize(
+    ("driver", "peak"),
+    [
+        ("NVIDIA H200", 1e15),
+        ("NVIDIA H200 NVL", 0.85e15),
+        ("NVIDIA H100 NVL", 989.4e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+    ],
+)
+def test_the_card_that_is_there_counts_the_same(driver: str, peak: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: driver)
+    assert known_peak(torch.device("cuda"), torch.bfloat16) == peak
+    torch.set_float32_matmul_precision("highest")
+    if "H200" in driver:  # float32 has no sparse products
+        assert known_peak(torch.device("cuda"), torch.float32) == (6.0e13 if "NVL" in driver else 6.7e13)
+
+
+def test_the_peak_of_a_processor_is_not_known() -> None:
+    assert known_peak(torch.device("cpu"), torch.float32) is None
 
 
 def test_a_share_of_the_device_above_one_is_refused(tmp_path: Path) -> None:

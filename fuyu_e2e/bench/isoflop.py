@@ -145,7 +145,14 @@ def _run_seed(job: Job) -> None:
     if not wanted:
         return
     with TemporaryDirectory() as folder:
-        data = _prepare(Path(folder), job)
+        data = prepare(
+            Path(folder),
+            seed=job.seed,
+            pictures=job.pictures,
+            test_pictures=job.test_pictures,
+            most_digits=MOST_DIGITS,
+            row_tokens=ROW_TOKENS,
+        )
         sample = [row.batch for row in islice(data.stream("train").rows(), 16)]
         steps = {run: _steps(CONTENDERS[run[0]], run[1], sample) for run in wanted}
         data.store(max(steps.values()))
@@ -155,22 +162,28 @@ def _run_seed(job: Job) -> None:
                 file.write(json.dumps(result) + "\n")
 
 
-def _prepare(folder: Path, job: Job) -> StoredRows:
-    train = write_shards(
-        folder, split="train", count=job.pictures, seed=job.seed, most_digits=MOST_DIGITS, processes=1
-    )
-    write_shards(folder, split="test", count=job.test_pictures, seed=TEST_SEED, most_digits=MOST_DIGITS, processes=1)
+def prepare(
+    folder: Path, *, seed: int, pictures: int, test_pictures: int, most_digits: int, row_tokens: int
+) -> StoredRows:
+    """Writes digits to train on and to test on, with a tokenizer, and gives them as data with the seed's order."""
+    train = write_shards(folder, split="train", count=pictures, seed=seed, most_digits=most_digits, processes=1)
+    write_shards(folder, split="test", count=test_pictures, seed=TEST_SEED, most_digits=most_digits, processes=1)
     texts = (text for document in read_documents(train[0], Tally()) for text in document.texts)
     train_tokenizer(texts, VOCAB_SIZE).save(folder / "tokenizer.model")
+    return stored_rows(folder, seed, row_tokens)
+
+
+def stored_rows(folder: Path, seed: int, row_tokens: int) -> StoredRows:
+    """The digits that `prepare` wrote, in the order of another seed."""
     return StoredRows(
         str(folder / "tokenizer.model"),
         DENSE.patch_size,
         train=str(folder / "train-*.tar"),
         val=str(folder / "test-*.tar"),
-        budget=ROW_TOKENS,
+        budget=row_tokens,
         lanes=4,
         shuffle=512,
-        seed=job.seed,
+        seed=seed,
     )
 
 
@@ -231,16 +244,17 @@ def _train(name: str, budget: int, seed: int, steps: int, data: StoredRows, fold
         "training_flops": flops,
         "parameters": sum(weight.numel() for weight in decoder.parameters()),
         "seconds": round(seconds, 1),
-        "loss": _loss(decoder, data),
+        "loss": held_out_loss(decoder, data),
         "exact_match": exact_match(read(model, prompts, MAX_NEW_TOKENS)),
     }
     if routing is not None and routing.rule == "topk":
         # As in training, where the k best of a row are known: what the loss would be with no need to predict.
-        result["loss_looking_ahead"] = _loss(decoder.train(), data)
+        result["loss_looking_ahead"] = held_out_loss(decoder.train(), data)
     return result
 
 
 @torch.no_grad()
-def _loss(decoder: Decoder, data: StoredRows) -> float:
+def held_out_loss(decoder: Decoder, data: StoredRows) -> float:
+    """The mean over supervised tokens of the test pictures."""
     rows = [row.batch for row in data.stream("val").rows()]
     return sum(float(decoder.loss(row)) for row in rows) / sum(len(row.targets) for row in rows)

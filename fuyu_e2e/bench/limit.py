@@ -5,6 +5,7 @@ of `fuyu_e2e.model.cost`; bytes are the least that has to move, each weight once
 """
 
 import io
+import os
 import statistics
 import time
 from argparse import ArgumentParser
@@ -224,8 +225,12 @@ def _trainer_seconds(folder: Path, device: str, rows: list[PackedBatch]) -> floa
     clock = _Clock()
     run.trainer.callbacks.append(clock)  # type: ignore[attr-defined]
     run.datamodule.train_dataloader = partial(DataLoader, Rows(rows), batch_size=None)
-    with redirect_stdout(io.StringIO()):  # the progress bar
-        run.trainer.fit(run.model, datamodule=run.datamodule)
+    os.environ["FORCE_COLOR"] = "1"  # draws the progress bar as a terminal has it
+    try:
+        with redirect_stdout(io.StringIO()):
+            run.trainer.fit(run.model, datamodule=run.datamodule)
+    finally:
+        del os.environ["FORCE_COLOR"]
     return (clock.ended_at - clock.started_at) / (len(rows) - WARM_UP)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.exit_codes import BAD_STEPS
-from fuyu_e2e.training.module import FuyuModule
+from fuyu_e2e.training.module import FuyuModule, steps_between_logs
 
 MEMORY = 100
 """Steps that running figures are over; so many good ones are seen before any is out of line."""
@@ -140,7 +140,8 @@ class BadSteps(Callback):
             self.skipped += 1
             self._report(trainer)
         self._rows.clear()
-        pl_module.log("bad_steps/skipped", float(self.skipped))
+        if trainer.global_step % steps_between_logs(trainer) == 0:
+            pl_module.log("bad_steps/skipped", float(self.skipped))
         if self._streak >= self.in_a_row:
             raise TooManyBadStepsError(
                 f"{self._streak} steps in a row were skipped, the last because {self._reason}: weights are those of "

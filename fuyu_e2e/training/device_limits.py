@@ -29,8 +29,26 @@ def named_peak(name: str, dtype: torch.dtype) -> float:
     rates = _CUDA_FLOPS[found[0]]
     if dtype not in rates:
         raise UserError(f"--device {name} does no {str(dtype).removeprefix('torch.')}: choose trainer.precision.")
-    sparse = found[0].startswith(WITH_SPARSITY) and dtype in (torch.bfloat16, torch.float16)
-    return rates[dtype] / (2 if sparse else 1)
+    return _dense(found[0], dtype)
+
+
+def known_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations per second of a device of this machine at its peak, dense; None where Lightning doesn't know it."""
+    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    kind = "tfloat32" if tf32 else dtype
+    if "h200" in name:  # its driver's name has none of the endings that Lightning looks for
+        return _dense("h200 nvl1" if "nvl" in name else "h200 sxm1", kind)
+    if "h100 nvl" in name:
+        return _dense("h100 nvl", kind)
+    stated = get_available_flops(device, dtype)
+    return None if stated is None else float(stated)
+
+
+def _dense(card: str, kind: torch.dtype | str) -> float:
+    """The rate of a card in Lightning's table, without sparsity."""
+    sparse = card.startswith(WITH_SPARSITY) and kind in (torch.bfloat16, torch.float16, "tfloat32")
+    return _CUDA_FLOPS[card][kind] / (2 if sparse else 1)
 
 
 def peak_rate(device: str, dtype: torch.dtype) -> tuple[float, str]:
@@ -38,9 +56,8 @@ def peak_rate(device: str, dtype: torch.dtype) -> tuple[float, str]:
 
     The maker's where Lightning knows it, else what the product of two large matrices reaches.
     """
-    if device == "cuda" and (stated := get_available_flops(torch.device(device), dtype)):
-        name = torch.cuda.get_device_name().lower()
-        return stated / (2 if any(card in name for card in WITH_SPARSITY) else 1), "data sheet"
+    if device == "cuda" and (stated := known_peak(torch.device(device), dtype)):
+        return stated, "data sheet"
     return matmul_rate(device, dtype), "measured"
 
 

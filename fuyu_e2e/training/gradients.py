@@ -21,6 +21,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def weights_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All that an optimizer updates, found without a walk over the modules that own them."""
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
 def _by_spread(weights: Iterable[nn.Parameter]) -> dict[Spread | None, list[Tensor]]:
     groups: dict[Spread | None, list[Tensor]] = {}
     for weight in weights:

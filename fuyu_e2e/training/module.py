@@ -25,7 +25,7 @@ from fuyu_e2e.model.routing import Progress, RoutingTrace
 from fuyu_e2e.model.sharding import TENSOR, gather_weights, shard
 from fuyu_e2e.ranks import DataRank
 from fuyu_e2e.sequence import Prompt
-from fuyu_e2e.training.gradients import gradient_norm, scale_gradients
+from fuyu_e2e.training.gradients import gradient_norm, scale_gradients, weights_of
 from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
 from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
 from fuyu_e2e.training.resume import go_back_to_last_step
@@ -224,10 +224,11 @@ class FuyuModule(pl.LightningModule):
         self.voted = {name for name, count in zip(self.votes, votes, strict=True) if count}
         # Gradients are averaged over the ranks that see different rows; their sum is wanted. Where several see the
         # same rows, all that is counted here is counted as many times.
-        scale_gradients(self.parameters(), (self.trainer.world_size / supervised.clamp(min=1)).float())
+        weights = weights_of(optimizer)
+        scale_gradients(weights, (self.trainer.world_size / supervised.clamp(min=1)).float())
         mean = (loss / supervised.clamp(min=1)).float()
         # A sum, since a maximum may lose what isn't a number: one rank's is then every rank's.
-        norms = self.trainer.strategy.reduce(gradient_norm(self.parameters()), reduce_op="sum")
+        norms = self.trainer.strategy.reduce(gradient_norm(weights), reduce_op="sum")
         self._gradient_norm = norms / self.trainer.world_size
         if self.guard(float(mean), float(self._gradient_norm)):
             self.zero_grad(set_to_none=True)
@@ -238,9 +239,14 @@ class FuyuModule(pl.LightningModule):
             )
         self.tokens_seen += int(tokens) // copies
         self.log("train/loss", mean, prog_bar=True)
+        if (self.trainer.global_step + 1) % steps_between_logs(self.trainer) == 0:
+            self._log_step(mean, optimizer)
+
+    def _log_step(self, mean: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Gives Lightning what it is to write: a figure takes it time, also where it writes none."""
         self.log("train/perplexity", mean.exp())
         self.log("train/gradient_norm", self._gradient_norm)
-        self.log("tokens", float(self.tokens_seen), prog_bar=True)
+        self.log("tokens", float(self.tokens_seen))
         for group in optimizer.param_groups:
             self.log(f"lr/{group['kind']}", group["lr"])
 
@@ -254,7 +260,7 @@ class FuyuModule(pl.LightningModule):
         if gradient_clip_val is not None:
             # As in torch's clip_grad_norm_, which knows nothing of several meshes.
             factor = (gradient_clip_val / (self._gradient_norm + 1e-6)).clamp(max=1.0)
-            scale_gradients(self.parameters(), factor)
+            scale_gradients(weights_of(optimizer), factor)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Adds a batch to the validation loss."""

@@ -2,10 +2,20 @@
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+
+from fuyu_e2e.training.module import FuyuModule
+
+REDRAWN = 4
+"""Times a second. A terminal's bar takes a millisecond to draw, in which Python does nothing else, and Lightning would
+draw it a hundred times: a tenth of the run."""
 
 
 class Progress(RichProgressBar):
-    """Lightning's bar with figures as a person reads them."""
+    """Lightning's bar with figures as a person reads them, drawn as often as one looks."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=REDRAWN)
 
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
@@ -14,7 +24,10 @@ class Progress(RichProgressBar):
         known = trainer.progress_bar_metrics
         formats = {"train/loss": "{:.3f}", "val/loss": "{:.3f}", "test/loss": "{:.3f}"}
         shown = {name: text.format(known[name]) for name, text in formats.items() if name in known}
-        shown |= {name: _short(float(known[name])) for name in ("tokens", "tokens/s") if name in known}
+        if trainer.state.fn == TrainerFn.FITTING and isinstance(pl_module, FuyuModule):
+            shown["tokens"] = _short(float(pl_module.tokens_seen))
+        if "tokens/s" in known:
+            shown["tokens/s"] = _short(float(known["tokens/s"]))
         return dict(shown)
 
 

@@ -29,7 +29,7 @@ class RandomState(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all ranks, in tensors and primitives; every rank calls it."""
-        own = self._before_step or self._aside or read()
+        own = _in_primitives(self._before_step or self._aside or read())
         ranks: list[Any] = [own]
         if dist.is_initialized():
             ranks = [None] * dist.get_world_size()
@@ -64,14 +64,19 @@ class RandomState(Callback):
 
 
 def read() -> dict[str, Any]:
-    """The state of this process's global generators, and of its GPU's once it is in use; in tensors and primitives."""
-    numpy_state: Any = np.random.get_state(legacy=False)
+    """The state of this process's global generators, and of its GPU's once it is in use."""
     return {
         "python": random.getstate(),
-        "numpy": numpy_state | {"state": numpy_state["state"] | {"key": numpy_state["state"]["key"].tolist()}},
+        "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
+
+
+def _in_primitives(state: dict[str, Any]) -> dict[str, Any]:
+    """A state as a checkpoint can hold it: numpy's words as numbers, which is too slow for each step."""
+    words = np.asarray(state["numpy"]["state"]["key"]).tolist()
+    return state | {"numpy": state["numpy"] | {"state": state["numpy"]["state"] | {"key": words}}}
 
 
 def put_back(state: dict[str, Any]) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.model.cost import cost
 from fuyu_e2e.ranks import DataRank
+from fuyu_e2e.training.device_limits import known_peak
 from fuyu_e2e.training.module import FuyuModule, steps_between_logs
 
 
@@ -22,7 +22,7 @@ class Throughput(Callback):
 
     Each figure is over the batches since the one logged before, validation and checkpoints left out. Rates are of all
     processes, taken to be as fast as this one. MFU is training operations, counted by `fuyu_e2e.model.cost`, over
-    what the device could do at its peak; it is logged where Lightning knows that peak.
+    what the device could do at its peak, without sparsity; it is logged where Lightning knows that peak.
 
     Of each rank, under `ranks/`: seconds a step, seconds of those before its backward passes, of those seconds spent
     waiting for data, and the most memory it has held so far, in GiB, the device's where that is a GPU. Ranks wait for
@@ -100,7 +100,7 @@ class Throughput(Callback):
         pl_module.log("throughput/data_wait_share", window.waited / window.seconds)
         self._log_ranks(pl_module)
         dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
-        if peak := get_available_flops(pl_module.device, dtype):
+        if peak := known_peak(pl_module.device, dtype):
             pl_module.log("throughput/mfu", window.flops / place.copies / window.seconds / peak)
 
     def _log_ranks(self, pl_module: FuyuModule) -> None:
