@@ -8,6 +8,8 @@ from fuyu_e2e.bench.generate import generate
 from fuyu_e2e.bench.isoflop import isoflop
 from fuyu_e2e.bench.limit import limit
 from fuyu_e2e.bench.mod import mod
+from fuyu_e2e.bench.ocr import ocr
+from fuyu_e2e.bench.resolution import resolution
 from fuyu_e2e.bench.scale import scale
 from fuyu_e2e.bench.train import train
 from fuyu_e2e.errors import UserError
@@ -20,6 +22,8 @@ BENCHMARKS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "scale": scale,
     "limit": limit,
+    "ocr": ocr,
+    "resolution": resolution,
 }
 
 
