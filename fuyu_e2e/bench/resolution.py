@@ -99,7 +99,7 @@ def _prepare(data: Path, name: str, seed: int, count: int) -> None:
         if not (data / "tokenizer.model").exists():
             texts = (text for document in read_documents(train[0], Tally()) for text in document.texts)
             train_tokenizer(texts, VOCAB_SIZE).save(data / "tokenizer.model")
-        write_shards(data, f"{name}-val", contender.pictures("val", TEST_SEED), 300)
+        write_shards(data, f"{name}-val", contender.pictures("val", TEST_SEED), min(300, count))
 
 
 def _train(folder: Path, data: Path, name: str, seed: int, max_steps: int | None) -> None:
@@ -118,10 +118,10 @@ def _train(folder: Path, data: Path, name: str, seed: int, max_steps: int | None
 
 
 def stretched(config: FuyuConfig, factor: float) -> FuyuConfig:
-    """A configuration whose slowest rotary wave is `factor` times as long, and whose fastest stays as it is.
+    """The decoder with its slowest rotary wave `factor` times as long, and its fastest as it is.
 
-    "NTK-aware" scaling, evaluated with other weights' positions unchanged: the base grows by factor^(d / (d - 2)),
-    where d is how many values of a head are turned. It is the base alone, so what transformers computes too.
+    "NTK-aware" scaling (Peng et al. 2023, arXiv 2309.00071, section 3.1): the base grows by factor^(d / (d - 2)),
+    where d is how many values of a head are turned. Nothing but the base changes, so an export computes the same.
     """
     size = config.rotary_size
     return replace(config, rope_theta=config.rope_theta * factor ** (size / (size - 2)))
