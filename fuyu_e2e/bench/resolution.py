@@ -11,6 +11,7 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -35,6 +36,7 @@ from fuyu_e2e.eval.resolution import (
     write_shards,
 )
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.cost import cost
 from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.shipped import shipped
@@ -43,6 +45,10 @@ from fuyu_e2e.tokenizer import train_tokenizer
 
 SQUARE = 64
 """Side of the fixed square: its tokens are the mean of the mixed sizes', to a tenth."""
+
+
+COUNTED_ROWS = 32
+"""Training rows whose operations are counted."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,9 @@ def resolution(args: Sequence[str]) -> None:
         folder = options.runs / f"{name}-{options.seed}"
         if not (folder / "scores.json").exists():
             _prepare(options.runs / "data", name, options.seed, options.pictures)
-            _train(folder, options.runs / "data", name, options.seed, options.max_steps)
-            _score(folder, CONTENDERS[name], stretch=name == "mixed", count=options.test_pictures)
+            operations = _train(folder, options.runs / "data", name, options.seed, options.max_steps)
+            result = _score(folder, CONTENDERS[name], stretch=name == "mixed", count=options.test_pictures)
+            write_json(folder / "scores.json", {"operations_per_step": operations} | result)
     scored = sorted(options.runs.glob("*/scores.json"))
     results = [json.loads(path.read_text()) | {"run": path.parent.name} for path in scored]
     write_json(options.out, {**environment("cpu"), "square": SQUARE, "runs": results})
@@ -102,7 +109,8 @@ def _prepare(data: Path, name: str, seed: int, count: int) -> None:
         write_shards(data, f"{name}-val", contender.pictures("val", TEST_SEED), min(300, count))
 
 
-def _train(folder: Path, data: Path, name: str, seed: int, max_steps: int | None) -> None:
+def _train(folder: Path, data: Path, name: str, seed: int, max_steps: int | None) -> int:
+    """Trains, or goes on; gives the operations of a step, the mean of the first rows."""
     settings: dict[str, Any] = {
         "config": shipped("recipes/resolution.yaml"),
         "seed_everything": seed,
@@ -114,7 +122,17 @@ def _train(folder: Path, data: Path, name: str, seed: int, max_steps: int | None
     }
     if max_steps is not None:
         settings |= {"trainer.max_steps": max_steps, "trainer.val_check_interval": max_steps}
-    FuyuCLI(["fit", *(f"--{name}={value}" for name, value in settings.items())])
+    cli = FuyuCLI(["fit", *(f"--{name}={value}" for name, value in settings.items())])
+    costs = [
+        cost(
+            cli.model.config,
+            document_lengths=row.batch.document_lengths,
+            patches=len(row.batch.patches),
+            targets=len(row.batch.targets),
+        ).training_flops
+        for row in islice(cli.datamodule.stream("train").rows(), COUNTED_ROWS)
+    ]
+    return round(mean(costs))
 
 
 def stretched(config: FuyuConfig, factor: float) -> FuyuConfig:
@@ -132,7 +150,7 @@ def image_tokens(height: int, width: int) -> int:
     return -(-height // PATCH_SIZE) * (-(-width // PATCH_SIZE) + 1)
 
 
-def _score(folder: Path, contender: Contender, stretch: bool, count: int) -> None:
+def _score(folder: Path, contender: Contender, stretch: bool, count: int) -> dict[str, Any]:
     model = load_model(folder)
     started_at = time.perf_counter()
     scores = [_score_size(model, folder, contender, size, count) for size in TEST_SIZES]
@@ -147,7 +165,7 @@ def _score(folder: Path, contender: Contender, stretch: bool, count: int) -> Non
             other = TrainedModel(decoder, model.builder, model.step)
             result["stretched"].append(_score_size(other, folder, contender, size, count))
     result["seconds_scoring"] = round(time.perf_counter() - started_at)
-    write_json(folder / "scores.json", result)
+    return result
 
 
 def _score_size(model: TrainedModel, folder: Path, contender: Contender, size: Size, count: int) -> dict[str, Any]:
