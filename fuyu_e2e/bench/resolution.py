@@ -209,13 +209,15 @@ def _draw(axes: list[Any], results: Sequence[dict[str, Any]]) -> None:
     over_tokens, over_proportion = axes
     for run in results:
         for label, scores in ((run["run"], run["scores"]), (f"{run['run']}, stretched", run.get("stretched", []))):
-            sizes = [tuple(map(int, score["size"].split("x"))) for score in scores]
-            accuracies = [score["accuracy"] for score in scores]
             style = {"marker": "o" if scores is run["scores"] else "x", "linestyle": "none", "markersize": 5}
-            over_tokens.plot([image_tokens(*size) for size in sizes], accuracies, label=label, **style)
-            over_proportion.plot([width / height for height, width in sizes], accuracies, label=label, **style)
+            points = [(*map(int, score["size"].split("x")), score["accuracy"]) for score in scores]
+            within = [point for point in points if is_trained(*point[:2]) != "beyond"]
+            over_tokens.plot([image_tokens(h, w) for h, w, _ in points], [y for *_, y in points], label=label, **style)
+            over_proportion.plot([w / h for h, w, _ in within], [y for *_, y in within], **style)
     over_tokens.axvspan(0, image_tokens(LONGEST, LONGEST), color="0.92", zorder=0)
-    over_tokens.set(xlabel="patches and newlines of the native size (grey: trained)", ylabel="read letter for letter")
-    over_proportion.set(xlabel="width over height", xscale="log", xticks=[1 / 3, 0.5, 1, 2, 3])
-    over_proportion.set_xticklabels(["1:3", "1:2", "1:1", "2:1", "3:1"])
+    over_tokens.set(xlabel=f"tokens of the picture at its own size (grey: sides up to {LONGEST} pixels)")
+    over_tokens.set(ylabel="read right")
+    over_proportion.set(xlabel=f"width over height, of sides up to {LONGEST} pixels", xscale="log")
+    over_proportion.set_xticks([1 / 3, 0.5, 1, 2, 3], ["1:3", "1:2", "1:1", "2:1", "3:1"])
+    over_proportion.minorticks_off()
     over_tokens.legend(fontsize=7)
