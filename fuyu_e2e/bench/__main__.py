@@ -8,7 +8,9 @@ from fuyu_e2e.bench.generate import generate
 from fuyu_e2e.bench.isoflop import isoflop
 from fuyu_e2e.bench.limit import limit
 from fuyu_e2e.bench.mod import mod
+from fuyu_e2e.bench.ocr import ocr
 from fuyu_e2e.bench.optimizers import optimizers
+from fuyu_e2e.bench.resolution import resolution
 from fuyu_e2e.bench.scale import scale
 from fuyu_e2e.bench.train import train
 from fuyu_e2e.errors import UserError
@@ -22,6 +24,8 @@ BENCHMARKS: dict[str, Callable[[Sequence[str]], None]] = {
     "scale": scale,
     "limit": limit,
     "optimizers": optimizers,
+    "ocr": ocr,
+    "resolution": resolution,
 }
 
 

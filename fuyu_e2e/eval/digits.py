@@ -10,10 +10,8 @@ import io
 import json
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +20,7 @@ import webdataset
 from jaxtyping import Float, UInt8
 from PIL import Image as Pillow
 
+from fuyu_e2e.eval.processes import in_processes
 from fuyu_e2e.shipped import shipped
 
 Split = Literal["train", "val", "test", "test-new-sizes"]
@@ -202,14 +201,7 @@ def write_shards(
         (path, split, start, min(shard_size, count - start), seed, most_digits)
         for path, start in zip(paths, starts, strict=True)
     ]
-    if processes == 1 or len(jobs) == 1:
-        for job in jobs:
-            _write_shard(*job)
-    else:
-        # A forked copy of a process that runs torch's threads can hang.
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            for written in [pool.submit(_write_shard, *job) for job in jobs]:
-                written.result()
+    in_processes(_write_shard, jobs, processes)
     return paths
 
 

@@ -1,0 +1,40 @@
+"""Writes the shards of the reading task: `python data/rendered_text.py --out runs/ocr/data`."""
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from fuyu_e2e.eval.rendered_text import FONT_FOLDER, TEST_SEED, VOCAB_SIZE, Pictures, find_fonts, write_shards
+from fuyu_e2e.shards.formats import read_documents
+from fuyu_e2e.tally import Tally
+from fuyu_e2e.tokenizer import train_tokenizer
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Writes pictures of words to train, validate and test on, and a tokenizer trained on their words."""
+    parser = ArgumentParser(prog="python data/rendered_text.py", description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/ocr/data"), help="Folder (default: %(default)s).")
+    parser.add_argument("--fonts", type=Path, default=FONT_FOLDER, help="Where fonts are (default: %(default)s).")
+    parser.add_argument("--pictures", type=int, default=80_000, help="To train on (default: %(default)s).")
+    parser.add_argument("--test-pictures", type=int, default=2_100, help="Of each test (default: %(default)s).")
+    parser.add_argument("--seed", type=int, default=0, help="Of the training pictures (default: %(default)s).")
+    parser.add_argument("--processes", type=int, default=2, help="Shards written at once (default: %(default)s).")
+    options = parser.parse_args(args)
+    options.out.mkdir(parents=True, exist_ok=True)
+    trained = find_fonts("train", options.fonts)
+    held_out = find_fonts("test", options.fonts)
+    train = Pictures(split="train", seed=options.seed, fonts=trained)
+    shards = write_shards(options.out, train, options.pictures, processes=options.processes)
+    for split, fonts, count in (
+        ("val", trained, 280),
+        ("test", held_out, options.test_pictures),
+        ("test-known-fonts", trained, options.test_pictures),
+    ):
+        write_shards(options.out, Pictures(split=split, seed=TEST_SEED, fonts=fonts), count)
+    texts = (text for document in read_documents(shards[0], Tally()) for text in document.texts)
+    train_tokenizer(texts, VOCAB_SIZE).save(options.out / "tokenizer.model")
+    print(f"{options.pictures:,} training pictures in {len(trained)} fonts, tests in {len(held_out)}: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The benchmarks of reading run, at a size that teaches nothing, and leave figures and pictures."""
+
+import json
+import runpy
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Pillow
+
+import fuyu_e2e.bench.resolution as bench_resolution
+from fuyu_e2e.bench.ocr import ocr
+from fuyu_e2e.bench.resolution import resolution, stretched
+from fuyu_e2e.model.attention import rotary
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.recipe import FuyuCLI
+from fuyu_e2e.shipped import shipped
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.skipif(find_spec("matplotlib") is None, reason="draws pictures: pip install matplotlib"),
+]
+
+
+def test_stretching_slows_the_slowest_rotary_wave_alone(config: FuyuConfig) -> None:
+    def waves(decoder: FuyuConfig) -> np.ndarray:
+        cos, sin = rotary(torch.tensor([1]), decoder.rotary_size, decoder.rope_theta)
+        return torch.atan2(sin, cos)[0, 0, : decoder.rotary_size // 2].double().numpy()
+
+    ratios = waves(config) / waves(stretched(config, 3.0))
+    assert ratios[0] == pytest.approx(1)
+    assert ratios[-1] == pytest.approx(3, rel=1e-4)
+    assert (np.diff(ratios) > 0).all()
+
+
+def test_resolution_scores_each_contender_once_at_each_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_resolution, "TEST_SIZES", ((32, 32), (80, 80), (160, 54), (160, 160)))
+    arguments = ["--runs", str(tmp_path / "runs"), "--pictures", "90", "--test-pictures", "3", "--max-steps", "2"]
+    arguments += ["--out", str(tmp_path / "resolution.json")]
+    resolution([*arguments, "--contenders", "mixed"])
+    resolution([*arguments, "--contenders", "mixed", "square"])
+    mixed, square = json.loads((tmp_path / "resolution.json").read_text())["runs"]
+    assert (mixed["run"], square["run"], mixed["steps"], square["steps"]) == ("mixed-0", "square-0", 2, 2)
+    assert [score["trained"] for score in mixed["scores"]] == ["yes", "between", "beyond", "beyond"]
+    assert [score["tokens"] for score in mixed["scores"]] == [6, 30, 50, 110]
+    assert {score["tokens"] for score in square["scores"]} == {20}
+    assert [score["size"] for score in mixed["stretched"]] == ["160x54", "160x160"]
+    assert Pillow.open(tmp_path / "resolution.png").width > 800
+
+
+def test_ocr_scores_by_the_height_of_letters(tmp_path: Path, repository: Path) -> None:
+    (fonts := tmp_path / "fonts").mkdir()
+    drawn = Path(find_spec("matplotlib").submodule_search_locations[0]) / "mpl-data/fonts/ttf"  # type: ignore
+    shutil.copy(drawn / "DejaVuSans.ttf", fonts / "DejaVuSans.ttf")
+    shutil.copy(drawn / "DejaVuSerif.ttf", fonts / "Hack-Regular.ttf")  # stands for a font held out
+    main = runpy.run_path(str(repository / "data/rendered_text.py"))["main"]
+    data = tmp_path / "data"
+    main(["--out", str(data), "--fonts", str(fonts), "--pictures", "120", "--test-pictures", "14"])
+    FuyuCLI(
+        ["fit", f"--config={shipped('recipes/ocr.yaml')}", f"--trainer.default_root_dir={tmp_path / 'run'}",
+         f"--data.tokenizer={data / 'tokenizer.model'}", f"--data.train={data / 'train-*.tar'}",
+         f"--data.val={data / 'val-*.tar'}", "--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    )  # fmt: skip
+    ocr(["--checkpoint", str(tmp_path / "run"), "--data", str(data), "--out", str(tmp_path / "ocr.json")])
+    results = json.loads((tmp_path / "ocr.json").read_text())
+    for split in ("test", "test-known-fonts"):
+        assert [score["words"] for score in results[split]["heights"].values()] == [2] * 7
+        assert list(results[split]["heights"])[0::6] == ["06-07", "31-40"]
+        assert results[split]["character_error_rate"] > 0.5
+    assert (tmp_path / "ocr.png").stat().st_size > 5_000
+    assert (tmp_path / "ocr-test.png").stat().st_size > 1_000
