@@ -9,6 +9,7 @@ from fuyu_e2e.bench.isoflop import isoflop
 from fuyu_e2e.bench.limit import limit
 from fuyu_e2e.bench.mod import mod
 from fuyu_e2e.bench.scale import scale
+from fuyu_e2e.bench.sort_of_clevr import sort_of_clevr
 from fuyu_e2e.bench.train import train
 from fuyu_e2e.errors import UserError
 
@@ -20,6 +21,7 @@ BENCHMARKS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "scale": scale,
     "limit": limit,
+    "sort-of-clevr": sort_of_clevr,
 }
 
 

@@ -1,11 +1,11 @@
 """Sort-of-CLEVR (Santoro et al. 2017, arXiv 1706.01427, section 3.3): questions about objects and how they relate.
 
 A picture of 75 x 75 pixels holds six objects, one of each colour, each a square or a circle. Ten questions about one
-object alone (its shape, whether it is on the left, whether it is at the top) and ten that take others into account (the
-shape of the closest and of the furthest object, how many objects share its shape) are drawn from the eighteen of either
-kind. Sizes, colours and rules are those of the usual generators, with three differences: boxes around objects never
-overlap, no question is asked twice of a picture, and each has one right answer, since a picture is drawn anew where two
-objects of different shapes are equally close to a third, or equally far.
+object alone (its shape, whether it is on the left, whether it is at the top) and ten that take others into account
+(the shape of the closest and of the furthest object, how many objects share its shape) are drawn from the eighteen of
+either kind. Sizes, colours and rules are those of the usual generators, with three differences: boxes around objects
+never overlap, no question is asked twice of a picture, and each has one right answer, since a picture is drawn anew
+where objects of both shapes are equally close to another, or equally far.
 """
 
 import io
@@ -23,7 +23,8 @@ import webdataset
 from jaxtyping import UInt8
 from PIL import Image as Pillow
 
-Split = Literal["train", "val", "test"]
+Split = Literal["train", "fewer", "val", "test"]
+"""`fewer` are pictures of one to five objects, to begin training with."""
 Shape = Literal["square", "circle"]
 
 SIZE = 75
@@ -99,14 +100,16 @@ class Form:
     kind: Literal["relational", "non-relational"]
     text: str
     answer: Callable[[Scene, Thing], str]
+    needs_others: bool = False
+    """Whether an object that is alone can't be asked."""
 
 
 FORMS = {
     "shape": Form("non-relational", "What shape is the {} object?", _shape),
     "left": Form("non-relational", "Is the {} object on the left?", _left),
     "top": Form("non-relational", "Is the {} object at the top?", _top),
-    "closest": Form("relational", "What shape is closest to the {} object?", _closest),
-    "furthest": Form("relational", "What shape is furthest from the {} object?", _furthest),
+    "closest": Form("relational", "What shape is closest to the {} object?", _closest, needs_others=True),
+    "furthest": Form("relational", "What shape is furthest from the {} object?", _furthest, needs_others=True),
     "count": Form("relational", "How many objects have the shape of the {} object?", _count),
 }
 """The six questions, by what they ask for. A count includes the object that it is asked of."""
@@ -126,15 +129,16 @@ class Asked:
         return {"kind": FORMS[self.form].kind, "question": self.form}
 
 
-def draw_scene(rng: np.random.Generator) -> Scene:
-    """Six objects in places of their own, of which every question has one right answer."""
+def draw_scene(rng: np.random.Generator, objects: int = len(COLOURS)) -> Scene:
+    """Objects in places of their own, of which every question has one right answer."""
+    colours = list(COLOURS)
     while True:
         scene: list[Thing] = []
-        for colour in COLOURS:
+        for number in sorted(rng.permutation(len(colours))[:objects]):
             shape: Shape = "square" if rng.integers(2) else "circle"
             row, column = _free_place(rng, scene)
-            scene.append(Thing(colour, shape, row, column))
-        if not any(_tied(scene, asked) for asked in scene):
+            scene.append(Thing(colours[number], shape, row, column))
+        if objects == 1 or not any(_tied(scene, asked) for asked in scene):
             return tuple(scene)
 
 
@@ -155,10 +159,12 @@ def _tied(scene: Sequence[Thing], asked: Thing) -> bool:
 
 
 def draw_questions(rng: np.random.Generator, scene: Scene) -> list[Asked]:
-    """Ten relational and ten non-relational questions, in random order."""
-    drawn = []
+    """Ten relational and ten non-relational questions, or as many as there are, in random order."""
+    drawn: list[tuple[str, Thing]] = []
+    alone = len(scene) == 1
     for kind in ("relational", "non-relational"):
-        all_of_kind = [(name, thing) for name, form in FORMS.items() if form.kind == kind for thing in scene]
+        forms = [name for name, form in FORMS.items() if form.kind == kind and not (alone and form.needs_others)]
+        all_of_kind = [(name, thing) for name in forms for thing in scene]
         drawn += [all_of_kind[number] for number in rng.permutation(len(all_of_kind))[:ASKED]]
     return [ask(scene, *drawn[number]) for number in rng.permutation(len(drawn))]
 
@@ -190,9 +196,9 @@ def write_shards(
 ) -> list[Path]:
     """Writes `count` pictures and their questions as webdataset shards, each a PNG with LLaVA's JSON beside it.
 
-    A sample to train on holds all twenty questions of a picture, one after the other, so that its patches are read once
-    for twenty answers. One to validate or test on holds a single question, and its picture again; its JSON says in
-    `groups` what its score counts towards, and in `image` which of them show the same picture.
+    A sample to train on holds all questions of a picture, one after the other, so that its patches are read once for
+    twenty answers. One to validate or test on holds a single question, and its picture again; its JSON says
+    in `groups` what its score counts towards, and in `image` which of them show the same picture.
 
     Args:
         directory: Where `{split}-00000.tar` and those behind it go.
@@ -226,9 +232,9 @@ def _write_shard(path: Path, split: Split, start: int, count: int, seed: int) ->
     with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="") as writer:
         for number in range(start, start + count):
             name = f"{split}-{number:06}"
-            scene = draw_scene(rng)
+            scene = draw_scene(rng, int(rng.integers(1, len(COLOURS))) if split == "fewer" else len(COLOURS))
             questions, picture = draw_questions(rng, scene), _png(render(scene))
-            if split == "train":
+            if split in ("train", "fewer"):
                 writer.write({"__key__": name, "png": picture, "json": _conversation(name, name, questions)})
                 continue
             for place, question in enumerate(questions):
@@ -246,6 +252,6 @@ def _png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
 def _conversation(key: str, image: str, questions: Sequence[Asked], **described: Any) -> bytes:
     turns = []
     for question in questions:
-        turns.append({"from": "human", "value": question.text if turns else f"<image>\n{question.text}"})
+        turns.append({"from": "human", "value": question.text if turns else f"Look:\n<image>\n{question.text}"})
         turns.append({"from": "gpt", "value": question.answer})
     return json.dumps({"id": key, "image": image, **described, "conversations": turns}).encode()
