@@ -23,12 +23,9 @@ import webdataset
 from jaxtyping import UInt8
 from PIL import Image as Pillow
 
-Split = Literal["train", "fewer", "val", "test"]
-"""`fewer` are pictures of one to five objects, to begin training with."""
+Split = Literal["train", "val", "test"]
 Shape = Literal["square", "circle"]
 
-SIZE = 75
-"""Height and width of a picture, in pixels."""
 RADIUS = 5
 """From an object's middle pixel to its edge: objects are 11 pixels wide."""
 COLOURS = {
@@ -40,6 +37,8 @@ COLOURS = {
     "gray": (128, 128, 128),
 }
 GROUND = (255, 255, 255)
+OBJECTS = len(COLOURS)
+"""In a picture of the task; those to begin training with have fewer, and are smaller."""
 ASKED = 10
 """Questions of each kind about a picture."""
 VOCAB_SIZE = 448
@@ -69,16 +68,21 @@ Scene = tuple[Thing, ...]
 """The objects of a picture, in the order of `COLOURS`."""
 
 
+def side(objects: int) -> int:
+    """Height and width in pixels of a picture of so many objects: 25 for one, and 75 for six, as the task has it."""
+    return 15 + 10 * objects
+
+
 def _shape(scene: Scene, asked: Thing) -> str:
     return asked.shape
 
 
 def _left(scene: Scene, asked: Thing) -> str:
-    return "yes" if 2 * asked.column < SIZE else "no"
+    return "yes" if 2 * asked.column < side(len(scene)) else "no"
 
 
 def _top(scene: Scene, asked: Thing) -> str:
-    return "yes" if 2 * asked.row < SIZE else "no"
+    return "yes" if 2 * asked.row < side(len(scene)) else "no"
 
 
 def _closest(scene: Scene, asked: Thing) -> str:
@@ -129,22 +133,22 @@ class Asked:
         return {"kind": FORMS[self.form].kind, "question": self.form}
 
 
-def draw_scene(rng: np.random.Generator, objects: int = len(COLOURS)) -> Scene:
+def draw_scene(rng: np.random.Generator, objects: int = OBJECTS) -> Scene:
     """Objects in places of their own, of which every question has one right answer."""
     colours = list(COLOURS)
     while True:
         scene: list[Thing] = []
         for number in sorted(rng.permutation(len(colours))[:objects]):
             shape: Shape = "square" if rng.integers(2) else "circle"
-            row, column = _free_place(rng, scene)
+            row, column = _free_place(rng, scene, side(objects))
             scene.append(Thing(colours[number], shape, row, column))
         if objects == 1 or not any(_tied(scene, asked) for asked in scene):
             return tuple(scene)
 
 
-def _free_place(rng: np.random.Generator, scene: Sequence[Thing]) -> tuple[int, int]:
+def _free_place(rng: np.random.Generator, scene: Sequence[Thing], room: int) -> tuple[int, int]:
     while True:
-        row, column = rng.integers(RADIUS, SIZE - RADIUS, 2).tolist()
+        row, column = rng.integers(RADIUS, room - RADIUS, 2).tolist()
         if all(max(abs(row - thing.row), abs(column - thing.column)) > 2 * RADIUS for thing in scene):
             return row, column
 
@@ -174,9 +178,9 @@ def ask(scene: Scene, form: str, thing: Thing) -> Asked:
     return Asked(form, FORMS[form].text.format(thing.colour), FORMS[form].answer(scene, thing))
 
 
-def render(scene: Scene) -> UInt8[np.ndarray, "75 75 3"]:
+def render(scene: Scene) -> UInt8[np.ndarray, "H W 3"]:
     """The picture of some objects."""
-    pixels = np.full((SIZE, SIZE, 3), GROUND, np.uint8)
+    pixels = np.full((side(len(scene)), side(len(scene)), 3), GROUND, np.uint8)
     for thing in scene:
         rows, columns = (slice(middle - RADIUS, middle + RADIUS + 1) for middle in (thing.row, thing.column))
         pixels[rows, columns][_MASKS[thing.shape]] = COLOURS[thing.colour]
@@ -192,7 +196,14 @@ _MASKS = {
 
 
 def write_shards(
-    directory: Path, *, split: Split, count: int, seed: int, processes: int = 2, shard_size: int = 500
+    directory: Path,
+    *,
+    split: Split,
+    count: int,
+    seed: int,
+    objects: int = OBJECTS,
+    processes: int = 2,
+    shard_size: int = 500,
 ) -> list[Path]:
     """Writes `count` pictures and their questions as webdataset shards, each a PNG with LLaVA's JSON beside it.
 
@@ -201,10 +212,11 @@ def write_shards(
     in `groups` what its score counts towards, and in `image` which of them show the same picture.
 
     Args:
-        directory: Where `{split}-00000.tar` and those behind it go.
+        directory: Where `{split}-00000.tar` and those behind it go, `{split}-of-{objects}-00000.tar` of fewer objects.
         split: What the samples are for; no two splits draw the same pictures.
         count: Pictures in all.
         seed: Seeds the pictures; their bytes don't depend on `processes`.
+        objects: In each picture, which has a `side` to match.
         processes: Shards written at once.
         shard_size: Pictures of a shard.
 
@@ -212,9 +224,11 @@ def write_shards(
         The shards, in order.
     """
     starts = range(0, count, shard_size)
-    paths = [directory / f"{split}-{number:05}.tar" for number in range(len(starts))]
+    name = split if objects == OBJECTS else f"{split}-of-{objects}"
+    paths = [directory / f"{name}-{number:05}.tar" for number in range(len(starts))]
     jobs = [
-        (path, split, start, min(shard_size, count - start), seed) for path, start in zip(paths, starts, strict=True)
+        (path, split, start, min(shard_size, count - start), seed, objects)
+        for path, start in zip(paths, starts, strict=True)
     ]
     if processes == 1 or len(jobs) == 1:
         for job in jobs:
@@ -227,14 +241,14 @@ def write_shards(
     return paths
 
 
-def _write_shard(path: Path, split: Split, start: int, count: int, seed: int) -> None:
-    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), start])
+def _write_shard(path: Path, split: Split, start: int, count: int, seed: int, objects: int) -> None:
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), start, objects])
     with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="") as writer:
         for number in range(start, start + count):
-            name = f"{split}-{number:06}"
-            scene = draw_scene(rng, int(rng.integers(1, len(COLOURS))) if split == "fewer" else len(COLOURS))
+            name = f"{split}-of-{objects}-{number:06}"
+            scene = draw_scene(rng, objects)
             questions, picture = draw_questions(rng, scene), _png(render(scene))
-            if split in ("train", "fewer"):
+            if split == "train":
                 writer.write({"__key__": name, "png": picture, "json": _conversation(name, name, questions)})
                 continue
             for place, question in enumerate(questions):
