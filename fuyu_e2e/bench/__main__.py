@@ -12,6 +12,7 @@ from fuyu_e2e.bench.ocr import ocr
 from fuyu_e2e.bench.optimizers import optimizers
 from fuyu_e2e.bench.resolution import resolution
 from fuyu_e2e.bench.scale import scale
+from fuyu_e2e.bench.sort_of_clevr import sort_of_clevr
 from fuyu_e2e.bench.train import train
 from fuyu_e2e.errors import UserError
 
@@ -26,6 +27,7 @@ BENCHMARKS: dict[str, Callable[[Sequence[str]], None]] = {
     "optimizers": optimizers,
     "ocr": ocr,
     "resolution": resolution,
+    "sort-of-clevr": sort_of_clevr,
 }
 
 

@@ -1,0 +1,148 @@
+"""Accuracy over the steps of Sort-of-CLEVR runs: each checkpoint that they kept, by kind and form of question.
+
+An answer is right if it is, token for token, what the model would write. One forward pass over question and true
+answer tells: greedy decoding gives the truth if, and only if, each of its tokens is the likeliest behind those before.
+"""
+
+import json
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from fuyu_e2e.bench.measure import environment, write_json
+from fuyu_e2e.bench.plots import draw_picture
+from fuyu_e2e.checkpoint.description import SECTION
+from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
+from fuyu_e2e.document import Document
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.packing import pack_row
+from fuyu_e2e.shards.formats import document
+from fuyu_e2e.shards.reading import Shard
+from fuyu_e2e.shards.sources import expand_patterns
+
+GROUPS = {
+    "kind": ("relational", "non-relational"),
+    "question": ("shape", "left", "top", "closest", "furthest", "count"),
+}
+"""What accuracies are given by."""
+PUBLISHED = {"relational": 0.94, "non-relational": 0.99}
+"""A relation network's (Santoro et al. 2017, section 5.2: "above 94 %"), drawn as lines."""
+BATCH = 64
+"""Questions of one forward pass."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question with its answer, and what its score counts towards."""
+
+    document: Document
+    groups: dict[str, str]
+    image: str
+
+
+def sort_of_clevr(args: Sequence[str]) -> None:
+    """Scores every checkpoint of some runs on the same test questions; writes the curves as JSON and as a picture."""
+    parser = ArgumentParser(prog="python -m fuyu_e2e.bench sort-of-clevr", description=sort_of_clevr.__doc__)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="Directories of runs.")
+    parser.add_argument("--test", default="runs/sort-of-clevr/data/test-*.tar", help="Shards (default: %(default)s).")
+    parser.add_argument("--images", type=int, default=200, help="Test pictures for each (default: %(default)s).")
+    parser.add_argument(
+        "--last-images", type=int, default=2_000, help="Test pictures for the last (default: %(default)s)."
+    )
+    parser.add_argument("--out", type=Path, default=Path("docs/bench/sort-of-clevr-cpu.json"))
+    options = parser.parse_args(args)
+    items = list(read_items(options.test, max(options.images, options.last_images)))
+    runs = [score_run(run, items, options.images, options.last_images) for run in options.runs]
+    write_json(options.out, {"environment": environment("cpu"), "published": PUBLISHED, "runs": runs})
+    report(runs)
+    draw_picture(options.out.with_suffix(".png"), 2, partial(_draw, runs))
+
+
+def read_items(pattern: str, images: int) -> Iterator[Item]:
+    """The questions about the first so many pictures.
+
+    Raises:
+        UserError: No shard is there.
+    """
+    seen: set[str] = set()
+    for path in expand_patterns(pattern):
+        shard = Shard(Path(path))
+        for number in range(len(shard)):
+            sample = shard.sample(number)
+            described = json.loads(sample.members["json"])
+            seen.add(described["image"])
+            if len(seen) > images:
+                return
+            yield Item(document(sample), described["groups"], described["image"])
+
+
+def score_run(run: Path, items: Sequence[Item], images: int, last_images: int) -> dict[str, Any]:
+    """The settings of a run and its curve.
+
+    Raises:
+        UserError: It kept no checkpoint.
+    """
+    checkpoints = {path for path in (run / "checkpoints").glob("*.ckpt") if not path.is_symlink()}
+    if not checkpoints:
+        raise UserError(f"{run} holds no checkpoint.")
+    models = {path: load_model(path) for path in checkpoints}
+    ordered = sorted(checkpoints, key=lambda path: models[path].step)
+    curve = []
+    for path in ordered:
+        asked = last_images if path == ordered[-1] else images
+        names = dict.fromkeys(item.image for item in items)
+        wanted = set(list(names)[:asked])
+        scores = score(models[path], [item for item in items if item.image in wanted])
+        tokens = read_checkpoint(path)[SECTION]["tokens_seen"]
+        curve.append({"step": models[path].step, "tokens": tokens, "images": len(wanted), **scores})
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    settings = {name: recipe[name] for name in ("seed_everything", "model", "data")}
+    return {"name": run.name, "settings": settings, "curve": curve}
+
+
+@torch.inference_mode()
+def score(model: TrainedModel, items: Sequence[Item]) -> dict[str, float]:
+    """The share of right answers in each group that has any."""
+    right: dict[str, list[bool]] = {}
+    for start in range(0, len(items), BATCH):
+        part = items[start : start + BATCH]
+        row = pack_row([model.builder.build(item.document) for item in part])
+        wrong = model.decoder(row).index_select(0, row.target_positions).argmax(dim=-1) != row.targets
+        ends = np.cumsum(row.document_lengths)
+        failed = set(np.searchsorted(ends, row.target_positions[wrong].numpy(), side="right").tolist())
+        for place, item in enumerate(part):
+            for group in GROUPS:
+                right.setdefault(item.groups[group], []).append(place not in failed)
+    return {group: float(np.mean(right[group])) for names in GROUPS.values() for group in names if group in right}
+
+
+def report(runs: Sequence[dict[str, Any]]) -> None:
+    """Prints where each run ended."""
+    names = [name for group in GROUPS.values() for name in group]
+    table = Table("run", "steps", "pictures", *names)
+    for run in runs:
+        last = run["curve"][-1]
+        table.add_row(run["name"], str(last["step"]), str(last["images"]), *(f"{last[name]:.3f}" for name in names))
+    Console(highlight=False).print(table)
+
+
+def _draw(runs: Sequence[dict[str, Any]], axes: list[Any]) -> None:
+    for axis, kind in zip(axes, GROUPS["kind"], strict=True):
+        for run in runs:
+            curve = run["curve"]
+            axis.plot(
+                [point["step"] for point in curve], [point[kind] for point in curve], marker=".", label=run["name"]
+            )
+        axis.axhline(PUBLISHED[kind], color="gray", linestyle=":", label="relation network, published")
+        axis.set(xlabel="steps", ylabel="right answers", title=kind, ylim=(0, 1.02))
+        axis.legend(fontsize=7)

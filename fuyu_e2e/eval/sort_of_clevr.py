@@ -1,0 +1,271 @@
+"""Sort-of-CLEVR (Santoro et al. 2017, arXiv 1706.01427, section 3.3): questions about objects and how they relate.
+
+A picture of 75 x 75 pixels holds six objects, one of each colour, each a square or a circle. Ten questions about one
+object alone (its shape, whether it is on the left, whether it is at the top) and ten that take others into account
+(the shape of the closest and of the furthest object, how many objects share its shape) are drawn from the eighteen of
+either kind. Sizes, colours and rules are those of the usual generators, with three differences: boxes around objects
+never overlap, no question is asked twice of a picture, and each has one right answer, since a picture is drawn anew
+where objects of both shapes are equally close to another, or equally far.
+"""
+
+import io
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import webdataset
+from jaxtyping import UInt8
+from PIL import Image as Pillow
+
+Split = Literal["train", "val", "test"]
+Shape = Literal["square", "circle"]
+
+RADIUS = 5
+"""From an object's middle pixel to its edge: objects are 11 pixels wide."""
+COLOURS = {
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "orange": (255, 156, 0),
+    "yellow": (255, 255, 0),
+    "gray": (128, 128, 128),
+}
+GROUND = (255, 255, 255)
+OBJECTS = len(COLOURS)
+"""In a picture of the task; those to begin training with have fewer, and are smaller."""
+ASKED = 10
+"""Questions of each kind about a picture."""
+VOCAB_SIZE = 448
+"""Of a tokenizer for this task: bytes, special tokens, and every word of it, so that an answer is one token."""
+MAX_NEW_TOKENS = 4
+"""Room for an answer, with some to spare."""
+TEST_SEED = 1_000_003
+"""Test and validation pictures are the same for every seed of training, so that seeds can be compared."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object of a picture."""
+
+    colour: str
+    shape: Shape
+    row: int
+    column: int
+    """Of its middle pixel."""
+
+    def distance(self, other: "Thing") -> int:
+        """The square of the distance to another's middle, in pixels."""
+        return (self.row - other.row) ** 2 + (self.column - other.column) ** 2
+
+
+Scene = tuple[Thing, ...]
+"""The objects of a picture, in the order of `COLOURS`."""
+
+
+def side(objects: int) -> int:
+    """Height and width in pixels of a picture of so many objects: 25 for one, and 75 for six, as the task has it."""
+    return 15 + 10 * objects
+
+
+def _shape(scene: Scene, asked: Thing) -> str:
+    return asked.shape
+
+
+def _left(scene: Scene, asked: Thing) -> str:
+    return "yes" if 2 * asked.column < side(len(scene)) else "no"
+
+
+def _top(scene: Scene, asked: Thing) -> str:
+    return "yes" if 2 * asked.row < side(len(scene)) else "no"
+
+
+def _closest(scene: Scene, asked: Thing) -> str:
+    return min((thing for thing in scene if thing != asked), key=asked.distance).shape
+
+
+def _furthest(scene: Scene, asked: Thing) -> str:
+    return max(scene, key=asked.distance).shape
+
+
+def _count(scene: Scene, asked: Thing) -> str:
+    return str(sum(thing.shape == asked.shape for thing in scene))
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is asked of one object after another."""
+
+    kind: Literal["relational", "non-relational"]
+    text: str
+    answer: Callable[[Scene, Thing], str]
+    needs_others: bool = False
+    """Whether an object that is alone can't be asked."""
+
+
+FORMS = {
+    "shape": Form("non-relational", "What shape is the {} object?", _shape),
+    "left": Form("non-relational", "Is the {} object on the left?", _left),
+    "top": Form("non-relational", "Is the {} object at the top?", _top),
+    "closest": Form("relational", "What shape is closest to the {} object?", _closest, needs_others=True),
+    "furthest": Form("relational", "What shape is furthest from the {} object?", _furthest, needs_others=True),
+    "count": Form("relational", "How many objects have the shape of the {} object?", _count),
+}
+"""The six questions, by what they ask for. A count includes the object that it is asked of."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about a picture."""
+
+    form: str
+    text: str
+    answer: str
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """What its score is also given apart by."""
+        return {"kind": FORMS[self.form].kind, "question": self.form}
+
+
+def draw_scene(rng: np.random.Generator, objects: int = OBJECTS) -> Scene:
+    """Objects in places of their own, of which every question has one right answer."""
+    colours = list(COLOURS)
+    while True:
+        scene: list[Thing] = []
+        for number in sorted(rng.permutation(len(colours))[:objects]):
+            shape: Shape = "square" if rng.integers(2) else "circle"
+            row, column = _free_place(rng, scene, side(objects))
+            scene.append(Thing(colours[number], shape, row, column))
+        if objects == 1 or not any(_tied(scene, asked) for asked in scene):
+            return tuple(scene)
+
+
+def _free_place(rng: np.random.Generator, scene: Sequence[Thing], room: int) -> tuple[int, int]:
+    while True:
+        row, column = rng.integers(RADIUS, room - RADIUS, 2).tolist()
+        if all(max(abs(row - thing.row), abs(column - thing.column)) > 2 * RADIUS for thing in scene):
+            return row, column
+
+
+def _tied(scene: Sequence[Thing], asked: Thing) -> bool:
+    """Whether objects of both shapes are the closest to one, or the furthest."""
+    distances = {thing: asked.distance(thing) for thing in scene if thing != asked}
+    return any(
+        len({thing.shape for thing, distance in distances.items() if distance == extreme}) > 1
+        for extreme in (min(distances.values()), max(distances.values()))
+    )
+
+
+def draw_questions(rng: np.random.Generator, scene: Scene) -> list[Asked]:
+    """Ten relational and ten non-relational questions, or as many as there are, in random order."""
+    drawn: list[tuple[str, Thing]] = []
+    alone = len(scene) == 1
+    for kind in ("relational", "non-relational"):
+        forms = [name for name, form in FORMS.items() if form.kind == kind and not (alone and form.needs_others)]
+        all_of_kind = [(name, thing) for name in forms for thing in scene]
+        drawn += [all_of_kind[number] for number in rng.permutation(len(all_of_kind))[:ASKED]]
+    return [ask(scene, *drawn[number]) for number in rng.permutation(len(drawn))]
+
+
+def ask(scene: Scene, form: str, thing: Thing) -> Asked:
+    """A question about an object, with its answer."""
+    return Asked(form, FORMS[form].text.format(thing.colour), FORMS[form].answer(scene, thing))
+
+
+def render(scene: Scene) -> UInt8[np.ndarray, "H W 3"]:
+    """The picture of some objects."""
+    pixels = np.full((side(len(scene)), side(len(scene)), 3), GROUND, np.uint8)
+    for thing in scene:
+        rows, columns = (slice(middle - RADIUS, middle + RADIUS + 1) for middle in (thing.row, thing.column))
+        pixels[rows, columns][_MASKS[thing.shape]] = COLOURS[thing.colour]
+    return pixels
+
+
+_OFFSETS = np.arange(-RADIUS, RADIUS + 1) ** 2
+_MASKS = {
+    "square": np.ones((2 * RADIUS + 1, 2 * RADIUS + 1), bool),
+    # Half a pixel more than the radius, so that a circle is as wide as a square.
+    "circle": _OFFSETS[:, None] + _OFFSETS <= (RADIUS + 0.5) ** 2,
+}
+
+
+def write_shards(
+    directory: Path,
+    *,
+    split: Split,
+    count: int,
+    seed: int,
+    objects: int = OBJECTS,
+    processes: int = 2,
+    shard_size: int = 500,
+) -> list[Path]:
+    """Writes `count` pictures and their questions as webdataset shards, each a PNG with LLaVA's JSON beside it.
+
+    A sample to train on holds all questions of a picture, one after the other, so that its patches are read once for
+    twenty answers. One to validate or test on holds a single question, and its picture again; its JSON says
+    in `groups` what its score counts towards, and in `image` which of them show the same picture.
+
+    Args:
+        directory: Where `{split}-00000.tar` and those behind it go, `{split}-of-{objects}-00000.tar` of fewer objects.
+        split: What the samples are for; no two splits draw the same pictures.
+        count: Pictures in all.
+        seed: Seeds the pictures; their bytes don't depend on `processes`.
+        objects: In each picture, which has a `side` to match.
+        processes: Shards written at once.
+        shard_size: Pictures of a shard.
+
+    Returns:
+        The shards, in order.
+    """
+    starts = range(0, count, shard_size)
+    name = split if objects == OBJECTS else f"{split}-of-{objects}"
+    paths = [directory / f"{name}-{number:05}.tar" for number in range(len(starts))]
+    jobs = [
+        (path, split, start, min(shard_size, count - start), seed, objects)
+        for path, start in zip(paths, starts, strict=True)
+    ]
+    if processes == 1 or len(jobs) == 1:
+        for job in jobs:
+            _write_shard(*job)
+    else:
+        # A forked copy of a process that runs torch's threads can hang.
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            for written in [pool.submit(_write_shard, *job) for job in jobs]:
+                written.result()
+    return paths
+
+
+def _write_shard(path: Path, split: Split, start: int, count: int, seed: int, objects: int) -> None:
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), start, objects])
+    with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="") as writer:
+        for number in range(start, start + count):
+            name = f"{split}-of-{objects}-{number:06}"
+            scene = draw_scene(rng, objects)
+            questions, picture = draw_questions(rng, scene), _png(render(scene))
+            if split == "train":
+                writer.write({"__key__": name, "png": picture, "json": _conversation(name, name, questions)})
+                continue
+            for place, question in enumerate(questions):
+                key = f"{name}-{place:02}"
+                described = _conversation(key, name, [question], groups=question.groups)
+                writer.write({"__key__": key, "png": picture, "json": described})
+
+
+def _png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    file = io.BytesIO()
+    Pillow.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _conversation(key: str, image: str, questions: Sequence[Asked], **described: Any) -> bytes:
+    turns = []
+    for question in questions:
+        turns.append({"from": "human", "value": question.text if turns else f"Look:\n<image>\n{question.text}"})
+        turns.append({"from": "gpt", "value": question.answer})
+    return json.dumps({"id": key, "image": image, **described, "conversations": turns}).encode()

@@ -1,0 +1,205 @@
+"""Sort-of-CLEVR: answers are what the picture shows, by its objects and by its pixels alone, and splits are apart."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+from jaxtyping import UInt8
+from PIL import Image as Pillow
+
+from fuyu_e2e.eval.sort_of_clevr import (
+    COLOURS,
+    FORMS,
+    GROUND,
+    VOCAB_SIZE,
+    Asked,
+    Scene,
+    draw_questions,
+    draw_scene,
+    render,
+    write_shards,
+)
+from fuyu_e2e.shards.formats import read_documents
+from fuyu_e2e.tally import Tally
+from fuyu_e2e.tokenizer import train_tokenizer
+
+seeds = st.integers(0, 2**32 - 1)
+numbers = st.integers(1, 6)
+
+
+def seen(picture: UInt8[np.ndarray, "H W 3"]) -> dict[str, tuple[str, float, float]]:
+    """Shape, row and column of the object of each colour, from pixels alone."""
+    found = {}
+    for name, colour in COLOURS.items():
+        rows, columns = np.nonzero((picture == colour).all(axis=2))
+        if not len(rows):
+            continue
+        box = (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+        found[name] = ("square" if len(rows) == box else "circle", float(rows.mean()), float(columns.mean()))
+    return found
+
+
+def expected(objects: dict[str, tuple[str, float, float]], text: str) -> set[str]:
+    """All answers that the objects allow to a question."""
+    middle = {1: 12.5, 2: 17.5, 3: 22.5, 4: 27.5, 5: 32.5, 6: 37.5}[len(objects)]
+    (colour,) = (name for name in objects if f" {name} " in text)
+    shape, row, column = objects[colour]
+    if "on the left" in text:
+        return {"yes" if column < middle else "no"}
+    if "at the top" in text:
+        return {"yes" if row < middle else "no"}
+    if "How many" in text:
+        return {str([other[0] for other in objects.values()].count(shape))}
+    apart = {name: np.hypot(row - other[1], column - other[2]) for name, other in objects.items() if name != colour}
+    if "closest" in text:
+        return {objects[name][0] for name in apart if np.isclose(apart[name], min(apart.values()))}
+    if "furthest" in text:
+        return {objects[name][0] for name in apart if np.isclose(apart[name], max(apart.values()))}
+    assert text.endswith(f"What shape is the {colour} object?")
+    return {shape}
+
+
+@given(seed=seeds, objects=numbers)
+def test_objects_stand_inside_and_apart_with_a_colour_each(seed: int, objects: int) -> None:
+    scene = draw_scene(np.random.default_rng(seed), objects)
+    colours = [thing.colour for thing in scene]
+    assert [colour for colour in ("red", "green", "blue", "orange", "yellow", "gray") if colour in colours] == colours
+    assert len(colours) == objects
+    for thing in scene:
+        assert 5 <= thing.row <= 9 + 10 * objects
+        assert 5 <= thing.column <= 9 + 10 * objects
+    for one, other in combinations(scene, 2):
+        assert abs(one.row - other.row) > 10 or abs(one.column - other.column) > 10
+
+
+@given(seed=seeds, objects=numbers)
+def test_a_picture_shows_all_of_every_object_and_nothing_else(seed: int, objects: int) -> None:
+    scene = draw_scene(np.random.default_rng(seed), objects)
+    picture = render(scene)
+    assert picture.shape == {1: (25, 25, 3), 2: (35, 35, 3), 6: (75, 75, 3)}.get(objects, picture.shape)
+    assert seen(picture) == {thing.colour: (thing.shape, thing.row, thing.column) for thing in scene}
+    others = ~np.any([(picture == colour).all(axis=2) for colour in (*COLOURS.values(), GROUND)], axis=0)
+    assert not others.any()
+
+
+@given(seed=seeds)
+def test_ten_questions_of_each_kind_have_the_one_answer_that_the_pixels_give(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scene = draw_scene(rng)
+    questions = draw_questions(rng, scene)
+    objects = seen(render(scene))
+    assert [FORMS[question.form].kind for question in questions].count("relational") == 10
+    assert len({question.text for question in questions}) == len(questions) == 20
+    for question in questions:
+        assert expected(objects, question.text) == {question.answer}
+
+
+@given(seed=seeds, objects=numbers)
+def test_pictures_of_fewer_objects_are_asked_what_can_be_asked(seed: int, objects: int) -> None:
+    rng = np.random.default_rng(seed)
+    scene = draw_scene(rng, objects)
+    questions = draw_questions(rng, scene)
+    seen_objects = seen(render(scene))
+    assert all(expected(seen_objects, question.text) == {question.answer} for question in questions)
+    kinds = [FORMS[question.form].kind for question in questions]
+    assert kinds.count("non-relational") == min(10, 3 * objects)
+    assert kinds.count("relational") == (1 if objects == 1 else min(10, 3 * objects))
+
+
+def drawn(count: int) -> Iterator[tuple[Scene, list[Asked]]]:
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        scene = draw_scene(rng)
+        yield scene, draw_questions(rng, scene)
+
+
+def test_all_answers_of_a_form_come_up_and_none_gives_itself_away() -> None:
+    answers: dict[str, list[str]] = {}
+    for _, questions in drawn(400):
+        for question in questions:
+            answers.setdefault(question.form, []).append(question.answer)
+    assert {form: set(own) for form, own in answers.items()} == {
+        "shape": {"square", "circle"},
+        "left": {"yes", "no"},
+        "top": {"yes", "no"},
+        "closest": {"square", "circle"},
+        "furthest": {"square", "circle"},
+        "count": set("123456"),
+    }
+    for form, own in answers.items():
+        likeliest = max(own.count(answer) for answer in set(own)) / len(own)
+        assert likeliest < (0.4 if form == "count" else 0.55)
+        assert len(own) > 1_000
+
+
+def test_every_answer_is_one_token() -> None:
+    texts = [text for _, questions in drawn(60) for asked in questions for text in (asked.text, asked.answer)]
+    tokenizer = train_tokenizer(texts, VOCAB_SIZE)
+    for answer in ("square", "circle", "yes", "no", *"123456"):
+        assert len(tokenizer.encode(answer)) == 1
+    assert max(len(tokenizer.encode(text)) for text in texts) == 11
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_shards_are_the_same_for_any_number_of_processes(split: str, tmp_path: Path) -> None:
+    written = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        paths = write_shards(folder, split=split, count=5, seed=3, processes=processes, shard_size=2)  # type: ignore[arg-type]
+        written[processes] = [path.read_bytes() for path in paths]
+    assert written[1] == written[2]
+    assert len(written[1]) == 3
+    keys = [sample["__key__"] for sample in webdataset.WebDataset([str(path) for path in paths], shardshuffle=False)]
+    assert keys[0].startswith(f"{split}-of-6-000000")
+    assert keys == sorted(keys)
+    assert len(keys) == len(set(keys)) == {"train": 5, "test": 100}[split]
+
+
+def samples(path: Path) -> list[tuple[dict, bytes]]:  # type: ignore[type-arg]
+    """JSON and PNG of each sample of a shard."""
+    with tarfile.open(path) as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    names = [name.removesuffix(".json") for name in members if name.endswith(".json")]
+    return [(json.loads(members[f"{name}.json"]), members[f"{name}.png"]) for name in names]
+
+
+def test_a_sample_to_train_on_asks_all_of_a_picture_and_one_to_test_on_a_single_question(tmp_path: Path) -> None:
+    (train,) = write_shards(tmp_path, split="train", count=3, seed=0)
+    (test,) = write_shards(tmp_path, split="test", count=3, seed=0)
+    for described, picture in samples(train):
+        objects = seen(np.asarray(Pillow.open(io.BytesIO(picture))))
+        asked, given = (described["conversations"][start::2] for start in (0, 1))
+        assert len(asked) == len(given) == 20
+        for question, answer in zip(asked, given, strict=True):
+            assert expected(objects, question["value"]) == {answer["value"]}
+    kinds = []
+    for described, picture in samples(test):
+        question, answer = (turn["value"] for turn in described["conversations"])
+        assert expected(seen(np.asarray(Pillow.open(io.BytesIO(picture)))), question) == {answer}
+        groups = described["groups"]
+        assert groups["kind"] == FORMS[groups["question"]].kind
+        kinds.append(groups["kind"])
+        assert described["id"].startswith(described["image"])
+    assert len({described["image"] for described, _ in samples(test)}) == len({png for _, png in samples(test)}) == 3
+    assert kinds.count("relational") == kinds.count("non-relational") == 30
+    documents = [document for path in (train, test) for document in read_documents(path, Tally())]
+    assert [len(document.segments) for document in documents] == [42] * 3 + [4] * 60
+
+
+def test_splits_and_seeds_share_no_picture(tmp_path: Path) -> None:
+    pictures = []
+    for split, seed, objects in (("train", 0, 6), ("train", 1, 6), ("train", 0, 5), ("test", 0, 6), ("val", 0, 6)):
+        (path,) = write_shards(tmp_path, split=split, count=20, seed=seed, objects=objects)  # type: ignore[arg-type]
+        pictures.append({picture for _, picture in samples(path)})
+        assert path.name == ("train-of-5-00000.tar" if objects == 5 else f"{split}-00000.tar")
+    assert all(len(own) == 20 for own in pictures)
+    assert len(set.union(*pictures)) == 100
