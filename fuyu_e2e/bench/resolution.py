@@ -208,9 +208,12 @@ def _table(results: Sequence[dict[str, Any]]) -> Table:
 def _draw(axes: list[Any], results: Sequence[dict[str, Any]]) -> None:
     over_tokens, over_proportion = axes
     for run in results:
-        for label, scores in ((run["run"], run["scores"]), (f"{run['run']}, stretched", run.get("stretched", []))):
-            style = {"marker": "o" if scores is run["scores"] else "x", "linestyle": "none", "markersize": 5}
-            points = [(*map(int, score["size"].split("x")), score["accuracy"]) for score in scores]
+        for kind, marker in (("scores", "o"), ("stretched", "x")):
+            if kind not in run:
+                continue
+            label = run["run"] if kind == "scores" else f"{run['run']}, {kind}"
+            style = {"marker": marker, "linestyle": "none", "markersize": 5}
+            points = [(*map(int, score["size"].split("x")), score["accuracy"]) for score in run[kind]]
             within = [point for point in points if is_trained(*point[:2]) != "beyond"]
             over_tokens.plot([image_tokens(h, w) for h, w, _ in points], [y for *_, y in points], label=label, **style)
             over_proportion.plot([w / h for h, w, _ in within], [y for *_, y in within], **style)
