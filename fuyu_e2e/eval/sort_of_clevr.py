@@ -264,7 +264,7 @@ def _png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
 
 
 def _conversation(key: str, image: str, questions: Sequence[Asked], **described: Any) -> bytes:
-    turns = []
+    turns: list[dict[str, str]] = []
     for question in questions:
         turns.append({"from": "human", "value": question.text if turns else f"Look:\n<image>\n{question.text}"})
         turns.append({"from": "gpt", "value": question.answer})
