@@ -42,8 +42,8 @@ def main(args: Sequence[str] | None = None) -> None:
             objects=objects,
             processes=options.processes,
         )
-    for split, count in (("val", 50), ("test", options.test_images)):
-        write_shards(options.out, split=split, count=count, seed=TEST_SEED, processes=options.processes)
+    write_shards(options.out, split="val", count=50, seed=TEST_SEED, processes=options.processes)
+    write_shards(options.out, split="test", count=options.test_images, seed=TEST_SEED, processes=options.processes)
     texts = (text for document in read_documents(shards[0], Tally()) for text in document.texts)
     train_tokenizer(texts, VOCAB_SIZE).save(options.out / "tokenizer.model")
     print(f"{options.images:,} pictures to train on, {options.test_images:,} to test on: {options.out}")

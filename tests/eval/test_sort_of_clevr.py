@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,7 +165,7 @@ def test_shards_are_the_same_for_any_number_of_processes(split: str, tmp_path: P
     assert len(keys) == len(set(keys)) == {"train": 5, "test": 100}[split]
 
 
-def samples(path: Path) -> list[tuple[dict, bytes]]:  # type: ignore[type-arg]
+def samples(path: Path) -> list[tuple[dict[str, Any], bytes]]:
     """JSON and PNG of each sample of a shard."""
     with tarfile.open(path) as tar:
         members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
