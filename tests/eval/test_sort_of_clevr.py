@@ -124,8 +124,10 @@ def drawn(count: int) -> Iterator[tuple[Scene, list[Asked]]]:
 
 def test_all_answers_of_a_form_come_up_and_none_gives_itself_away() -> None:
     answers: dict[str, list[str]] = {}
-    for _, questions in drawn(400):
+    for scene, questions in drawn(400):
+        objects = seen(render(scene))
         for question in questions:
+            assert expected(objects, question.text) == {question.answer}, "a tie, which is rare"
             answers.setdefault(question.form, []).append(question.answer)
     assert {form: set(own) for form, own in answers.items()} == {
         "shape": {"square", "circle"},
