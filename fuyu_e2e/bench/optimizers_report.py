@@ -85,5 +85,6 @@ def _draw(runs: Sequence[Mapping[str, Any]], axes: list[Any]) -> None:
         medians = [statistics.median(_losses(runs, name, steps)) for steps in lengths]
         axes[0].plot(lengths, medians, color=colour, label=label)
     axes[0].set(xscale="log", yscale="log", xlabel="steps of a run", ylabel="held-out loss at its end")
-    axes[0].set_xticks(lengths, [str(length) for length in lengths], minor=False)
+    axes[0].set_xticks(lengths, [str(length) for length in lengths])
+    axes[0].set_xticks([], minor=True)
     axes[0].legend()
