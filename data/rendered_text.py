@@ -25,6 +25,8 @@ def main(args: Sequence[str] | None = None) -> None:
     held_out = find_fonts("test", options.fonts)
     train = Pictures(split="train", seed=options.seed, fonts=trained)
     shards = write_shards(options.out, train, options.pictures, processes=options.processes)
+    easy = Pictures(split="easy", seed=options.seed, fonts=trained)
+    write_shards(options.out, easy, options.pictures // 2, processes=options.processes)
     for split, fonts, count in (
         ("val", trained, 280),
         ("test", held_out, options.test_pictures),

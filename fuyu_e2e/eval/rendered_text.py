@@ -1,6 +1,7 @@
 """The reading task: words of a word list, rendered in many fonts, sizes, colours and angles, to be spelled.
 
-A picture holds one word whose capitals are, or would be, 6 to 40 pixels high. Test pictures show words that no
+A picture holds one word whose capitals are, or would be, 6 to 40 pixels high. `easy` pictures are short training words
+of middling height, to begin training with. Test pictures show words that no
 training picture shows, in fonts that no training picture uses (`test`) or in those of training (`test-known-fonts`).
 """
 
@@ -24,7 +25,7 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.processes import in_processes
 from fuyu_e2e.shipped import shipped
 
-Split = Literal["train", "val", "test", "test-known-fonts"]
+Split = Literal["train", "easy", "val", "test", "test-known-fonts"]
 
 QUESTION = "Read the word."
 VOCAB_SIZE = 320
@@ -39,6 +40,8 @@ CAPITALISED = 0.1
 """Share of words that begin with a capital."""
 HEIGHTS = (6, 40)
 """Smallest and largest height of a capital, in pixels."""
+EASY_LETTERS, EASY_HEIGHTS = 3, (12, 20)
+"""Letters at most, and heights, of words to begin training with: many pictures to a row, and no letter is tiny."""
 BINS = ((6, 7), (8, 9), (10, 12), (13, 16), (17, 22), (23, 30), (31, 40))
 """Heights that are scored together; test pictures have as many of each."""
 ANGLE = 4.0
@@ -107,8 +110,9 @@ def load_words(split: Split) -> tuple[str, ...]:
     """The words of a split: of ten, eight to train on, one to validate and one to test with, by their checksums."""
     with gzip.open(shipped("data/words/words.txt.gz"), "rt") as file:
         words = [word for word in file.read().split() if LETTERS[0] <= len(word) <= LETTERS[1]]
-    part = {"val": (8,), "train": range(8)}.get(split, (9,))
-    return tuple(word for word in words if zlib.crc32(word.encode()) % 10 in part)
+    part = {"val": (8,), "train": range(8), "easy": range(8)}.get(split, (9,))
+    most = EASY_LETTERS if split == "easy" else LETTERS[1]
+    return tuple(word for word in words if zlib.crc32(word.encode()) % 10 in part and len(word) <= most)
 
 
 def height_bin(height: int) -> str:
@@ -209,7 +213,7 @@ class Pictures:
         word = words[rng.integers(len(words))]
         if rng.random() < CAPITALISED:
             word = word.capitalize()
-        low, high = HEIGHTS if self.split == "train" else BINS[number % len(BINS)]
+        low, high = {"train": HEIGHTS, "easy": EASY_HEIGHTS}.get(self.split, BINS[number % len(BINS)])
         while True:
             path = self.fonts[rng.integers(len(self.fonts))]
             font = sized_font(path, int(np.exp(rng.uniform(*np.log([low, high + 1])))))
