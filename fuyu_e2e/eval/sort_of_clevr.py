@@ -12,9 +12,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +20,8 @@ import numpy as np
 import webdataset
 from jaxtyping import UInt8
 from PIL import Image as Pillow
+
+from fuyu_e2e.eval.processes import in_processes
 
 Split = Literal["train", "val", "test"]
 Shape = Literal["square", "circle"]
@@ -230,14 +230,7 @@ def write_shards(
         (path, split, start, min(shard_size, count - start), seed, objects)
         for path, start in zip(paths, starts, strict=True)
     ]
-    if processes == 1 or len(jobs) == 1:
-        for job in jobs:
-            _write_shard(*job)
-    else:
-        # A forked copy of a process that runs torch's threads can hang.
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            for written in [pool.submit(_write_shard, *job) for job in jobs]:
-                written.result()
+    in_processes(_write_shard, jobs, processes)
     return paths
 
 

@@ -36,6 +36,7 @@ def test_stretching_slows_the_slowest_rotary_wave_alone(config: FuyuConfig) -> N
     assert (np.diff(ratios) > 0).all()
 
 
+@pytest.mark.slow
 def test_resolution_scores_each_contender_once_at_each_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_resolution, "TEST_SIZES", ((32, 32), (80, 80), (160, 54), (160, 160)))
     arguments = ["--runs", str(tmp_path / "runs"), "--pictures", "90", "--test-pictures", "3", "--max-steps", "2"]
