@@ -6,21 +6,18 @@ five is never trained on, spread among those that are, so that reading in new si
 """
 
 import gzip
-import io
-import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import webdataset
 from jaxtyping import Float, UInt8
 from PIL import Image as Pillow
 
-from fuyu_e2e.eval.processes import in_processes
+from fuyu_e2e.eval.picture_shards import conversation, jpeg, write_picture_shards
 from fuyu_e2e.shipped import shipped
 
 Split = Literal["train", "val", "test", "test-new-sizes"]
@@ -195,34 +192,17 @@ def write_shards(
     Returns:
         The shards, in order.
     """
-    starts = range(0, count, shard_size)
-    paths = [directory / f"{split}-{number:05}.tar" for number in range(len(starts))]
-    jobs = [
-        (path, split, start, min(shard_size, count - start), seed, most_digits)
-        for path, start in zip(paths, starts, strict=True)
-    ]
-    in_processes(_write_shard, jobs, processes)
-    return paths
+    samples = partial(_samples, split, seed, most_digits)
+    return write_picture_shards(directory, split, samples, count, processes=processes, shard_size=shard_size)
 
 
-def _write_shard(path: Path, split: Split, start: int, count: int, seed: int, most_digits: int) -> None:
+def _samples(split: Split, seed: int, most_digits: int, numbers: range) -> Iterator[dict[str, Any]]:
     scans = load_scans(split)
-    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), start])
-    with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="") as writer:
-        for number in range(start, start + count):
-            key = f"{split}-{number:06}"
-            digits = int(rng.integers(1, most_digits + 1))
-            size = draw_size(rng, digits, new_sizes=split == "test-new-sizes")
-            pixels, truth = compose(rng, scans, digits, *size, warp=split == "train")
-            writer.write({"__key__": key, "jpg": _jpeg(pixels), "json": _conversation(key, truth)})
-
-
-def _jpeg(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
-    file = io.BytesIO()
-    Pillow.fromarray(pixels).save(file, "JPEG", quality=92, subsampling=0)
-    return file.getvalue()
-
-
-def _conversation(key: str, truth: str) -> bytes:
-    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": truth}]
-    return json.dumps({"id": key, "image": f"{key}.jpg", "conversations": turns}).encode()
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), numbers.start])
+    for number in numbers:
+        key = f"{split}-{number:06}"
+        digits = int(rng.integers(1, most_digits + 1))
+        size = draw_size(rng, digits, new_sizes=split == "test-new-sizes")
+        pixels, truth = compose(rng, scans, digits, *size, warp=split == "train")
+        turns = [(f"<image>\n{QUESTION}", truth)]
+        yield {"__key__": key, "jpg": jpeg(pixels), "json": conversation(key, f"{key}.jpg", turns)}

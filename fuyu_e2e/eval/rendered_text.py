@@ -6,23 +6,20 @@ training picture shows, in fonts that no training picture uses (`test`) or in th
 """
 
 import gzip
-import io
-import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import webdataset
 from jaxtyping import Float, UInt8
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.eval.processes import in_processes
+from fuyu_e2e.eval.picture_shards import conversation, jpeg, write_picture_shards
 from fuyu_e2e.shipped import shipped
 
 Split = Literal["train", "easy", "val", "test", "test-known-fonts"]
@@ -241,30 +238,14 @@ def write_shards(
     Returns:
         The shards, in order.
     """
-    starts = range(0, count, shard_size)
-    paths = [directory / f"{pictures.split}-{number:05}.tar" for number in range(len(starts))]
-    jobs = [
-        (path, pictures, range(start, min(start + shard_size, count)))
-        for path, start in zip(paths, starts, strict=True)
-    ]
-    in_processes(_write_shard, jobs, processes)
-    return paths
+    samples = partial(_samples, pictures)
+    return write_picture_shards(directory, pictures.split, samples, count, processes=processes, shard_size=shard_size)
 
 
-def _write_shard(path: Path, pictures: Pictures, numbers: Sequence[int]) -> None:
-    with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="") as writer:
-        for number in numbers:
-            rendered = pictures.sample(number)
-            key = f"{pictures.split}-{number:06}"
-            file = io.BytesIO()
-            Pillow.fromarray(rendered.pixels).save(file, "JPEG", quality=92, subsampling=0)
-            about = {
-                "id": key,
-                "image": key,
-                "groups": {"height": height_bin(rendered.height), "font": rendered.font},
-                "conversations": [
-                    {"from": "human", "value": f"<image>\n{QUESTION}"},
-                    {"from": "gpt", "value": rendered.word},
-                ],
-            }
-            writer.write({"__key__": key, "jpg": file.getvalue(), "json": json.dumps(about).encode()})
+def _samples(pictures: Pictures, numbers: range) -> Iterator[dict[str, Any]]:
+    for number in numbers:
+        rendered = pictures.sample(number)
+        key = f"{pictures.split}-{number:06}"
+        groups = {"height": height_bin(rendered.height), "font": rendered.font}
+        described = conversation(key, key, [(f"<image>\n{QUESTION}", rendered.word)], groups=groups)
+        yield {"__key__": key, "jpg": jpeg(rendered.pixels), "json": described}

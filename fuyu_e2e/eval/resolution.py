@@ -6,21 +6,19 @@ much at any size. Pictures to train on have sides of 32 to 96 pixels in proporti
 five is left out between them (`between`), and larger pictures are left out beyond.
 """
 
-import io
-import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import webdataset
 from jaxtyping import UInt8
 from PIL import Image as Pillow
 
 from fuyu_e2e.eval.digits import Scans, load_scans
-from fuyu_e2e.eval.processes import in_processes
+from fuyu_e2e.eval.picture_shards import conversation, jpeg, write_picture_shards
 
 Split = Literal["train", "val", "test"]
 Trained = Literal["yes", "between", "beyond"]
@@ -173,30 +171,15 @@ def write_shards(
     Returns:
         The shards, in order.
     """
-    starts = range(0, count, shard_size)
-    paths = [directory / f"{name}-{number:05}.tar" for number in range(len(starts))]
-    jobs = [
-        (path, name, pictures, range(start, min(start + shard_size, count)))
-        for path, start in zip(paths, starts, strict=True)
-    ]
-    in_processes(_write_shard, jobs, processes)
-    return paths
+    samples = partial(_samples, name, pictures)
+    return write_picture_shards(directory, name, samples, count, processes=processes, shard_size=shard_size)
 
 
-def _write_shard(path: Path, name: str, pictures: Pictures, numbers: Sequence[int]) -> None:
-    with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="") as writer:
-        for number in numbers:
-            (height, width), scene, pixels = pictures.sample(number)
-            key = f"{name}-{number:06}"
-            file = io.BytesIO()
-            Pillow.fromarray(pixels).save(file, "JPEG", quality=92, subsampling=0)
-            about = {
-                "id": key,
-                "image": f"{pictures.split}-{number:06}",
-                "groups": {"size": f"{height}x{width}", "trained": is_trained(height, width)},
-                "conversations": [
-                    {"from": "human", "value": f"<image>\n{QUESTION}"},
-                    {"from": "gpt", "value": str(scene.label)},
-                ],
-            }
-            writer.write({"__key__": key, "jpg": file.getvalue(), "json": json.dumps(about).encode()})
+def _samples(name: str, pictures: Pictures, numbers: range) -> Iterator[dict[str, Any]]:
+    for number in numbers:
+        (height, width), scene, pixels = pictures.sample(number)
+        key = f"{name}-{number:06}"
+        groups = {"size": f"{height}x{width}", "trained": is_trained(height, width)}
+        turns = [(f"<image>\n{QUESTION}", str(scene.label))]
+        described = conversation(key, f"{pictures.split}-{number:06}", turns, groups=groups)
+        yield {"__key__": key, "jpg": jpeg(pixels), "json": described}

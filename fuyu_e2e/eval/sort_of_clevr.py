@@ -9,19 +9,18 @@ where objects of both shapes are equally close to another, or equally far.
 """
 
 import io
-import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import webdataset
 from jaxtyping import UInt8
 from PIL import Image as Pillow
 
-from fuyu_e2e.eval.processes import in_processes
+from fuyu_e2e.eval.picture_shards import conversation, write_picture_shards
 
 Split = Literal["train", "val", "test"]
 Shape = Literal["square", "circle"]
@@ -223,31 +222,24 @@ def write_shards(
     Returns:
         The shards, in order.
     """
-    starts = range(0, count, shard_size)
     name = split if objects == OBJECTS else f"{split}-of-{objects}"
-    paths = [directory / f"{name}-{number:05}.tar" for number in range(len(starts))]
-    jobs = [
-        (path, split, start, min(shard_size, count - start), seed, objects)
-        for path, start in zip(paths, starts, strict=True)
-    ]
-    in_processes(_write_shard, jobs, processes)
-    return paths
+    samples = partial(_samples, split, seed, objects)
+    return write_picture_shards(directory, name, samples, count, processes=processes, shard_size=shard_size)
 
 
-def _write_shard(path: Path, split: Split, start: int, count: int, seed: int, objects: int) -> None:
-    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), start, objects])
-    with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="") as writer:
-        for number in range(start, start + count):
-            name = f"{split}-of-{objects}-{number:06}"
-            scene = draw_scene(rng, objects)
-            questions, picture = draw_questions(rng, scene), _png(render(scene))
-            if split == "train":
-                writer.write({"__key__": name, "png": picture, "json": _conversation(name, name, questions)})
-                continue
-            for place, question in enumerate(questions):
-                key = f"{name}-{place:02}"
-                described = _conversation(key, name, [question], groups=question.groups)
-                writer.write({"__key__": key, "png": picture, "json": described})
+def _samples(split: Split, seed: int, objects: int, numbers: range) -> Iterator[dict[str, Any]]:
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), numbers.start, objects])
+    for number in numbers:
+        name = f"{split}-of-{objects}-{number:06}"
+        scene = draw_scene(rng, objects)
+        questions, picture = draw_questions(rng, scene), _png(render(scene))
+        if split == "train":
+            yield {"__key__": name, "png": picture, "json": conversation(name, name, _turns(questions))}
+            continue
+        for place, question in enumerate(questions):
+            key = f"{name}-{place:02}"
+            described = conversation(key, name, _turns([question]), groups=question.groups)
+            yield {"__key__": key, "png": picture, "json": described}
 
 
 def _png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
@@ -256,9 +248,6 @@ def _png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
     return file.getvalue()
 
 
-def _conversation(key: str, image: str, questions: Sequence[Asked], **described: Any) -> bytes:
-    turns: list[dict[str, str]] = []
-    for question in questions:
-        turns.append({"from": "human", "value": question.text if turns else f"Look:\n<image>\n{question.text}"})
-        turns.append({"from": "gpt", "value": question.answer})
-    return json.dumps({"id": key, "image": image, **described, "conversations": turns}).encode()
+def _turns(questions: Sequence[Asked]) -> list[tuple[str, str]]:
+    looks = ["Look:\n<image>\n", *[""] * (len(questions) - 1)]
+    return [(look + question.text, question.answer) for look, question in zip(looks, questions, strict=True)]
