@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from fuyu_e2e.eval.rendered_text import FONT_FOLDER, TEST_SEED, VOCAB_SIZE, Pictures, find_fonts, write_shards
+from fuyu_e2e.eval.rendered_text import FONT_FOLDER, TEST_SEED, VOCAB_SIZE, Pictures, Split, find_fonts, write_shards
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import train_tokenizer
@@ -15,7 +15,12 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="python data/rendered_text.py", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/ocr/data"), help="Folder (default: %(default)s).")
     parser.add_argument("--fonts", type=Path, default=FONT_FOLDER, help="Where fonts are (default: %(default)s).")
-    parser.add_argument("--pictures", type=int, default=80_000, help="To train on (default: %(default)s).")
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=80_000,
+        help="To train on; half as many of single letters and of short words, to begin with (default: %(default)s).",
+    )
     parser.add_argument("--test-pictures", type=int, default=2_100, help="Of each test (default: %(default)s).")
     parser.add_argument("--seed", type=int, default=0, help="Of the training pictures (default: %(default)s).")
     parser.add_argument("--processes", type=int, default=2, help="Shards written at once (default: %(default)s).")
@@ -23,17 +28,19 @@ def main(args: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     trained = find_fonts("train", options.fonts)
     held_out = find_fonts("test", options.fonts)
-    train = Pictures(split="train", seed=options.seed, fonts=trained)
-    shards = write_shards(options.out, train, options.pictures, processes=options.processes)
-    easy = Pictures(split="easy", seed=options.seed, fonts=trained)
-    write_shards(options.out, easy, options.pictures // 2, processes=options.processes)
-    for split, fonts, count in (
-        ("val", trained, 280),
-        ("test", held_out, options.test_pictures),
-        ("test-known-fonts", trained, options.test_pictures),
-    ):
-        write_shards(options.out, Pictures(split=split, seed=TEST_SEED, fonts=fonts), count)
-    texts = (text for document in read_documents(shards[0], Tally()) for text in document.texts)
+    splits: tuple[tuple[Split, int, tuple[Path, ...], int], ...] = (
+        ("train", options.seed, trained, options.pictures),
+        ("letters", options.seed, trained, options.pictures // 2),
+        ("easy", options.seed, trained, options.pictures // 2),
+        ("val", TEST_SEED, trained, 280),
+        ("test", TEST_SEED, held_out, options.test_pictures),
+        ("test-known-fonts", TEST_SEED, trained, options.test_pictures),
+    )
+    shards = {}
+    for split, seed, fonts, count in splits:
+        pictures = Pictures(split=split, seed=seed, fonts=fonts)
+        shards[split] = write_shards(options.out, pictures, count, processes=options.processes)
+    texts = (text for document in read_documents(shards["train"][0], Tally()) for text in document.texts)
     train_tokenizer(texts, VOCAB_SIZE).save(options.out / "tokenizer.model")
     print(f"{options.pictures:,} training pictures in {len(trained)} fonts, tests in {len(held_out)}: {options.out}")
 

@@ -1,8 +1,9 @@
 """The reading task: words of a word list, rendered in many fonts, sizes, colours and angles, to be spelled.
 
-A picture holds one word whose capitals are, or would be, 6 to 40 pixels high. `easy` pictures are short training words
-of middling height, to begin training with. Test pictures show words that no
-training picture shows, in fonts that no training picture uses (`test`) or in those of training (`test-known-fonts`).
+A picture holds one word whose capitals are, or would be, 6 to 40 pixels high. Training begins with `letters`, single
+ones of middling height, and goes on with `easy` pictures, short training words of that height. Test pictures show
+words that no training picture shows, in fonts that no training picture uses (`test`) or in those of training
+(`test-known-fonts`).
 """
 
 import gzip
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +24,7 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.picture_shards import conversation, jpeg, write_picture_shards
 from fuyu_e2e.shipped import shipped
 
-Split = Literal["train", "easy", "val", "test", "test-known-fonts"]
+Split = Literal["train", "letters", "easy", "val", "test", "test-known-fonts"]
 
 QUESTION = "Read the word."
 VOCAB_SIZE = 320
@@ -104,7 +106,12 @@ def find_fonts(split: Split, folder: Path = FONT_FOLDER) -> tuple[Path, ...]:
 
 @cache
 def load_words(split: Split) -> tuple[str, ...]:
-    """The words of a split: of ten, eight to train on, one to validate and one to test with, by their checksums."""
+    """The words of a split: of ten, eight to train on, one to validate and one to test with, by their checksums.
+
+    Those of `letters` are the letters of the alphabet.
+    """
+    if split == "letters":
+        return tuple(ascii_lowercase)
     with gzip.open(shipped("data/words/words.txt.gz"), "rt") as file:
         words = [word for word in file.read().split() if LETTERS[0] <= len(word) <= LETTERS[1]]
     part = {"val": (8,), "train": range(8), "easy": range(8)}.get(split, (9,))
@@ -210,7 +217,8 @@ class Pictures:
         word = words[rng.integers(len(words))]
         if rng.random() < CAPITALISED:
             word = word.capitalize()
-        low, high = {"train": HEIGHTS, "easy": EASY_HEIGHTS}.get(self.split, BINS[number % len(BINS)])
+        trained_on = {"train": HEIGHTS, "letters": EASY_HEIGHTS, "easy": EASY_HEIGHTS}
+        low, high = trained_on.get(self.split, BINS[number % len(BINS)])
         while True:
             path = self.fonts[rng.integers(len(self.fonts))]
             font = sized_font(path, int(np.exp(rng.uniform(*np.log([low, high + 1])))))

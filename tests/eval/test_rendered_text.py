@@ -49,6 +49,7 @@ def test_words_and_fonts_of_tests_are_none_of_training(tmp_path: Path) -> None:
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         assert not words[one] & words[other]
     assert set(load_words("easy")) < words["train"]
+    assert "".join(load_words("letters")) == "abcdefghijklmnopqrstuvwxyz"
     assert 0.75 < len(words["train"]) / len(words["train"] | words["val"] | words["test"]) < 0.85
 
     for packages in (TRAINING_FONTS, HELD_OUT_FONTS):
