@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from fuyu_e2e.eval.sort_of_clevr import OBJECTS, TEST_SEED, VOCAB_SIZE, write_shards
+from fuyu_e2e.eval.sort_of_clevr import KINDS, OBJECTS, TEST_SEED, VOCAB_SIZE, write_shards
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import train_tokenizer
@@ -30,21 +30,21 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2, help="Shards written at once (default: %(default)s).")
     options = parser.parse_args(args)
     options.out.mkdir(parents=True, exist_ok=True)
-    shards = write_shards(
-        options.out, split="train", count=options.images, seed=options.seed, processes=options.processes
-    )
-    for objects in range(1, OBJECTS):
-        write_shards(
-            options.out,
-            split="train",
-            count=options.fewer,
-            seed=options.seed,
-            objects=objects,
-            processes=options.processes,
-        )
+    first = {}
+    for objects in range(1, OBJECTS + 1):
+        for kind in KINDS:
+            first[kind], *_ = write_shards(
+                options.out,
+                split="train",
+                count=options.images if objects == OBJECTS else options.fewer,
+                seed=options.seed,
+                objects=objects,
+                kind=kind,
+                processes=options.processes,
+            )
     write_shards(options.out, split="val", count=50, seed=TEST_SEED, processes=options.processes)
     write_shards(options.out, split="test", count=options.test_images, seed=TEST_SEED, processes=options.processes)
-    texts = (text for document in read_documents(shards[0], Tally()) for text in document.texts)
+    texts = (text for path in first.values() for document in read_documents(path, Tally()) for text in document.texts)
     train_tokenizer(texts, VOCAB_SIZE).save(options.out / "tokenizer.model")
     print(f"{options.images:,} pictures to train on, {options.test_images:,} to test on: {options.out}")
 

@@ -25,13 +25,14 @@ from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.eval.sort_of_clevr import KINDS
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.shards.formats import document
 from fuyu_e2e.shards.reading import Shard
 from fuyu_e2e.shards.sources import expand_patterns
 
 GROUPS = {
-    "kind": ("relational", "non-relational"),
+    "kind": KINDS,
     "question": ("shape", "left", "top", "closest", "furthest", "count"),
 }
 """What accuracies are given by."""

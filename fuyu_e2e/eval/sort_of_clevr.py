@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import UInt8
@@ -24,6 +24,8 @@ from fuyu_e2e.eval.picture_shards import conversation, write_picture_shards
 
 Split = Literal["train", "val", "test"]
 Shape = Literal["square", "circle"]
+Kind = Literal["relational", "non-relational"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 RADIUS = 5
 """From an object's middle pixel to its edge: objects are 11 pixels wide."""
@@ -100,7 +102,7 @@ def _count(scene: Scene, asked: Thing) -> str:
 class Form:
     """What is asked of one object after another."""
 
-    kind: Literal["relational", "non-relational"]
+    kind: Kind
     text: str
     answer: Callable[[Scene, Thing], str]
     needs_others: bool = False
@@ -165,7 +167,7 @@ def draw_questions(rng: np.random.Generator, scene: Scene) -> list[Asked]:
     """Ten relational and ten non-relational questions, or as many as there are, in random order."""
     drawn: list[tuple[str, Thing]] = []
     alone = len(scene) == 1
-    for kind in ("relational", "non-relational"):
+    for kind in KINDS:
         forms = [name for name, form in FORMS.items() if form.kind == kind and not (alone and form.needs_others)]
         all_of_kind = [(name, thing) for name in forms for thing in scene]
         drawn += [all_of_kind[number] for number in rng.permutation(len(all_of_kind))[:ASKED]]
@@ -201,53 +203,49 @@ def write_shards(
     count: int,
     seed: int,
     objects: int = OBJECTS,
+    kind: Kind | None = None,
     processes: int = 2,
     shard_size: int = 500,
 ) -> list[Path]:
-    """Writes `count` pictures and their questions as webdataset shards, each a PNG with LLaVA's JSON beside it.
+    """Writes the questions about `count` pictures as webdataset shards, each a PNG with LLaVA's JSON beside it.
 
-    A sample to train on holds all questions of a picture, one after the other, so that its patches are read once for
-    twenty answers. One to validate or test on holds a single question, and its picture again; its JSON says
-    in `groups` what its score counts towards, and in `image` which of them show the same picture.
+    A sample is one question with its picture behind it, so that patches are read by a model that knows what is asked.
+    Its JSON says in `groups` what its score counts towards, and in `image` which of them show the same picture.
 
     Args:
-        directory: Where `{split}-00000.tar` and those behind it go, `{split}-of-{objects}-00000.tar` of fewer objects.
+        directory: Where `{split}-00000.tar` and those behind it go, `{split}-of-{objects}-{kind}-00000.tar` of fewer
+            objects and of one kind alone.
         split: What the samples are for; no two splits draw the same pictures.
         count: Pictures in all.
         seed: Seeds the pictures; their bytes don't depend on `processes`.
         objects: In each picture, which has a `side` to match.
+        kind: What is asked; None asks questions of both kinds. The pictures are the same.
         processes: Shards written at once.
         shard_size: Pictures of a shard.
 
     Returns:
         The shards, in order.
     """
-    name = split if objects == OBJECTS else f"{split}-of-{objects}"
-    samples = partial(_samples, split, seed, objects)
+    name = split + (f"-of-{objects}" if objects < OBJECTS else "") + (f"-{kind}" if kind else "")
+    samples = partial(_samples, split, seed, objects, kind)
     return write_picture_shards(directory, name, samples, count, processes=processes, shard_size=shard_size)
 
 
-def _samples(split: Split, seed: int, objects: int, numbers: range) -> Iterator[dict[str, Any]]:
+def _samples(split: Split, seed: int, objects: int, kind: Kind | None, numbers: range) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), numbers.start, objects])
     for number in numbers:
         name = f"{split}-of-{objects}-{number:06}"
         scene = draw_scene(rng, objects)
         questions, picture = draw_questions(rng, scene), _png(render(scene))
-        if split == "train":
-            yield {"__key__": name, "png": picture, "json": conversation(name, name, _turns(questions))}
-            continue
         for place, question in enumerate(questions):
+            if kind and question.groups["kind"] != kind:
+                continue
             key = f"{name}-{place:02}"
-            described = conversation(key, name, _turns([question]), groups=question.groups)
-            yield {"__key__": key, "png": picture, "json": described}
+            turn = (f"{question.text}\n<image>", question.answer)
+            yield {"__key__": key, "png": picture, "json": conversation(key, name, [turn], groups=question.groups)}
 
 
 def _png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
     file = io.BytesIO()
     Pillow.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
-
-
-def _turns(questions: Sequence[Asked]) -> list[tuple[str, str]]:
-    looks = ["Look:\n<image>\n", *[""] * (len(questions) - 1)]
-    return [(look + question.text, question.answer) for look, question in zip(looks, questions, strict=True)]

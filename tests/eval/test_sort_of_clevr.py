@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from jaxtyping import UInt8
 from PIL import Image as Pillow
 
+from fuyu_e2e.document import Image, Text
 from fuyu_e2e.eval.sort_of_clevr import (
     COLOURS,
     FORMS,
     GROUND,
+    KINDS,
     VOCAB_SIZE,
     Asked,
     Scene,
@@ -63,7 +65,7 @@ def expected(objects: dict[str, tuple[str, float, float]], text: str) -> set[str
         return {objects[name][0] for name in apart if np.isclose(apart[name], min(apart.values()))}
     if "furthest" in text:
         return {objects[name][0] for name in apart if np.isclose(apart[name], max(apart.values()))}
-    assert text.endswith(f"What shape is the {colour} object?")
+    assert text.startswith(f"What shape is the {colour} object?")
     return {shape}
 
 
@@ -172,27 +174,33 @@ def samples(path: Path) -> list[tuple[dict[str, Any], bytes]]:
     return [(json.loads(members[f"{name}.json"]), members[f"{name}.png"]) for name in names]
 
 
-def test_a_sample_to_train_on_asks_all_of_a_picture_and_one_to_test_on_a_single_question(tmp_path: Path) -> None:
-    (train,) = write_shards(tmp_path, split="train", count=3, seed=0)
-    (test,) = write_shards(tmp_path, split="test", count=3, seed=0)
-    for described, picture in samples(train):
-        objects = seen(np.asarray(Pillow.open(io.BytesIO(picture))))
-        asked, given = (described["conversations"][start::2] for start in (0, 1))
-        assert len(asked) == len(given) == 20
-        for question, answer in zip(asked, given, strict=True):
-            assert expected(objects, question["value"]) == {answer["value"]}
-    kinds = []
-    for described, picture in samples(test):
+def test_a_sample_is_one_question_with_its_picture_behind_it(tmp_path: Path) -> None:
+    (both,) = write_shards(tmp_path, split="test", count=3, seed=0)
+    assert both.name == "test-00000.tar"
+    for described, picture in samples(both):
         question, answer = (turn["value"] for turn in described["conversations"])
+        assert question.endswith("?\n<image>")
         assert expected(seen(np.asarray(Pillow.open(io.BytesIO(picture)))), question) == {answer}
         groups = described["groups"]
         assert groups["kind"] == FORMS[groups["question"]].kind
-        kinds.append(groups["kind"])
         assert described["id"].startswith(described["image"])
-    assert len({described["image"] for described, _ in samples(test)}) == len({png for _, png in samples(test)}) == 3
+    assert len({described["image"] for described, _ in samples(both)}) == len({png for _, png in samples(both)}) == 3
+    kinds = [described["groups"]["kind"] for described, _ in samples(both)]
     assert kinds.count("relational") == kinds.count("non-relational") == 30
-    documents = [document for path in (train, test) for document in read_documents(path, Tally())]
-    assert [len(document.segments) for document in documents] == [42] * 3 + [4] * 60
+    kinds_of_segments = {tuple(map(type, document.segments)) for document in read_documents(both, Tally())}
+    assert kinds_of_segments == {(Text, Image, Text)}
+
+
+def test_shards_of_either_kind_ask_about_the_same_pictures(tmp_path: Path) -> None:
+    asked = {}
+    for kind in KINDS:
+        (path,) = write_shards(tmp_path, split="train", count=4, seed=0, objects=3, kind=kind)
+        assert path.name == f"train-of-3-{kind}-00000.tar"
+        asked[kind] = samples(path)
+        assert {described["groups"]["kind"] for described, _ in asked[kind]} == {kind}
+    (path,) = write_shards(tmp_path, split="train", count=4, seed=0, objects=3)
+    written = [(described["id"], picture) for kind in KINDS for described, picture in asked[kind]]
+    assert sorted(written) == [(described["id"], picture) for described, picture in samples(path)]
 
 
 def test_splits_and_seeds_share_no_picture(tmp_path: Path) -> None:
