@@ -17,6 +17,13 @@ class Progress(RichProgressBar):
     def __init__(self) -> None:
         super().__init__(refresh_rate=REDRAWN)
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """Micro-batches of a process in the whole run: Lightning's are those still to come, as if each were a step."""
+        if self.trainer.max_steps < 0:
+            return super().total_train_batches
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:

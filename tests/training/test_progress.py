@@ -68,3 +68,25 @@ def test_the_bar_shows_each_step_and_curves_those_that_are_logged(
         assert shown["tokens"] == str(tokens)
     assert bar.progress is not None
     assert bar.progress.live.refresh_per_second <= 10  # each time stops the training while it is drawn
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_bar_of_a_resumed_run_ends_where_the_run_does(
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path, rows: int
+) -> None:
+    for steps, checkpoint in ((2, None), (5, tmp_path / "two.ckpt")):
+        bar = Progress()
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            accumulate_grad_batches=rows,
+            logger=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            callbacks=[bar],
+        )
+        trainer.fit(FuyuModule(config), question_data(budget=64), ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / "two.ckpt")
+        assert bar.progress is not None
+        (task,) = bar.progress.tasks
+        assert (task.completed, task.total) == (steps * rows, steps * rows)
