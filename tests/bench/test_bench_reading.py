@@ -14,6 +14,7 @@ from PIL import Image as Pillow
 import fuyu_e2e.bench.resolution as bench_resolution
 from fuyu_e2e.bench.ocr import ocr
 from fuyu_e2e.bench.resolution import resolution, stretched
+from fuyu_e2e.bench.sort_of_clevr import sort_of_clevr
 from fuyu_e2e.model.attention import rotary
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.recipe import FuyuCLI
@@ -76,3 +77,23 @@ def test_the_reading_recipe_and_its_score_by_the_height_of_letters(
         assert results[split]["character_error_rate"] > 0.5
     assert Path("bench-ocr.png").stat().st_size > 5_000
     assert Path("bench-ocr-test.png").stat().st_size > 1_000
+
+
+def test_the_curve_of_sort_of_clevr_scores_each_checkpoint_and_the_last_on_more(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder of its own, as docs/sort-of-clevr.md has it."""
+    main = runpy.run_path(str(repository / "data/sort_of_clevr.py"))["main"]
+    recipe = shipped("recipes/sort-of-clevr.yaml").absolute()
+    monkeypatch.chdir(tmp_path)
+    main(["--images", "60", "--fewer", "2", "--test-images", "3", "--processes", "1"])
+    FuyuCLI(
+        ["fit", f"--config={recipe}", "--trainer.max_steps=2", "--trainer.val_check_interval=2",
+         "--checkpoint.every_n_train_steps=1", "--data.budget=512"]
+    )  # fmt: skip
+    sort_of_clevr(["--runs", "runs/sort-of-clevr", "--images", "1", "--last-images", "2", "--out", "curve.json"])
+    (run,) = json.loads(Path("curve.json").read_text())["runs"]
+    assert [(point["step"], point["images"]) for point in run["curve"]] == [(1, 1), (2, 2)]
+    assert 0 < run["curve"][0]["tokens"] < run["curve"][1]["tokens"] <= 2 * 512
+    assert {"relational", "non-relational", "left", "furthest"} <= set(run["curve"][1])
+    assert Path("curve.png").stat().st_size > 5_000
