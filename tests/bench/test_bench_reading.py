@@ -72,11 +72,13 @@ def test_the_reading_recipe_and_its_score_by_the_height_of_letters(
     ocr([])
     results = json.loads(Path("bench-ocr.json").read_text())
     for split in ("test", "test-known-fonts"):
-        assert [score["words"] for score in results[split]["heights"].values()] == [2] * 7
-        assert list(results[split]["heights"])[0::6] == ["06-07", "31-40"]
-        assert results[split]["character_error_rate"] > 0.5
+        found = results[split]["metrics"]["character_error_rate"]
+        assert [score["questions"] for score in found["groups"]["height"].values()] == [2] * 7
+        assert list(found["groups"]["height"])[0::6] == ["06-07", "31-40"]
+        assert found["all"]["value"] > 0.5
+        assert set(found["blind"]) == {"without_image", "other_image"}
     assert Path("bench-ocr.png").stat().st_size > 5_000
-    assert Path("bench-ocr-test.png").stat().st_size > 1_000
+    assert Path("bench-ocr-test-wrong.png").stat().st_size > 1_000
 
 
 def test_the_curve_of_sort_of_clevr_scores_each_checkpoint_and_the_last_on_more(
