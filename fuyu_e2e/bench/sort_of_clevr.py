@@ -129,11 +129,12 @@ def score(model: TrainedModel, items: Sequence[Item]) -> dict[str, float]:
 
 def report(runs: Sequence[dict[str, Any]]) -> None:
     """Prints where each run ended."""
-    names = [name for group in GROUPS.values() for name in group]
-    table = Table("run", "steps", "pictures", *names)
-    for run in runs:
-        last = run["curve"][-1]
-        table.add_row(run["name"], str(last["step"]), str(last["images"]), *(f"{last[name]:.3f}" for name in names))
+    last = [run["curve"][-1] for run in runs]
+    table = Table("", *(run["name"] for run in runs))
+    table.add_row("steps", *(f"{point['step']:,}" for point in last))
+    table.add_row("pictures", *(f"{point['images']:,}" for point in last))
+    for name in (name for names in GROUPS.values() for name in names):
+        table.add_row(name, *(f"{point[name]:.3f}" for point in last))
     Console(highlight=False).print(table)
 
 
