@@ -4,10 +4,8 @@ An answer is right if it is, token for token, what the model would write. One fo
 answer tells: greedy decoding gives the truth if, and only if, each of its tokens is the likeliest behind those before.
 """
 
-import json
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,12 @@ from fuyu_e2e.bench.plots import draw_picture
 from fuyu_e2e.checkpoint.description import SECTION
 from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
-from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.eval.question import Question
+from fuyu_e2e.eval.shard_questions import read_shards
 from fuyu_e2e.eval.sort_of_clevr import KINDS
 from fuyu_e2e.packing import pack_row
-from fuyu_e2e.shards.formats import document
-from fuyu_e2e.shards.reading import Shard
-from fuyu_e2e.shards.sources import expand_patterns
+from fuyu_e2e.tally import Tally
 
 GROUPS = {
     "kind": KINDS,
@@ -40,15 +37,6 @@ PUBLISHED = {"relational": 0.94, "non-relational": 0.94}
 """A relation network reaches more than this (Santoro et al. 2017); drawn as lines."""
 BATCH = 64
 """Questions of one forward pass."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """A question with its answer, and what its score counts towards."""
-
-    document: Document
-    groups: dict[str, str]
-    image: str
 
 
 def sort_of_clevr(args: Sequence[str]) -> None:
@@ -62,32 +50,32 @@ def sort_of_clevr(args: Sequence[str]) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("docs/bench/sort-of-clevr-cpu.json"))
     options = parser.parse_args(args)
-    items = list(read_items(options.test, max(options.images, options.last_images)))
-    runs = [score_run(run, items, options.images, options.last_images) for run in options.runs]
+    questions = read_questions(options.test, max(options.images, options.last_images))
+    runs = [score_run(run, questions, options.images, options.last_images) for run in options.runs]
     write_json(options.out, {"environment": environment("cpu"), "published": PUBLISHED, "runs": runs})
     report(runs)
     draw_picture(options.out.with_suffix(".png"), 2, partial(_draw, runs))
 
 
-def read_items(pattern: str, images: int) -> Iterator[Item]:
+def read_questions(pattern: str, images: int) -> list[Question]:
     """The questions about the first so many pictures.
 
     Raises:
-        UserError: No shard is there.
+        UserError: No shard is there, or one holds what is no question.
     """
     seen: set[str] = set()
-    for path in expand_patterns(pattern):
-        shard = Shard(Path(path))
-        for number in range(len(shard)):
-            sample = shard.sample(number)
-            described = json.loads(sample.members["json"])
-            seen.add(described["image"])
-            if len(seen) > images:
-                return
-            yield Item(document(sample), described["groups"], described["image"])
+    questions, tally = [], Tally()
+    for question in read_shards(pattern, tally):
+        seen.add(question.image)
+        if len(seen) > images:
+            break
+        questions.append(question)
+    if tally.skipped:
+        raise UserError(f"{pattern} holds samples that are no questions: {tally.summary()}.")
+    return questions
 
 
-def score_run(run: Path, items: Sequence[Item], images: int, last_images: int) -> dict[str, Any]:
+def score_run(run: Path, questions: Sequence[Question], images: int, last_images: int) -> dict[str, Any]:
     """The settings of a run and its curve.
 
     Raises:
@@ -101,9 +89,9 @@ def score_run(run: Path, items: Sequence[Item], images: int, last_images: int) -
     curve = []
     for path in ordered:
         asked = last_images if path == ordered[-1] else images
-        names = dict.fromkeys(item.image for item in items)
+        names = dict.fromkeys(question.image for question in questions)
         wanted = set(list(names)[:asked])
-        scores = score(models[path], [item for item in items if item.image in wanted])
+        scores = score(models[path], [question for question in questions if question.image in wanted])
         tokens = read_checkpoint(path)[SECTION]["tokens_seen"]
         curve.append({"step": models[path].step, "tokens": tokens, "images": len(wanted), **scores})
     recipe = yaml.safe_load((run / "config.yaml").read_text())
@@ -112,18 +100,19 @@ def score_run(run: Path, items: Sequence[Item], images: int, last_images: int) -
 
 
 @torch.inference_mode()
-def score(model: TrainedModel, items: Sequence[Item]) -> dict[str, float]:
+def score(model: TrainedModel, questions: Sequence[Question]) -> dict[str, float]:
     """The share of right answers in each group that has any."""
     right: dict[str, list[bool]] = {}
-    for start in range(0, len(items), BATCH):
-        part = items[start : start + BATCH]
-        row = pack_row([model.builder.build(item.document) for item in part])
+    builder = model.builder
+    for start in range(0, len(questions), BATCH):
+        part = questions[start : start + BATCH]
+        row = pack_row([builder.answered(builder.prompt(asked.document), asked.references[0]) for asked in part])
         wrong = model.decoder(row).index_select(0, row.target_positions).argmax(dim=-1) != row.targets
         ends = np.cumsum(row.document_lengths)
         failed = set(np.searchsorted(ends, row.target_positions[wrong].numpy(), side="right").tolist())
-        for place, item in enumerate(part):
+        for place, question in enumerate(part):
             for group in GROUPS:
-                right.setdefault(item.groups[group], []).append(place not in failed)
+                right.setdefault(question.groups[group], []).append(place not in failed)
     return {group: float(np.mean(right[group])) for names in GROUPS.values() for group in names if group in right}
 
 

@@ -22,7 +22,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def weights_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """All that an optimizer updates, found without a walk over the modules that own them."""
+    """All that an optimizer updates, in the order that the numbers in its state count, without a walk over modules."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 

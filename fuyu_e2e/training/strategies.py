@@ -34,6 +34,7 @@ from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.sharding import MESH, copy_part
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO, ShardedCheckpointIO, resolve
+from fuyu_e2e.training.gradients import weights_of
 
 REFUSED = ("fsdp", "deepspeed")
 """How the names of strategies begin that hide the weights from the optimizer, clipping and checkpoints here."""
@@ -161,7 +162,7 @@ class Sharded(ModelParallelStrategy):
         for optimizer in self.optimizers:
             _take_settings(optimizer, shards.optimizer_groups(rest))
             wanted, names = {}, self._names()
-            for weight in _weights(optimizer):
+            for weight in weights_of(optimizer):
                 prefix = f"{OPTIMIZER}{names[weight]}."
                 for entry, stored in shards.tensors.items():
                     if entry.startswith(prefix):
@@ -175,17 +176,12 @@ class Sharded(ModelParallelStrategy):
             copy_part(checkpoint["state_dict"][name], tensor)
         for optimizer, stored in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
             _take_settings(optimizer, stored["param_groups"])
-            weights = _weights(optimizer)
+            weights = weights_of(optimizer)
             for number, kept in stored["state"].items():
                 for name, whole in kept.items():
                     own = _like(weights[number], whole.shape, whole.dtype)
                     copy_part(whole, own)
                     optimizer.state[weights[number]][name] = own
-
-
-def _weights(optimizer: Optimizer) -> list[Tensor]:
-    """In the order that numbers in a stored state count."""
-    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 def _take_settings(optimizer: Optimizer, stored: list[dict[str, Any]]) -> None:
