@@ -25,6 +25,12 @@ def main(args: Sequence[str] | None = None) -> None:
         default=9_800,
         help="Pictures of one object to begin training with, and of two, and so on to five (default: %(default)s).",
     )
+    parser.add_argument(
+        "--close-calls",
+        type=int,
+        default=27_500,
+        help="Pictures of six objects to ask only questions about that are close calls (default: %(default)s).",
+    )
     parser.add_argument("--test-images", type=int, default=2_000, help="Pictures to test on (default: %(default)s).")
     parser.add_argument("--seed", type=int, default=0, help="Of the training pictures (default: %(default)s).")
     parser.add_argument("--processes", type=int, default=2, help="Shards written at once (default: %(default)s).")
@@ -42,6 +48,14 @@ def main(args: Sequence[str] | None = None) -> None:
                 kind=kind,
                 processes=options.processes,
             )
+    write_shards(
+        options.out,
+        split="train",
+        count=options.close_calls,
+        seed=options.seed,
+        kind="close-calls",
+        processes=options.processes,
+    )
     write_shards(options.out, split="val", count=50, seed=TEST_SEED, processes=options.processes)
     write_shards(options.out, split="test", count=options.test_images, seed=TEST_SEED, processes=options.processes)
     texts = (text for path in first.values() for document in read_documents(path, Tally()) for text in document.texts)

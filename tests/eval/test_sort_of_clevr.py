@@ -24,6 +24,7 @@ from fuyu_e2e.eval.sort_of_clevr import (
     VOCAB_SIZE,
     Asked,
     Scene,
+    close_calls,
     draw_questions,
     draw_scene,
     render,
@@ -114,6 +115,29 @@ def test_pictures_of_fewer_objects_are_asked_what_can_be_asked(seed: int, object
     kinds = [FORMS[question.form].kind for question in questions]
     assert kinds.count("non-relational") == min(10, 3 * objects)
     assert kinds.count("relational") == (1 if objects == 1 else min(10, 3 * objects))
+
+
+@given(seed=seeds, objects=numbers)
+def test_close_calls_are_the_questions_of_distance_decided_by_fewer_than_8_pixels(seed: int, objects: int) -> None:
+    scene = draw_scene(np.random.default_rng(seed), objects)
+    objects_seen = seen(render(scene))
+    decided = {}
+    for colour, (_, row, column) in objects_seen.items():
+        for form, best in (("closest to", min), ("furthest from", max)):
+            of_shape = [
+                [
+                    np.hypot(row - other[1], column - other[2])
+                    for name, other in objects_seen.items()
+                    if name != colour and other[0] == shape
+                ]
+                for shape in ("square", "circle")
+            ]
+            if all(of_shape):
+                squares, circles = map(best, of_shape)
+                decided[f"What shape is {form} the {colour} object?"] = abs(squares - circles)
+    asked = close_calls(scene)
+    assert sorted(question.text for question in asked) == sorted(text for text, lead in decided.items() if lead < 8)
+    assert all(expected(objects_seen, question.text) == {question.answer} for question in asked)
 
 
 def drawn(count: int) -> Iterator[tuple[Scene, list[Asked]]]:
@@ -211,3 +235,14 @@ def test_splits_and_seeds_share_no_picture(tmp_path: Path) -> None:
         assert path.name == ("train-of-5-00000.tar" if objects == 5 else f"{split}-00000.tar")
     assert all(len(own) == 20 for own in pictures)
     assert len(set.union(*pictures)) == 100
+
+
+def test_shards_of_close_calls_ask_about_the_pictures_of_the_relational_ones(tmp_path: Path) -> None:
+    (path,) = write_shards(tmp_path, split="train", count=20, seed=0, kind="close-calls")
+    (relational,) = write_shards(tmp_path, split="train", count=20, seed=0, kind="relational")
+    assert path.name == "train-close-calls-00000.tar"
+    pictures = {described["image"]: picture for described, picture in samples(relational)}
+    asked = samples(path)
+    assert {described["groups"]["question"] for described, _ in asked} == {"closest", "furthest"}
+    assert all(pictures[described["image"]] == picture for described, picture in asked)
+    assert len({described["id"] for described, _ in asked}) == len(asked) > 40
