@@ -10,6 +10,7 @@ where objects of both shapes are equally close to another, or equally far.
 
 import io
 import zlib
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,8 +45,10 @@ OBJECTS = len(COLOURS)
 """In a picture of the task; those to begin training with have fewer, and are smaller."""
 ASKED = 10
 """Questions of each kind about a picture."""
+LEADS = (0, 2, 4, 8, 16)
+"""Bounds, in pixels, between which questions of distance are scored together."""
 CLOSE_CALL = 8
-"""A question of distance is a close call if an object of the other shape is less than this many pixels behind."""
+"""In a question of distance that is a close call, the object that answers it leads by less than so many pixels."""
 VOCAB_SIZE = 448
 """Of a tokenizer for this task: bytes, special tokens, and every word of it, so that an answer is one token."""
 MAX_NEW_TOKENS = 4
@@ -131,11 +134,18 @@ class Asked:
     form: str
     text: str
     answer: str
+    lead: float | None
+    """Pixels by which the closest or furthest object beats the first of the other shape, infinite if there is none;
+    None for a question that is not of distance."""
 
     @property
     def groups(self) -> dict[str, str]:
-        """What its score is also given apart by."""
-        return {"kind": FORMS[self.form].kind, "question": self.form}
+        """What its score is also given apart by; leads in bins that sort as text, as `02-04` and `16+`."""
+        groups = {"kind": FORMS[self.form].kind, "question": self.form}
+        if self.lead is not None:
+            low, *high = LEADS[bisect(LEADS, self.lead) - 1 :][:2]
+            groups["lead"] = f"{low:02}-{high[0]:02}" if high else f"{low:02}+"
+        return groups
 
 
 def draw_scene(rng: np.random.Generator, objects: int = OBJECTS) -> Scene:
@@ -170,31 +180,34 @@ def _tied(scene: Sequence[Thing], asked: Thing) -> bool:
 def draw_questions(rng: np.random.Generator, scene: Scene) -> list[Asked]:
     """Ten relational and ten non-relational questions, or as many as there are, in random order."""
     drawn: list[tuple[str, Thing]] = []
-    alone = len(scene) == 1
     for kind in KINDS:
-        forms = [name for name, form in FORMS.items() if form.kind == kind and not (alone and form.needs_others)]
+        forms = [name for name in _askable(scene) if FORMS[name].kind == kind]
         all_of_kind = [(name, thing) for name in forms for thing in scene]
         drawn += [all_of_kind[number] for number in rng.permutation(len(all_of_kind))[:ASKED]]
     return [ask(scene, *drawn[number]) for number in rng.permutation(len(drawn))]
 
 
-def ask(scene: Scene, form: str, thing: Thing) -> Asked:
-    """A question about an object, with its answer."""
-    return Asked(form, FORMS[form].text.format(thing.colour), FORMS[form].answer(scene, thing))
-
-
 def close_calls(scene: Scene) -> list[Asked]:
     """All questions of distance about a scene that a model answers only if it knows to some pixels where objects are.
 
-    Of the questions about new pictures of six objects they are three in ten, and most of those that a trained model
-    gets wrong.
+    Of the questions of distance about pictures of six objects they are three in ten, and most of those that a trained
+    model gets wrong.
     """
-    forms = [name for name, form in FORMS.items() if form.needs_others]
-    return [ask(scene, name, thing) for name in forms for thing in scene if _lead(scene, name, thing) < CLOSE_CALL]
+    asked = (ask(scene, name, thing) for name in _askable(scene) for thing in scene)
+    return [question for question in asked if question.lead is not None and question.lead < CLOSE_CALL]
+
+
+def _askable(scene: Scene) -> list[str]:
+    return [name for name, form in FORMS.items() if len(scene) > 1 or not form.needs_others]
+
+
+def ask(scene: Scene, form: str, thing: Thing) -> Asked:
+    """A question about an object, with its answer."""
+    text, answer = FORMS[form].text.format(thing.colour), FORMS[form].answer(scene, thing)
+    return Asked(form, text, answer, _lead(scene, form, thing) if FORMS[form].needs_others else None)
 
 
 def _lead(scene: Scene, form: str, asked: Thing) -> float:
-    """Pixels by which the closest or furthest object beats the first of the other shape; infinite if there is none."""
     best = min if form == "closest" else max
     distances: dict[str, list[float]] = {}
     for thing in scene:

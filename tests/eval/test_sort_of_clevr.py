@@ -117,26 +117,44 @@ def test_pictures_of_fewer_objects_are_asked_what_can_be_asked(seed: int, object
     assert kinds.count("relational") == (1 if objects == 1 else min(10, 3 * objects))
 
 
+def leads(objects: dict[str, tuple[str, float, float]]) -> dict[str, float]:
+    """Of every question of distance, by how many pixels the object that answers it beats the first of other shape."""
+    found = {}
+    for colour, (_, row, column) in objects.items():
+        others = [other for name, other in objects.items() if name != colour]
+        for form, best in (("closest to", min), ("furthest from", max)):
+            by_shape = [
+                best(np.hypot(row - other[1], column - other[2]) for other in others if other[0] == shape)
+                for shape in {other[0] for other in others}
+            ]
+            if others:
+                lead = abs(by_shape[0] - by_shape[1]) if len(by_shape) == 2 else np.inf
+                found[f"What shape is {form} the {colour} object?"] = lead
+    return found
+
+
 @given(seed=seeds, objects=numbers)
-def test_close_calls_are_the_questions_of_distance_decided_by_fewer_than_8_pixels(seed: int, objects: int) -> None:
+def test_questions_of_distance_say_by_how_much_they_are_decided(seed: int, objects: int) -> None:
+    rng = np.random.default_rng(seed)
+    scene = draw_scene(rng, objects)
+    expected_leads = leads(seen(render(scene)))
+    for question in draw_questions(rng, scene):
+        assert ("lead" in question.groups) == (question.form in ("closest", "furthest"))
+        if "lead" in question.groups:
+            low, high = question.groups["lead"].replace("+", "-inf").split("-")
+            lead = expected_leads[question.text]
+            assert float(low) <= lead
+            assert lead < float(high) or high == "inf"
+
+
+@given(seed=seeds, objects=numbers)
+def test_close_calls_are_all_questions_of_distance_decided_by_fewer_than_8_pixels(seed: int, objects: int) -> None:
     scene = draw_scene(np.random.default_rng(seed), objects)
     objects_seen = seen(render(scene))
-    decided = {}
-    for colour, (_, row, column) in objects_seen.items():
-        for form, best in (("closest to", min), ("furthest from", max)):
-            of_shape = [
-                [
-                    np.hypot(row - other[1], column - other[2])
-                    for name, other in objects_seen.items()
-                    if name != colour and other[0] == shape
-                ]
-                for shape in ("square", "circle")
-            ]
-            if all(of_shape):
-                squares, circles = map(best, of_shape)
-                decided[f"What shape is {form} the {colour} object?"] = abs(squares - circles)
     asked = close_calls(scene)
-    assert sorted(question.text for question in asked) == sorted(text for text, lead in decided.items() if lead < 8)
+    assert sorted(question.text for question in asked) == sorted(
+        text for text, lead in leads(objects_seen).items() if lead < 8
+    )
     assert all(expected(objects_seen, question.text) == {question.answer} for question in asked)
 
 
