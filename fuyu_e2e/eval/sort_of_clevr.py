@@ -11,7 +11,7 @@ where objects of both shapes are equally close to another, or equally far.
 import io
 import zlib
 from bisect import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ Split = Literal["train", "val", "test"]
 Shape = Literal["square", "circle"]
 Kind = Literal["relational", "non-relational"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-Selection = Literal["relational", "non-relational", "close-calls"]
+Selection = Kind | Literal["close-calls"]
 """What of a picture is asked: a kind of question, or those relational ones that take exact places to answer."""
 
 RADIUS = 5
@@ -112,16 +112,16 @@ class Form:
     kind: Kind
     text: str
     answer: Callable[[Scene, Thing], str]
-    needs_others: bool = False
-    """Whether an object that is alone can't be asked."""
+    extreme: Callable[[Iterable[float]], float] | None = None
+    """Of a question of distance, `min` or `max`, whichever decides it. An object that is alone can't be asked it."""
 
 
 FORMS = {
     "shape": Form("non-relational", "What shape is the {} object?", _shape),
     "left": Form("non-relational", "Is the {} object on the left?", _left),
     "top": Form("non-relational", "Is the {} object at the top?", _top),
-    "closest": Form("relational", "What shape is closest to the {} object?", _closest, needs_others=True),
-    "furthest": Form("relational", "What shape is furthest from the {} object?", _furthest, needs_others=True),
+    "closest": Form("relational", "What shape is closest to the {} object?", _closest, extreme=min),
+    "furthest": Form("relational", "What shape is furthest from the {} object?", _furthest, extreme=max),
     "count": Form("relational", "How many objects have the shape of the {} object?", _count),
 }
 """The six questions, by what they ask for. A count includes the object that it is asked of."""
@@ -157,8 +157,9 @@ def draw_scene(rng: np.random.Generator, objects: int = OBJECTS) -> Scene:
             shape: Shape = "square" if rng.integers(2) else "circle"
             row, column = _free_place(rng, scene, side(objects))
             scene.append(Thing(colours[number], shape, row, column))
-        if objects == 1 or not any(_tied(scene, asked) for asked in scene):
-            return tuple(scene)
+        drawn = tuple(scene)
+        if not any(_tied(drawn, asked) for asked in drawn):
+            return drawn
 
 
 def _free_place(rng: np.random.Generator, scene: Sequence[Thing], room: int) -> tuple[int, int]:
@@ -168,13 +169,9 @@ def _free_place(rng: np.random.Generator, scene: Sequence[Thing], room: int) -> 
             return row, column
 
 
-def _tied(scene: Sequence[Thing], asked: Thing) -> bool:
+def _tied(scene: Scene, asked: Thing) -> bool:
     """Whether objects of both shapes are the closest to one, or the furthest."""
-    distances = {thing: asked.distance(thing) for thing in scene if thing != asked}
-    return any(
-        len({thing.shape for thing, distance in distances.items() if distance == extreme}) > 1
-        for extreme in (min(distances.values()), max(distances.values()))
-    )
+    return any(_lead(scene, form, asked) == 0 for form in FORMS)
 
 
 def draw_questions(rng: np.random.Generator, scene: Scene) -> list[Asked]:
@@ -198,24 +195,26 @@ def close_calls(scene: Scene) -> list[Asked]:
 
 
 def _askable(scene: Scene) -> list[str]:
-    return [name for name, form in FORMS.items() if len(scene) > 1 or not form.needs_others]
+    return [name for name, form in FORMS.items() if len(scene) > 1 or form.extreme is None]
 
 
 def ask(scene: Scene, form: str, thing: Thing) -> Asked:
     """A question about an object, with its answer."""
     text, answer = FORMS[form].text.format(thing.colour), FORMS[form].answer(scene, thing)
-    return Asked(form, text, answer, _lead(scene, form, thing) if FORMS[form].needs_others else None)
+    return Asked(form, text, answer, _lead(scene, form, thing))
 
 
-def _lead(scene: Scene, form: str, asked: Thing) -> float:
-    best = min if form == "closest" else max
+def _lead(scene: Scene, form: str, asked: Thing) -> float | None:
+    extreme = FORMS[form].extreme
+    if extreme is None:
+        return None
     distances: dict[str, list[float]] = {}
     for thing in scene:
         if thing != asked:
             distances.setdefault(thing.shape, []).append(asked.distance(thing) ** 0.5)
     if len(distances) < 2:
         return float("inf")
-    one, other = (best(of_shape) for of_shape in distances.values())
+    one, other = (extreme(of_shape) for of_shape in distances.values())
     return abs(one - other)
 
 
@@ -280,6 +279,7 @@ def _samples(
         scene = draw_scene(rng, objects)
         questions, picture = draw_questions(rng, scene), _png(render(scene))
         if kind == "close-calls":
+            # After those of both kinds were drawn, so that the pictures that follow are the same.
             questions = close_calls(scene)
         for place, question in enumerate(questions):
             if kind in KINDS and question.groups["kind"] != kind:
