@@ -9,28 +9,24 @@ prompt = processor(Path("a.png"), "Read the digits.")
 print(processor.decode(tokens))
 """
 
-from pathlib import Path
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fuyu_e2e.checkpoint.loading import load_model
-from fuyu_e2e.inference.generation import Sampling, generate
-from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.processor import Processor
 from fuyu_e2e.version import __version__
+
+if TYPE_CHECKING:
+    from fuyu_e2e.api import Processor, Sampling, generate, load
 
 __all__ = ["Processor", "Sampling", "__version__", "generate", "load"]
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, Processor]:
-    """A trained model and what makes its prompts.
+def __getattr__(name: str) -> Any:
+    """Imports the programming interface, and torch with it, once something of it is asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module("fuyu_e2e.api"), name)
+    return value
 
-    Args:
-        path: A checkpoint, one file or sharded; a run's directory, for its newest checkpoint; or an exported folder.
-        device: Where the model goes.
 
-    Raises:
-        UserError: There is nothing, it can't be read, or it holds code, which is never run.
-    """
-    model = load_model(path, device)
-    return model.decoder, Processor(model.builder)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

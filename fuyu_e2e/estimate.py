@@ -17,13 +17,12 @@ from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import Cost, cost
 from fuyu_e2e.model.memory import Memory, Precision, memory
+from fuyu_e2e.own_options import add_estimate_options
 from fuyu_e2e.packing import Packer
 from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.training.device_limits import matmul_rate, named_peak
 
-ASSUMED_MFU = 0.4
-"""Share of the device's rate that a run is taken to reach, unless `--mfu` says better."""
 ASSUMED_DOCUMENT = 512
 """Tokens of a document where the recipe names no data: half of them patches, a quarter supervised."""
 PRECISIONS: dict[str, Precision] = {
@@ -46,10 +45,7 @@ class EstimateCLI(FuyuCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what it is to run on."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--device", type=str | None, default=None, help="A card by name, as `h100 sxm`; else this machine's."
-        )
-        parser.add_argument("--mfu", type=float, default=ASSUMED_MFU, help="Share of the device's rate reached.")
+        add_estimate_options(parser)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A trainer that leaves nothing behind; none is needed."""
@@ -95,12 +91,6 @@ class Estimate:
     def hours(self) -> float:
         """What the whole run takes."""
         return self.rows * self.cost.training_flops / (self.rate * self.mfu * self.processes) / 3600
-
-
-def estimate(args: Sequence[str]) -> int:
-    """Prints parameters, operations, memory by part, tokens and hours of a recipe's run."""
-    show(estimated(args))
-    return 0
 
 
 def estimated(args: Sequence[str]) -> Estimate:

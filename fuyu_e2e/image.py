@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import UInt8
 from PIL import ExifTags
 from PIL import Image as Pillow
@@ -203,6 +202,8 @@ def scale_pixels(pixels: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> U
     """
     if pixels.shape[1::-1] == size:
         return pixels
+    import torch  # takes seconds to import, and only images that are scaled need it
+
     image = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
     scaled = torch.nn.functional.interpolate(image, size[::-1], mode="bilinear", antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()

@@ -9,6 +9,7 @@ from PIL import Image as Pillow
 
 from fuyu_e2e.document import Document, Image, Segment, Text
 from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.image import load_patches
 from fuyu_e2e.sequence import SequenceBuilder, TokenSequence
 
 Part = str | Path | bytes | Pillow.Image
@@ -34,8 +35,9 @@ class Processor:
         segments = [self._segment(number, part) for number, part in enumerate(parts, 1)]
         try:
             return self.builder.prompt(Document("prompt", tuple(segments)))
-        except UnusableSampleError as error:
-            raise UserError(f"The prompt can't be used: {error}.") from error
+        except UnusableSampleError:
+            self._refuse_unusable(parts, segments)
+            raise
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens."""
@@ -45,6 +47,16 @@ class Processor:
     def eos_id(self) -> int:
         """The token that ends a document."""
         return self.builder.tokenizer.eos_id
+
+    def _refuse_unusable(self, parts: Iterable[Part], segments: Iterable[Segment]) -> None:
+        """Names the first image that can't be used."""
+        for number, (part, segment) in enumerate(zip(parts, segments, strict=True), 1):
+            if isinstance(segment, Image):
+                try:
+                    load_patches(segment.data, self.builder.images)
+                except UnusableSampleError as error:
+                    name = part if isinstance(part, Path) else "an image"
+                    raise UserError(f"Part {number} of the prompt, {name}, can't be used: {error}.") from error
 
     @staticmethod
     def _segment(number: int, part: Part) -> Segment:

@@ -2,7 +2,6 @@
 
 import json
 import time
-from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.checkpoint.loading import TrainedModel, load_model, read_model
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
@@ -59,7 +59,7 @@ class Workplace:
 
 def quickstart(args: Sequence[str]) -> int:
     """Writes shards of composed digits, trains a tokenizer and a model on them, and scores what it reads."""
-    parser = ArgumentParser(prog="fuyu-e2e quickstart", description=quickstart.__doc__)
+    parser = CommandParser(prog="fuyu-e2e quickstart", description=quickstart.__doc__)
     parser.add_argument("--out", default="runs/quickstart", help="Directory of the run (default: %(default)s).")
     parser.add_argument(
         "--recipe",

@@ -1,4 +1,4 @@
-"""The house: a room imports only from rooms below it, and nothing imports late to hide that it doesn't."""
+"""The house: a room imports only from rooms below it, and only the command line imports late."""
 
 import ast
 from pathlib import Path
@@ -8,8 +8,9 @@ import pytest
 import fuyu_e2e
 
 FLOORS = [
-    {"cli"},
-    {"__init__", "quickstart", "estimate", "bench"},
+    {"__main__"},
+    {"cli", "__init__"},
+    {"api", "quickstart", "estimate", "inspect_sample", "bench"},
     {"inspection", "recipe"},
     {"eval", "export"},
     {"training"},
@@ -18,10 +19,10 @@ FLOORS = [
     {"packing", "model", "processor"},
     {"sequence"},
     {"tokenizer", "image"},
-    {"document", "batch", "shipped", "allowed_imports", "ranks"},
-    {"tally"},
+    {"document", "batch", "shipped", "allowed_imports", "ranks", "own_options"},
+    {"tally", "arguments"},
     {"errors", "version"},
-    {"exit_codes"},
+    {"exit_codes", "environment"},
 ]
 """Rooms from the top of the house to its ground."""
 PACKAGE = Path(fuyu_e2e.__file__).parent
@@ -32,13 +33,14 @@ def floor(room: str) -> int:
 
 
 def imports(path: Path) -> set[tuple[str, bool]]:
-    """The rooms that a file imports from, and whether it does so at its top."""
+    """The rooms that a file imports from, and whether it does so at its top (for type checkers alone, too)."""
     tree = ast.parse(path.read_text())
+    top = [*tree.body, *(inner for node in tree.body if isinstance(node, ast.If) for inner in node.body)]
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fuyu_e2e":
             parts = (node.module or "").split(".")
-            found.add((parts[1] if len(parts) > 1 else "__init__", node in tree.body))
+            found.add((parts[1] if len(parts) > 1 else "__init__", node in top))
     return found
 
 
@@ -46,7 +48,7 @@ def imports(path: Path) -> set[tuple[str, bool]]:
 def test_a_room_imports_only_from_rooms_below_it(path: Path) -> None:
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     for other, at_the_top in imports(path):
-        assert at_the_top, f"{path.name} imports {other} inside a function"
+        assert at_the_top or room == "cli", f"{path.name} imports {other} inside a function"
         if other != room:
             assert floor(other) > floor(room), f"{room} imports {other}, which stands no lower"
 

@@ -15,8 +15,8 @@ import torch
 
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.checkpoint.whole import FILE, publish, unfinished
-from fuyu_e2e.cli import InspectCLI
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.inspect_sample import InspectCLI
 from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.shipped import shipped
 from fuyu_e2e.tokenizer import Tokenizer

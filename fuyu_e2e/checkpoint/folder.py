@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from fuyu_e2e.checkpoint.description import Description, Provenance
-from fuyu_e2e.checkpoint.tensor_files import read_json, read_weights
+from fuyu_e2e.checkpoint.json_files import read_json
+from fuyu_e2e.checkpoint.tensor_files import read_weights
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.tokenizer import Tokenizer
 from fuyu_e2e.version import __version__

@@ -6,13 +6,13 @@ The layout is that of the Hugging Face Hub: `model.safetensors`, or above 5 GB s
 
 import json
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fuyu_e2e.checkpoint.json_files import read_json
 from fuyu_e2e.errors import UserError
 
 FILE = "model.safetensors"
@@ -61,23 +61,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"{strange[0]} {said} {folder / file}, against {INDEX}: fetch the folder again.")
         weights |= found
     return weights
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        UserError: There is none, or it holds something else.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}): fetch it again.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__} instead of an object: fetch it again.")
-    return value
 
 
 def _read(folder: Path, file: str) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fuyu_e2e.checkpoint.tensor_files import read_json
+from fuyu_e2e.checkpoint.json_files import read_json
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.version import __version__
 

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.status import Status
 
+from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.checkpoint.folder import is_exported
 from fuyu_e2e.checkpoint.loading import build_model, read_model
 from fuyu_e2e.errors import UserError
@@ -20,13 +21,14 @@ from fuyu_e2e.eval.evaluation import evaluate as evaluate_task
 from fuyu_e2e.eval.report import print_report, write_report
 from fuyu_e2e.eval.scores import score
 from fuyu_e2e.eval.task import load_task
+from fuyu_e2e.inference.device import find_device
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.version import __version__
 
 
 def evaluate(args: Sequence[str]) -> int:
     """Scores a checkpoint on a task, with intervals, and tells how much of the score comes from the images."""
-    parser = ArgumentParser(prog="fuyu-e2e evaluate", description=evaluate.__doc__)
+    parser = CommandParser(prog="fuyu-e2e evaluate", description=evaluate.__doc__)
     parser.add_argument("--checkpoint", required=True, help="A checkpoint, a run's directory, or an exported folder.")
     parser.add_argument("--task", required=True, help="A task file, or the name of a shipped one.")
     parser.add_argument(
@@ -40,9 +42,7 @@ def evaluate(args: Sequence[str]) -> int:
     parser.add_argument("--limit", type=int, help="Ask the first N questions only.")
     parser.add_argument("--out", help="Where the report goes (default: evaluate/TASK in the run's directory).")
     parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="What computes (default: %(default)s).",
+        "--device", default="auto", help="What computes, as cpu or cuda:1 (default: CUDA where there is a GPU)."
     )
     parser.add_argument(
         "--batch-tokens",
@@ -56,9 +56,10 @@ def evaluate(args: Sequence[str]) -> int:
     for name in ("limit", "batch_tokens"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}, but must be at least 1.")
+    device = find_device(options.device)
     task = load_task(options.task, dict(options.data))
     stored = read_model(options.checkpoint)
-    model = build_model(stored, options.device)
+    model = build_model(stored, device)
     console = Console(highlight=False)
     started_at = time.perf_counter()
     read = Tally()
@@ -88,7 +89,7 @@ def evaluate(args: Sequence[str]) -> int:
         "tokens_seen": stored.provenance.tokens_seen,
         "limit": options.limit,
         "seconds": round(time.perf_counter() - started_at, 1),
-        "device": str(options.device),
+        "device": str(device),
         "versions": {
             "fuyu-e2e": __version__,
             "torch": torch.__version__,

@@ -9,10 +9,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import webdataset
 from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image as Pillow
+
+from fuyu_e2e.shards.tar_writer import TarWriter
 
 Samples = Callable[[range], Iterable[dict[str, Any]]]
 """Gives the samples of a shard, as webdataset writes them, of the numbers of its pictures; can be pickled."""
@@ -41,7 +42,8 @@ def write_picture_shards(
         for path, own in zip(paths, numbers, strict=True):
             write(path, own)
     else:
-        # A forked copy of a process that runs torch's threads can hang.
+        # Not forked: a copy of a process that runs torch's threads can hang. Tasks that draw import no torch, so that
+        # a new process starts in a fraction of a second.
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             for finished in [pool.submit(write, path, own) for path, own in zip(paths, numbers, strict=True)]:
                 finished.result()
@@ -49,9 +51,9 @@ def write_picture_shards(
 
 
 def _write_shard(samples: Samples, path: Path, numbers: range) -> None:
-    with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="") as writer:
+    with path.open("wb") as file, TarWriter(file) as writer:
         for sample in samples(numbers):
-            writer.write(sample)
+            writer.write(sample.pop("__key__"), sample)
 
 
 def jpeg(pixels: UInt8[ndarray, "H W 3"]) -> bytes:

@@ -1,7 +1,6 @@
 """`fuyu-e2e export` and `fuyu-e2e import`."""
 
 import json
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 from tokenizers import Tokenizer as FastTokenizer
 
+from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.checkpoint.folder import CONFIG, TOKENIZER, folder_config, new_folder
 from fuyu_e2e.checkpoint.loading import StoredModel, read_model
 from fuyu_e2e.checkpoint.tensor_files import write_weights
@@ -24,7 +24,7 @@ RECIPE = "recipe.yaml"
 
 def export(args: Sequence[str]) -> int:
     """Writes a trained model as files that other software loads."""
-    parser = ArgumentParser(prog="fuyu-e2e export", description=export.__doc__)
+    parser = CommandParser(prog="fuyu-e2e export", description=export.__doc__)
     parser.add_argument("--checkpoint", required=True, help="A checkpoint, a run's directory, or an exported folder.")
     parser.add_argument("--out", required=True, help="The folder to write.")
     parser.add_argument(
@@ -88,7 +88,7 @@ def export_to_transformers(
 
 def import_model(args: Sequence[str]) -> int:
     """Makes a FuyuForCausalLM folder of transformers, the released Fuyu-8B among them, a model to go on with."""
-    parser = ArgumentParser(prog="fuyu-e2e import", description=import_model.__doc__)
+    parser = CommandParser(prog="fuyu-e2e import", description=import_model.__doc__)
     parser.add_argument("--from", dest="source", required=True, help="The folder, with config.json and safetensors.")
     parser.add_argument("--out", required=True, help="The folder to write.")
     parser.add_argument("--tokenizer", help="The sentencepiece model, where it is not the folder's tokenizer.model.")

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from fuyu_e2e.checkpoint.description import Description, Provenance
+from fuyu_e2e.checkpoint.json_files import read_json
 from fuyu_e2e.checkpoint.loading import StoredModel, fitting
-from fuyu_e2e.checkpoint.tensor_files import read_json, read_weights
+from fuyu_e2e.checkpoint.tensor_files import read_weights
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.transformers import TEXT_MODELS, from_transformers
 from fuyu_e2e.image import ImagePolicy

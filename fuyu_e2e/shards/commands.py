@@ -1,13 +1,13 @@
 """`fuyu-e2e shards`: what shards hold, whether they are whole, and new ones from a user's own files."""
 
 import os
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.shards.manifest import ShardFacts, index, totals, verify
 from fuyu_e2e.shards.sources import CACHE_FOLDER, ShardCache, expand_patterns, folder_of
 from fuyu_e2e.shards.statistics import survey
@@ -33,8 +33,8 @@ def shards(args: Sequence[str]) -> int:
     return commands[args[0]](args[1:])
 
 
-def _parser(name: str, description: str | None) -> ArgumentParser:
-    parser = ArgumentParser(prog=f"fuyu-e2e shards {name}", description=description)
+def _parser(name: str, description: str | None) -> CommandParser:
+    parser = CommandParser(prog=f"fuyu-e2e shards {name}", description=description)
     parser.add_argument("patterns", nargs="+", help="Paths, URLs, globs, brace patterns or folders of shards.")
     parser.add_argument("--cache-dir", default=CACHE_FOLDER, help="Where remote shards go (default: %(default)s).")
     parser.add_argument("--allow-pipe", action="store_true", help="Run the commands of pipe: shards in a shell.")

@@ -24,6 +24,7 @@ def map_shards(read: Callable[[str], Found], shards: Sequence[str], processes: i
     if processes == 1 or len(shards) == 1:
         yield from watch(map(read, shards))
         return
-    # A forked copy of a process that runs torch's threads can hang.
+    # Not forked: a copy of a process that runs torch's threads can hang. What reads shards imports no torch, so that
+    # a new process starts in a fraction of a second.
     with ProcessPoolExecutor(min(processes, len(shards)), mp_context=get_context("spawn")) as pool:
         yield from watch(pool.map(read, shards))

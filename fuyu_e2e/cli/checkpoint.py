@@ -1,18 +1,11 @@
 """`fuyu-e2e checkpoint verify|info|consolidate`: whether one is what was written, what it is, and it in one file."""
 
 import time
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from fuyu_e2e.checkpoint.loading import read_model
-from fuyu_e2e.checkpoint.training_files import find_checkpoint, read_checkpoint, write_file
-from fuyu_e2e.checkpoint.whole import Manifest, faults, is_whole, whole_checkpoints
+from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.model.cost import cost
 
 DAMAGED = 1
 """Exit code of `verify` where a checkpoint is damaged."""
@@ -20,7 +13,7 @@ DAMAGED = 1
 
 def checkpoint(args: Sequence[str]) -> int:
     """Looks after checkpoints: compares them with their checksums, tells what one is, makes one file of shards."""
-    parser = ArgumentParser(prog="fuyu-e2e checkpoint", description=checkpoint.__doc__)
+    parser = CommandParser(prog="fuyu-e2e checkpoint", description=checkpoint.__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     for name, said in (
         ("verify", "Compare a checkpoint, or all of a run, with the checksums taken when they were written."),
@@ -40,6 +33,8 @@ def checkpoint(args: Sequence[str]) -> int:
 
 def verify(path: Path) -> int:
     """Prints what is wrong with a checkpoint, or with each of a run's; 1 where anything is."""
+    from fuyu_e2e.checkpoint.whole import faults, is_whole, whole_checkpoints
+
     found = [path] if is_whole(path) else [*whole_checkpoints(path), *whole_checkpoints(path / "checkpoints")]
     if not found:
         raise UserError(f"{path} is no checkpoint with a manifest, and no run's directory with one.")
@@ -53,6 +48,8 @@ def verify(path: Path) -> int:
 
 def consolidate(path: Path, out: Path) -> int:
     """Writes a checkpoint in one file, as a run whose weights are whole in each process would have."""
+    from fuyu_e2e.checkpoint.training_files import find_checkpoint, read_checkpoint, write_file
+
     if out.exists():
         raise UserError(f"{out} is already there: name another place.")
     found = find_checkpoint(path)
@@ -64,6 +61,14 @@ def consolidate(path: Path, out: Path) -> int:
 
 def info(path: Path) -> int:
     """Prints what a checkpoint is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fuyu_e2e.checkpoint.loading import read_model
+    from fuyu_e2e.checkpoint.training_files import find_checkpoint
+    from fuyu_e2e.checkpoint.whole import Manifest, is_whole
+    from fuyu_e2e.model.cost import cost
+
     found = find_checkpoint(path)
     stored = read_model(found)
     config, told = stored.description.config, stored.provenance

@@ -1,0 +1,74 @@
+"""Command lines that are refused with one sentence, and the name that was probably meant."""
+
+import argparse
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from fuyu_e2e.errors import UserError
+
+UNRECOGNIZED = "unrecognized arguments: "
+"""How argparse and jsonargparse begin to name arguments that no option takes."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse's parser, whose errors are sentences of the command line like all others.
+
+    Abbreviated options are refused: with them, a typo could set something else than was meant.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuses the command line.
+
+        Raises:
+            UserError: Always, with the nearest name where there is one.
+        """
+        if message.startswith(UNRECOGNIZED):
+            raise UserError(unknown_option(message.removeprefix(UNRECOGNIZED), _options(self), f"{self.prog} --help"))
+        if chosen := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            choices = [choice.strip("'\" ") for choice in chosen[2].split(",")]
+            hint = did_you_mean(chosen[1], choices) or f"choose from {', '.join(choices)}."
+            what = message.partition(":")[0].removeprefix("argument ")
+            raise UserError(f"{what} can't be {chosen[1]!r}: {hint}")
+        raise UserError(f"{self.prog}: {message}; {self.prog} --help tells more.")
+
+
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    """All options of a parser and of its subcommands."""
+    known = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            known |= {option for inner in action.choices.values() for option in _options(inner)}
+    return known
+
+
+def unknown_option(arguments: str, known: Iterable[str], help_command: str) -> str:
+    """The sentence that refuses an argument which no option takes.
+
+    Args:
+        arguments: What was left over of the command line, an option first.
+        known: All options.
+        help_command: The command that lists them.
+    """
+    name = arguments.split()[0].partition("=")[0]
+    kind = "option" if name.startswith("-") else "argument"
+    hint = did_you_mean(name, known) or f"{help_command} lists all options."
+    return f"There is no {kind} {name}: {hint}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The question after the nearest of the known names; empty where none is near.
+
+    Of dotted names the last part counts most: `--max_steps` is near `--trainer.max_steps`.
+    """
+    known = list(known)
+    near = get_close_matches(name, known, n=1, cutoff=0.7)
+    if not near:
+        last = {option.rpartition(".")[2].lstrip("-"): option for option in reversed(known)}
+        ends = get_close_matches(name.rpartition(".")[2].lstrip("-"), last, n=1, cutoff=0.8)
+        near = [last[end] for end in ends]
+    return f"did you mean {near[0]}?" if near else ""

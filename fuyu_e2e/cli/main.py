@@ -1,0 +1,102 @@
+"""Finds and runs a command: Lightning's `fit`, `validate`, `test` and `predict`, and the project's own.
+
+Nothing heavy is imported here: a command's module is, once it is known which command to run.
+"""
+
+import errno
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
+
+from fuyu_e2e.arguments import did_you_mean
+from fuyu_e2e.environment import set_defaults
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.exit_codes import WRONG_USE
+from fuyu_e2e.version import __version__
+
+USAGE = f"""fuyu-e2e {__version__}: train a multimodal decoder with no vision encoder, from scratch.
+
+usage: fuyu-e2e COMMAND [--help]
+
+  quickstart         train a small model on handwritten digits, score it, show what it reads
+  fit                train:       fuyu-e2e fit --config recipes/X.yaml [--data.train 'PATTERN'] [--ckpt_path last]
+  validate, test     loss and perplexity of a checkpoint on data.val or data.test
+  predict            continue the documents of data.predict, into predictions.jsonl of the run's directory
+  evaluate           score a checkpoint on a task, and whether it looks:  fuyu-e2e evaluate --checkpoint C --task T
+  generate           continue prompts:  fuyu-e2e generate --checkpoint C --image a.png --prompt "..."
+  routing            show how much depth each token of a prompt gets in a model with routed blocks
+  checkpoint         verify, info, consolidate: whether one is what was written, what it is, and it in one file
+  export             write a trained model for fuyu_e2e.load, or --to transformers for FuyuForCausalLM
+  import             make a FuyuForCausalLM folder a model to go on with: generate, fit, export
+  tokenizer train    train a tokenizer on the text of shards
+  shards             index, verify, stats or write: what shards hold, and new ones from your own files
+  inspect            show a sample as it enters the model
+  estimate           memory, operations and hours of a recipe's run, before it is started
+"""
+LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = {
+    **dict.fromkeys(LIGHTNING_COMMANDS, "fuyu_e2e.cli.lightning:lightning"),
+    "inspect": "fuyu_e2e.cli.inspect:inspect",
+    "estimate": "fuyu_e2e.cli.estimate:estimate",
+    "checkpoint": "fuyu_e2e.cli.checkpoint:checkpoint",
+    "export": "fuyu_e2e.export.commands:export",
+    "import": "fuyu_e2e.export.commands:import_model",
+    "evaluate": "fuyu_e2e.eval.commands:evaluate",
+    "generate": "fuyu_e2e.cli.generate:generate",
+    "routing": "fuyu_e2e.cli.routing:routing",
+    "shards": "fuyu_e2e.shards.commands:shards",
+    "tokenizer": "fuyu_e2e.cli.tokenizer:tokenizer",
+    "quickstart": "fuyu_e2e.quickstart:quickstart",
+}
+"""By name, the function that takes what follows the name on the command line, of Lightning's commands the name as
+well, and returns the exit code."""
+
+
+def main() -> int:
+    """Runs one command; what the user can mend ends with a sentence and its exit code instead of a traceback."""
+    set_defaults()
+    name, *args = sys.argv[1:] or ["--help"]
+    if name == "--version":
+        print(f"fuyu-e2e {__version__}")
+        return 0
+    if name in ("--help", "-h"):
+        print(USAGE)
+        return 0
+    try:
+        return _command(name)([name, *args] if name in LIGHTNING_COMMANDS else args)
+    except UserError as error:
+        # An error of a loader's worker arrives as a traceback in text, with the sentence in its last line.
+        sentence = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+        print(f"fuyu-e2e: {sentence}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        sentence = f"The disk has no room left{where}: make room on it, and run the command again."
+        print(f"fuyu-e2e: {sentence}", file=sys.stderr)
+        return WRONG_USE
+
+
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    """Imports a command.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    if name not in COMMANDS:
+        hint = did_you_mean(name, COMMANDS) or "fuyu-e2e --help lists all commands."
+        raise UserError(f"There is no command {name!r}: {hint}")
+    _silence_what_no_user_can_act_on()
+    command: Callable[[Sequence[str]], int] = resolve_name(COMMANDS[name])
+    return command
+
+
+def _silence_what_no_user_can_act_on() -> None:
+    """Keeps a product's advertisement and a deprecation inside Lightning out of every run's first lines."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")

@@ -1,0 +1,21 @@
+"""What `generate` and `routing` are given alike: a model, where it computes, and a prompt."""
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+PROMPT_HELP = "The text behind the images; empty asks for a caption."
+
+
+def add_model_and_images(parser: ArgumentParser) -> None:
+    """Adds which model, where it computes, and the images of the prompt."""
+    parser.add_argument("--checkpoint", required=True, help="A checkpoint, a run's directory, or an exported folder.")
+    parser.add_argument("--image", action="append", default=[], help="An image file; may be given several times.")
+    parser.add_argument(
+        "--device", default="auto", help="What computes, as cpu or cuda:1 (default: CUDA where there is a GPU)."
+    )
+
+
+def prompt_parts(images: Sequence[str], text: str) -> list[Path | str]:
+    """The parts of a prompt, as `fuyu_e2e.Processor` takes them."""
+    return [*map(Path, images), *([text] if text else [])]

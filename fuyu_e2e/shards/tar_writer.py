@@ -1,0 +1,37 @@
+"""Writing samples into a shard."""
+
+import io
+import tarfile
+from collections.abc import Mapping
+from types import TracebackType
+from typing import BinaryIO
+
+
+class TarWriter:
+    """Writes samples as webdataset's own writer does, byte for byte.
+
+    Not that one, because webdataset imports torch, which takes seconds in every process that writes.
+
+    Args:
+        file: Where the archive goes; it is not closed.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._tar = tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def __enter__(self) -> "TarWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._tar.close()
+
+    def write(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Writes a sample, its members by extension."""
+        for extension in sorted(members):
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size = len(members[extension])
+            info.mode = 0o444
+            self._tar.addfile(info, io.BytesIO(members[extension]))
+        self._tar.members.clear()  # type: ignore[attr-defined]  # which tarfile would keep, a kilobyte each
