@@ -5,12 +5,14 @@ import os
 # Two processes that run tests side by side, of two threads each, would wait for each other; so would what they start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
+# Threads that wait sleep instead of spinning on a core that others could use. OpenMP reads this as torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import copy
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 from PIL import Image as Pillow
 
 from fuyu_e2e.datamodule import FuyuDataModule
@@ -31,10 +34,23 @@ from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.tokenizer import Tokenizer, train_tokenizer
 
+# The usual run draws the same examples each time, on any machine; `--hypothesis-profile=explore` looks for new ones.
+# A test that needs fewer takes a part of `settings.default.max_examples`. How fast an example is decides nothing.
 settings.register_profile(
-    "suite", deadline=None, max_examples=35, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "suite",
+    derandomize=True,
+    deadline=None,
+    max_examples=35,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-settings.load_profile("suite")
+settings.register_profile(
+    "explore",
+    settings.get_profile("suite"),
+    derandomize=False,
+    max_examples=50 * settings.get_profile("suite").max_examples,
+    print_blob=True,
+)
+settings.load_profile("suite")  # as conftest.py is read; pytest's own option comes later
 
 VOCAB_SIZE = 320
 PATCH_SIZE = 4
@@ -44,6 +60,15 @@ PATCH_SIZE = 4
 def _two_threads() -> None:
     """Two, unless the environment asks for fewer: beside other work, two threads wait for each other."""
     torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _same_examples_whatever_was_imported() -> Iterator[None]:
+    """Hypothesis mixes in the constants of all local modules loaded so far, which differ with the tests run before."""
+    with pytest.MonkeyPatch.context() as patch:
+        if settings.default.derandomize:
+            patch.setattr(providers, "_get_local_constants", providers.Constants)
+        yield
 
 
 @pytest.fixture(scope="session")

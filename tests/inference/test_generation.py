@@ -95,7 +95,7 @@ def test_looking_seldom_for_the_end_changes_nothing(
 
 @torch.no_grad()
 @given(seeds=st.lists(st.integers(0, 1_000), min_size=1, max_size=4), tokens=st.integers(5, 200))
-@settings(max_examples=20)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_a_row_read_in_pieces_leaves_what_the_whole_row_leaves(
     seeds: list[int], tokens: int, decoder: Decoder, builder: SequenceBuilder, random_document: RandomDocument
 ) -> None:
@@ -189,7 +189,7 @@ def label(routing: dict) -> str:
 @torch.no_grad()
 @pytest.mark.parametrize("routing", ROUTED, ids=label)
 @given(seeds=st.lists(st.integers(0, 1_000), min_size=1, max_size=6))
-@settings(max_examples=10)
+@settings(max_examples=settings.default.max_examples // 3)
 def test_routed_cached_generation_is_the_uncached_forward(
     routing: dict,
     seeds: list[int],

@@ -134,7 +134,7 @@ def test_a_routed_block_is_its_definition(
 
 @pytest.mark.parametrize("routing", CAUSAL, ids=label)
 @given(seeds=seeds, padding=st.integers(0, 40))
-@settings(max_examples=15)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_a_document_alone_and_packed_gives_the_same_logits_and_choices(
     routing: dict,
     seeds: list[int],
@@ -157,7 +157,7 @@ def test_a_document_alone_and_packed_gives_the_same_logits_and_choices(
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("routing", CAUSAL, ids=label)
 @given(seeds=seeds, data=st.data())
-@settings(max_examples=15)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_a_later_token_changes_nothing_before_it_and_no_other_document(
     routing: dict,
     training: bool,

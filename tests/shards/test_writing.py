@@ -437,7 +437,7 @@ def test_the_report_shows_the_first_rows_of_each_reason_only(tmp_path: Path) -> 
 counter = iter(range(10**9))
 
 
-@settings(max_examples=20)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(data=st.data())
 def test_what_is_read_is_written_or_skipped(tmp_path: Path, bad_images: None, data: st.DataObject) -> None:
     root = tmp_path / f"{next(counter)}"
@@ -456,7 +456,6 @@ def test_what_is_read_is_written_or_skipped(tmp_path: Path, bad_images: None, da
     assert_adds_up(report, root / "out")
 
 
-@settings(max_examples=40)
 @given(data=st.data())
 def test_damaged_tables_never_crash(tmp_path: Path, data: st.DataObject) -> None:
     root = tmp_path / f"{next(counter)}"
