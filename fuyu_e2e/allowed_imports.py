@@ -1,6 +1,7 @@
 """Which classes a recipe may name: our settings and the parts of Lightning's trainer, until a user allows more."""
 
 import re
+import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.setting_errors import SettingError
 
 OPTION = "--allow-imports"
 ALLOWED = (
@@ -54,16 +56,19 @@ class RecipeParser(LightningArgumentParser):
             self.error(str(error), error)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends with usage and message, but for a denied import.
+        """Ends the parsing.
 
         Raises:
-            DeniedImportError: That.
+            DeniedImportError: A setting names what is not allowed.
+            SettingError: Anything else is wrong.
         """
         denied = re.search(r"Importing '([\w.]+)' is not allowed", message)
         if denied and self.exit_on_error:  # else it parses a class within a setting, and hands the message on
             key = re.search(r"key \"([\w.]+)\"|--([\w.]+?)(?:\.help)?:", message)
             raise DeniedImportError(denied[1], (key[1] or key[2]) if key else "a setting") from ex
-        super().error(message, ex)
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise SettingError(message, (getattr(ex, "subcommand_parser", None) or self)._option_string_actions) from ex
 
 
 def take_allowed(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -87,6 +92,12 @@ def take_allowed(args: Sequence[str]) -> tuple[list[str], list[str]]:
 def is_allowed(path: str, packages: Sequence[str]) -> bool:
     """Whether a dotted path lies in one of the packages."""
     return any(path == package or path.startswith(f"{package}.") for package in packages)
+
+
+def named_classes() -> set[str]:
+    """The classes that a setting may name without their path."""
+    modules = (sys.modules[package] for package in ALLOWED if package in sys.modules)
+    return {name for module in modules for name, value in vars(module).items() if isinstance(value, type)}
 
 
 @contextmanager

@@ -63,12 +63,17 @@ def unknown_option(arguments: str, known: Iterable[str], help_command: str) -> s
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The question after the nearest of the known names; empty where none is near.
 
-    Of dotted names the last part counts most: `--max_steps` is near `--trainer.max_steps`.
+    Of dotted names, one that ends alike is nearest (`--max_steps` means `--trainer.max_steps`), then one of the same
+    group, and where there is no such group, one that is alike as a whole.
     """
-    known = list(known)
-    near = get_close_matches(name, known, n=1, cutoff=0.7)
-    if not near:
-        last = {option.rpartition(".")[2].lstrip("-"): option for option in reversed(known)}
-        ends = get_close_matches(name.rpartition(".")[2].lstrip("-"), last, n=1, cutoff=0.8)
-        near = [last[end] for end in ends]
+    parents = {option: option.rpartition(".")[0] for option in known}
+    parent, _, last = name.rpartition(".")
+    ends = [option for option in parents if option.rpartition(".")[2] == last.lstrip("-")]
+    group = {option.rpartition(".")[2]: option for option, own in parents.items() if own == parent}
+    if ends:
+        near = ends[:1]
+    elif group:
+        near = [group[found] for found in get_close_matches(last, group, n=1)]
+    else:
+        near = get_close_matches(name, parents, n=1, cutoff=0.8)
     return f"did you mean {near[0]}?" if near else ""

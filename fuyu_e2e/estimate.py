@@ -1,6 +1,5 @@
 """`fuyu-e2e estimate`: what a recipe will take of memory and time, before anything is started."""
 
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from fuyu_e2e.model.memory import Memory, Precision, memory
 from fuyu_e2e.own_options import add_estimate_options
 from fuyu_e2e.packing import Packer
 from fuyu_e2e.recipe import FuyuCLI
+from fuyu_e2e.setting_errors import recipes_of
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.training.device_limits import matmul_rate, named_peak
 
@@ -186,11 +186,8 @@ def _devices(asked: Any, where: str) -> int:
 
 def _says_precision(args: Sequence[str]) -> bool:
     """Whether the command line or one of its recipes sets `trainer.precision`."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
-    options, rest = parser.parse_known_args(args)
-    recipes = (yaml.safe_load(Path(path).read_text()) for path in options.config if Path(path).is_file())
-    return any(argument.startswith("--trainer.precision") for argument in rest) or any(
+    recipes = (yaml.safe_load(Path(path).read_text()) for path in recipes_of(args) if Path(path).is_file())
+    return any(argument.startswith("--trainer.precision") for argument in args) or any(
         "precision" in (recipe.get("trainer") or {}) for recipe in recipes
     )
 

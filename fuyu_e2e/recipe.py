@@ -17,6 +17,7 @@ from fuyu_e2e.allowed_imports import (
     OPTION,
     DeniedImportError,
     RecipeParser,
+    named_classes,
     names_outside,
     only_allowed_imports,
     take_allowed,
@@ -27,6 +28,7 @@ from fuyu_e2e.checkpoint.whole import is_whole, whole_checkpoints
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.during_training import EvaluationInTraining
+from fuyu_e2e.setting_errors import SettingError, recipes_of, sentence
 from fuyu_e2e.training.bad_steps import BadSteps
 from fuyu_e2e.training.checkpoint_guard import CheckpointGuard
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
@@ -116,7 +118,7 @@ class FuyuCLI(LightningCLI):
                         StopSignals(),
                     ],
                 },
-                parser_kwargs={"prog": "fuyu-e2e"},
+                parser_kwargs={"prog": "fuyu-e2e", "allow_abbrev": False},
                 auto_configure_optimizers=False,
                 args=rest,
                 run=run,
@@ -165,8 +167,8 @@ class FuyuCLI(LightningCLI):
         none yet begins.
 
         Raises:
-            UserError: The recipe names a class that is not allowed, or asks for what only a command line may; or the
-                checkpoint can't be read.
+            UserError: A setting is wrong; the recipe names a class that is not allowed, or asks for what only a
+                command line may; or the checkpoint can't be read.
         """
         try:
             self.config = parser.parse_args(args)
@@ -180,6 +182,8 @@ class FuyuCLI(LightningCLI):
                 f"{error.key} {_where(error.path, args)}names {error.path}, and a recipe may name only classes of "
                 f"Lightning and fuyu-e2e: if you trust that code, say {OPTION} {error.path.split('.')[0]}."
             ) from error
+        except SettingError as error:
+            raise UserError(sentence(error, args, named_classes())) from error
         if settings["data"]["allow_pipe"] and not _allows_pipe(args):
             raise UserError(
                 "data.allow_pipe would let the recipe run commands in your shell: if you trust it, say "
@@ -253,9 +257,7 @@ class FuyuCLI(LightningCLI):
 
 def _where(path: str, args: Sequence[str]) -> str:
     """The recipe of a command line that a class path stands in, as part of a sentence; empty where it is in none."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
-    recipes = parser.parse_known_args(args)[0].config
+    recipes = recipes_of(args)
     name = path.rpartition(".")[2]  # it may be spelled by another path, or by its name alone
     found = (recipe for recipe in recipes if Path(recipe).is_file() and name in Path(recipe).read_text())
     return f"in {recipe} " if (recipe := next(found, None)) else ""

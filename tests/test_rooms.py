@@ -20,6 +20,7 @@ FLOORS = [
     {"sequence"},
     {"tokenizer", "image"},
     {"document", "batch", "shipped", "allowed_imports", "ranks", "own_options"},
+    {"setting_errors"},
     {"tally", "arguments"},
     {"errors", "version"},
     {"exit_codes", "environment"},

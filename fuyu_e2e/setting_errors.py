@@ -1,0 +1,164 @@
+"""What jsonargparse says of a wrong setting, as one sentence: the setting, the recipe it stands in, the nearest name.
+
+jsonargparse's own messages list every type of a union and why each was refused, behind a hundred lines of usage. They
+are read here as text, since its errors carry nothing else; a message of another form is passed on, in one line.
+"""
+
+import inspect
+import re
+import sys
+from argparse import ArgumentParser
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fuyu_e2e.arguments import UNRECOGNIZED, did_you_mean, unknown_option
+
+HELP = "fuyu-e2e fit --help"
+"""The command that lists all settings."""
+LONGEST = 300
+"""Characters of a passed-on message."""
+
+
+TYPES = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
+"""How types are called."""
+
+
+class SettingError(Exception):
+    """jsonargparse refused a setting.
+
+    Not a ValueError, which jsonargparse would take for its own where a config stands within a config.
+
+    Attributes:
+        message: What it says.
+        options: All options of the command.
+    """
+
+    def __init__(self, message: str, options: Collection[str]) -> None:
+        super().__init__(message)
+        self.message, self.options = message, options
+
+
+def recipes_of(args: Sequence[str]) -> list[str]:
+    """The recipes that a command line names."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    recipes: list[str] = parser.parse_known_args(args)[0].config
+    return recipes
+
+
+def sentence(error: SettingError, args: Sequence[str], classes: Collection[str]) -> str:
+    """The sentence that refuses a command line.
+
+    Args:
+        error: What jsonargparse said.
+        args: The command line.
+        classes: The names of classes that a setting may name without their path.
+    """
+    message = error.message
+    recipes: dict[str, Any] = {}
+    for name in recipes_of(args):
+        try:
+            # A recipe may stand on the command line itself, in braces.
+            text = name if name.startswith("{") else Path(name).read_text(encoding="utf-8")
+            recipes[name] = yaml.safe_load(text)
+        except OSError as problem:
+            return f"The recipe {name} can't be read: {problem.strerror}."
+        except UnicodeDecodeError as problem:
+            return f"The recipe {name} is no text in UTF-8: {problem}."
+        except yaml.YAMLError as problem:
+            where = getattr(problem, "problem_mark", None)
+            line = f" in line {where.line + 1}" if where else ""
+            return f"The recipe {name} is no YAML{line}: {getattr(problem, 'problem', problem)}."
+        if not isinstance(recipes[name], dict):
+            return f"The recipe {name} holds no settings, as `trainer:` and below it `max_steps: 100` would be."
+    if message.startswith(UNRECOGNIZED):
+        return unknown_option(message.removeprefix(UNRECOGNIZED), error.options, HELP)
+    settings = [option.removeprefix("--") for option in error.options]
+    if unknown := re.match(r"(Subcommand|Group) '(.*?)' does not accept option '(.+?)'", message):
+        group = unknown[2] if unknown[1] == "Group" else ""
+        return _unknown(f"{group}.{unknown[3]}".strip("."), settings, args, recipes)
+    key = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
+    if unknown := re.search(r"Option '([\w.]+)' is not accepted", message):
+        return _unknown(f"{key}.{unknown[1]}", _settings_of(message[: unknown.start()], key), args, recipes)
+    # What is left tells of the innermost setting.
+    rest = re.split(r'Parser key "[\w.]+":', message)[-1].lstrip("\n")
+    given = re.search(r"(?:Got value|Given value): (.*)", rest)
+    choices = _choices(rest)
+    if key and given and choices:
+        return f"{_where(key, args, recipes)} is {given[1]!r}, but must be {choices}."
+    if unknown := re.search(r"(?:Expected a dot import path string: |has no attribute ')(\w+)", message):
+        hint = did_you_mean(unknown[1], classes) or "write its path, as lightning.pytorch.callbacks.EarlyStopping."
+        return f"{_where(key, args, recipes)} names the class {unknown[1]}, which isn't known: {hint}"
+    return f"{_where(key, args, recipes)}: {_one_line(rest)}." if key else f"{_one_line(rest)}."
+
+
+def _choices(message: str) -> str:
+    """What a value must be, where a message tells of plain types alone; empty where it tells of classes."""
+    expected = re.compile(
+        r"(?:- )?Expected an? (?:<class '(?P<type>\w+)'>|typing\.Literal\[(?P<values>.*?)\])(?:\.|$)"
+    )
+    if found := expected.match(message.strip()):
+        reasons = [found]
+    else:
+        listed = [line for line in message.partition("Errors:")[2].splitlines() if line.lstrip().startswith("- ")]
+        outer = min((len(line) - len(line.lstrip()) for line in listed), default=0)
+        matches = [expected.match(line.strip()) for line in listed if len(line) - len(line.lstrip()) == outer]
+        reasons = [match for match in matches if match is not None]
+        if len(reasons) < len(matches) and not any(match["values"] for match in reasons):
+            return ""
+    names: list[str] = []
+    for reason in reasons:
+        names += [TYPES.get(reason["type"], reason["type"])] if reason["type"] else reason["values"].split(", ")
+    unquoted = list(dict.fromkeys(name.strip("'") for name in names))
+    return " or ".join([", ".join(unquoted[:-1]), unquoted[-1]] if len(unquoted) > 1 else unquoted)
+
+
+def _unknown(name: str, settings: Collection[str], args: Sequence[str], recipes: dict[str, Any]) -> str:
+    """Refuses a setting that there is none of."""
+    if _on_command_line(name, args):
+        return unknown_option(f"--{name}", [f"--{setting}" for setting in settings], HELP)
+    hint = did_you_mean(name, settings) or f"{HELP} lists all settings."
+    return f"{_recipe_of(name, recipes) or 'The recipe'} sets {name}, which is no setting: {hint}"
+
+
+def _settings_of(message: str, key: str) -> list[str]:
+    """The settings of the class that a message names last; it was imported for them already."""
+    path = re.findall(r"class_path '([\w.]+)'", message)[-1:]
+    module, _, name = path[0].rpartition(".") if path else ("", "", "")
+    found = getattr(sys.modules.get(module), name, None)
+    return [f"{key}.{setting}" for setting in inspect.signature(found).parameters] if found is not None else []
+
+
+def _on_command_line(key: str, args: Sequence[str]) -> bool:
+    return any(arg.partition("=")[0].removesuffix("+") == f"--{key}" for arg in args)
+
+
+def _where(key: str, args: Sequence[str], recipes: dict[str, Any]) -> str:
+    """A setting, and which recipe it stands in unless it stands on the command line."""
+    if _on_command_line(key, args):
+        return f"--{key}"
+    recipe = _recipe_of(key, recipes)
+    return f"{key} in {recipe}" if recipe else key
+
+
+def _recipe_of(key: str, recipes: dict[str, Any]) -> str | None:
+    """The last recipe that sets a setting."""
+    return next((name for name, settings in reversed(recipes.items()) if _sets(settings, key.split("."))), None)
+
+
+def _sets(settings: Any, parts: Sequence[str]) -> bool:
+    if not parts:
+        return True
+    if isinstance(settings, list):
+        return any(_sets(entry, parts) for entry in settings)
+    if not isinstance(settings, dict):
+        return False
+    return (parts[0] in settings and _sets(settings[parts[0]], parts[1:])) or _sets(settings.get("init_args"), parts)
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split()).removesuffix(".")
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} …"
