@@ -3,20 +3,22 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image as Pillow
 
 from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
+from fuyu_e2e.cli import main
 from fuyu_e2e.quickstart import quickstart
+from fuyu_e2e.training.module import FuyuModule
+from fuyu_e2e.training.signals import STOP_SIGNALS, Stopped
 
 SMALL = ["--pictures", "400", "--test-pictures", "24"]
-MAIN = "import sys; from fuyu_e2e.cli import main; sys.exit(main())"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -51,25 +53,37 @@ def test_the_quickstart_with_routed_blocks_shows_its_depth(tmp_path: Path, capfd
     assert load_model(out / "fuyu-digits").decoder.config.routing is not None
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_the_printed_command_continues(tmp_path: Path) -> None:
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts back the handlers of signals: a run that was stopped leaves its own, for the process is to end."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_ctrl_c_leaves_a_checkpoint_that_the_printed_command_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, "-c", MAIN, "quickstart", "--out", str(out), "--max-steps", "4000", *SMALL]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while not list(out.glob("checkpoints/*.ckpt")):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-            if list(out.glob("tensorboard/events*")):
-                time.sleep(6)  # into training, which has its own handler from its first step on
-                os.kill(process.pid, signal.SIGINT)
-                break
-        assert process.wait(timeout=120) == 130, (tmp_path / "log").read_text()
-    printed = (tmp_path / "log").read_text().replace("\n", " ")
+    train = FuyuModule.training_step
+
+    def interrupted(module: FuyuModule, batch: Any, batch_idx: int) -> Any:
+        if module.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train(module, batch, batch_idx)
+
+    monkeypatch.setattr(FuyuModule, "training_step", interrupted)
+    with pytest.raises(Stopped) as stopped:
+        quickstart(["--out", str(out), "--max-steps", "4000", *SMALL])
+    monkeypatch.setattr(FuyuModule, "training_step", train)
+    assert stopped.value.code == 128 + signal.SIGINT
+    printed = capfd.readouterr().out.replace("\n", " ")
     assert f"fuyu-e2e fit --config {out}/config.yaml --ckpt_path last" in printed
-    more = ["fit", "--config", f"{out}/config.yaml", "--ckpt_path", "last"]
-    step = read_checkpoint(out / "checkpoints" / "last.ckpt")["global_step"]
-    assert step > 0
-    subprocess.run([sys.executable, "-c", MAIN, *more, "--trainer.max_steps", str(step + 2)], check=True)
-    assert read_checkpoint(out / "checkpoints" / "last.ckpt")["global_step"] == step + 2
+    assert read_checkpoint(out / "checkpoints" / "last.ckpt")["global_step"] == 3
+    more = ["fit", "--config", f"{out}/config.yaml", "--ckpt_path", "last", "--trainer.max_steps", "5"]
+    monkeypatch.setattr(sys, "argv", ["fuyu-e2e", *more])
+    assert main() == 0
+    assert read_checkpoint(out / "checkpoints" / "last.ckpt")["global_step"] == 5

@@ -117,6 +117,17 @@ def _modules(decoder: Decoder) -> Iterator[tuple[nn.Module, str]]:
 
 def _sum_up(events: Any, device: str) -> dict[str, float]:
     """Microseconds of each part, over all events."""
+    sums = dict.fromkeys(PARTS, 0.0)
+    for event, part in _by_part(events):
+        if device == "cuda":
+            sums[part] += event.self_device_time_total
+        elif not event.name.startswith(PREFIX) or part in WHOLE:
+            sums[part] += event.self_cpu_time_total
+    return sums
+
+
+def _by_part(events: Any) -> Iterator[tuple[Any, str]]:
+    """The host's events, each with the part that it belongs to."""
     host = sorted(
         (event for event in events if event.device_type == torch.autograd.DeviceType.CPU),
         key=lambda event: event.time_range.start,
@@ -126,16 +137,9 @@ def _sum_up(events: Any, device: str) -> dict[str, float]:
         part = _range_of(event)
         if part is not None and event.scope != BACKWARD and event.sequence_nr >= 0:
             forward[event.sequence_nr] = part  # of operations that share a number, the last is the one with a gradient
-    sums = dict.fromkeys(PARTS, 0.0)
     for event in host:
         part = _range_of(event)
-        if part is None:
-            part = forward.get(_backward_number(event), "rest")
-        if device == "cuda":
-            sums[part] += event.self_device_time_total
-        elif not event.name.startswith(PREFIX) or part in WHOLE:
-            sums[part] += event.self_cpu_time_total
-    return sums
+        yield event, forward.get(_backward_number(event), "rest") if part is None else part
 
 
 def _range_of(event: Any) -> str | None:

@@ -32,10 +32,9 @@ def test_a_step_that_fails_or_hangs_says_so(run_all: ModuleType, tmp_path: Path)
     broken = run_all.run(run_all.Step("bad", ("-c", "raise ValueError('why')"), 60), tmp_path, dict(os.environ))
     assert broken["exit_code"] == 1
     assert "ValueError: why" in broken["output"]
-    slow = "print('so far', flush=True); import time; time.sleep(60)"
+    slow = "print('so far', flush=True); import time; time.sleep(600)"
     hung = run_all.run(run_all.Step("slow", ("-c", slow), 2), tmp_path, dict(os.environ))
     assert hung["exit_code"] == "ended after 2 s"
-    assert hung["seconds"] < 30
     assert "so far" in hung["output"]
 
 

@@ -32,7 +32,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `on_full_disk.py` left, and all that it printed."""
     folder = tmp_path_factory.mktemp("full-disk")
     done = subprocess.run(
-        [*unshare(), sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=300
+        [*unshare(), sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "told.json").read_text()) | {"printed": done.stdout + done.stderr}

@@ -147,7 +147,7 @@ def test_what_fails_while_it_is_made_leaves_nothing(tmp_path: Path) -> None:
 def test_killed_at_any_moment_the_newest_is_whole_and_of_one_step(tmp_path: Path, repository: Path) -> None:
     script = repository / "tests" / "training" / "kill_while_saving.py"
     result = subprocess.run(
-        [sys.executable, str(script), "--kills", "5"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [sys.executable, str(script), "--kills", "5"], cwd=tmp_path, capture_output=True, text=True, timeout=1200
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "ours: {'whole': 5}" in result.stdout

@@ -26,7 +26,7 @@ def test_the_recipe_gives_the_losses_that_it_gave(tmp_path: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     kept, found = (json.loads((folder / "losses.json").read_text()) for folder in (HERE, tmp_path))

@@ -368,7 +368,7 @@ for rule, skipped in (("threshold", "nothing"), ("threshold", "keys"), ("image_t
 
 def test_one_compilation_serves_different_documents() -> None:
     """Rows of one length, of other documents and images; compiled block by block. Apart from the type checks here."""
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
 
 

@@ -42,6 +42,8 @@ from fuyu_e2e.tokenizer import Tokenizer
 # Python 3.12 warns of every fork beside threads; that forks are safe here is what is tested.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 
+NEVER = 300.0
+"""Seconds after which what doesn't come is given up, however busy the machine."""
 MEGABYTE = 2**20
 Fault = int | tuple[str, int]
 """A status, or how a body ends ("drop", "close" or "stall") and after how many bytes."""
@@ -61,7 +63,7 @@ class Web(ThreadingHTTPServer):
         """How many bytes before those asked for an answer begins."""
         self.encoding: str | None = None
         self.seconds = 0.0
-        """How long each answer takes."""
+        """How long each answer takes, unless the test ends before."""
         self.asked: list[tuple[str, str | None]] = []
         """Paths and ranges of all requests."""
         self.authorizations: list[str | None] = []
@@ -133,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body if fault is None else body[: fault[1]])
         self.wfile.flush()
         if fault is not None and fault[0] == "stall":
-            self.server.ended.wait(5)
+            self.server.ended.wait(NEVER)
         if fault is not None and fault[0] == "drop":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
@@ -155,7 +157,7 @@ def web() -> Iterator[Web]:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> ShardCache:
-    return ShardCache(tmp_path / "cache", MEGABYTE, attempts=3, timeout=5.0)
+    return ShardCache(tmp_path / "cache", MEGABYTE, attempts=3, timeout=60.0)
 
 
 @pytest.fixture(autouse=True)
@@ -182,7 +184,7 @@ def forked(act: Callable[[], object]) -> Any:
     return child
 
 
-def waited_for(condition: Callable[[], object], seconds: float = 10) -> None:
+def waited_for(condition: Callable[[], object], seconds: float = NEVER) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "it never came to be"
@@ -376,11 +378,9 @@ def test_the_last_failure_is_named(cache: ShardCache, web: Web) -> None:
 
 def test_a_server_that_never_answers_is_given_up(tmp_path: Path, web: Web) -> None:
     web.add("a.tar", 10)
-    web.seconds = 5
-    began = time.monotonic()
-    with pytest.raises(UserError, match=r"could not be fetched .*timed out"):
+    web.seconds = NEVER
+    with pytest.raises(UserError, match=r"could not be fetched \(2 attempts in a row.*timed out"):
         ShardCache(tmp_path, MEGABYTE, attempts=2, timeout=0.3).path(f"{web.url}/a.tar")
-    assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize(
@@ -574,7 +574,7 @@ def test_processes_that_want_the_same_shard_fetch_it_once(cache: ShardCache, web
     children = [forked(fetch) for _ in range(3)]
     fetch()
     for child in children:
-        child.join(10)
+        child.join(NEVER)
         assert child.exitcode == 0
     assert len(web.asked) == 1
 
@@ -586,7 +586,7 @@ def test_a_process_killed_on_the_way_leaves_neither_a_lock_nor_a_shard(cache: Sh
     waited_for(lambda: web.faults)
     waited_for(lambda: files(cache) and files(cache)[0].stat().st_size)
     os.kill(child.pid, signal.SIGKILL)
-    child.join(10)
+    child.join(NEVER)
     assert [path.suffix for path in files(cache)] == [".part"]
     path = cache.path(f"{web.url}/a.tar")
     assert path.read_bytes() == data
@@ -607,7 +607,7 @@ def test_a_forked_process_fetches_too_even_while_its_parent_does(cache: ShardCac
         assert cache.transfers.shards == 1
 
     child = forked(fetch)
-    child.join(10)
+    child.join(NEVER)
     assert child.exitcode == 0
     assert cache.transfers.shards == 1
 
@@ -618,18 +618,19 @@ def test_a_cache_can_be_pickled_while_it_fetches(cache: ShardCache, web: Web) ->
     cache.prefetch(f"{web.url}/a.tar")
     copy = pickle.loads(pickle.dumps(cache))  # noqa: S301 (our own)
     assert copy.path(f"{web.url}/a.tar").read_bytes() == data
-    assert (copy.max_bytes, copy.attempts, copy.timeout) == (MEGABYTE, 3, 5)
+    assert (copy.max_bytes, copy.attempts, copy.timeout) == (MEGABYTE, 3, 60)
 
 
 def test_prefetching_goes_on_in_the_background_two_at_a_time(cache: ShardCache, web: Web) -> None:
     shards = {f"{web.url}/{number}.tar": web.add(f"{number}.tar", 1000) for number in range(6)}
-    web.seconds = 0.1
-    began = time.monotonic()
+    answers = threading.Event()
+    web.fault = lambda path: None if answers.wait(NEVER) else 503
     for shard in shards:
         cache.prefetch(shard)
         cache.prefetch(shard)
-    assert time.monotonic() - began < 0.5
-    waited_for(lambda: len(web.asked) == 4)
+    waited_for(lambda: web.busy == 2)
+    answers.set()
+    waited_for(lambda: len(web.asked) >= 4)
     for shard, data in shards.items():
         assert cache.path(shard).read_bytes() == data
     assert len(web.asked) == 6
@@ -639,7 +640,6 @@ def test_prefetching_goes_on_in_the_background_two_at_a_time(cache: ShardCache, 
 def test_errors_of_prefetching_show_when_the_shard_is_wanted(cache: ShardCache, web: Web) -> None:
     cache.prefetch(f"{web.url}/a.tar")
     waited_for(lambda: web.asked)
-    time.sleep(0.1)
     with pytest.raises(UserError, match=r"a\.tar is missing"):
         cache.path(f"{web.url}/a.tar")
     assert len(web.asked) == 1
@@ -649,12 +649,16 @@ def test_errors_of_prefetching_show_when_the_shard_is_wanted(cache: ShardCache, 
 
 def test_a_program_that_ends_does_not_wait_for_what_it_prefetches(cache: ShardCache, web: Web) -> None:
     web.add("a.tar", 1000)
-    web.seconds = 20
+    web.seconds = 2 * NEVER
     program = (
-        "import sys, time; from pathlib import Path; from fuyu_e2e.shards.sources import ShardCache\n"
-        "ShardCache(Path(sys.argv[1]), 10**6).prefetch(sys.argv[2])\ntime.sleep(0.5)"
+        "import sys; from pathlib import Path; from fuyu_e2e.shards.sources import ShardCache\n"
+        "ShardCache(Path(sys.argv[1]), 10**6, timeout=1e6).prefetch(sys.argv[2])\nsys.stdin.read()"
     )
-    subprocess.run([sys.executable, "-c", program, cache.folder, f"{web.url}/a.tar"], check=True, timeout=10)
+    command = [sys.executable, "-c", program, cache.folder, f"{web.url}/a.tar"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as running:
+        waited_for(lambda: web.asked)
+        running.communicate(timeout=NEVER)
+    assert running.returncode == 0
     assert len(web.asked) == 1
 
 
@@ -785,7 +789,7 @@ def test_a_forked_process_asks_a_store_that_its_parent_asked(bucket: str, cache:
         assert cache.path(f"{bucket}/b.tar").read_bytes() == b"b"
 
     child = forked(fetch)
-    child.join(10)
+    child.join(NEVER)
     assert child.exitcode == 0
 
 
@@ -828,10 +832,8 @@ def test_a_store_that_never_answers_is_given_up(bucket: str, tmp_path: Path, mon
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         fsspec.get_filesystem_class("s3").clear_instance_cache()
-        began = time.monotonic()
         with pytest.raises(UserError, match=r"could not be fetched .*[tT]imeout"):
             ShardCache(tmp_path, MEGABYTE, attempts=2, timeout=0.3).path("s3://bucket/a.tar")
-        assert time.monotonic() - began < 5
 
 
 # Runs
@@ -886,7 +888,7 @@ def test_a_run_over_a_server_that_fails_at_random_has_the_same_batches(
 
     web.fault = fault
     data = remote(tmp_path, f"{web.url}/{{0..3}}.tar")
-    data.cache = ShardCache(tmp_path / "cache", MEGABYTE, attempts=12, timeout=0.2)
+    data.cache = ShardCache(tmp_path / "cache", MEGABYTE, attempts=40, timeout=0.2)
     assert rows(data, workers) == rows(local, 0)
     assert web.faults > 0
     assert len(files(data.cache)) == 4

@@ -26,7 +26,7 @@ def guarded_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tupl
             env=environment | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=3600,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return folder, json.loads((folder / "results.json").read_text())

@@ -4,7 +4,7 @@
 
 The processes are forked, with torchrun's variables around them. FOLDER/results.json says of each run the exit codes
 and the seconds from its signal to the last exit, FOLDER/NAME/RANK.log what a rank printed, FOLDER/NAME/RANK.json what
-it saw.
+it saw. No run is so fast that its signal comes too late, and one that hangs is killed after DEADLINE seconds.
 
 With "hosts", each of the two processes is alone on a host: "pids" are processes in the network namespaces of these
 hosts, "address" is the first's, "shards" where they stream from, "cut" a command that takes the network down.
@@ -48,6 +48,9 @@ from fuyu_e2e.training.watchdog import Watchdog
 RANKS = 2
 ROW_SECONDS = 0.03
 """What a row takes at least, so that signals come in at many places of a step."""
+DEADLINE = 300.0
+WAITING_ROWS = 6
+"""Rows behind the one that a signal is to come in, after which a rank waits for the signal to be sent."""
 
 
 def tensors(trainer: pl.Trainer, module: Any) -> str:
@@ -68,8 +71,8 @@ def mark(path: Path, number: int) -> None:
 class Plant(Callback):
     """Plants what a run is to survive, and writes down what a rank saw."""
 
-    def __init__(self, folder: Path, wanted: dict[str, Any]) -> None:
-        self.folder, self.wanted = folder, wanted
+    def __init__(self, folder: Path, wanted: dict[str, Any], watchdog: Watchdog) -> None:
+        self.folder, self.wanted, self.watchdog = folder, wanted, watchdog
         self.rows: list[str] = []
         self.losses: list[float] = []
         self.after_step: list[str] = []
@@ -79,12 +82,20 @@ class Plant(Callback):
         """Whether something is planted on this rank in this step."""
         return trainer.global_rank in self.wanted.get("ranks", []) and trainer.global_step in self.wanted["steps"]
 
+    def wait_for_signal(self, too_far: bool) -> None:
+        while too_far and "signal" in self.wanted and not (self.folder / "sent").exists():
+            time.sleep(0.005)
+
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         self.after_step.append(tensors(trainer, module))
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
         time.sleep(ROW_SECONDS)
         mark(self.folder / f"{trainer.global_rank}.row", index)
+        self.wait_for_signal("when" not in self.wanted and index >= self.wanted.get("row", 0) + WAITING_ROWS)
+        if "limit_from_there" in self.wanted and trainer.global_step in self.wanted["steps"]:
+            self.watchdog.limit = self.wanted["limit_from_there"]  # steps before, on a busy machine, may take longer
+            self.watchdog.on_train_start(trainer, module)
         if "hang" in self.wanted and self.here(trainer):
             time.sleep(600)
 
@@ -103,6 +114,7 @@ class Plant(Callback):
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.validated += 1
         mark(self.folder / f"{trainer.global_rank}.validating", self.validated)
+        self.wait_for_signal(self.validated > 1)
         time.sleep(0.3)
 
     def write(self, trainer: pl.Trainer) -> None:
@@ -165,7 +177,10 @@ def train(folder: Path, wanted: dict[str, Any], rank: int, port: int) -> None:
         val=f"{folder}/*.tar" if wanted.get("validate") else None,
     )
     report = DataReport()
-    plant = Plant(own, {"steps": [], **wanted})
+    watchdog = Watchdog(None)
+    plant = Plant(own, {"steps": [], **wanted}, watchdog)
+    # A loader's worker that doesn't leave would be waited for until the deadline, not for torch's five seconds.
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 2 * DEADLINE
     trainer = pl.Trainer(
         accelerator="cpu",
         **launched_processes(),  # type: ignore[arg-type]
@@ -182,7 +197,7 @@ def train(folder: Path, wanted: dict[str, Any], rank: int, port: int) -> None:
         plugins=[BackgroundCheckpointIO()],
         callbacks=[
             BadSteps(in_a_row=3),
-            Watchdog(wanted.get("limit")),
+            watchdog,
             Hosts(wanted.get("silence")),
             report,
             plant,
@@ -216,8 +231,9 @@ def launch(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
             pid = ranks[rank].pid
             assert pid is not None
             (os.killpg if wanted.get("group") else os.kill)(pid, signal.Signals[wanted["signal"]])
+        (folder / wanted["name"] / "sent").touch()
     began = time.perf_counter()
-    deadline = began + 60
+    deadline = began + DEADLINE
     for rank in ranks:
         rank.join(max(0.0, deadline - time.perf_counter()))
         if rank.is_alive():

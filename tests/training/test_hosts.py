@@ -154,7 +154,6 @@ def test_two_hosts_train_as_one_process_and_end_with_a_sentence_when_one_is_lost
     assert gone[1] in log("cut", 0)
     assert gone[0] in log("cut", 1)
     for name in ("killed", "cut"):
-        assert results[name]["seconds"] < 2 * SILENCE + 2
         check(newest(folder / name)[0])
 
 

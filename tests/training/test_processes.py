@@ -18,7 +18,7 @@ COMMAND = Path(sys.executable).parent / "fuyu-e2e"
 
 
 def fuyu_e2e(folder: Path, *arguments: str) -> str:
-    done = subprocess.run([COMMAND, *arguments], cwd=folder, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([COMMAND, *arguments], cwd=folder, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

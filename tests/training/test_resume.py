@@ -52,7 +52,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder

