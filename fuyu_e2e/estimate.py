@@ -100,6 +100,8 @@ def estimated(args: Sequence[str]) -> Estimate:
         UserError: A setting is wrong, or the device or precision unknown.
     """
     cli = EstimateCLI(args)
+    if cli.datamodule.tokenizer_path.is_file():  # else the size's own vocabulary, as nothing else is known
+        cli.model.fit_vocabulary(cli.datamodule)
     settings, config = cli.config.trainer, cli.model.config
     if not 0 < cli.config.mfu <= 1:
         raise UserError(f"--mfu is {cli.config.mfu}, but is a share: set it above 0 and at most 1.")

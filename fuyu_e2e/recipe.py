@@ -9,8 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 from fuyu_e2e.allowed_imports import (
     ALLOWED,
@@ -35,54 +36,88 @@ from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
 from fuyu_e2e.training.checkpoints import Checkpoints
 from fuyu_e2e.training.curves import Curves
 from fuyu_e2e.training.data_report import DataReport
+from fuyu_e2e.training.ending import Ending
 from fuyu_e2e.training.garbage import GarbageCollection
 from fuyu_e2e.training.hosts import Hosts
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.launched import launched_processes
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.no_profiler import NoProfiler
-from fuyu_e2e.training.progress import Progress
+from fuyu_e2e.training.progress import progress
 from fuyu_e2e.training.random_state import RandomState
 from fuyu_e2e.training.routing_report import RoutingReport
 from fuyu_e2e.training.samples import SampleGenerations
 from fuyu_e2e.training.signals import StopSignals
 from fuyu_e2e.training.strategies import Sharded, check_strategy
+from fuyu_e2e.training.summary import Summary
 from fuyu_e2e.training.throughput import Throughput
 from fuyu_e2e.training.watchdog import Watchdog
 
 
 class SaveRecipe(SaveConfigCallback):
-    """Writes the whole recipe, defaults included, as `config.yaml` into the directory of a run that trains."""
+    """Writes the whole recipe, defaults included, as `config.yaml` into the directory of a run that trains.
+
+    Only once training starts: until then a checkpoint or a setting may be refused, and the recipe of the run that was
+    to be resumed has to stay what it was.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Does nothing, where Lightning would write."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes it, over that of the same run before it was resumed."""
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Writes it, over that of the same run before it was resumed."""
-        if stage == "fit":
-            root = Path(trainer.default_root_dir)
-            root.mkdir(parents=True, exist_ok=True)
-            recipe = self.config.clone()
-            recipe.pop("ckpt_path", None)  # of this start, not of the run
-            self.parser.save(recipe, root / self.config_filename, skip_none=False, overwrite=True)
+        """Writes it beside its place, and renames it, so that the directory holds the old one or the new one whole."""
+        root = Path(trainer.default_root_dir)
+        root.mkdir(parents=True, exist_ok=True)
+        recipe = self.config.clone()
+        recipe.pop("ckpt_path", None)  # of this start, not of the run
+        unfinished = root / f".unfinished-{self.config_filename}"
+        self.parser.save(recipe, unfinished, skip_none=False, overwrite=True)
+        unfinished.replace(root / self.config_filename)
 
 
 class WritePredictions(BasePredictionWriter):
-    """Writes what `predict` generated as `predictions.jsonl` into the run's directory, one line a document."""
+    """Writes what `predict` generated as `predictions.jsonl` into the run's directory, one line a document.
+
+    The file appears when it is complete; a prediction that fails leaves the one from before.
+    """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
+        self._written = 0
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins an empty file."""
-        self._path(trainer).parent.mkdir(parents=True, exist_ok=True)
-        self._path(trainer).write_text("")
+        """Counts from zero."""
+        self._written = 0
 
     def write_on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Any, *_: Any) -> None:
-        """Appends a batch."""
-        with self._path(trainer).open("a", encoding="utf-8") as file:
+        """Adds a batch to the unfinished file."""
+        path = self._path(trainer, ".unfinished-")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a" if self._written else "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in prediction)
+        self._written += len(prediction)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Puts the file in its place, and says where that is."""
+        if not self._written:
+            rank_zero_info("No document of data.predict could be continued: nothing was written.")
+            return
+        path = self._path(trainer)
+        self._path(trainer, ".unfinished-").replace(path)
+        rank_zero_info(f"{self._written:,} continuations: {path}")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Removes what is not complete."""
+        self._path(trainer, ".unfinished-").unlink(missing_ok=True)
 
     @staticmethod
-    def _path(trainer: pl.Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "predictions.jsonl"
+    def _path(trainer: pl.Trainer, prefix: str = "") -> Path:
+        return Path(trainer.default_root_dir) / f"{prefix}predictions.jsonl"
 
 
 class FuyuCLI(LightningCLI):
@@ -116,6 +151,7 @@ class FuyuCLI(LightningCLI):
                         GarbageCollection(),
                         LastCheckpoint(),
                         StopSignals(),
+                        Ending(),
                     ],
                 },
                 parser_kwargs={"prog": "fuyu-e2e", "allow_abbrev": False},
@@ -220,10 +256,19 @@ class FuyuCLI(LightningCLI):
         """Builds the trainer, with TensorBoard in the run's directory unless the recipe names another logger."""
         settings = self._get(self.config_init, "trainer")
         if settings["logger"] is None:
-            kwargs["logger"] = Curves(settings["default_root_dir"], name="tensorboard", version="")
+            trains = self.subcommand in (
+                None,
+                "fit",
+            )  # what only evaluates has no step, and no point in a run's curves
+            root = settings["default_root_dir"]
+            kwargs["logger"] = Curves(root, name="tensorboard", version="") if trains else False
         named = settings["callbacks"] or []  # one, or a list
-        bar = [Progress()] if settings["enable_progress_bar"] is not False else []
-        kwargs["callbacks"] = [RandomState(), *(named if isinstance(named, list) else [named]), *bar]
+        named = named if isinstance(named, list) else [named]
+        shown: list[pl.Callback] = [progress()] if settings["enable_progress_bar"] is not False else []
+        if settings["enable_model_summary"] is not False and not any(isinstance(one, ModelSummary) for one in named):
+            shown.append(Summary())
+            kwargs["enable_model_summary"] = False  # or Lightning says that it leaves its own out
+        kwargs["callbacks"] = [RandomState(), *named, *shown]
         kwargs["plugins"] = [*(settings["plugins"] or []), BackgroundCheckpointIO()]
         if settings["profiler"] is None:
             kwargs["profiler"] = NoProfiler()
@@ -232,6 +277,9 @@ class FuyuCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Keeps a new run from mixing its files with an old one's, and shares the rows of a step out.
+
+        `val_check_interval`, which Lightning counts in micro-batches, counts optimizer steps like all other intervals,
+        so that it means the same on any number of processes.
 
         Raises:
             UserError: The run's directory has checkpoints, and the run is not told to go on from one; or the rows of a
@@ -253,6 +301,9 @@ class FuyuCLI(LightningCLI):
                     "their own."
                 )
             self.trainer.accumulate_grad_batches = rows // processes
+        interval = self.trainer.val_check_interval  # type: ignore[attr-defined]
+        if isinstance(interval, int):
+            self.trainer.val_check_interval = interval * self.trainer.accumulate_grad_batches  # type: ignore[attr-defined]
 
 
 def _where(path: str, args: Sequence[str]) -> str:

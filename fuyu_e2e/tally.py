@@ -43,10 +43,11 @@ class Tally:
             setattr(tally, name, type(getattr(tally, name))(value))
         return tally
 
-    def skip(self, error: UnusableSampleError) -> None:
-        """Counts one sample that is left out."""
+    def skip(self, error: UnusableSampleError, where: str | None = None) -> None:
+        """Counts one sample that is left out; `where` is its shard and key, for errors that don't say them."""
         self.skipped[error.reason] += 1
-        self.examples.setdefault(error.reason, str(error))
+        said = str(error)
+        self.examples.setdefault(error.reason, said if where is None or where in said else f"{said} ({where})")
 
     def add(self, other: "Tally") -> None:
         """Adds the counts of `other`, made by another stream or at another time."""
@@ -66,6 +67,11 @@ class Tally:
         self.skipped, self.examples = Counter(), {}
         self.read_of, self.used_of, self.tokens_of = Counter(), Counter(), Counter()
         return taken
+
+    @property
+    def waiting(self) -> int:
+        """Documents that were read and are still in a shuffle buffer, or not yet packed."""
+        return self.read - self.used - self.skipped.total()
 
     def summary(self) -> str:
         """One line for a log: `1200 read, 1180 used, 20 skipped (image-truncated 12, caption-empty 8)`."""

@@ -243,11 +243,13 @@ class Lane:
             facts = described.facts[shard]
             self.shards.cache.prefetch(described.shards[shard], facts.bytes, facts.sha256)
         shard, number = order.place(position)
+        where = described.shards[shard]
         try:
-            found = self.shards.document(described.shards[shard], described.facts[shard], number)
+            found = self.shards.document(where, described.facts[shard], number)
+            where = f"{where}: {found.key}"
             return self.packer.add(self.stream.builder.build(found), (source, position))
         except UnusableSampleError as error:
-            self.tally.skip(error)
+            self.tally.skip(error, where)
             return 0
 
     def _restore(self, waiting: tuple[tuple[int, int], ...]) -> None:

@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from fuyu_e2e.errors import UserError
 
-PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
-"""The checkpoints that ModelCheckpoint deletes once it has better ones, as it kept them in a checkpoint."""
+PATHS = ("best_model_path", "kth_best_model_path", "last_model_path", "newest")
+"""What a checkpoint calls those that ModelCheckpoint and Checkpoints delete once they have better ones."""
 
 
 class CheckpointGuard(Callback):

@@ -157,6 +157,15 @@ class BackgroundCheckpointIO(AsyncCheckpointIO):
         assert self.checkpoint_io is not None
         self._later(self.checkpoint_io.remove_checkpoint, path)
 
+    def remove_superseded(self, path: Any, successor: Any) -> None:
+        """Removes a checkpoint in the same way, but keeps it where its successor could not be written."""
+        self._later(self._remove_superseded, Path(path), Path(successor))
+
+    def _remove_superseded(self, path: Path, successor: Path) -> None:
+        assert self.checkpoint_io is not None
+        if is_whole(successor):
+            self.checkpoint_io.remove_checkpoint(path)
+
     def link_checkpoint(self, path: Any, name: Any) -> None:
         """Lets the name `name` lead to a checkpoint once it is written."""
         self._later(link, Path(path), Path(name))

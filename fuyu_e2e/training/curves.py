@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -13,6 +14,7 @@ class Curves(TensorBoardLogger):
     """Lightning's TensorBoard logger, whose run goes on where its disk is full or fails.
 
     TensorBoard's thread ends at its first failure to write, which the trainer then hears of in whatever it logs next.
+    Its file appears with the first curve: Lightning asks for the writer at each start, also at one that is refused.
     """
 
     @property
@@ -20,9 +22,28 @@ class Curves(TensorBoardLogger):
     def experiment(self) -> SummaryWriter:
         """TensorBoard's own writer."""
         if self._experiment is None:
-            events = super().experiment.file_writer.event_writer
+            self._experiment = LateWriter(self.log_dir, **self._kwargs)
+        return self._experiment
+
+
+class LateWriter(SummaryWriter):
+    """Opens its file, a `PatientFile`, when there is something to write."""
+
+    _made = False
+
+    def __init__(self, log_dir: str, **options: Any) -> None:
+        super().__init__(log_dir, **options)
+        self._made = True
+
+    def _get_file_writer(self) -> Any:
+        if not self._made:
+            return None  # torch opens it as the writer is made
+        closed = self.file_writer is None
+        file_writer = super()._get_file_writer()
+        if closed:
+            events = file_writer.event_writer
             events._async_writer._writer._writer = PatientFile(Path(events._file_name))
-        return super().experiment
+        return file_writer
 
 
 class PatientFile:

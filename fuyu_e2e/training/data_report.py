@@ -16,7 +16,9 @@ from fuyu_e2e.training.module import steps_between_logs
 
 
 class DataReport(Callback):
-    """Logs how many samples were read, used and skipped by reason, and prints them at the end of an epoch.
+    """Logs how many samples were read, used and skipped by reason, and prints those of validation, test and predict.
+
+    `Ending` prints those of training.
 
     Of a mixture, the share of each source that was really drawn stands beside the one asked for, and how many times
     the source was read so far. Counts of training go on in a resumed run, from the last whole step on.
@@ -34,7 +36,7 @@ class DataReport(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of training over all processes and resumed runs, in primitives."""
-        return self._training().to_dict()
+        return self.training().to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting from there."""
@@ -45,7 +47,8 @@ class DataReport(Callback):
         self.tallies["train"] = Tally()
         self._of_this_step = Tally()
 
-    def _training(self) -> Tally:
+    def training(self) -> Tally:
+        """The counts of training over all processes and resumed runs; every process calls it."""
         total = Tally.from_dict(self._before.to_dict())
         total.add(_over_ranks(self.tallies.get("train", Tally())))
         return total
@@ -67,7 +70,7 @@ class DataReport(Callback):
             return
         self.tallies["train"].add(self._of_this_step.take())
         if trainer.global_step % steps_between_logs(trainer) == 0:
-            tally = self._training()
+            tally = self.training()
             pl_module.log("data/read", float(tally.read))
             for reason, count in tally.skipped.items():
                 pl_module.log(f"data/skipped/{reason}", float(count))
@@ -113,10 +116,6 @@ class DataReport(Callback):
         if self._counts:
             tally.add(batch.tally)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the training data's counts."""
-        self._print("train")
-
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints the validation data's counts where something was left out."""
         if not trainer.sanity_checking:
@@ -132,7 +131,7 @@ class DataReport(Callback):
         self._print("predict")
 
     def _print(self, split: str, only_losses: bool = False) -> None:
-        tally = self._training() if split == "train" else _over_ranks(self.tallies[split])
+        tally = _over_ranks(self.tallies[split])
         if not only_losses or tally.skipped or tally.tokens_cut:
             rank_zero_info(f"\n{split} data: {tally.summary()}")
         for example in tally.examples.values():

@@ -5,7 +5,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from fuyu_e2e.training.checkpoints import Checkpoints
+from fuyu_e2e.training.checkpoints import checkpoints_of
 
 
 class LastCheckpoint(Callback):
@@ -18,5 +18,5 @@ class LastCheckpoint(Callback):
 
 def save_last(trainer: pl.Trainer) -> Path | None:
     """Saves what was trained so far, on all ranks at once; gives where, None where the run keeps no checkpoints."""
-    checkpoints = trainer.checkpoint_callback
-    return checkpoints.save_now(trainer) if isinstance(checkpoints, Checkpoints) else None
+    checkpoints = checkpoints_of(trainer)
+    return checkpoints.save_now(trainer) if checkpoints is not None else None

@@ -25,6 +25,7 @@ from fuyu_e2e.model.routing import Progress, RoutingTrace
 from fuyu_e2e.model.sharding import TENSOR, gather_weights, shard
 from fuyu_e2e.ranks import DataRank
 from fuyu_e2e.sequence import Prompt
+from fuyu_e2e.training.checkpoints import checkpoints_of
 from fuyu_e2e.training.gradients import gradient_norm, scale_gradients, weights_of
 from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
 from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
@@ -44,7 +45,7 @@ class FuyuModule(pl.LightningModule):
     ranks: a mean of the micro-batches' means would weigh a token by the company it came in.
 
     Args:
-        decoder: The decoder's shape, or the name of one (`1m` to `8b`).
+        decoder: The decoder's shape, or the name of one (`1m` to `8b`), whose vocabulary is then the tokenizer's.
         optimizer: Which optimizer, and its rates.
         schedule: The learning rate over the run.
         max_new_tokens: Tokens written at most for a document in `predict` and in sample generations.
@@ -80,6 +81,7 @@ class FuyuModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.config = decoder if isinstance(decoder, FuyuConfig) else named_size(decoder)
+        self._named_size = not isinstance(decoder, FuyuConfig)
         if routing is not None:
             if self.config.routing is not None:
                 raise UserError("Both model.routing and model.decoder.routing are set: leave one of them out.")
@@ -97,8 +99,10 @@ class FuyuModule(pl.LightningModule):
         self.weights = weights
         self.tokens_seen = 0
         """Tokens of documents in the steps so far, skipped ones among them, over all ranks; padding doesn't count."""
-        self.validated: dict[str, float] = {}
-        """The figures of the last validation of the run that a checkpoint is from."""
+        self._validated_at = -1
+        """The step of the last validation."""
+        self._loaded_figures: dict[str, float] = {}
+        """Those of the checkpoint that the run goes on from, where it was validated at its own step."""
         self.validation = torch.nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
         self.testing = torch.nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
         self.trace = RoutingTrace()
@@ -110,6 +114,8 @@ class FuyuModule(pl.LightningModule):
         """What any rank said in the last step."""
         self.guard: Callable[[float, float], bool] = lambda loss, gradient_norm: False
         """Whether a step is to be skipped, by its mean loss and its gradient norm, which all ranks give alike."""
+        self.step_loss: float | None = None
+        """The mean loss of the last step, over all ranks; read once, for all who show it or judge by it."""
         self._step_totals: list[Tensor] = []
         self._gradient_norm: Tensor
 
@@ -134,18 +140,32 @@ class FuyuModule(pl.LightningModule):
                 "predict runs in one process, and continues the checkpoints of any strategy: say --trainer.devices 1 "
                 "--trainer.strategy auto."
             )
-        vocabulary = self.datamodule.tokenizer.vocab_size
-        if vocabulary != self.config.vocab_size:
-            raise UserError(
-                f"{self.datamodule.tokenizer_path} has {vocabulary} tokens, but the decoder is made for "
-                f"{self.config.vocab_size}: set model.decoder.vocab_size to {vocabulary}, or train a tokenizer with "
-                f"--vocab-size {self.config.vocab_size}."
-            )
+        self.fit_vocabulary(self.datamodule)
         if stage == "fit" and self.trainer.max_steps < 1:
             raise UserError(
                 "trainer.max_steps is not set: training data is an endless stream and the learning rate follows the "
                 "steps, so say how many there are."
             )
+
+    def fit_vocabulary(self, data: FuyuDataModule) -> None:
+        """Gives the decoder of a named size a row for each token of the data's tokenizer; changes no other.
+
+        Called before the decoder is built: by `setup`, and by what looks at a run without starting it.
+
+        Raises:
+            UserError: A decoder that is spelled out is made for another number of tokens; or the tokenizer can't be
+                read.
+        """
+        vocabulary = data.tokenizer.vocab_size
+        if vocabulary == self.config.vocab_size:
+            return
+        if not self._named_size:
+            raise UserError(
+                f"{data.tokenizer_path} has {vocabulary} tokens, but the decoder is made for "
+                f"{self.config.vocab_size}: set model.decoder.vocab_size to {vocabulary}, or train a tokenizer with "
+                f"--vocab-size {self.config.vocab_size}."
+            )
+        self.config = replace(self.config, vocab_size=vocabulary)
 
     def configure_model(self) -> None:
         """Builds the decoder, here so that a strategy can shard it as it is made.
@@ -230,7 +250,8 @@ class FuyuModule(pl.LightningModule):
         # A sum, since a maximum may lose what isn't a number: one rank's is then every rank's.
         norms = self.trainer.strategy.reduce(gradient_norm(weights), reduce_op="sum")
         self._gradient_norm = norms / self.trainer.world_size
-        if self.guard(float(mean), float(self._gradient_norm)):
+        self.step_loss = float(mean)
+        if self.guard(self.step_loss, float(self._gradient_norm)):
             self.zero_grad(set_to_none=True)
             self.decoder.forget_observed()
         else:
@@ -265,6 +286,19 @@ class FuyuModule(pl.LightningModule):
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Adds a batch to the validation loss."""
         self._evaluate(batch, self.validation, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        """Notes whose figures those of validation are about to be."""
+        if not self.trainer.sanity_checking:
+            self._validated_at, self._loaded_figures = self.trainer.global_step, {}
+
+    @property
+    def validated(self) -> dict[str, float]:
+        """The figures of a validation with the very weights of this step, by their names in TensorBoard."""
+        if self._validated_at != self.trainer.global_step:
+            return {}
+        known = {name: value for name, value in self.trainer.callback_metrics.items() if name.startswith("val/")}
+        return self._loaded_figures or {name: float(value) for name, value in known.items()}
 
     def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Adds a batch to the test loss."""
@@ -305,11 +339,12 @@ class FuyuModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the checkpoint says about itself."""
+        checkpoints = checkpoints_of(self.trainer)
         checkpoint[SECTION] = self.description.section() | {
             "tokens_seen": self.tokens_seen,
             "data": {source.name: source.digest for source in self.datamodule.stream_sources("train")},
-            "validation": self.validated
-            | {name: float(value) for name, value in self.trainer.callback_metrics.items() if name.startswith("val/")},
+            "validation": self.validated,
+            "monitored": checkpoints.monitored(self.trainer) if checkpoints is not None else None,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -321,6 +356,7 @@ class FuyuModule(pl.LightningModule):
         source = str(self.trainer.ckpt_path or "The checkpoint")
         self.description.check_same(Description.of(checkpoint, source), source)
         self.tokens_seen = checkpoint[SECTION]["tokens_seen"]
-        self.validated = checkpoint[SECTION].get("validation", {})
+        self._validated_at = checkpoint["global_step"]
+        self._loaded_figures = checkpoint[SECTION].get("validation", {})
         if self.trainer.state.fn == TrainerFn.FITTING:
             go_back_to_last_step(checkpoint, self.trainer)

@@ -32,9 +32,11 @@ class Throughput(Callback):
     Attributes:
         tokens: Tokens of documents this process has trained on since training began.
         seconds: Time spent on that, waiting for data included.
+        rate: Tokens a second of all processes, as logged last; 0 before that.
     """
 
     def __init__(self) -> None:
+        self.rate = 0.0
         self.tokens = 0
         self.seconds = 0.0
         self._window = _Window()
@@ -94,7 +96,8 @@ class Throughput(Callback):
 
     def _log(self, trainer: pl.Trainer, pl_module: FuyuModule) -> None:
         window, place = self._window, DataRank.of(trainer)
-        pl_module.log("tokens/s", place.size * window.tokens / window.seconds, prog_bar=True)
+        self.rate = place.size * window.tokens / window.seconds
+        pl_module.log("tokens/s", self.rate, prog_bar=True)
         pl_module.log("throughput/images_per_second", place.size * window.images / window.seconds)
         pl_module.log("throughput/packing_efficiency", window.tokens / window.budget)
         pl_module.log("throughput/data_wait_share", window.waited / window.seconds)
@@ -116,6 +119,12 @@ class Throughput(Callback):
                 pl_module.log(f"ranks/{name}/{rank}", value)
         alone = by_figure[1]
         pl_module.log("ranks/slowest", float(alone.index(max(alone))))
+
+
+def throughput_of(trainer: pl.Trainer) -> Throughput | None:
+    """The callback that measures a run, where it has one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -1,0 +1,24 @@
+"""What model a run trains, in two lines."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.utilities import rank_zero_info
+
+from fuyu_e2e.model.cost import cost
+from fuyu_e2e.training.module import FuyuModule
+
+
+class Summary(ModelSummary):
+    """In the place of Lightning's table, which has one row, and counts operations that it doesn't see as none."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Logs the decoder's parameters and shape."""
+        assert isinstance(pl_module, FuyuModule)
+        config = pl_module.config
+        parameters = cost(config, document_lengths=(1,), patches=0, targets=0).parameters
+        routed = f", {len(config.routed)} of them routed" if config.routed else ""
+        rank_zero_info(
+            f"\nDecoder of {parameters:,} parameters: {config.layers} blocks of width {config.width:,}{routed}, "
+            f"{config.vocab_size:,} tokens, patches of {config.patch_size} pixels.\n"
+            "What a step costs: fuyu-e2e estimate with the same settings."
+        )
