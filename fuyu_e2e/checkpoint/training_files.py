@@ -1,5 +1,7 @@
 """Checkpoints as training leaves them: one file, or the shards of several processes. Nothing in them is ever run."""
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,17 @@ from fuyu_e2e.checkpoint.sharded_files import (
     is_sharded,
     read_tensors_and_primitives,
 )
-from fuyu_e2e.checkpoint.whole import FILE, MANIFEST, check, is_whole, newest, publish, unfinished, whole_checkpoints
+from fuyu_e2e.checkpoint.whole import (
+    FILE,
+    MANIFEST,
+    Manifest,
+    check,
+    is_whole,
+    newest,
+    publish,
+    unfinished,
+    whole_checkpoints,
+)
 from fuyu_e2e.errors import UserError
 
 WEIGHTS_PREFIX = "decoder."
@@ -30,13 +42,57 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file() or is_sharded(path) or is_whole(path):
         return path
-    folders = {manifest.parent.parent for manifest in path.glob(f"**/*.ckpt/{MANIFEST}")}
-    if folders:
-        return newest(max(folders, key=lambda folder: whole_checkpoints(folder)[0].stat().st_mtime_ns))[0]
+    if folder := _folder_of(path):
+        return newest(folder)[0]
     found = sorted(path.glob("**/*.ckpt"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise UserError(f"{path} is no checkpoint, and no directory that holds one (*.ckpt).")
     return found[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestCheckpoint:
+    """The checkpoint of a run with the best figure."""
+
+    path: Path
+    step: int
+    """Optimizer steps."""
+    name: str
+    """The figure by which it is the best, as in TensorBoard: `val/loss`."""
+    value: float
+    """That figure of its own weights."""
+
+
+def best_checkpoint(run: Path) -> BestCheckpoint | None:
+    """The best checkpoint in a run's directory, by the figures that the checkpoints themselves record.
+
+    The newest one that records a figure says which figure counts, and whether less is better. Of equal ones the
+    earlier step is taken. Only manifests are read: weights are compared with their checksums when they are read.
+
+    Returns:
+        None where no checkpoint records such a figure: the run had no validation, or an earlier version wrote it.
+    """
+    found: list[tuple[BestCheckpoint, str]] = []
+    for path in whole_checkpoints(folder) if (folder := _folder_of(run)) else []:
+        try:
+            manifest = Manifest.read(path)
+        except UserError:
+            continue  # a damaged one is no candidate, as where the newest is looked for
+        if (taken := manifest.monitored) and not math.isnan(taken["value"]):
+            best = BestCheckpoint(path=path, step=manifest.step, name=taken["name"], value=taken["value"])
+            found.append((best, taken["mode"]))
+    if not found:
+        return None
+    name, mode = found[0][0].name, found[0][1]
+    sign = 1 if mode == "min" else -1
+    return min((best for best, _ in found if best.name == name), key=lambda best: (sign * best.value, best.step))
+
+
+def _folder_of(run: Path) -> Path | None:
+    """The folder somewhere in a run's directory with the checkpoint that was written last, where there is any."""
+    folders = {manifest.parent.parent for manifest in run.glob(f"**/*.ckpt/{MANIFEST}")}
+    newest_of = {folder: found[0] for folder in folders if (found := whole_checkpoints(folder))}
+    return max(newest_of, key=lambda folder: newest_of[folder].stat().st_mtime_ns, default=None)
 
 
 def read_checkpoint(path: Path, *, checked: bool = False, optimizer: bool = False) -> dict[str, Any]:
@@ -79,8 +135,14 @@ def write_file(checkpoint: dict[str, Any], target: Path) -> None:
 
 def publish_checkpoint(checkpoint: dict[str, Any], place: Path, target: Path) -> None:
     """Makes the directory `place`, which holds Lightning's checkpoint, the checkpoint `target`."""
-    tokens_seen = checkpoint.get(SECTION, {}).get("tokens_seen", 0)
-    publish(place, target, step=int(checkpoint["global_step"]), tokens_seen=tokens_seen)
+    section = checkpoint.get(SECTION, {})
+    publish(
+        place,
+        target,
+        step=int(checkpoint["global_step"]),
+        tokens_seen=section.get("tokens_seen", 0),
+        monitored=section.get("monitored"),
+    )
 
 
 def _numbered(groups: list[dict[str, Any]], tensors: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,9 @@ class Manifest:
     """When, in seconds since 1970."""
     fuyu_e2e: str = __version__
     """The version that wrote it."""
+    monitored: dict[str, Any] | None = None
+    """The figure that tells a run's best checkpoint, taken with these very weights: its `name`, its `value`, and the
+    `mode`, "min" or "max", in which it is better. None where it was not taken at this step."""
 
     @classmethod
     def read(cls, checkpoint: Path) -> "Manifest":
@@ -145,7 +148,9 @@ def unfinished(target: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def publish(place: Path, target: Path, *, step: int, tokens_seen: int) -> None:
+def publish(
+    place: Path, target: Path, *, step: int, tokens_seen: int, monitored: dict[str, Any] | None = None
+) -> None:
     """Makes a filled directory the checkpoint `target`: flushes it, writes its manifest, and renames it.
 
     A checkpoint of that name gives way to the new one.
@@ -163,6 +168,7 @@ def publish(place: Path, target: Path, *, step: int, tokens_seen: int) -> None:
         files={path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
         written=time.time(),
+        monitored=monitored,
     )
     (place / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
     (place / SEAL).write_text(_sha256(place / MANIFEST), encoding="ascii")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fuyu_e2e.checkpoint.training_files import find_checkpoint, read_checkpoint
+from fuyu_e2e.checkpoint.training_files import best_checkpoint, find_checkpoint, read_checkpoint
 from fuyu_e2e.checkpoint.whole import (
     FILE,
     MANIFEST,
@@ -48,6 +48,33 @@ def test_what_is_saved_is_read_and_told(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path) == path
     save(tmp_path / "checkpoints", 30)
     assert find_checkpoint(tmp_path).name == "step=30.ckpt"
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 5)])
+def test_the_best_checkpoint_is_told_by_what_each_records_of_itself(tmp_path: Path, mode: str, best: int) -> None:
+    """By the figure that counts now, whatever an earlier part of the run went by; equal ones by the earlier step."""
+
+    def save_with(step: int, monitored: dict | None) -> None:
+        section = {"tokens_seen": 0, "monitored": monitored}
+        WholeCheckpointIO().save_checkpoint(
+            checkpoint(step) | {"fuyu_e2e": section}, tmp_path / "checkpoints" / f"step={step}.ckpt"
+        )
+
+    assert best_checkpoint(tmp_path) is None
+    save_with(0, None)
+    assert best_checkpoint(tmp_path) is None
+    save_with(1, {"name": "train/loss", "mode": "min", "value": -9.0})
+    for step, value in ((4, 0.5), (2, 0.5), (3, 0.75), (5, 1.0), (6, float("nan")), (7, 1.0)):
+        save_with(step, {"name": "val/loss", "mode": mode, "value": value})
+    save_with(8, None)
+    found = best_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.path, found.step) == (tmp_path / "checkpoints" / f"step={best}.ckpt", best)
+    assert (found.name, found.value) == ("val/loss", {2: 0.5, 5: 1.0}[best])
+    (found.path / MANIFEST).write_text("{}")
+    after_damage = best_checkpoint(tmp_path)
+    assert after_damage is not None
+    assert after_damage.step == {2: 4, 5: 7}[best]
 
 
 def test_every_flipped_byte_and_truncation_is_found_and_the_one_before_is_used(tmp_path: Path) -> None:
