@@ -308,6 +308,7 @@ class FuyuModule(pl.LightningModule):
         checkpoint[SECTION] = self.description.section() | {
             "tokens_seen": self.tokens_seen,
             "data": {source.name: source.digest for source in self.datamodule.stream_sources("train")},
+            "documents": self.datamodule.document_kinds(),
             "validation": self.validated
             | {name: float(value) for name, value in self.trainer.callback_metrics.items() if name.startswith("val/")},
         }
