@@ -26,7 +26,7 @@ from fuyu_e2e.packing import LongDocuments, empty_row
 from fuyu_e2e.ranks import DataRank, anywhere, in_step
 from fuyu_e2e.sequence import Prompt, SequenceBuilder
 from fuyu_e2e.shards.formats import read_documents
-from fuyu_e2e.shards.manifest import check_complete, facts_of
+from fuyu_e2e.shards.manifest import check_complete, facts_of, totals
 from fuyu_e2e.shards.mixture import MixBy, Source
 from fuyu_e2e.shards.sources import CACHE_FOLDER, CACHE_GIGABYTES, ShardCache, expand_patterns
 from fuyu_e2e.shards.stream import LaneState, Stream, StreamRow, StreamSource
@@ -177,6 +177,10 @@ class FuyuDataModule(pl.LightningDataModule):
             found.append(StreamSource(name=name, source=source, shards=shards, facts=facts_of(shards, self.cache)))
         self._stream_sources[split] = tuple(found)
         return self._stream_sources[split]
+
+    def document_kinds(self) -> dict[str, int]:
+        """Usable documents of all training shards by kind, as their manifests count them."""
+        return dict(totals([facts for source in self.stream_sources("train") for facts in source.facts])["kinds"])
 
     def _expanded(self, source: Source) -> tuple[str, ...]:
         return expand_patterns(source.shards, allow_pipe=self.allow_pipe)

@@ -16,7 +16,7 @@ from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.contact_sheet import Cell, contact_sheet
 from fuyu_e2e.eval.depth import depth_shares, reading_depths
-from fuyu_e2e.eval.digits import MAX_NEW_TOKENS, TEST_SEED, VOCAB_SIZE, write_shards
+from fuyu_e2e.eval.digits import MAX_NEW_TOKENS, QUESTION, TEST_SEED, VOCAB_SIZE, write_shards
 from fuyu_e2e.eval.exact_match import Reading, by_group, chance_of_exchange, exact_match, exchange_images, read
 from fuyu_e2e.export.commands import export_own, export_to_transformers
 from fuyu_e2e.inference.depth_map import depth_map
@@ -146,9 +146,9 @@ def export_model(place: Workplace) -> None:
     """Writes the model for transformers, or where it is routed, which transformers can't run, for `fuyu_e2e.load`."""
     stored = read_model(place.root / "checkpoints" / "last.ckpt")
     if stored.description.config.routing is None:
-        export_to_transformers(stored, place.exported)
+        export_to_transformers(stored, place.exported, question=QUESTION)
     else:
-        export_own(stored, place.exported)
+        export_own(stored, place.exported, question=QUESTION)
 
 
 def score(model: TrainedModel, place: Workplace) -> tuple[dict[str, Any], list[Reading]]:

@@ -102,5 +102,8 @@ class Provenance:
     """By source, the sha256 over the checksums of all its shards, in the order of the manifest."""
     validation: dict[str, float] = field(default_factory=dict)
     """The figures of the last validation, by their names in TensorBoard."""
+    documents: dict[str, int] = field(default_factory=dict)
+    """Usable documents of the training shards by kind (`caption`, `chat`, `interleaved`, `text`); empty where the
+    checkpoint doesn't say."""
     averaged: bool = False
     """Whether these are averaged weights (EMA), not those that the optimizer left."""

@@ -88,6 +88,7 @@ def read_model(path: str | Path, averaged: bool = False) -> StoredModel:
         tokens_seen=section["tokens_seen"],
         data=section.get("data", {}),
         validation=section.get("validation", {}),
+        documents=section.get("documents", {}),
         averaged=averaged,
     )
     return StoredModel(file, description, fitting(weights, description.config, file), provenance)

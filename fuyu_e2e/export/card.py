@@ -1,25 +1,45 @@
 """The README of an exported folder: what the model is, how it was trained, and how to run it."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from fuyu_e2e.checkpoint.loading import StoredModel
 from fuyu_e2e.export.transformers import SUPPORTED, largest_size, scales_alike
 from fuyu_e2e.model.cost import cost
 from fuyu_e2e.version import __version__
 
-OWN_USE = """from pathlib import Path
+Use = Literal["caption", "chat"]
+QUESTION = "What is it?"
+"""What an example asks where nobody names a question."""
+
+_USES: dict[Use, str] = {
+    "caption": "It writes captions of pictures",
+    "chat": "It answers questions about pictures",
+}
+_OWN_PROMPTS: dict[Use, str] = {
+    "caption": 'prompt = processor(Path("a.png"))\n',
+    "chat": 'prompt = processor(Path("a.png"), {question})\n',
+}
+_OWN = """from pathlib import Path
 import fuyu_e2e
 
-model, processor = fuyu_e2e.load("{folder}")
-prompt = processor(Path("a.png"), "What is it?")
-[tokens] = fuyu_e2e.generate(model, [prompt], max_new_tokens=32, eos_id=processor.eos_id)
+model, processor = fuyu_e2e.load({folder})
+{prompt}[tokens] = fuyu_e2e.generate(model, [prompt], max_new_tokens=64, eos_id=processor.eos_id)
 print(processor.decode(tokens))"""
-STOCK_USE = """from transformers import AutoProcessor, FuyuForCausalLM
+_STOCK_PROMPTS: dict[Use, str] = {
+    "caption": """inputs = processor(images=load_image("a.png"), text="", return_tensors="pt")
+for name in ("input_ids", "attention_mask"):
+    inputs[name] = inputs[name][:, :-1]  # the processor begins an answer; a caption stands without
+""",
+    "chat": 'inputs = processor(images=load_image("a.png"), text={question}, return_tensors="pt")\n',
+}
+_STOCK = """from transformers import AutoProcessor, FuyuForCausalLM
 from transformers.image_utils import load_image
 
-model, processor = FuyuForCausalLM.from_pretrained("{folder}"), AutoProcessor.from_pretrained("{folder}")
-inputs = processor(images=load_image("a.png"), text="What is it?", return_tensors="pt")
-tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+model, processor = FuyuForCausalLM.from_pretrained({folder}), AutoProcessor.from_pretrained({folder})
+{prompt}tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(tokens, skip_special_tokens=True))"""
 
 
@@ -31,7 +51,25 @@ def find_recipe(source: Path) -> str | None:
     return None
 
 
-def card(stored: StoredModel, *, name: str, licence: str | None, recipe: str | None, for_transformers: bool) -> str:
+def uses_of(documents: Mapping[str, int]) -> list[Use]:
+    """How a model is prompted that was trained on documents of such kinds; both ways where they don't tell.
+
+    A text that follows an image in an interleaved document is begun like a caption.
+    """
+    captions = documents.get("caption", 0) + documents.get("interleaved", 0)
+    counts: dict[Use, int] = {"caption": captions, "chat": documents.get("chat", 0)}
+    return [use for use, count in counts.items() if count] or list(counts)
+
+
+def card(
+    stored: StoredModel,
+    *,
+    name: str,
+    licence: str | None,
+    recipe: str | None,
+    for_transformers: bool,
+    question: str = QUESTION,
+) -> str:
     """The text of the card, with the front matter that the Hugging Face Hub reads.
 
     Args:
@@ -40,6 +78,7 @@ def card(stored: StoredModel, *, name: str, licence: str | None, recipe: str | N
         licence: The identifier of the licence of the weights; None where the exporter named none.
         recipe: The recipe it was trained with.
         for_transformers: Whether the folder is one for transformers.
+        question: What the example asks a model that was trained on questions.
     """
     config, images, told = stored.description.config, stored.description.images, stored.provenance
     parameters = cost(config, document_lengths=(1,), patches=0, targets=0).parameters
@@ -54,6 +93,7 @@ def card(stored: StoredModel, *, name: str, licence: str | None, recipe: str | N
         "optimizer steps": f"{told.step:,}" if told.step else "not trained here",
         "tokens seen": f"{told.tokens_seen:,}",
         "weights": "averaged over training (EMA)" if told.averaged else "not averaged",
+        **({"documents": _counted(told.documents)} if told.documents else {}),
         **{f"data: {name}": f"sha256 over the shards' checksums: `{digest}`" for name, digest in told.data.items()},
         **{figure: f"{value:.6g}" for figure, value in sorted(told.validation.items())},
         "tokenizer": f"{tokenizer.vocab_size:,} tokens, sha256 `{tokenizer.digest}`",
@@ -74,10 +114,7 @@ def card(stored: StoredModel, *, name: str, licence: str | None, recipe: str | N
         f"{parameters:,} parameters: {blocks} of width {config.width:,} in the dialect `{config.dialect}`, patches of "
         f"{images.patch_size} x {images.patch_size} pixels, {limit}.",
         "",
-        "```python",
-        (STOCK_USE if for_transformers else OWN_USE).format(folder=name),
-        "```",
-        "",
+        *_examples(uses_of(told.documents), name, question, for_transformers),
     ]
     if for_transformers:
         parts += [
@@ -87,8 +124,9 @@ def card(stored: StoredModel, *, name: str, licence: str | None, recipe: str | N
         if not scales_alike(images):
             height, width = largest_size(images)
             parts += [
-                f"The processor scales images larger than {height} x {width} pixels down to fit; in training larger "
-                "ones were scaled to the patch budget instead. Smaller ones are treated alike.",
+                f"In training, images of more than {images.max_patches:,} patches were scaled down to that budget. The "
+                f"processor knows no budget, and scales images larger than {height} x {width} pixels down to fit. Images "
+                "within both limits are treated alike.",
                 "",
             ]
     parts += [
@@ -106,3 +144,18 @@ def card(stored: StoredModel, *, name: str, licence: str | None, recipe: str | N
     if recipe is not None:
         parts += ["", "## Recipe", "", "```yaml", recipe.rstrip(), "```"]
     return "\n".join(parts) + "\n"
+
+
+def _examples(uses: list[Use], folder: str, question: str, for_transformers: bool) -> list[str]:
+    """How to run the model, in code that runs beside the folder and a picture `a.png`."""
+    template, prompts = (_STOCK, _STOCK_PROMPTS) if for_transformers else (_OWN, _OWN_PROMPTS)
+    lines = []
+    for use in uses:
+        prompt = prompts[use].format(question=json.dumps(question, ensure_ascii=False))
+        code = template.format(folder=json.dumps(folder, ensure_ascii=False), prompt=prompt)
+        lines += [f"{_USES[use]}:", "", "```python", code, "```", ""]
+    return lines
+
+
+def _counted(documents: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(documents.items()))

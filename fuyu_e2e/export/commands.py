@@ -10,10 +10,12 @@ import yaml
 from tokenizers import Tokenizer as FastTokenizer
 
 from fuyu_e2e.arguments import CommandParser
-from fuyu_e2e.checkpoint.folder import CONFIG, TOKENIZER, folder_config, new_folder
+from fuyu_e2e.checkpoint.folder import CONFIG, TOKENIZER, folder_config, is_exported, new_folder
 from fuyu_e2e.checkpoint.loading import StoredModel, read_model
 from fuyu_e2e.checkpoint.tensor_files import write_weights
-from fuyu_e2e.export.card import card, find_recipe
+from fuyu_e2e.checkpoint.training_files import best_checkpoint, find_checkpoint
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.export.card import QUESTION, card, find_recipe
 from fuyu_e2e.export.from_transformers import read_transformers
 from fuyu_e2e.export.tokenizer_json import read_fast_tokenizer
 from fuyu_e2e.export.transformers import largest_size, scales_alike, write_transformers
@@ -25,7 +27,12 @@ RECIPE = "recipe.yaml"
 def export(args: Sequence[str]) -> int:
     """Writes a trained model as files that other software loads."""
     parser = CommandParser(prog="fuyu-e2e export", description=export.__doc__)
-    parser.add_argument("--checkpoint", required=True, help="A checkpoint, a run's directory, or an exported folder.")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="A checkpoint, a run's directory (its best checkpoint by validation, else its newest), or an exported "
+        "folder.",
+    )
     parser.add_argument("--out", required=True, help="The folder to write.")
     parser.add_argument(
         "--to",
@@ -38,43 +45,99 @@ def export(args: Sequence[str]) -> int:
     parser.add_argument(
         "--tokenizer-json", help="With --to transformers, for an imported model: the fast tokenizer it came with."
     )
+    parser.add_argument(
+        "--accept-other-scaling",
+        action="store_true",
+        help="With --to transformers: export a model although transformers' processor scales large images otherwise "
+        "than training did.",
+    )
     options = parser.parse_args(args)
+    for name in ("tokenizer_json", "accept_other_scaling"):
+        if options.to != "transformers" and getattr(options, name):
+            raise UserError(f"--{name.replace('_', '-')} only goes with --to transformers: leave it out, or add that.")
     out = Path(options.out)
-    stored = read_model(options.checkpoint, averaged=options.averaged)
+    checkpoint, reason = chosen_checkpoint(Path(options.checkpoint))
+    stored = read_model(checkpoint, averaged=options.averaged)
     if options.to == "transformers":
+        if not options.accept_other_scaling:
+            check_scaling(stored)
         named, tokenizer = options.tokenizer_json, stored.description.tokenizer
         fast = None if named is None else read_fast_tokenizer(Path(named), tokenizer)
         export_to_transformers(stored, out, options.license, fast)
     else:
         export_own(stored, out, options.license)
-    print(f"{out}: {len(stored.weights)} tensors of step {stored.provenance.step:,} from {stored.source}")
-    images = stored.description.images
-    if options.to == "transformers" and not scales_alike(images):
-        height, width = largest_size(images)
-        print(
-            f"transformers' processor scales images larger than {height} x {width} pixels in its own way; those that "
-            "fit are treated as in training."
-        )
+    print(f"{out}: {len(stored.weights)} tensors of step {stored.provenance.step:,} from {stored.source}{reason}")
     return 0
 
 
-def export_own(stored: StoredModel, out: Path, licence: str | None = None) -> None:
-    """Writes the folder that `fuyu_e2e.load` reads.
+def chosen_checkpoint(path: Path) -> tuple[Path, str]:
+    """Which checkpoint is exported of what the user names, and the reason as it is printed.
+
+    Of a run's directory it is the best by validation, if any checkpoint records its own figure; a checkpoint or an
+    exported folder is taken as it is.
+    """
+    if is_exported(path):
+        return path, ""
+    if best := best_checkpoint(path):
+        return best.path, f", the best of {path} by {best.name} ({best.value:.6g})"
+    found = find_checkpoint(path)
+    return path, "" if found == path else f", the newest of {path}, where none records a validation of its own"
+
+
+def check_scaling(stored: StoredModel) -> None:
+    """Refuses a model whose large images transformers' processor would scale otherwise than training did.
+
+    Raises:
+        UserError: Names the setting, and the value with which both scale alike.
+    """
+    images = stored.description.images
+    if scales_alike(images):
+        return
+    height, width = largest_size(images)
+    if images.max_size is None:
+        trained = f"without data.max_size, so larger images were scaled to {images.max_patches:,} patches"
+        remedy = f"--data.max_size '[{height}, {width}]'"
+    else:
+        needed = (height // images.patch_size) * (width // images.patch_size)
+        trained = f"with data.max_patches {images.max_patches:,}, which not every image within data.max_size keeps"
+        remedy = f"--data.max_patches {needed}"
+    raise UserError(
+        f"{stored.source} was trained {trained}, while transformers' processor scales images beyond {height} x {width} "
+        f"pixels to fit that size: train with {remedy}, or pass --accept-other-scaling."
+    )
+
+
+def export_own(stored: StoredModel, out: Path, licence: str | None = None, question: str = QUESTION) -> None:
+    """Writes the folder that `fuyu_e2e.load` reads; `question` is what its card asks.
 
     Raises:
         UserError: `out` holds something already.
     """
     recipe = find_recipe(stored.source)
     with new_folder(out) as folder:
-        _write_own(stored, folder, card(stored, name=out.name, licence=licence, recipe=recipe, for_transformers=False))
+        text = card(
+            stored, name=out.name, licence=licence, recipe=recipe, for_transformers=False, question=question
+        )
+        _write_own(stored, folder, text)
         if recipe is not None:
             (folder / RECIPE).write_text(recipe, encoding="utf-8")
 
 
 def export_to_transformers(
-    stored: StoredModel, out: Path, licence: str | None = None, fast: FastTokenizer | None = None
+    stored: StoredModel,
+    out: Path,
+    licence: str | None = None,
+    fast: FastTokenizer | None = None,
+    question: str = QUESTION,
 ) -> None:
-    """Writes the folder that transformers reads, with a fast tokenizer where none can be made of the model's own.
+    """Writes the folder that transformers reads.
+
+    Args:
+        stored: The model; `check_scaling` says whether its images are scaled alike there.
+        out: The folder.
+        licence: Of the weights, for the card.
+        fast: The fast tokenizer, where none can be made of the model's own.
+        question: What the card asks.
 
     Raises:
         UserError: `out` holds something already, or the model is one that transformers can't run.
@@ -82,7 +145,7 @@ def export_to_transformers(
     recipe = find_recipe(stored.source)
     with new_folder(out) as folder:
         write_transformers(stored.description, stored.weights, folder, fast)
-        text = card(stored, name=out.name, licence=licence, recipe=recipe, for_transformers=True)
+        text = card(stored, name=out.name, licence=licence, recipe=recipe, for_transformers=True, question=question)
         (folder / CARD).write_text(text, encoding="utf-8")
 
 

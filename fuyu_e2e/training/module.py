@@ -343,6 +343,7 @@ class FuyuModule(pl.LightningModule):
         checkpoint[SECTION] = self.description.section() | {
             "tokens_seen": self.tokens_seen,
             "data": {source.name: source.digest for source in self.datamodule.stream_sources("train")},
+            "documents": self.datamodule.document_kinds(),
             "validation": self.validated,
             "monitored": checkpoints.monitored(self.trainer) if checkpoints is not None else None,
         }

@@ -42,7 +42,8 @@ NEW_TOKENS = 64
 NO_END = -1
 """An end of document that never comes, so that all tokens are compared."""
 CASES = [(shape, tied, seed) for shape in SHAPES for tied in (False, True) for seed in range(3)]
-TEXTS = ["Read the digits.", "What is it?", "4072  a\n", "é ▁ 日"]
+TEXTS = ["Read the digits.", "", "4072  a\n", "é ▁ 日"]
+"""The empty one is what a caption is asked for with."""
 ALONE = ["a red square", "", " 19 8 3 ", "\u2581\t\x00é"]
 
 
