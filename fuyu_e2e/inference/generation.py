@@ -99,7 +99,7 @@ def generate(
         The new tokens of each prompt, without the end of document.
 
     Raises:
-        UserError: The decoder is routed and is to be compiled.
+        UserError: The decoder is in training mode, or is routed and is to be compiled.
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
@@ -137,8 +137,12 @@ def prefill(
 
     A dense decoder reads `PREFILL_TOKENS` at a time, so that a long row takes no more memory than its cache. A routed
     one reads the row at once: rules may look at whole images.
+
+    Raises:
+        UserError: The decoder is in training mode.
     """
-    assert not decoder.training, "a decoder generates in evaluation mode"
+    if decoder.training:
+        raise UserError("The decoder is in training mode, in which it can't generate: call decoder.eval() first.")
     trace = trace or RoutingTrace()
     length = sum(batch.document_lengths)
     step = PREFILL_TOKENS

@@ -121,8 +121,18 @@ class FuyuModule(pl.LightningModule):
 
     @property
     def datamodule(self) -> FuyuDataModule:
-        """The data of the run that this module is attached to."""
-        return self.trainer.datamodule  # type: ignore[attr-defined]
+        """The data of the run that this module is attached to.
+
+        Raises:
+            UserError: The trainer was given loaders, or another data module.
+        """
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, FuyuDataModule):
+            raise UserError(
+                "FuyuModule takes its tokenizer and its packed rows from a FuyuDataModule: call "
+                "trainer.fit(module, FuyuDataModule(...)), without loaders."
+            )
+        return data
 
     @property
     def description(self) -> Description:

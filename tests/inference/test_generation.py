@@ -166,6 +166,18 @@ def test_impossible_sampling_is_refused(wrong: dict, name: str) -> None:
         Sampling(**wrong)
 
 
+def test_a_decoder_in_training_mode_is_told_from_one_that_generates(
+    decoder: Decoder, builder: SequenceBuilder
+) -> None:
+    prompt = builder.prompt(Document("d", (Text("a", loss=False),)))
+    decoder.train()
+    try:
+        with pytest.raises(UserError, match=r"decoder\.eval\(\)"):
+            generate(decoder, [prompt], max_new_tokens=2, eos_id=1)
+    finally:
+        decoder.eval()
+
+
 def test_the_cache_says_what_it_takes(decoder: Decoder) -> None:
     cache = KeyValueCache(decoder.config, sequences=3, capacity=10, like=torch.zeros(1))
     assert cache.bytes == 2 * 3 * 3 * 10 * 2 * 12 * 4
