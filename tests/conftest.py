@@ -55,6 +55,17 @@ settings.load_profile("suite")  # as conftest.py is read; pytest's own option co
 VOCAB_SIZE = 320
 PATCH_SIZE = 4
 
+LONG = ("training", "test_cli.py", "export", "inference", "bench", "checkpoint", "shards")
+"""Where the tests lie that take longest."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, or in the end one worker would wait for the other's."""
+    order = {name: number for number, name in enumerate(LONG)}
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: order.get(item.path.relative_to(tests).parts[0], len(LONG)))
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _two_threads() -> None:

@@ -44,7 +44,7 @@ from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import Tokenizer
 
 BLOCK = 512
-MUTANTS = 30
+MUTANTS = 15
 """Of each kind in the usual run."""
 MORE = int(os.environ.get("FUYU_FUZZ", "0"))
 """Of all kinds together in the long run."""
