@@ -20,7 +20,7 @@ from fuyu_e2e.tokenizer import Tokenizer
 from fuyu_e2e.training.module import FuyuModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "trainer": {
         "max_steps": 4, "accelerator": "cpu", "accumulate_grad_batches": 2, "val_check_interval": 2,
         "check_val_every_n_epoch": None, "num_sanity_val_steps": 0, "log_every_n_steps": 1,
