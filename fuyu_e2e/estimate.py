@@ -137,7 +137,7 @@ def estimated(args: Sequence[str]) -> Estimate:
         row=row,
         precision=precision,
         processes=processes,
-        rows=max(0, settings.max_steps) * settings.accumulate_grad_batches * processes,
+        rows=max(0, settings.max_steps) * (cli.config.rows_per_step or settings.accumulate_grad_batches * processes),
         device=named or (torch.cuda.get_device_name() if here == "cuda" else f"{torch.get_num_threads()} CPU threads"),
         rate=named_peak(named, dtype) if named is not None else matmul_rate(here, dtype, rounds=3),
         mfu=cli.config.mfu,

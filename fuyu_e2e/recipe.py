@@ -301,9 +301,9 @@ class FuyuCLI(LightningCLI):
                     "their own."
                 )
             self.trainer.accumulate_grad_batches = rows // processes
-        interval = self.trainer.val_check_interval  # type: ignore[attr-defined]
+        interval = self.trainer.val_check_interval
         if isinstance(interval, int):
-            self.trainer.val_check_interval = interval * self.trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+            self.trainer.val_check_interval = interval * self.trainer.accumulate_grad_batches
 
 
 def _where(path: str, args: Sequence[str]) -> str:

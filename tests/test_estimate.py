@@ -57,6 +57,7 @@ def test_tokens_and_hours_follow_from_the_recipe(tmp_path: Path, capsys: pytest.
     found = estimated(arguments(tmp_path, *settings))
     assert found.precision == "bf16-mixed", "what a GPU gets"
     assert found.rows == 3 * 2 * 4
+    assert estimated(arguments(tmp_path, *settings, "--rows_per_step=12")).rows == 3 * 12
     assert found.tokens == found.rows * 4_096
     assert found.hours * 3600 == pytest.approx(found.rows * found.cost.training_flops / (312e12 * 0.5 * 4))
     assert found.memory.gradients == 2 * found.memory.weights

@@ -79,7 +79,8 @@ class Checkpoints(ModelCheckpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves a step whose turn it was before it was validated, and one that turns out to be among the best."""
-        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or trainer.fast_dev_run:
+        trial = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or trial:
             return
         due, self._due_after_validation = self._due_after_validation, False
         each_epoch = self._every_n_epochs >= 1 and not self._should_save_on_train_epoch_end(trainer)

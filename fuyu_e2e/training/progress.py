@@ -59,16 +59,32 @@ class Progress(RichProgressBar):
                 handler.setStream(stream)
         self._led_above = []
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Shows where the run goes on, which within an epoch no `on_train_epoch_start` tells."""
+        super().on_train_start(trainer, pl_module)
+        self._count_from(trainer.global_step)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins where the run goes on."""
+        """Puts the count back that Lightning sets to zero."""
         super().on_train_epoch_start(trainer, pl_module)
-        if self.progress is not None and self.train_progress_bar_id is not None:
-            self.progress.reset(self.train_progress_bar_id, completed=trainer.global_step)
+        self._count_from(trainer.global_step)
+
+    def _count_from(self, step: int) -> None:
+        if self.progress is None:  # on all processes but the first
+            return
+        if self.train_progress_bar_id is None:
+            self._initialize_train_progress_bar_id()
+        assert self.train_progress_bar_id is not None
+        self.progress.reset(self.train_progress_bar_id, completed=step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Counts the steps that are done."""
         self._update(self.train_progress_bar_id, trainer.global_step)
         self._update_metrics(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leaves the finished bar where it is, above what is said in the end."""
+        self._stop_progress()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes the figure to be shown from here on."""

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
 import fuyu_e2e
 from fuyu_e2e.checkpoint.description import Description, Provenance
@@ -30,6 +30,7 @@ from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.tokenizer import Tokenizer, train_tokenizer
+from fuyu_e2e.training.checkpoints import Checkpoints
 from fuyu_e2e.training.module import FuyuModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -58,7 +59,7 @@ def run(
         default_root_dir=folder, val_check_interval=2, check_val_every_n_epoch=None,
         callbacks=[
             EMAWeightAveraging(decay=0.5),
-            ModelCheckpoint(folder / "checkpoints", filename="{step}", every_n_train_steps=4),
+            Checkpoints(folder / "checkpoints", filename="{step}", every_n_train_steps=4, save_top_k=0),
         ],
     )  # fmt: skip
     trainer.fit(FuyuModule(config), data)

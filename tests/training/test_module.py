@@ -22,6 +22,7 @@ from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.shards.mixture import Source
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.training.data_report import DataReport
+from fuyu_e2e.training.ending import Ending
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
 from fuyu_e2e.training.schedule import Schedule
@@ -270,15 +271,24 @@ def test_skipped_samples_are_counted_and_shown(
     with tarfile.open(tmp_path / "bad.tar", "w") as tar:
         for number in range(4):
             tar.addfile(tarfile.TarInfo(f"{number}.txt"))
+        for extension, content in (("png", b"no picture"), ("txt", b"a caption")):
+            member = tarfile.TarInfo(f"broken.{extension}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
     report = DataReport()
     data_module = question_data(train=[str(tmp_path / "train.tar"), str(tmp_path / "bad.tar")], lanes=1)
-    run = trainer(tmp_path, max_steps=6, log_every_n_steps=1, callbacks=[report])
+    run = trainer(tmp_path, max_steps=6, log_every_n_steps=1, callbacks=[report, Ending()])
     with caplog.at_level("INFO"):
         run.fit(module(config), data_module)
     tally = report.tallies["train"]
     assert tally.skipped["text-empty"] >= 4
     assert run.callback_metrics["data/skipped/text-empty"] == tally.skipped["text-empty"]
-    assert tally.read >= tally.used + tally.skipped.total()
+    assert tally.read == tally.used + tally.skipped.total() + tally.waiting
+    assert f"{tally.read} read, {tally.used} used, {tally.skipped.total()} skipped" in caplog.text
+    first = [line for line in caplog.text.splitlines() if "skipped first: " in line]
+    assert len(first) == 2
+    assert all(f"{tmp_path / 'bad.tar'}: " in line for line in first)
+    assert "bad.tar: broken)" in next(line for line in first if "image-unreadable" in line)
 
 
 def test_shares_of_a_mixture_are_logged_beside_those_asked_for(

@@ -1,8 +1,9 @@
 """What a start leaves behind: nothing where it is refused; where it is accepted, a run that says what it did."""
 
-import os
-import shutil
+import io
+import re
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fuyu_e2e.checkpoint.training_files import best_checkpoint, find_checkpoint, read_checkpoint
 from fuyu_e2e.cli import main
-from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.estimate import estimated
 from fuyu_e2e.model.config import named_size
+from fuyu_e2e.tokenizer import Tokenizer
 from fuyu_e2e.training.module import FuyuModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "trainer": {
         "max_steps": 4, "accelerator": "cpu", "accumulate_grad_batches": 2, "val_check_interval": 2,
         "check_val_every_n_epoch": None, "num_sanity_val_steps": 0, "log_every_n_steps": 1,
@@ -30,23 +31,40 @@ RECIPE = {
                     "head_size": 16, "feed_forward": 48},
         "max_new_tokens": 2,
     },
-    "data": {"budget": 128, "lanes": 2, "shuffle": 4},
+    "data": {"tokenizer": "tokenizer.model", "train": "train.tar", "val": "train.tar", "budget": 128, "lanes": 2,
+             "shuffle": 4},
 }  # fmt: skip
+
+
+FIT = ("fit", "--config", "recipe.yaml", "--trainer.default_root_dir", "run")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, make_png: Callable[..., bytes]) -> Path:
+    """A working folder with a shard, a tokenizer, and recipes of a decoder that is spelled out and of a named one."""
+    folder = tmp_path_factory.mktemp("starts")
+    tokenizer.save(folder / "tokenizer.model")
+    with tarfile.open(folder / "train.tar", "w") as tar:
+        for number in range(8):
+            for extension, content in {"png": make_png(8 + number, 20), "txt": f"{number * 37}".encode()}.items():
+                member = tarfile.TarInfo(f"{number}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    named = RECIPE | {"model": {"decoder": "1m", "max_new_tokens": 2}}
+    (folder / "named.yaml").write_text(yaml.safe_dump(named))
+    return folder
 
 
 @pytest.fixture
 def command(
-    question_data: Callable[..., FuyuDataModule],
-    tmp_path: Path,
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> Callable[..., tuple[int, str]]:
-    """Runs the command line in a folder with a recipe, a shard and a tokenizer; gives exit code and output."""
-    data = {"tokenizer": "tokenizer.model", "train": "train.tar", "val": "train.tar"}
-    recipe: dict[str, Any] = RECIPE | {"data": RECIPE["data"] | data}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    monkeypatch.chdir(tmp_path)
+    """Runs the command line in that folder; gives exit code and output."""
+    monkeypatch.chdir(folder)
     caplog.set_level("INFO")
 
     def command(*arguments: str) -> tuple[int, str]:
@@ -60,123 +78,107 @@ def command(
     return command
 
 
-FIT = ("fit", "--config", "recipe.yaml", "--trainer.default_root_dir", "run")
+@pytest.fixture
+def trained(command: Callable[..., tuple[int, str]], folder: Path) -> str:
+    """A finished run in `run`, made once; what it said."""
+    said = folder / "said.txt"
+    if not said.exists():
+        code, printed = command(*FIT)
+        assert code == 0, printed
+        said.write_text(printed)
+    return said.read_text()
 
 
 def everything(folder: Path) -> dict[str, bytes | None]:
     """All files with what they hold, and all directories."""
-    return {
-        str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")
-    }  # fmt: skip
-
-
-def test_a_run_says_where_it_is_what_it_did_and_what_is_next_and_a_refused_start_changes_nothing_of_it(
-    command: Callable[..., tuple[int, str]], tmp_path: Path
-) -> None:
-    code, printed = command(*FIT)
-    assert code == 0, printed
-    folder = tmp_path / "run"
-    best = best_checkpoint(folder)
-    assert best is not None
-    assert f"best     val/loss {best.value:.4g} at step {best.step}: run/checkpoints/{best.path.name}" in printed
-    assert f"last     step 4: run/checkpoints/{find_checkpoint(folder).name}" in printed
-    assert "used, 0 skipped" in printed
-    assert "wait in shuffle and packing buffers" in printed
-    assert "Done: 4 steps" in printed
-    for said in ("evaluate --checkpoint run", "generate --checkpoint run", "export --checkpoint run",
-                 "tensorboard --logdir run", "fit --config run/config.yaml --ckpt_path last"):  # fmt: skip
-        assert said in printed
-    assert "FLOPs" not in printed
-    assert "2 blocks of width 32" in printed
-    # Intervals count optimizer steps, of two micro-batches each here.
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("val/loss")] == [1, 3]
-
-    before = everything(folder)
-    last = ("--ckpt_path", "last", "--trainer.max_steps", "8")
-    for wrong in (
-        (*FIT, *last, "--data.lanes", "8"),
-        (*FIT, *last, "--trainer.accumulate_grad_batches", "3"),
-        (*FIT, *last, "--model.decoder.layers", "3"),
-        (*FIT, *last, "--data.val", "nothing/*.tar"),
-        (*FIT, *last, "--evaluate.tasks", "[none.yaml]"),
-        FIT,
-        ("predict", "--config", "run/config.yaml", "--data.predict", "nothing/*.tar", *last[:2]),
-    ):
-        code, printed = command(*wrong)
-        assert code == 2, printed
-        assert everything(folder) == before, wrong
-    code, printed = command("validate", "--config", "run/config.yaml", *last[:2])
-    assert code == 0, printed
-    assert everything(folder) == before
-
-    code, printed = command("fit", "--config", "run/config.yaml", *last)
-    assert code == 0, printed
-    assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_steps"] == 8
-    assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == 8
+    return {str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")}
 
 
 def test_a_first_start_that_is_refused_leaves_no_directory(
-    command: Callable[..., tuple[int, str]], tmp_path: Path
+    command: Callable[..., tuple[int, str]], folder: Path
 ) -> None:
-    before = everything(tmp_path)
-    for wrong in (("--model.decoder.vocab_size", "300"), ("--trainer.max_steps", "-1")):
-        code, printed = command(*FIT, *wrong)
-        assert code == 2, printed
-        assert everything(tmp_path).keys() - before.keys() <= {"fuyu-manifest.json"}, wrong  # the shards' index
+    before = everything(folder)
+    code, printed = command(*FIT[:3], "--trainer.default_root_dir", "never", "--model.decoder.vocab_size", "300")
+    assert code == 2, printed
+    assert "set model.decoder.vocab_size to 320" in printed
+    assert everything(folder).keys() - before.keys() <= {"fuyu-manifest.json"}  # the shards' index
+
+
+def test_a_run_says_where_it_is_what_it_did_and_what_is_next(trained: str, folder: Path) -> None:
+    run = folder / "run"
+    best = best_checkpoint(run)
+    assert best is not None
+    assert f"best     val/loss {best.value:.4g} at step {best.step}: run/checkpoints/{best.path.name}" in trained
+    assert f"last     step 4: run/checkpoints/{find_checkpoint(run).name}" in trained
+    assert re.search(r"\d+ read, \d+ used, 0 skipped, \d+ wait in shuffle and packing buffers", trained)
+    assert "Done: 4 steps" in trained
+    for said in ("evaluate --checkpoint run", "generate --checkpoint run", "export --checkpoint run",
+                 "tensorboard --logdir run", "fit --config run/config.yaml --ckpt_path last"):  # fmt: skip
+        assert said in trained
+    assert "FLOPs" not in trained
+    assert "2 blocks of width 32" in trained
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("val/loss")] == [1, 3], "every second step of two micro-batches"
+
+
+LAST = ("--ckpt_path", "last")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ((*FIT, *LAST, "--trainer.max_steps", "8", "--data.lanes", "8"), 2),
+        ((*FIT, *LAST, "--trainer.max_steps", "8", "--trainer.accumulate_grad_batches", "3"), 2),
+        (FIT, 2),
+        (("predict", "--config", "run/config.yaml", "--data.predict", "nothing/*.tar", *LAST), 2),
+        (("validate", "--config", "run/config.yaml", *LAST), 0),
+    ],
+    ids=["lanes", "rows", "again", "predict", "validate"],
+)
+def test_what_is_refused_or_only_evaluates_changes_nothing_of_a_run(
+    command: Callable[..., tuple[int, str]], folder: Path, trained: str, arguments: tuple[str, ...], code: int
+) -> None:
+    before = everything(folder / "run")
+    found, printed = command(*arguments)
+    assert found == code, printed
+    assert everything(folder / "run") == before
 
 
 def test_predictions_replace_the_earlier_ones_when_they_are_complete(
-    command: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Callable[..., tuple[int, str]], folder: Path, trained: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert command(*FIT)[0] == 0
-    predict = ("predict", "--config", "run/config.yaml", "--data.predict", "train.tar", "--ckpt_path", "last")
-    code, printed = command(*predict)
+    predict = ("predict", "--config", "run/config.yaml", *LAST, "--data.predict")
+    code, printed = command(*predict, "train.tar")
     assert code == 0, printed
-    assert f"8 continuations: {Path('run') / 'predictions.jsonl'}" in printed.replace(f"{tmp_path}{os.sep}", "")
-    written = (tmp_path / "run" / "predictions.jsonl").read_text()
+    assert "8 continuations: run/predictions.jsonl" in printed.replace(f"{folder}/", "")
+    written = (folder / "run" / "predictions.jsonl").read_text()
     assert written.count("\n") == 8
-    shutil.copy(tmp_path / "train.tar", tmp_path / "more.tar")
 
-    def fail_at_the_second(self: FuyuModule, batch: Any, batch_idx: int) -> Any:
-        if batch_idx:
-            raise ZeroDivisionError
-        return [{"key": "other"}]
+    def fail(self: FuyuModule) -> None:
+        raise ZeroDivisionError
 
-    monkeypatch.setattr(FuyuModule, "predict_step", fail_at_the_second)
-    many = [f"copy{number}.tar" for number in range(5)]
-    for name in many:
-        shutil.copy(tmp_path / "train.tar", tmp_path / name)
+    monkeypatch.setattr(FuyuModule, "on_predict_epoch_end", fail)
     with pytest.raises(ZeroDivisionError):
-        command(*predict[:3], "--data.predict", "copy*.tar", *predict[5:])
-    assert (tmp_path / "run" / "predictions.jsonl").read_text() == written
-    assert not list((tmp_path / "run").glob(".unfinished*"))
+        command(*predict, "train.tar", "--model.max_new_tokens", "1")
+    assert (folder / "run" / "predictions.jsonl").read_text() == written
+    assert not list((folder / "run").glob(".unfinished*"))
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_intervals_count_optimizer_steps_whatever_a_step_is_made_of(
-    command: Callable[..., tuple[int, str]], tmp_path: Path, rows: int
-) -> None:
-    code, printed = command(*FIT, "--rows_per_step", str(rows), "--trainer.val_check_interval", "3")
-    assert code == 0, printed
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("val/loss")] == [2]
-
-
-def test_the_vocabulary_of_a_named_size_is_the_tokenizers(
-    command: Callable[..., tuple[int, str]], tmp_path: Path
+def test_a_named_size_takes_the_tokenizers_vocabulary_and_intervals_count_steps_of_any_rows(
+    command: Callable[..., tuple[int, str]], folder: Path
 ) -> None:
     """What is trained, stored, estimated and resumed alike."""
-    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
-    recipe["model"]["decoder"] = "1m"
-    recipe["trainer"]["max_steps"] = 2
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    code, printed = command(*FIT)
+    fit = ("fit", "--config", "named.yaml", "--trainer.default_root_dir", "named", "--rows_per_step", "3")
+    code, printed = command(*fit, "--trainer.val_check_interval", "3")
     assert code == 0, printed
-    stored = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    stored = read_checkpoint(folder / "named" / "checkpoints" / "last.ckpt")
     assert stored["fuyu_e2e"]["decoder"]["vocab_size"] == 320
     assert stored["state_dict"]["decoder.embed_tokens.weight"].shape == (320, named_size("1m").width)
-    code, printed = command("fit", "--config", "run/config.yaml", "--ckpt_path", "last", "--trainer.max_steps", "3")
+    sizes = {name: tensor.numel() for name, tensor in stored["state_dict"].items() if name.startswith("decoder.")}
+    assert estimated(["--config", "named.yaml", "--device", "a100"]).cost.parameters == sum(sizes.values())
+    events = EventAccumulator(str(folder / "named" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("val/loss")] == [2]
+    code, printed = command("fit", "--config", "named/config.yaml", *LAST, "--trainer.max_steps", "5")
     assert code == 0, printed
-    parameters = sum(tensor.numel() for name, tensor in stored["state_dict"].items() if name.startswith("decoder."))
-    assert estimated(["--config", "recipe.yaml"]).cost.parameters == parameters
+    assert yaml.safe_load((folder / "named" / "config.yaml").read_text())["trainer"]["max_steps"] == 5
+    assert read_checkpoint(folder / "named" / "checkpoints" / "last.ckpt")["global_step"] == 5
