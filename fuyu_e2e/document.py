@@ -47,6 +47,23 @@ class Document:
         return Document(self.key, self.segments[:last])
 
     @property
+    def turns(self) -> tuple["Document", ...]:
+        """The document up to each of its answers, which are supervised texts that an unsupervised one asked for.
+
+        The `prompt` of each holds the true turns before it. A document that asks nothing, a caption, is its only turn.
+        """
+        stops = []
+        asked, stop = False, 0
+        for number, segment in enumerate(self.segments, 1):
+            if isinstance(segment, Text) and not segment.loss:
+                stops.append(stop)
+                asked, stop = True, 0
+            elif isinstance(segment, Text) and asked:
+                stop = number
+        stops = [stop for stop in (*stops, stop) if stop]
+        return tuple(Document(self.key, self.segments[:stop]) for stop in stops) or (self,)
+
+    @property
     def answer(self) -> str:
         """The last supervised text: what a perfect model continues `prompt` with; empty where there is none."""
         supervised = [segment.text for segment in self.segments if isinstance(segment, Text) and segment.loss]

@@ -82,7 +82,8 @@ def sentence(error: SettingError, args: Sequence[str], classes: Collection[str])
         return _unknown(f"{group}.{unknown[3]}".strip("."), settings, args, recipes)
     key = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
     if unknown := re.search(r"Option '([\w.]+)' is not accepted", message):
-        return _unknown(f"{key}.{unknown[1]}", _settings_of(message[: unknown.start()], key), args, recipes)
+        within = _settings_of(message[: unknown.start()], key) if key else settings
+        return _unknown(f"{key}.{unknown[1]}".strip("."), within, args, recipes)
     # What is left tells of the innermost setting.
     rest = re.split(r'Parser key "[\w.]+":', message)[-1].lstrip("\n")
     given = re.search(r"(?:Got value|Given value): (.*)", rest)

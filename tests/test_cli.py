@@ -441,17 +441,15 @@ def test_bad_settings(run: Callable, tokenizer_file: Path) -> None:
         assert code == 2, (setting, printed)
         assert sentence in printed
         assert "Traceback" not in printed
-    assert run(*fit, "--model.decoder.widht", "3")[0] == 2, "a typo in a key is an error"
 
 
 def test_bad_prompts_and_commands(run: Callable, trained: Path, folder: Path) -> None:
     (folder / "broken.png").write_bytes(b"no image")
     ask = ("generate", "--checkpoint", str(trained), "--prompt", "a")
-    refused(run(*ask, "--image", "broken.png"), "image-unreadable")
+    refused(run(*ask, "--image", "broken.png"), "broken.png", "image-unreadable")
     refused(run(*ask, "--image", "gone.png"), "gone.png, can't be read")
     refused(run(*ask, "--temperature", "-1"), "temperature is -1")
     refused(run("inspect", "--config", str(trained / "config.yaml"), "--index", "60"), "--index 60 is behind the last")
-    assert run("fly")[0] == 2
     code, printed = run("--help")
     assert code == 0
     assert "quickstart" in printed

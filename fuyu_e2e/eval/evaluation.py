@@ -44,6 +44,8 @@ class Outcome:
     answers: Mapping[Run, Answer]
     right: bool
     """Whether the answer is a reference, as accuracy has it."""
+    turn: int = 1
+    """Which answer of its conversation it is."""
 
 
 @dataclass
@@ -139,6 +141,7 @@ def _ask(
             references=question.references,
             answers={run: answers[run][number] for run in RUNS},
             right=bool(right) and seen[number].text is not None,
+            turn=question.turn,
         )
         evaluation.outcomes.append(outcome)
         kept = evaluation.right if outcome.right else evaluation.wrong

@@ -20,3 +20,5 @@ class Question:
     """Names the image. Questions about one image are not independent, so intervals resample images."""
     groups: Mapping[str, str] = field(default_factory=dict)
     """What scores are also given apart by, `{"kind": "relational"}` say."""
+    turn: int = 1
+    """Which answer of its conversation is asked for, from 1."""

@@ -66,6 +66,7 @@ def line(outcome: Outcome) -> dict[str, Any]:
         "key": outcome.key,
         "image": outcome.image,
         "groups": dict(outcome.groups),
+        "turn": outcome.turn,
         "prompt": outcome.prompt,
         "references": list(outcome.references),
         "answer": seen.text,

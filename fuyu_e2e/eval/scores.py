@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from fuyu_e2e.eval.blind import share_from_image
 from fuyu_e2e.eval.bootstrap import interval
@@ -14,6 +14,8 @@ from fuyu_e2e.eval.metrics import METRICS
 
 NO_ANSWER = "\N{REPLACEMENT CHARACTER}"
 """What a question that can't be used is scored as answered with: an empty text may be right."""
+TURN = "turn"
+"""The group of scores by turn of a conversation, unless the task has one of that name."""
 PER_TOKEN = "_per_token"
 """Behind a metric's name: of the choices of highest likelihood per token."""
 
@@ -37,7 +39,7 @@ class MetricScores:
     higher_is_better: bool
     all: Scored
     groups: dict[str, dict[str, Scored]]
-    """By group and its value."""
+    """By group and its value, and by turn where conversations have several."""
     blind: Mapping[Run, Scored]
     """The same questions without their images, and with images of others."""
     from_image: Mapping[Run, float | None]
@@ -66,21 +68,35 @@ def score(evaluation: Evaluation, intervals: bool = True) -> dict[str, MetricSco
     outcomes, seed = evaluation.outcomes, evaluation.seed if intervals else None
     images = np.array([outcome.image for outcome in outcomes], dtype=object)
     scores = {}
+    parts = _parts(evaluation)
     for name, (metric, rows) in runs["image"].items():
         everything = _scored(metric, rows, images, seed)
-        groups: dict[str, dict[str, Scored]] = {}
-        for group in evaluation.task.groups:
-            values = [outcome.groups.get(group) for outcome in outcomes]
-            groups[group] = {}
-            for value in sorted({value for value in values if value is not None}):
-                chosen = np.array([own == value for own in values])
-                groups[group][value] = _scored(metric, rows[chosen], images[chosen], seed)
+        groups = {
+            group: {value: _scored(metric, rows[chosen], images[chosen], seed) for value, chosen in values.items()}
+            for group, values in parts.items()
+        }
         blind: dict[Run, Scored] = {
             run: _scored(*found[name], images, seed) for run, found in runs.items() if run != "image"
         }
         shares: dict[Run, float | None] = {run: _share(everything, other) for run, other in blind.items()}
         scores[name] = MetricScores(metric.higher_is_better, everything, groups, blind, shares)
     return scores
+
+
+def _parts(evaluation: Evaluation) -> dict[str, dict[str, Bool[np.ndarray, " N"]]]:
+    """By group and its value, which questions are of it: groups of the task, and turns where there are several."""
+    outcomes = evaluation.outcomes
+    parts = {}
+    for group in evaluation.task.groups:
+        values = [outcome.groups.get(group) for outcome in outcomes]
+        parts[group] = {
+            value: np.array([own == value for own in values])
+            for value in sorted({value for value in values if value is not None})
+        }
+    turns = np.array([outcome.turn for outcome in outcomes])
+    if len(numbers := np.unique(turns)) > 1:
+        parts.setdefault(TURN, {str(number): turns == number for number in numbers})
+    return parts
 
 
 def statistics(evaluation: Evaluation, run: Run) -> dict[str, tuple[Score, Float64[np.ndarray, "N K"]]]:

@@ -1,4 +1,8 @@
-"""Shards as questions: a document's last supervised text is the answer, and what stands before it the prompt."""
+"""Shards as questions: each answer of a conversation is asked for, with the true turns before it as context.
+
+Of a document that asks nothing, a caption, the last supervised text is the answer, and what stands before it the
+prompt.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,14 +15,15 @@ from fuyu_e2e.shards.sources import ShardCache, expand_patterns
 from fuyu_e2e.tally import Tally
 
 
-def read_shards(shards: str, tally: Tally) -> Iterator[Question]:
-    """The questions of shards, one a sample, in stored order.
+def read_shards(shards: str, tally: Tally, whole: bool = False) -> Iterator[Question]:
+    """The questions of shards, in stored order: of a conversation one a turn, of all else one a sample.
 
     Beside what its format has, the JSON of a sample may hold `"groups": {"kind": "relational"}`, `"choices": [...]`
     and `"image": "name"`: samples that share an image name are about one image.
 
     Args:
         shards: Path, glob, brace pattern or URL.
+        whole: Whether to ask for the last turn only, whose prompt and answer are the whole document.
         tally: Counts all samples as read, and by reason those that are no question: among them `no-answer`, and
             `json-type` where one of the three is something else.
 
@@ -31,13 +36,18 @@ def read_shards(shards: str, tally: Tally) -> Iterator[Question]:
         for number in range(len(shard)):
             tally.read += 1
             try:
-                yield question(shard.sample(number))
+                found = questions(shard.sample(number))
             except UnusableSampleError as error:
                 tally.skip(error)
+                continue
+            yield from found[-1:] if whole else found
 
 
-def question(sample: Sample) -> Question:
-    """The question that a sample asks.
+def questions(sample: Sample) -> list[Question]:
+    """The questions that a sample asks, its last turn last.
+
+    Choices are those of one question: of a sample that has some, a turn before the last is a question where its answer
+    is one of them.
 
     Raises:
         UnusableSampleError: As in `read_shards`, and in `fuyu_e2e.shards.formats.document`.
@@ -52,13 +62,19 @@ def question(sample: Sample) -> Question:
         raise UnusableSampleError("json-type", f"{where}: groups, choices or image is not what it should be")
     if not all(isinstance(text, str) for text in (*groups.values(), *choices)):
         raise UnusableSampleError("json-type", f"{where}: a group or a choice is no text")
-    return Question(
-        document=asked.prompt,
-        references=(asked.answer,),
-        choices=tuple(choices),
-        image=image or sample.key,
-        groups=groups,
-    )
+    turns = asked.turns
+    return [
+        Question(
+            document=turn.prompt,
+            references=(turn.answer,),
+            choices=tuple(choices),
+            image=image or sample.key,
+            groups=groups,
+            turn=number,
+        )
+        for number, turn in enumerate(turns, 1)
+        if not choices or number == len(turns) or turn.answer in choices
+    ]
 
 
 DEFAULTS: dict[str, Any] = {"groups": {}, "choices": [], "image": ""}

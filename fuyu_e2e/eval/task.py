@@ -87,7 +87,7 @@ class Task:
 
     @property
     def _files(self) -> dict[str, inspect.Parameter]:
-        return {name: taken for name, taken in self._takes.items() if name not in ("prompt", "tally")}
+        return {name: taken for name, taken in self._takes.items() if name not in ("prompt", "tally", "whole")}
 
     def questions(self, tally: Tally) -> Iterator[Question]:
         """All questions, in stored order; what can't be read as one is counted in `tally`.
@@ -96,7 +96,9 @@ class Task:
             UserError: A file is missing, or not of the format.
         """
         prompt = {} if self.prompt is None else {"prompt": self.prompt}
-        return READERS[self.format](**self.data, **prompt, tally=tally)
+        # A likelihood of whole documents, in which each token counts once.
+        whole = {"whole": True} if self.answer == "perplexity" and "whole" in self._takes else {}
+        return READERS[self.format](**self.data, **prompt, **whole, tally=tally)
 
 
 def load_task(named: str, data: Mapping[str, str] | None = None) -> Task:

@@ -82,6 +82,23 @@ def test_scores_groups_and_blind_shares(model: TrainedModel, make_question: Make
     assert (errors.from_image["without_image"] or 0) < 0, "it makes more errors blind"
 
 
+def test_turns_are_scored_apart(model: TrainedModel, make_question: MakeQuestion, looking: Any) -> None:
+    """The first two turns about each picture are answered right, the tenth never."""
+    questions = [
+        make_question(number, turn=turn, references=("x",) if turn == 10 else (str(number),))
+        for number in range(4)
+        for turn in (1, 2, 10)
+    ]
+    evaluation = evaluate(model, GENERATE, questions)
+    scores = score(evaluation)["accuracy"]
+    assert scores.all.value == pytest.approx(8 / 12)
+    assert [(turn, found.value, found.questions) for turn, found in scores.groups["turn"].items()] == [
+        ("1", 1, 4), ("2", 1, 4), ("10", 0, 4)
+    ]  # fmt: skip
+    assert [line(outcome)["turn"] for outcome in evaluation.outcomes[:3]] == [1, 2, 10]
+    assert "turn" not in score(evaluate(model, GENERATE, questions[::3]))["accuracy"].groups
+
+
 def test_runs_differ_in_images_alone(model: TrainedModel, make_question: MakeQuestion, looking: Any) -> None:
     """A picture that can't be read is given to nobody, and its question is asked no more."""
     asked = [make_question(number, image=f"image{number // 2}") for number in range(8)]

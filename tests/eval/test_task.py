@@ -75,12 +75,13 @@ def test_shipped_tasks_load_with_the_data_that_they_ask_for(file: Path, tmp_path
     assert file.read_text().startswith("# ")
 
 
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"from": "gpt" if n % 2 else "human", "value": text} for n, text in enumerate(texts)]
+
+
 def test_samples_of_shards_say_what_they_ask(
     tmp_path: Path, write_shard: Callable[..., None], make_png: Callable[..., bytes]
 ) -> None:
-    def turns(*texts: str) -> list[dict[str, str]]:
-        return [{"from": "gpt" if n % 2 else "human", "value": text} for n, text in enumerate(texts)]
-
     samples: list[Any] = [
         {"conversations": turns("<image>\nShape?", "square"), "groups": {"kind": "x"}, "image": "a", "choices": ["1"]},
         {"conversations": turns("<image>\nShape?", "square", "And now?", "circle")},
@@ -92,10 +93,29 @@ def test_samples_of_shards_say_what_they_ask(
     ]
     write_shard(tmp_path / "x.tar", [(sample, make_png(4, 4)) for sample in samples])
     tally = Tally()
-    first, second = READERS["shards"](shards=str(tmp_path / "*.tar"), tally=tally)
+    first, earlier, second = READERS["shards"](shards=str(tmp_path / "*.tar"), tally=tally)
     assert (first.references, first.choices, first.image, first.groups) == (("square",), ("1",), "a", {"kind": "x"})
     assert list(first.document.texts) == ["Shape?"]
     assert (second.references, second.image) == (("circle",), "0001")
     assert list(second.document.texts) == ["Shape?", "square", "And now?"]
+    assert (earlier.references, earlier.image, list(earlier.document.texts)) == (("square",), "0001", ["Shape?"])
+    assert (first.turn, earlier.turn, second.turn) == (1, 1, 2)
     assert tally.read == len(samples)
     assert dict(tally.skipped) == {"json-type": 3, "chat-no-answer": 1, "no-answer": 1}
+
+
+def test_a_turn_is_a_question_unless_choices_are_of_another_or_documents_are_scored_whole(
+    write_shard: Callable[..., None], tmp_path: Path, make_png: Callable[..., bytes]
+) -> None:
+    talk = {"conversations": turns("<image>\nShape?", "square", "Red?", "no", "Large?", "yes")}
+    samples = [talk, talk | {"choices": ["yes", "no"]}]
+    write_shard(tmp_path / "x.tar", [(sample, make_png(4, 4)) for sample in samples])
+    (tmp_path / "t.yaml").write_text("format: shards\ndata: {shards: x.tar}\nmetrics: [accuracy]")
+    asked = [(q.document.key, q.turn, q.references[0]) for q in load_task(str(tmp_path / "t.yaml")).questions(Tally())]
+    assert asked == [
+        ("0000", 1, "square"), ("0000", 2, "no"), ("0000", 3, "yes"), ("0001", 2, "no"), ("0001", 3, "yes")
+    ]  # fmt: skip
+    (tmp_path / "p.yaml").write_text("format: shards\ndata: {shards: x.tar}\nanswer: perplexity")
+    whole = list(load_task(str(tmp_path / "p.yaml")).questions(Tally()))
+    assert [question.references for question in whole] == [("yes",), ("yes",)]
+    assert list(whole[0].document.texts) == ["Shape?", "square", "Red?", "no", "Large?"]
