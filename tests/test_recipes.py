@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fuyu_e2e.export.transformers import scales_alike
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.shipped import shipped
@@ -22,6 +23,7 @@ def test_a_recipe_opens_with_what_it_shows_and_builds(recipe: Path, monkeypatch:
     cli = FuyuCLI([f"--config={recipe}", "--trainer.accelerator=cpu", "--trainer.devices=1"], run=False)
     assert cli.trainer.max_steps > 0
     assert cli.datamodule.images.patch_size == cli.model.config.patch_size
+    assert scales_alike(cli.datamodule.images), "what it trains could not be exported to transformers"
     with torch.device("meta"):
         assert sum(weight.numel() for weight in Decoder(cli.model.config).parameters()) > 1e5
 

@@ -7,7 +7,7 @@ model's provenance.
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,18 +81,31 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which appears under its name when it is whole.
 
     Raises:
-        UserError: It holds something already.
+        UserError: It holds something already, or can't be made.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already holds something: name another place, or remove it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, so that the renaming below moves no bytes.
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    missing = [parent for parent in folder.absolute().parents if not parent.exists()]
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, missing)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            # Beside its place, so that the renaming below moves no bytes.
+            unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        except OSError as error:
+            raise UserError(
+                f"{folder} can't be made ({error.strerror}: {error.filename}): name another place."
+            ) from error
+        stack.callback(shutil.rmtree, unfinished, ignore_errors=True)
         yield unfinished
         unfinished.chmod(0o755)
         if folder.exists():
             folder.rmdir()
         unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Removes those of some nested folders, innermost first, that hold nothing."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()

@@ -124,9 +124,9 @@ def card(
         if not scales_alike(images):
             height, width = largest_size(images)
             parts += [
-                f"In training, images of more than {images.max_patches:,} patches were scaled down to that budget. The "
-                f"processor knows no budget, and scales images larger than {height} x {width} pixels down to fit. Images "
-                "within both limits are treated alike.",
+                f"In training, images of more than {images.max_patches:,} patches were scaled down to that budget. "
+                f"The processor scales images larger than {height} x {width} pixels down to fit that size instead. "
+                "Images within both limits are treated alike.",
                 "",
             ]
     parts += [

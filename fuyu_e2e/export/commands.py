@@ -102,8 +102,8 @@ def check_scaling(stored: StoredModel) -> None:
         trained = f"with data.max_patches {images.max_patches:,}, which not every image within data.max_size keeps"
         remedy = f"--data.max_patches {needed}"
     raise UserError(
-        f"{stored.source} was trained {trained}, while transformers' processor scales images beyond {height} x {width} "
-        f"pixels to fit that size: train with {remedy}, or pass --accept-other-scaling."
+        f"{stored.source} was trained {trained}, while transformers' processor scales images beyond {height} x "
+        f"{width} pixels to fit that size: train with {remedy}, or pass --accept-other-scaling."
     )
 
 
@@ -115,9 +115,7 @@ def export_own(stored: StoredModel, out: Path, licence: str | None = None, quest
     """
     recipe = find_recipe(stored.source)
     with new_folder(out) as folder:
-        text = card(
-            stored, name=out.name, licence=licence, recipe=recipe, for_transformers=False, question=question
-        )
+        text = card(stored, name=out.name, licence=licence, recipe=recipe, for_transformers=False, question=question)
         _write_own(stored, folder, text)
         if recipe is not None:
             (folder / RECIPE).write_text(recipe, encoding="utf-8")

@@ -35,11 +35,7 @@ def read_transformers(folder: Path, tokenizer: Path | None = None) -> StoredMode
             computes something that no dialect does; weights, tokenizer and configuration don't fit each other.
     """
     config = decoder_config(folder)
-    size = _largest_size(folder)
-    patches = (size["height"] // config.patch_size) * (size["width"] // config.patch_size)
-    images = ImagePolicy(
-        patch_size=config.patch_size, max_patches=max(1, patches), max_size=(size["height"], size["width"])
-    )
+    images = _image_policy(folder, config.patch_size)
     model = Tokenizer.from_file(_tokenizer_file(folder, tokenizer))
     if model.vocab_size != config.vocab_size:
         raise UserError(
@@ -67,6 +63,8 @@ def decoder_config(folder: Path) -> FuyuConfig:
     if settings.get("model_type") != "fuyu":
         raise UserError(f"{path} says model_type {settings.get('model_type')!r}; only 'fuyu' can be imported.")
     text = settings.get("text_config") or {"model_type": "persimmon"}
+    if not isinstance(text, dict):
+        raise UserError(f"{path} says text_config {text!r}, which is no object: fetch it again.")
     dialects = [dialect for dialect, name in TEXT_MODELS.items() if name == text.get("model_type", "persimmon")]
     if not dialects:
         raise UserError(
@@ -95,6 +93,12 @@ def decoder_config(folder: Path) -> FuyuConfig:
                 "model can't be imported."
             )
     fuyu = dialect == "fuyu"
+    sizes = {"patch_size": full.patch_size, "vocab_size": known.vocab_size, "hidden_size": known.hidden_size}
+    sizes |= {"num_hidden_layers": known.num_hidden_layers, "intermediate_size": known.intermediate_size}
+    sizes |= {"num_attention_heads": known.num_attention_heads}
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{path} says {name} {value!r}, but it must be a whole number of at least 1.")
     return FuyuConfig(
         vocab_size=known.vocab_size,
         patch_size=full.patch_size,
@@ -116,23 +120,32 @@ def _completed(settings: dict[str, Any], path: Path) -> Any:
     try:
         from transformers import FuyuConfig as StockConfig
     except ImportError as error:
-        raise UserError(
-            "Importing needs transformers: install it with pip install 'fuyu-e2e[transformers]'."
-        ) from error
+        raise UserError("Importing needs transformers: install it with pip install 'transformers>=5.16'.") from error
     try:
         return StockConfig.from_dict(settings)
     except Exception as error:  # whatever a wrong value makes of it: its own checks raise several kinds
         raise UserError(f"transformers can't read {path} ({str(error).splitlines()[0]}): fetch it again.") from error
 
 
-def _largest_size(folder: Path) -> dict[str, int]:
+def _image_policy(folder: Path, patch_size: int) -> ImagePolicy:
+    """How the folder's processor scales images, as a policy whose budget holds all that fit."""
+    source, size = folder / "preprocessor_config.json", RELEASED_SIZE
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
             settings = read_json(folder / name)
-            size = settings.get("image_processor", settings).get("size")
-            if size is not None:
-                return size
-    return RELEASED_SIZE
+            image_processor = settings.get("image_processor", settings)
+            if isinstance(image_processor, dict) and image_processor.get("size") is not None:
+                source, size = folder / name, image_processor["size"]
+                break
+    sides = [size.get(name) for name in ("height", "width")] if isinstance(size, dict) else [size]
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 and side % patch_size == 0 for side in sides):
+        raise UserError(
+            f"{source} must say size as a height and a width that are multiples of the patch size {patch_size}, but "
+            f"it is {size!r}: correct it."
+        )
+    height, width = sides
+    patches = (height // patch_size) * (width // patch_size)
+    return ImagePolicy(patch_size=patch_size, max_patches=patches, max_size=(height, width))
 
 
 def _tokenizer_file(folder: Path, named: Path | None) -> Path:

@@ -280,6 +280,22 @@ def break_json(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
+def break_text_config(folder: Path) -> None:
+    edit(folder / "config.json", lambda settings: settings.update(text_config=-1))
+
+
+def break_patch_size(folder: Path) -> None:
+    edit(folder / "config.json", lambda settings: settings.update(patch_size=None))
+
+
+def break_size(folder: Path) -> None:
+    (folder / "preprocessor_config.json").write_text('{"size": {"longest_edge": 64}}')
+
+
+def break_size_of_patches(folder: Path) -> None:
+    (folder / "preprocessor_config.json").write_text('{"size": {"height": 64, "width": 97}}')
+
+
 def break_outside(folder: Path) -> None:
     def point_out(index: dict) -> None:
         index["weight_map"]["vision_embed_tokens.bias"] = "../model.safetensors"
@@ -304,6 +320,10 @@ WRONG = {
     break_activation: "hidden_act 'gelu'.*'relu2'",
     break_rope: "rope_type 'linear'",
     break_json: "config.json is no JSON",
+    break_text_config: "config.json says text_config -1, which is no object",
+    break_patch_size: "config.json says patch_size None, but it must be a whole number",
+    break_size: r"preprocessor_config.json must say size .* but it is \{'longest_edge': 64\}",
+    break_size_of_patches: r"preprocessor_config.json must say size .*multiples of the patch size 4.*97",
     break_outside: r"'../model.safetensors', which lies outside",
 }
 
