@@ -13,6 +13,8 @@ from fuyu_e2e.shards.sources import ShardCache, expand_patterns
 from fuyu_e2e.shards.tables import FORMS
 from fuyu_e2e.shards.writing import INTERRUPTED, REPORT, Settings, WriteReport, write_shards
 
+VOCAB_SIZE = 512
+"""Of the tokenizer that the printed commands train: that of `recipes/own-pictures.yaml`."""
 FEW = 50
 """Documents to validate on below which a figure on them is mostly chance."""
 
@@ -81,7 +83,7 @@ def next_steps(out: Path, report: WriteReport) -> str:
             *lines,
             "",
             "Next:",
-            f"  fuyu-e2e tokenizer train --shards {train} --out {tokenizer}",
+            f"  fuyu-e2e tokenizer train --shards {train} --vocab-size {VOCAB_SIZE} --out {tokenizer}",
             f"  fuyu-e2e fit --config recipes/own-pictures.yaml --data.tokenizer {tokenizer} \\",
             f"      {data}",
         ]
