@@ -1,5 +1,6 @@
 """Shards in, packed batches out: the LightningDataModule."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -26,9 +27,10 @@ from fuyu_e2e.packing import LongDocuments, empty_row
 from fuyu_e2e.ranks import DataRank, anywhere, in_step
 from fuyu_e2e.sequence import Prompt, SequenceBuilder
 from fuyu_e2e.shards.formats import read_documents
-from fuyu_e2e.shards.manifest import check_complete, facts_of, totals
+from fuyu_e2e.shards.manifest import ShardFacts, check_complete, facts_of, known_facts, totals
 from fuyu_e2e.shards.mixture import MixBy, Source
-from fuyu_e2e.shards.sources import CACHE_FOLDER, CACHE_GIGABYTES, ShardCache, expand_patterns
+from fuyu_e2e.shards.sources import CACHE_FOLDER, CACHE_GIGABYTES, ShardCache, expand_patterns, is_local
+from fuyu_e2e.shards.splits import NamedShards, check_disjoint
 from fuyu_e2e.shards.stream import LaneState, Stream, StreamRow, StreamSource
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import Tokenizer
@@ -121,19 +123,46 @@ class FuyuDataModule(pl.LightningDataModule):
         """Indexes local shards that no manifest knows, in one process of a machine for all."""
         assert self.trainer is not None
         assert self.trainer.state.fn is not None
-        for split in self._needed(self.trainer.state.fn.value):
-            self.stream_sources(split)
+        self._look_up(self.trainer.state.fn.value)
 
     def setup(self, stage: str) -> None:
         """Checks the shards that the stage is about to read.
 
         Raises:
-            UserError: A pattern is missing or matches nothing, a shard is not what its manifest says or no tar, the
-                tokenizer can't be read.
+            UserError: A pattern is missing or matches nothing, a shard is not what its manifest says or no tar, two
+                splits hold the same shard, the tokenizer can't be read.
         """
-        for split in self._needed(stage):
-            self.stream_sources(split)
+        self._look_up(stage)
         assert self.tokenizer
+
+    def _look_up(self, stage: str) -> None:
+        """Indexes the shards that a stage reads, and compares them with those of the other splits.
+
+        Of the other splits only local shards that a manifest already knows are compared: the rest may not be here.
+        """
+        needed = [NamedShards(self._setting(split), self._facts(split)) for split in self._needed(stage)]
+        if stage == "predict":  # anything may be continued
+            return
+        others = [split for split in ("train", "val", "test") if split not in self._needed(stage)]
+        check_disjoint(needed, [NamedShards(self._setting(split), self._known_facts(split)) for split in others])
+
+    def _setting(self, split: str) -> str:
+        mixed = split == "train" and self.mixture
+        named = [source.shards for source in self.mixture.values()] if mixed else [self.patterns[split] or []]
+        patterns = [pattern for each in named for pattern in ([each] if isinstance(each, str) else each)]
+        return f"data.{'mixture' if mixed else split} {', '.join(map(repr, patterns))}"
+
+    def _facts(self, split: str) -> dict[str, ShardFacts]:
+        return {
+            shard: facts
+            for source in self.stream_sources(split)
+            for shard, facts in zip(source.shards, source.facts, strict=True)
+        }
+
+    def _known_facts(self, split: str) -> dict[str, ShardFacts]:
+        with contextlib.suppress(UserError):  # the stage can do without them
+            return known_facts(filter(is_local, self.shards(split)), self.cache)
+        return {}
 
     def _needed(self, stage: str) -> list[str]:
         needed = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}[stage]

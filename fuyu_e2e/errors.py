@@ -1,5 +1,9 @@
 """The two ways in which something can be wrong for a user: the whole run, or one sample of its data."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from fuyu_e2e.exit_codes import WRONG_USE
 
 
@@ -11,6 +15,19 @@ class UserError(ValueError):
     """
 
     exit_code = WRONG_USE
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around code that writes a file.
+
+    Raises:
+        UserError: It can't be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror}): name another file.") from error
 
 
 class UnusableSampleError(Exception):

@@ -113,15 +113,21 @@ def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]
         exif = image.getexif()
         turned = _is_turned(exif)
         size = fit_policy(*(native[::-1] if turned else native), policy)
-        # A JPEG decodes at a fraction of its size where the budget allows it; no effect on other formats and images
-        # that fit. It rounds that size up, so the size to scale to is taken from the header's.
-        image.draft(None, size[::-1] if turned else size)
-        pixels = _jpeg_pixels(data, image, native)
-        if pixels is None:
-            pixels = np.asarray(_to_rgb(image))
+        pixels = _decoded(data, image, size[::-1] if turned else size)
     if turn := TURNS.get(exif.get(ExifTags.Base.Orientation, 1)):
         pixels = turn(pixels).copy()
     return scale_pixels(pixels, size)
+
+
+def check_image(data: bytes, policy: ImagePolicy) -> None:
+    """Decodes an image to its end, as small as its format allows, and keeps nothing of it.
+
+    Raises:
+        UnusableSampleError: As in `decode_image`.
+    """
+    with _opened(data, policy) as image:
+        image.getexif()
+        _decoded(data, image, (1, 1))
 
 
 def image_size(data: bytes, policy: ImagePolicy) -> tuple[int, int]:
@@ -158,6 +164,17 @@ def _check_size(width: int, height: int, policy: ImagePolicy) -> None:
         raise UnusableSampleError("image-too-many-pixels", f"{width} x {height}")
     if max(width, height) > policy.max_aspect * min(width, height):
         raise UnusableSampleError("image-aspect", f"{width} x {height}")
+
+
+def _decoded(data: bytes, image: Pillow.Image, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
+    """The pixels of an image, none of its sides smaller than those of `size` unless it is so itself.
+
+    A JPEG decodes at a fraction of its size where that is enough, rounded up; other formats decode whole.
+    """
+    native = image.size
+    image.draft(None, size)
+    pixels = _jpeg_pixels(data, image, native)
+    return np.asarray(_to_rgb(image)) if pixels is None else pixels
 
 
 def _jpeg_pixels(data: bytes, image: Pillow.Image, native: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"] | None:

@@ -3,17 +3,33 @@
 import hashlib
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
 
-from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.errors import UnusableSampleError, UserError, writing
 
 PATCH, NEWLINE, BOS, EOS, ANSWER = "|SPEAKER|", "|NEWLINE|", "<s>", "</s>", "<0x04>"
 SPACE = "\u2581"
 """How sentencepiece writes a space inside; a text that holds this very letter must not come back with spaces."""
+PADDING = "|UNUSED"
+"""What the tokens begin with that only fill up a vocabulary."""
+ALPHABET = 1_000
+"""Different characters up to which each gets a token of its own.
+
+sentencepiece advises to cover all characters of a small alphabet, and 99.95 % of text in scripts of thousands. Several
+alphabets with their accents and punctuation stay below; Chinese and Japanese text, and a crawl of the web, which holds
+some of everything, do not: there, rare characters are better spelled in bytes.
+"""
+NORMAL = 1
+"""sentencepiece's type of a token that was learnt."""
+OFTEN = 10
+"""Times that a text has to hold a token for it to be worth one."""
+WORDS = 100_000
+"""Different words, the most frequent ones, in which tokens are counted."""
 
 
 class Tokenizer:
@@ -59,8 +75,9 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Writes the model to a file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self.model)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.model)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
         return Tokenizer, (self.model,)
@@ -69,6 +86,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, special and byte tokens included."""
         return self._processor.vocab_size()
+
+    @property
+    def padding(self) -> int:
+        """Number of tokens that only fill up the vocabulary, and that no text uses."""
+        return sum(self.piece(token).startswith(PADDING) for token in range(self.vocab_size))
 
     @cached_property
     def digest(self) -> str:
@@ -107,8 +129,9 @@ class Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) on texts.
 
-    Text is taken as it is, without normalisation; digits stand alone; letters that are too rare to be tokens are
-    spelled in bytes. A small corpus that has no pairs left to merge fills up with tokens that are never used.
+    Text is taken as it is, without normalisation; digits stand alone. Each character of a text of at most `ALPHABET`
+    different ones is a token where the vocabulary holds them all; others that are rare are spelled in bytes. A small
+    corpus that has no pairs left to merge fills up with tokens that are never used (see `Tokenizer.padding`).
 
     Args:
         texts: What to learn from.
@@ -120,8 +143,54 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     lines = [line for text in texts for line in text.split("\n") if line]
     if not lines:
         raise UserError("The shards hold no text to train a tokenizer on.")
+    coverages = (1.0, 0.9995) if len(set().union(*lines)) <= ALPHABET else (0.9995,)
+    for coverage in coverages:
+        try:
+            return _train_to_size(lines, vocab_size, coverage)
+        except UserError:  # the vocabulary can't hold each character
+            if coverage == coverages[-1]:
+                raise
+    raise AssertionError
+
+
+def suggest_vocab_size(tokenizer: Tokenizer, texts: Iterable[str]) -> int | None:
+    """The size of a vocabulary whose every merge the texts hold at least `OFTEN` times; None where it is no smaller.
+
+    A multiple of 64, as matrix products like it. A larger vocabulary has tokens that are too rare to be learnt.
+
+    Args:
+        tokenizer: One that `train_tokenizer` made of the texts.
+        texts: The same texts.
+    """
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # which nothing else here needs
+
+    words = Counter(word for text in texts for word in re.findall(r"\n| ?[^ \n]+| ", text))
+    common = dict(words.most_common(WORDS))
+    model = ModelProto.FromString(tokenizer.model)
+    merges = [number for number, piece in enumerate(model.pieces) if piece.type == NORMAL and len(piece.piece) > 1]
+    fixed = tokenizer.vocab_size - tokenizer.padding - len(merges)
+
+    def is_frequent(count: int) -> bool:
+        """Whether the texts hold the last of so many merges often, in the vocabulary that ends with it."""
+        smaller, later = ModelProto.FromString(tokenizer.model), set(merges[count:])
+        del smaller.pieces[:]
+        smaller.pieces.extend(piece for number, piece in enumerate(model.pieces) if number not in later)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=smaller.SerializeToString())
+        last = processor.PieceToId(model.pieces[merges[count - 1]].piece)
+        encoded = zip(processor.Encode(list(common)), common.values(), strict=True)
+        return sum(times * ids.count(last) for ids, times in encoded) >= OFTEN
+
+    low, high = 0, len(merges)  # merges stand in the order of their frequency
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if is_frequent(middle) else (low, middle - 1)
+    size = max((fixed + low) // 64, fixed // 64 + 1) * 64
+    return size if size < tokenizer.vocab_size else None
+
+
+def _train_to_size(lines: list[str], vocab_size: int, coverage: float) -> Tokenizer:
     try:
-        return Tokenizer(_train(lines, vocab_size, unused=0))
+        return Tokenizer(_train(lines, vocab_size, coverage, unused=0))
     except RuntimeError as error:
         # sentencepiece tells both limits in its message alone.
         if smallest := re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error)):
@@ -130,23 +199,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
                 f"{smallest[1]}."
             ) from error
         if largest := re.search(r"Please set it to a value <= (\d+)", str(error)):
-            return Tokenizer(_train(lines, vocab_size, unused=vocab_size - int(largest[1])))
+            return Tokenizer(_train(lines, vocab_size, coverage, unused=vocab_size - int(largest[1])))
         raise
 
 
-def _train(lines: list[str], vocab_size: int, unused: int) -> bytes:
+def _train(lines: list[str], vocab_size: int, coverage: float, unused: int) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(lines),
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
+        character_coverage=coverage,
         byte_fallback=True,
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         split_digits=True,
-        control_symbols=[PATCH, NEWLINE, *(f"|UNUSED{number}|" for number in range(unused))],
+        control_symbols=[PATCH, NEWLINE, *(f"{PADDING}{number}|" for number in range(unused))],
         max_sentence_length=1 << 20,
         minloglevel=3,
     )

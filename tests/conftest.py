@@ -197,19 +197,21 @@ def random_document() -> Callable[[int], Document]:
 
 @pytest.fixture
 def question_data(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., FuyuDataModule]:
-    """Makes a data module over a shard of question/answer samples."""
+    """Makes a data module over a shard of question/answer samples; `val.tar` beside it holds others."""
     tokenizer.save(tmp_path / "tokenizer.model")
-    with tarfile.open(tmp_path / "train.tar", "w") as tar:
-        for number in range(8):
-            turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"{number * 37}"}]
-            members = {
-                "png": png(8 + number, 20, seed=number),
-                "json": json.dumps({"conversations": turns}).encode(),
-            }
-            for extension, content in members.items():
-                info = tarfile.TarInfo(f"{number}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+    for name, numbers in (("train.tar", range(8)), ("val.tar", range(8, 16))):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for number in numbers:
+                asked = {"from": "human", "value": "<image>\nWhat is it?"}
+                turns = [asked, {"from": "gpt", "value": f"{number * 37}"}]
+                members = {
+                    "png": png(8 + number % 8, 20, seed=number),
+                    "json": json.dumps({"conversations": turns}).encode(),
+                }
+                for extension, content in members.items():
+                    info = tarfile.TarInfo(f"{number}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
 
     def make(**changed: Any) -> FuyuDataModule:
         settings = {"budget": 128, "lanes": 2, "shuffle": 4, "train": str(tmp_path / "train.tar")} | changed

@@ -17,7 +17,16 @@ from PIL import Image as Pillow
 
 from fuyu_e2e import image as image_module
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.image import PADDING, ImagePolicy, decode_image, fit_policy, load_patches, to_patches, to_pixels
+from fuyu_e2e.image import (
+    PADDING,
+    ImagePolicy,
+    check_image,
+    decode_image,
+    fit_policy,
+    load_patches,
+    to_patches,
+    to_pixels,
+)
 
 POLICY = ImagePolicy(patch_size=8)
 
@@ -423,3 +432,26 @@ def test_images_are_turned_and_scaled_as_pillow_does_it(
     image.getexif()[ExifTags.Base.Orientation] = orientation
     expected = ImageOps.exif_transpose(image).resize(decoded.shape[1::-1], Pillow.Resampling.BILINEAR)
     assert np.abs(decoded.astype(int) - np.asarray(expected)).max() <= 2
+
+
+@given(st.data())
+def test_a_check_refuses_what_decoding_refuses(data: st.DataObject) -> None:
+    """At whatever size a policy has an image decoded, and for the same reason."""
+    form = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP"]))
+    height, width = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 90))
+    file = io.BytesIO()
+    pixels = np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), np.uint8)
+    Pillow.fromarray(pixels).save(file, form)
+    damaged = bytearray(file.getvalue())
+    for _ in range(data.draw(st.integers(0, 2))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
+    cut = bytes(damaged[: data.draw(st.just(len(damaged)) | st.integers(0, len(damaged)))])
+    policy = ImagePolicy(patch_size=8, max_patches=data.draw(st.sampled_from([1, 9, 1024])))
+    reasons = []
+    for read in (decode_image, check_image):
+        try:
+            read(cut, policy)
+            reasons.append("")
+        except UnusableSampleError as error:
+            reasons.append(error.reason)
+    assert reasons[0] == reasons[1]

@@ -4,12 +4,13 @@ import contextlib
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.tokenizer import Tokenizer, train_tokenizer
+from fuyu_e2e.tokenizer import ALPHABET, OFTEN, Tokenizer, suggest_vocab_size, train_tokenizer
 
 TEXT = ["The quick brown fox jumps over the lazy dog.", "  two  spaces ", "naïve café", "12345"] * 20
 
@@ -95,3 +96,47 @@ def test_damaged_models_are_refused_or_read_but_never_crash(tokenizer: Tokenizer
         model[start : start + data.draw(st.integers(0, 20))] = data.draw(st.binary(max_size=20))
     with contextlib.suppress(UserError):
         Tokenizer(bytes(model)).encode("Read the digits. \u00e9 |NEWLINE|")
+
+
+@given(text=st.text(st.characters(categories=("L", "M", "N", "P", "S"), exclude_characters="\u2581"), min_size=1))
+def test_each_character_of_a_small_corpus_is_a_token(text: str) -> None:
+    """However rare: here one in 20,000, of which sentencepiece's default covers none."""
+    trained = train_tokenizer(["the most common words " * 1_000, text], 1_000)
+    for character in set(text):
+        piece = "\u2581" if character == " " else character
+        assert [trained.piece(token) for token in trained.encode(character)] == [piece], repr(character)
+
+
+def test_rare_characters_of_a_large_alphabet_are_spelled_in_bytes() -> None:
+    """Where a vocabulary of thousands of characters would leave no room for words."""
+    common, rare = "".join(map(chr, range(0x4E00, 0x4E00 + ALPHABET))), "\u9f98"
+    trained = train_tokenizer([common * 10, rare], 2_000)
+    assert len(trained.encode(common[:5])) <= 5
+    assert len(trained.encode(rare)) == len(rare.encode())
+
+
+def test_a_vocabulary_too_small_for_each_character_holds_the_common_ones() -> None:
+    texts = ["common words " * 20_000, "".join(map(chr, range(0x400, 0x460)))]
+    trained = train_tokenizer(texts, 300)
+    assert trained.vocab_size == 300
+    assert len(trained.encode("common words")) < 12
+
+
+def test_padding_is_counted_and_a_size_without_rare_tokens_suggested() -> None:
+    random = np.random.default_rng(0)
+    texts = ["".join(random.choice(list("abcdefgh"), 8)) for _ in range(60)]
+    trained = train_tokenizer(texts, 2_000)
+    used = {token for text in texts for token in trained.encode(text)}
+    assert 1_000 < trained.padding <= 2_000 - len(used)
+    assert not any(trained.piece(token).startswith("|UNUSED") for token in used)
+    suggested = suggest_vocab_size(trained, texts)
+    assert suggested is not None
+    assert suggested % 64 == 0
+    fitting = train_tokenizer(texts, suggested)
+    assert fitting.padding == 0
+    assert suggest_vocab_size(fitting, texts) is None
+    often = texts * OFTEN
+    larger = suggest_vocab_size(train_tokenizer(often, 2_000), often)
+    assert larger is not None
+    assert larger > suggested
+    assert train_tokenizer(often, larger).padding == 0

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fuyu_e2e.arguments import CommandParser
+from fuyu_e2e.errors import UserError
 
 
 def tokenizer(args: Sequence[str]) -> int:
@@ -16,23 +17,35 @@ def tokenizer(args: Sequence[str]) -> int:
     options = parser.parse_args(args)
 
     from fuyu_e2e.shards.formats import read_documents
+    from fuyu_e2e.shards.progress import Progress
     from fuyu_e2e.shards.sources import ShardCache, expand_patterns
     from fuyu_e2e.tally import Tally
-    from fuyu_e2e.tokenizer import train_tokenizer
+    from fuyu_e2e.tokenizer import OFTEN, suggest_vocab_size, train_tokenizer
 
     found = expand_patterns(options.shards)
+    if (out := Path(options.out)).is_dir():
+        raise UserError(f"--out {out} is a folder: name the file to write, such as {out / 'tokenizer.model'}.")
     cache = ShardCache.at()
     tally = Tally()
-    texts = (
-        text
-        for shard in found
-        for document in read_documents(cache.path(shard), tally, shard)
-        for text in document.texts
-    )
-    trained = train_tokenizer(texts, options.vocab_size)
-    trained.save(Path(options.out))
+    with Progress("Reading shards", len(found), "shards") as progress:
+        texts = [
+            text
+            for shard in found
+            for document in read_documents(cache.path(shard), tally, shard, progress.advance)
+            for text in document.texts
+        ]
+    with Progress("Training the tokenizer"):
+        trained = train_tokenizer(texts, options.vocab_size)
+        suggested = suggest_vocab_size(trained, texts)
+    trained.save(out)
     print(
-        f"{options.out}: {trained.vocab_size} tokens from {len(found)} shards ({tally.read} samples read, "
-        f"{tally.skipped.total()} skipped)"
+        f"{out}: {trained.vocab_size:,} tokens from {len(found)} shards ({tally.read:,} samples read, "
+        f"{tally.skipped.total():,} skipped), {trained.vocab_size - trained.padding:,} of them real, "
+        f"{trained.padding:,} padding that no text uses"
     )
+    if suggested:
+        print(
+            f"This text suggests --vocab-size {suggested}: it holds the last tokens of a larger vocabulary fewer than "
+            f"{OFTEN} times each, too few to learn them."
+        )
     return 0

@@ -11,15 +11,16 @@ from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.shards.manifest import ShardFacts, index, totals, verify
 from fuyu_e2e.shards.sources import CACHE_FOLDER, ShardCache, expand_patterns, folder_of
 from fuyu_e2e.shards.statistics import survey
-from fuyu_e2e.shards.writing import write
+from fuyu_e2e.shards.write_command import write
 
 USAGE = """usage: fuyu-e2e shards {index,verify,stats,write} [--help]
 
   index PATTERN      count what shards hold, into fuyu-manifest.json beside them
-  verify PATTERN     compare shards with their manifest: bytes, checksums, documents
+  verify PATTERN     compare shards with their manifest: bytes, checksums, documents; --deep decodes images
   stats PATTERN      a table and a picture of resolutions, aspect ratios, text lengths and tokens
   write SOURCE       shards from your own images and texts
 """
+HEADERS_ONLY = "Images were judged by their headers, not decoded: `fuyu-e2e shards verify --deep` decodes each."
 FAULTY = 1
 """Exit code of `verify` where a shard is not what its manifest says."""
 
@@ -48,6 +49,7 @@ def _index(args: Sequence[str]) -> int:
     found = expand_patterns(options.patterns, allow_pipe=options.allow_pipe)
     facts, places = index(found, ShardCache.at(options.cache_dir), options.processes)
     _print_totals(list(facts.values()))
+    print(HEADERS_ONLY)
     for place in places:
         print(f"Written: {place}")
     return 0
@@ -55,13 +57,19 @@ def _index(args: Sequence[str]) -> int:
 
 def _verify(args: Sequence[str]) -> int:
     """Compares shards with their manifests; exit code 1 where one is not what it should be."""
-    options = _parser("verify", _verify.__doc__).parse_args(args)
+    parser = _parser("verify", _verify.__doc__)
+    parser.add_argument("--deep", action="store_true", help="Decode each image to its end, too.")
+    options = parser.parse_args(args)
     found = expand_patterns(options.patterns, allow_pipe=options.allow_pipe)
-    faults = verify(options.patterns, found, ShardCache.at(options.cache_dir), options.processes)
+    cache = ShardCache.at(options.cache_dir)
+    faults = verify(options.patterns, found, cache, options.processes, deep=options.deep)
     for fault in faults:
         print(f"{fault.shard} {fault.reason}")
     folders = len(set(map(folder_of, found)))
-    print(f"{len(found):,} shards in {folders:,} folders compared with their manifests: {len(faults):,} faults")
+    compared = "compared with their manifests" + (" and decoded" if options.deep else "")
+    print(f"{len(found):,} shards in {folders:,} folders {compared}: {len(faults):,} faults")
+    if not options.deep:
+        print(HEADERS_ONLY)
     return FAULTY if faults else 0
 
 
@@ -77,6 +85,7 @@ def _stats(args: Sequence[str]) -> int:
     cache = ShardCache.at(options.cache_dir)
     surveyed = survey(found, cache, options.tokenizer, options.patch_size, options.max_patches, options.processes)
     Console().print(surveyed.table())
+    print(HEADERS_ONLY)
     surveyed.draw(options.out)
     print(f"The distributions: {options.out}")
     return 0

@@ -13,6 +13,7 @@ from typing import Any
 
 from fuyu_e2e.document import Document, Image, Segment, Text
 from fuyu_e2e.errors import UnusableSampleError
+from fuyu_e2e.shards.progress import Advance, untold
 from fuyu_e2e.shards.reading import Sample, Shard
 from fuyu_e2e.tally import Tally
 
@@ -25,10 +26,10 @@ SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assist
 """Whether what a speaker says carries loss."""
 
 
-def read_documents(path: Path, tally: Tally, name: str | None = None) -> Iterator[Document]:
+def read_documents(path: Path, tally: Tally, name: str | None = None, advance: Advance = untold) -> Iterator[Document]:
     """The usable documents of a local shard, in stored order; `name` is what errors call it.
 
-    Counts every document as read, and those that can't be used by reason.
+    Counts every document as read, and those that can't be used by reason; and the whole shard as 1 to `advance`.
 
     Raises:
         UserError: The file can't be read, or is no tar.
@@ -40,6 +41,7 @@ def read_documents(path: Path, tally: Tally, name: str | None = None) -> Iterato
             yield document(shard.sample(number))
         except UnusableSampleError as error:
             tally.skip(error)
+        advance(1 / len(shard))
 
 
 def document(sample: Sample) -> Document:

@@ -4,6 +4,7 @@ Counts make the order of a stream a function of its seed, sizes and checksums ma
 folder can't be written to, the manifest lies in the cache of this machine.
 """
 
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -16,10 +17,11 @@ from typing import Any, Literal
 
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.image import ImagePolicy, fit_policy, image_size
+from fuyu_e2e.image import ImagePolicy, check_image, fit_policy, image_size
 from fuyu_e2e.sequence import ImageSpan
 from fuyu_e2e.shards.formats import document
 from fuyu_e2e.shards.parallel import map_shards
+from fuyu_e2e.shards.progress import Advance, untold
 from fuyu_e2e.shards.reading import Shard
 from fuyu_e2e.shards.sources import ShardCache, folder_of, is_local, name_of, read_bytes, write_bytes
 from fuyu_e2e.version import __version__
@@ -94,8 +96,8 @@ class ShardFacts:
     """Documents that can't be used by reason, as far as headers tell."""
 
     @classmethod
-    def of(cls, path: Path, name: str | None = None) -> "ShardFacts":
-        """Reads a whole local shard.
+    def of(cls, path: Path, name: str | None = None, advance: Advance = untold) -> "ShardFacts":
+        """Reads a whole local shard, which counts as 1 to `advance`.
 
         Raises:
             UserError: The file can't be read, or is no tar.
@@ -104,6 +106,7 @@ class ShardFacts:
         kinds, unusable = Counter[str](), Counter[str]()
         images = tokens = 0
         for number in range(len(shard)):
+            advance(1 / len(shard))
             try:
                 facts = DocumentFacts.of(document(shard.sample(number)))
             except UnusableSampleError as error:
@@ -206,7 +209,7 @@ def facts_of(shards: Sequence[str], cache: ShardCache) -> tuple[ShardFacts, ...]
         UserError: No manifest knows a remote shard; a local one has another size than its manifest says, can't be
             read, or is no tar.
     """
-    known = _known(shards, cache)
+    known = known_facts(shards, cache)
     unknown = [shard for shard in shards if shard not in known]
     if remote := [shard for shard in unknown if not is_local(shard)]:
         raise UserError(
@@ -244,11 +247,16 @@ def index(shards: Sequence[str], cache: ShardCache, processes: int = 1) -> tuple
     return found, places
 
 
-def _facts_of_one(shard: str, cache: ShardCache) -> ShardFacts:
-    return ShardFacts.of(cache.path(shard), shard)
+def _facts_of_one(shard: str, advance: Advance, cache: ShardCache) -> ShardFacts:
+    return ShardFacts.of(cache.path(shard), shard, advance)
 
 
-def _known(shards: Iterable[str], cache: ShardCache) -> dict[str, ShardFacts]:
+def known_facts(shards: Iterable[str], cache: ShardCache) -> dict[str, ShardFacts]:
+    """The facts of those of the shards that a manifest knows; nothing is indexed.
+
+    Raises:
+        UserError: A manifest can't be read.
+    """
     manifests: dict[str, Manifest] = {}
     known = {}
     for shard in shards:
@@ -308,13 +316,18 @@ class Fault:
     reason: str
 
 
-def verify(patterns: Sequence[str], shards: Sequence[str], cache: ShardCache, processes: int = 1) -> list[Fault]:
+def verify(
+    patterns: Sequence[str], shards: Sequence[str], cache: ShardCache, processes: int = 1, *, deep: bool = False
+) -> list[Fault]:
     """Compares shards, and all that their manifests list under the same patterns, with the manifests.
 
     Args:
         patterns: What the user named, so that what is gone is noticed too.
         shards: What the patterns match.
         cache: Where remote shards go.
+        processes: Shards read at once, as `map_shards` says.
+        deep: Whether to decode each image as well. One that can't be is a fault where its header looks right; where it
+            doesn't, the manifest counts it as unusable already.
 
     Raises:
         UserError: A remote shard can't be fetched.
@@ -330,20 +343,35 @@ def verify(patterns: Sequence[str], shards: Sequence[str], cache: ShardCache, pr
                 faults.append(Fault(f"{folder}/{name}", "is gone"))
             elif name not in listed:
                 faults.append(Fault(here[name], "stands in no manifest"))
-    known = _known(shards, cache)
+    known = known_facts(shards, cache)
     indexed = [shard for shard in shards if shard in known]
-    compare = partial(_compare, known=known, cache=cache)
+    compare = partial(_compare, known=known, cache=cache, deep=deep)
     for shard, reasons in zip(indexed, map_shards(compare, indexed, processes, "Verifying shards"), strict=True):
         faults += [Fault(shard, reason) for reason in reasons]
     return faults
 
 
-def _compare(shard: str, known: dict[str, ShardFacts], cache: ShardCache) -> list[str]:
+def _compare(shard: str, advance: Advance, known: dict[str, ShardFacts], cache: ShardCache, deep: bool) -> list[str]:
     path = cache.path(shard)
     try:
-        return list(_differences(known[shard], ShardFacts.of(path, shard)))
+        reasons = list(_differences(known[shard], ShardFacts.of(path, shard, untold if deep else advance)))
+        return [*reasons, *_undecodable(Shard(path, shard), advance)] if deep else reasons
     except UserError as error:
         return [f"can't be compared: {error}"]
+
+
+def _undecodable(shard: Shard, advance: Advance) -> Iterator[str]:
+    for number in range(len(shard)):
+        advance(1 / len(shard))
+        with contextlib.suppress(UnusableSampleError):  # the manifest counts it
+            found = document(shard.sample(number))
+            DocumentFacts.of(found)
+            try:
+                for segment in found.segments:
+                    if isinstance(segment, Image):
+                        check_image(segment.data, ASSUMED)
+            except UnusableSampleError as error:
+                yield f"has an image that can't be decoded in sample {found.key} ({error})"
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -4,27 +4,43 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import track
+from fuyu_e2e.shards.progress import Advance, Progress, add
 
 Found = TypeVar("Found")
+Read = Callable[[str, Advance], Found]
+"""Finds something in a shard, and counts it as done, 1 in all."""
+
+_count: "Synchronized[float]"
+"""What a process of the pool counts in."""
 
 
-def map_shards(read: Callable[[str], Found], shards: Sequence[str], processes: int, title: str) -> Iterator[Found]:
-    """What `read` finds in each shard, in their order, with a progress bar on stderr where that is a terminal.
+def map_shards(read: Read[Found], shards: Sequence[str], processes: int, title: str) -> Iterator[Found]:
+    """What `read` finds in each shard, in their order, with the progress on stderr.
 
     More than one process needs a program whose main module can be imported, as multiprocessing's `spawn` does.
     """
-    console = Console(stderr=True)
-    watch = partial(
-        track, description=title, total=len(shards), console=console, transient=True, disable=not console.is_terminal
-    )
-    if processes == 1 or len(shards) == 1:
-        yield from watch(map(read, shards))
-        return
-    # Not forked: a copy of a process that runs torch's threads can hang. What reads shards imports no torch, so that
-    # a new process starts in a fraction of a second.
-    with ProcessPoolExecutor(min(processes, len(shards)), mp_context=get_context("spawn")) as pool:
-        yield from watch(pool.map(read, shards))
+    with Progress(title, len(shards), "shards") as progress:
+        if processes == 1 or len(shards) <= 1:
+            yield from (read(shard, progress.advance) for shard in shards)
+            return
+        # Not forked: a copy of a process that runs torch's threads can hang. What reads shards imports no torch, so
+        # that a new process starts in a fraction of a second.
+        with ProcessPoolExecutor(
+            min(processes, len(shards)),
+            mp_context=get_context("spawn"),
+            initializer=_begin,
+            initargs=(progress.count,),
+        ) as pool:
+            yield from pool.map(partial(_read, read), shards)
+
+
+def _begin(count: "Synchronized[float]") -> None:
+    global _count
+    _count = count
+
+
+def _read(read: Read[Found], shard: str) -> Found:
+    return read(shard, partial(add, _count))

@@ -27,6 +27,7 @@ from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.shards.manifest import BYTES_PER_TOKEN, DocumentFacts, image_tokens
 from fuyu_e2e.shards.parallel import map_shards
+from fuyu_e2e.shards.progress import Advance
 from fuyu_e2e.shards.sources import ShardCache
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import Tokenizer
@@ -278,10 +279,10 @@ def survey(
     return whole
 
 
-def _survey_one(shard: str, cache: ShardCache, count: TokenCount) -> Survey:
+def _survey_one(shard: str, advance: Advance, cache: ShardCache, count: TokenCount) -> Survey:
     found = Survey(images=count.images, exact=count.tokenizer is not None, shards=1)
     tally = Tally()
-    for document in read_documents(cache.path(shard), tally, shard):
+    for document in read_documents(cache.path(shard), tally, shard, advance):
         try:
             facts = DocumentFacts.of(document)
             tokens = count.of(document, facts)

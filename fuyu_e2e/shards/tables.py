@@ -36,6 +36,8 @@ FORMS = (
     'with an image and a text column, with "conversations" (LLaVA\'s), with "segments", or with "text"'
 )
 """What a source may be, for messages."""
+UNREAD_IMAGES = ("avif", "bmp", "gif", "heic", "heif", "ico", "jp2", "jxl", "psd", "svg", "tif", "tiff")
+"""Extensions of images that are not read: the caption beside one is no caption without its image."""
 BATCH = 1024
 """Rows of a Parquet file decoded at once."""
 
@@ -72,7 +74,10 @@ class Reader(ABC):
 
 @dataclass(frozen=True)
 class Folder(Reader):
-    """Images and texts below a folder, those with one stem in one row; hidden and all other files are no rows."""
+    """Images and texts below a folder, those with one stem in one row; hidden and all other files are no rows.
+
+    An image of a kind that is not read stands in the row of a text that has no other.
+    """
 
     root: Path
 
@@ -82,8 +87,9 @@ class Folder(Reader):
             yield place, partial(self._row, place)
 
     def file(self, place: Place) -> str:
-        """The first file of the row, from the folder on."""
-        return os.fsdecode(self._names(place)[0])
+        """The image of the row, or its first file where it has none, from the folder on."""
+        names = [os.fsdecode(name) for name in self._names(place)]
+        return next((name for name in names if _extension(name) != "txt"), names[0])
 
     def _places(self) -> Iterator[bytes]:
         def refuse(error: OSError) -> None:
@@ -92,11 +98,17 @@ class Folder(Reader):
         for folder, folders, files in os.walk(self.root, onerror=refuse):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             stems: dict[str, list[str]] = {}
+            unread: dict[str, list[str]] = {}
             for name in sorted(files):
-                if not name.startswith(".") and _extension(name) in (*IMAGE_EXTENSIONS, "txt"):
-                    stems.setdefault(Path(name).stem, []).append(name)
+                if not name.startswith("."):
+                    if _extension(name) in (*IMAGE_EXTENSIONS, "txt"):
+                        stems.setdefault(Path(name).stem, []).append(name)
+                    elif _extension(name) in UNREAD_IMAGES:
+                        unread.setdefault(Path(name).stem, []).append(name)
             below = Path(folder).relative_to(self.root)
-            for _, names in sorted(stems.items()):
+            for stem, names in sorted(stems.items()):
+                if all(_extension(name) == "txt" for name in names):
+                    names += unread.get(stem, [])
                 yield b"\0".join(os.fsencode(below / name) for name in names)
 
     def _row(self, place: Place) -> Row:
@@ -293,6 +305,8 @@ class Pairs(Kind):
         files: list[Path] = row["files"]
         texts = [path for path in files if _extension(path) == "txt"]
         images = [path for path in files if path not in texts]
+        if images and _extension(images[0]) in UNREAD_IMAGES:
+            raise _not_read(images[0])
         if not images:
             raise UnusableSampleError("image-missing", f"no image beside {texts[0]}")
         if not texts:
@@ -542,8 +556,12 @@ def _locate(images: Path, value: Any) -> Path:
         raise UnusableSampleError("image-remote", f"{value}: fetch images with img2dataset first, which writes shards")
     path = images / value
     if _extension(path) not in IMAGE_EXTENSIONS:
-        raise UnusableSampleError("image-extension", f"{value}: read are {', '.join(IMAGE_EXTENSIONS)}")
+        raise _not_read(value)
     return path
+
+
+def _not_read(image: Path | str) -> UnusableSampleError:
+    return UnusableSampleError("image-kind-not-read", f"{image}: read are {', '.join(IMAGE_EXTENSIONS)}")
 
 
 def _extension(path: Path | str) -> str:

@@ -1,4 +1,4 @@
-"""From rows to webdataset shards: `fuyu-e2e shards write`.
+"""From rows to webdataset shards.
 
 First a plan says which row goes into which shard: rows in stored order, split by a hash of seed and row number, shards
 closed at a size known from file sizes alone. Then processes write whole shards, each from its own rows. So the bytes
@@ -15,12 +15,12 @@ write-plan.json           the settings, and a hash of all rows, by which another
 report.json               the sums, once all shards are written
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import stat
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,34 +28,32 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import blake2b
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
-from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.exit_codes import of_signal
-from fuyu_e2e.image import ImagePolicy, image_size
+from fuyu_e2e.image import ImagePolicy, check_image
 from fuyu_e2e.shards.formats import TEXT_BYTES, document
-from fuyu_e2e.shards.manifest import index
+from fuyu_e2e.shards.progress import Advance, Progress, add
 from fuyu_e2e.shards.reading import BLOCK, SAMPLE_BYTES, Sample
-from fuyu_e2e.shards.sources import ShardCache, expand_patterns
-from fuyu_e2e.shards.tables import FORMS as SOURCE_FORMS
-from fuyu_e2e.shards.tables import Members, Place, RowSource, open_source
+from fuyu_e2e.shards.tables import Members, Pairs, Place, RowSource, TextFiles, open_source
 from fuyu_e2e.shards.tar_writer import TarWriter
 
-VERSION = 1
+VERSION = 2
 """Of the bytes written: a folder begun by another version is not gone on with."""
 EXAMPLES = 20
 """Rows shown in the report for each reason."""
+NAMED = 3
+"""Rows named on the terminal for each reason."""
 MEGABYTE = 10**6
 """Bytes of a megabyte."""
 PLAN, REPORT = "write-plan.json", "report.json"
 LIMITS = ImagePolicy(patch_size=1)
-"""Which images training would refuse by their headers, whatever its patches."""
+"""Which images training would refuse, whatever its patches."""
 INTERRUPTED = of_signal(signal.SIGINT)
 """Exit code of a run that Ctrl-C ended."""
 
@@ -182,6 +180,16 @@ class WriteReport:
         skipped = f"{sum(total.skipped.values()):,} skipped" + (f" ({reasons})" if reasons else "")
         return f"{self.read:,} read, {total.written:,} written ({written} shards), {skipped}"
 
+    def left_out(self) -> list[str]:
+        """For each reason, most frequent first, the first rows left out: `image-unreadable 5 (a.png, b.png, …)`."""
+        total, of_files = self.total, self.kind in (Pairs.__name__, TextFiles.__name__)
+        said = []
+        for reason, count in sorted(total.skipped.items(), key=lambda item: -item[1]):
+            examples = total.examples[reason][:NAMED]
+            names = [each.file if of_files else f"row {each.row} of {each.file}" for each in examples]
+            said.append(f"{reason} {count:,} ({', '.join(names)}{', …' if count > NAMED else ''})")
+        return said
+
     def to_json(self) -> dict[str, Any]:
         """What report.json holds."""
         return {
@@ -214,12 +222,11 @@ def write_shards(
     images: str | Path | None = None,
     settings: Settings = Settings(),
     processes: int = 1,
-    progress: bool = False,
 ) -> WriteReport:
     """Writes a source as webdataset shards, or what is missing of them after an interruption.
 
-    Rows that can't be used are skipped and counted by reason. Of an image only the header is looked at: whether it
-    can be decoded to its end shows in training, which skips and counts it there.
+    Rows that can't be used are skipped and counted by reason. Each image is decoded once: one that training would skip
+    is left out here, for the same reason.
 
     Args:
         source: A file or folder; `fuyu_e2e.shards.tables` lists the forms.
@@ -229,36 +236,35 @@ def write_shards(
         images: What relative image paths in a table start from; by default the table's folder.
         settings: How rows are dealt out to shards.
         processes: Shards written at once; their bytes don't depend on it.
-        progress: Whether to show bars on stderr, where that is a terminal.
 
     Raises:
-        UserError: The source is of no known form, can't be read or has no usable row; `out` holds other shards or
-            can't be written.
+        UserError: The source is of no known form, can't be read or has no usable row, for which nothing is left in
+            `out`; or `out` holds other shards, or can't be written.
     """
     if processes < 1:
         raise UserError(f"--processes is {processes}, but must be at least 1.")
     source, out = Path(source), Path(out)
-    console = Console(stderr=True)
-    bar = partial(track, console=console, transient=True, disable=not (progress and console.is_terminal))
     opened = open_source(
         source, image_column=image_column, text_column=text_column, images=None if images is None else Path(images)
     )
-    _claim(out)
-    plan = _plan(bar(opened.samples(), "Planning", total=None), settings)
-    _begin(out, source, opened, settings, plan)
-    outcomes = {shard.name: outcome for shard in plan.shards if (outcome := _finished(out, shard)) is not None}
-    remaining = [shard for shard in plan.shards if shard.name not in outcomes]
-    written = _write_all(opened, out, remaining, processes)
-    for name, outcome in bar(written, "Writing shards", total=len(remaining)):
-        outcomes[name] = outcome
-    report = _report(opened, plan, outcomes)
-    _write_json(out / REPORT, report.to_json())
-    if not report.total.written:
-        raise UserError(f"{source} has no usable row ({report.summary()}): see the examples in {out / REPORT}.")
+    with _claimed(out):
+        with Progress("Planning", unit="rows") as progress:
+            plan = _plan(opened.samples(), settings, progress.advance)
+        _begin(out, source, opened, settings, plan)
+        outcomes = {shard.name: outcome for shard in plan.shards if (outcome := _finished(out, shard)) is not None}
+        remaining = [shard for shard in plan.shards if shard.name not in outcomes]
+        rows = sum(len(shard.numbers) for shard in remaining)
+        with Progress("Writing shards", rows, "rows") as progress:
+            outcomes |= _write_all(opened, out, remaining, processes, progress)
+        report = _report(opened, plan, outcomes)
+        if not report.total.written:
+            examples = "; ".join(report.left_out())
+            raise UserError(f"{source} has no usable row ({report.summary()}): mend or replace {examples}.")
+        _write_json(out / REPORT, report.to_json())
     return report
 
 
-def _plan(rows: Iterable[tuple[Place, Callable[[], Members]]], settings: Settings) -> Plan:
+def _plan(rows: Iterable[tuple[Place, Callable[[], Members]]], settings: Settings, advance: Advance) -> Plan:
     limit = settings.shard_megabytes * MEGABYTE
     filling: dict[str, list[tuple[int, Place]]] = {"train": [], "val": []}
     sizes = dict.fromkeys(filling, 0)
@@ -272,6 +278,7 @@ def _plan(rows: Iterable[tuple[Place, Callable[[], Members]]], settings: Setting
         filling[split], sizes[split] = [], 0
 
     for place, make in rows:
+        advance(1.0)
         size, stamp = _weigh(make)
         fingerprint.update(stamp)
         split = settings.split(number)
@@ -309,12 +316,31 @@ def _tar_bytes(length: int) -> int:
     return BLOCK + -(-length // BLOCK) * BLOCK
 
 
-def _claim(out: Path) -> None:
+@contextlib.contextmanager
+def _claimed(out: Path) -> Iterator[None]:
     """Makes the folder, or sees that it holds no shards but ours, and removes what a killed run was writing.
+
+    What fails before there is a shard leaves nothing in the folder, nor the folder itself where it is new; shards that
+    are whole stay, for the same command to go on from.
 
     Raises:
         UserError: It holds shards of something else, or can't be made.
     """
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    _claim(out)
+    try:
+        yield
+    except BaseException:
+        if not any(out.glob("*.tar")):
+            for path in (out / PLAN, *out.glob("*_stats.json")):
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something else lies there
+                for folder in new:
+                    folder.rmdir()
+        raise
+
+
+def _claim(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / PLAN).exists() and any(out.glob("*.tar")):
@@ -362,21 +388,23 @@ def _finished(out: Path, shard: Shard) -> Outcome | None:
     return outcome if (path.stat().st_size if path.exists() else 0) == outcome.bytes else None
 
 
-def _write_all(source: RowSource, out: Path, shards: Sequence[Shard], processes: int) -> Iterator[tuple[str, Outcome]]:
-    """Writes shards and gives their names, in the order in which they are done."""
+def _write_all(
+    source: RowSource, out: Path, shards: Sequence[Shard], processes: int, progress: Progress
+) -> dict[str, Outcome]:
+    """Writes shards; gives what became of their rows, by their names."""
     if processes == 1 or len(shards) <= 1:
-        for shard in shards:
-            yield shard.name, _write_shard(source, out, shard)
-        return
+        return {shard.name: _write_shard(source, out, shard, progress.advance) for shard in shards}
     # Not forked: a copy of a process that runs torch's threads can hang. This module imports no torch, so that a new
     # process starts in a fraction of a second.
     pool = ProcessPoolExecutor(
-        min(processes, len(shards)), mp_context=multiprocessing.get_context("spawn"), initializer=_follow_parent
+        min(processes, len(shards)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_begin_process,
+        initargs=(progress.count,),
     )
     try:
-        jobs = {pool.submit(_write_shard, source, out, shard): shard.name for shard in shards}
-        for done in as_completed(jobs):
-            yield jobs[done], done.result()
+        jobs = {pool.submit(_write_in_process, source, out, shard): shard.name for shard in shards}
+        return {jobs[done]: done.result() for done in as_completed(jobs)}
     except BrokenProcessPool as error:
         raise UserError(
             f"A process that wrote to {out} was killed, perhaps for want of memory: run the same command again, with "
@@ -384,6 +412,20 @@ def _write_all(source: RowSource, out: Path, shards: Sequence[Shard], processes:
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)  # lets the shards that are being written end
+
+
+_count: "Synchronized[float]"
+"""The rows that all processes have written."""
+
+
+def _begin_process(count: "Synchronized[float]") -> None:
+    global _count
+    _count = count
+    _follow_parent()
+
+
+def _write_in_process(source: RowSource, out: Path, shard: Shard) -> Outcome:
+    return _write_shard(source, out, shard, partial(add, _count))
 
 
 def _follow_parent() -> None:
@@ -399,14 +441,14 @@ def _follow_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _write_shard(source: RowSource, out: Path, shard: Shard) -> Outcome:
+def _write_shard(source: RowSource, out: Path, shard: Shard, advance: Advance) -> Outcome:
     """Writes a shard under another name, then what became of its rows, then gives it its name."""
     path, outcome = _path(out, shard), Outcome()
     temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             with TarWriter(file) as writer:
-                for sample in _samples(source, shard, outcome):
+                for sample in _samples(source, shard, outcome, advance):
                     writer.write(sample.key, sample.members)
             _sync(file)
         if outcome.written:
@@ -415,17 +457,21 @@ def _write_shard(source: RowSource, out: Path, shard: Shard) -> Outcome:
         if outcome.written:
             temporary.replace(path)
     except OSError as error:
-        raise UserError(f"The shard {path} can't be written: {error.strerror}.") from error
+        raise UserError(
+            f"The shard {path} can't be written ({error.strerror}): make room, and run the same command again, which "
+            "goes on from the shards that are whole."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return outcome
 
 
-def _samples(source: RowSource, shard: Shard, outcome: Outcome) -> Iterator[Sample]:
+def _samples(source: RowSource, shard: Shard, outcome: Outcome, advance: Advance) -> Iterator[Sample]:
     """The usable samples of a shard; counts all its rows."""
     places, seen = shard.places.tolist(), 0
     for number, (place, make) in zip(shard.numbers.tolist(), source.samples(places), strict=False):
         seen += 1
+        advance(1.0)
         file = source.reader.file(place)
         try:
             # A key made of the row number is unique, and holds no dot and no path.
@@ -446,8 +492,8 @@ def _load(members: Members) -> dict[str, bytes]:
     """The members of a sample, all in bytes.
 
     Raises:
-        UnusableSampleError: A file is missing, no regular file or unreadable, or an image that its header rules out;
-            or all together are more than is read of a sample.
+        UnusableSampleError: A file is missing, no regular file or unreadable, or an image that can't be decoded; or
+            all together are more than is read of a sample.
     """
     loaded, size = {}, 0
     for name, content in members.items():
@@ -467,9 +513,9 @@ def _read(name: str, path: Path) -> bytes:
         raise UnusableSampleError(f"{_what(name)}-unreadable", f"{path}: {error.strerror}") from error
     if name != "txt":
         try:
-            image_size(data, LIMITS)
+            check_image(data, LIMITS)
         except UnusableSampleError as error:
-            raise UnusableSampleError(error.reason, str(path)) from error
+            raise UnusableSampleError(error.reason, f"{path}: {error}") from error
     return data
 
 
@@ -529,45 +575,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-
-
-def write(args: Sequence[str]) -> int:
-    """Writes webdataset shards, and their manifest, from images with captions, tables, conversations or text."""
-    parser = CommandParser(
-        prog="fuyu-e2e shards write",
-        description=f"{write.__doc__} The same command again writes what is missing after an interruption.",
-    )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help=f"{SOURCE_FORMS[0].upper()}{SOURCE_FORMS[1:]}.")
-    parser.add_argument("--out", type=Path, required=True, help="The folder of the shards.")
-    parser.add_argument("--image-column", help="Column of image paths, where its name is not a common one.")
-    parser.add_argument("--text-column", help="Column of texts, where its name is not a common one.")
-    parser.add_argument("--images", type=Path, help="What relative image paths start from, if not the table's folder.")
-    parser.add_argument(
-        "--val-share", type=float, default=Settings.val_share, help="Rows for val (default: %(default)s)."
-    )
-    parser.add_argument("--seed", type=int, default=Settings.seed, help="Seeds which rows go into val.")
-    parser.add_argument(
-        "--shard-megabytes",
-        type=float,
-        default=Settings.shard_megabytes,
-        help="Size of a shard, in millions of bytes (default: %(default)s).",
-    )
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="Shards written at once.")
-    options = parser.parse_args(args)
-    try:
-        report = write_shards(
-            options.source,
-            options.out,
-            image_column=options.image_column,
-            text_column=options.text_column,
-            images=options.images,
-            settings=Settings(val_share=options.val_share, seed=options.seed, shard_megabytes=options.shard_megabytes),
-            processes=options.processes,
-            progress=True,
-        )
-    except KeyboardInterrupt:
-        print("\nInterrupted: the same command writes what is missing.", file=sys.stderr)
-        return INTERRUPTED
-    index(expand_patterns(str(options.out)), ShardCache.at(), options.processes)
-    print(f"{options.out}: {report.summary()}")
-    return 0

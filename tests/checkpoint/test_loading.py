@@ -44,15 +44,16 @@ def run(
     """A run of four steps with averaged weights; its checkpoint."""
     folder = tmp_path_factory.mktemp("run")
     tokenizer.save(folder / "tokenizer.model")
-    with tarfile.open(folder / "train.tar", "w") as tar:
-        for number in range(8):
-            for extension, content in {"png": make_png(8 + number, 20), "txt": f"{number * 37}".encode()}.items():
-                info = tarfile.TarInfo(f"{number}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+    for name, numbers in (("train.tar", range(8)), ("val.tar", range(8, 16))):
+        with tarfile.open(folder / name, "w") as tar:
+            for number in numbers:
+                for extension, content in {"png": make_png(8 + number, 20), "txt": f"{number * 37}".encode()}.items():
+                    info = tarfile.TarInfo(f"{number}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
     data = FuyuDataModule(
         str(folder / "tokenizer.model"), 4, budget=128, lanes=2, shuffle=4, train=str(folder / "train.tar"),
-        val=str(folder / "train.tar"), max_size=(64, 96),
+        val=str(folder / "val.tar"), max_size=(64, 96),
     )  # fmt: skip
     trainer = pl.Trainer(
         max_steps=4, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,

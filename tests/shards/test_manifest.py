@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image as Pillow
 
 from fuyu_e2e.cli import main
 from fuyu_e2e.errors import UserError
@@ -141,6 +142,25 @@ def test_verify_says_what_is_cut_changed_gone_or_unknown(shards: list[str], cach
     assert [fault.reason for fault in verify([f"{folder}/val-*.tar"], found[2:], cache)] == ["has another checksum"]
 
 
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_only_a_deep_look_finds_images_that_break_off(
+    tmp_path: Path, make_png: Png, cache: ShardCache, form: str
+) -> None:
+    file = io.BytesIO()
+    with Pillow.open(io.BytesIO(make_png(90, 200))) as noise:
+        noise.save(file, form)
+    image, extension = file.getvalue(), {"PNG": "png", "JPEG": "jpg"}[form]
+    members = {f"whole.{extension}": image, "whole.txt": b"x", f"cut.{extension}": image[: len(image) // 2]}
+    members |= {"cut.txt": b"x", f"none.{extension}": b"no image", "none.txt": b"x"}
+    shard = write(tmp_path / "a.tar", members)
+    facts, _ = index([shard], cache)
+    assert facts[shard].unusable == {"image-unreadable": 1}
+    assert verify([shard], [shard], cache) == []
+    [fault] = verify([shard], [shard], cache, deep=True)
+    assert fault.shard == shard
+    assert fault.reason.startswith("has an image that can't be decoded in sample cut (image-unreadable: ")
+
+
 def test_the_commands_print_what_they_find(
     shards: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,13 +180,15 @@ def test_the_commands_print_what_they_find(
     assert str(folder / NAME) in said
     code, said = run("verify", *common)
     assert code == 0
-    assert said.strip() == "3 shards in 1 folders compared with their manifests: 0 faults"
+    assert said.startswith("3 shards in 1 folders compared with their manifests: 0 faults\n")
+    assert "--deep" in said
     Path(shards[0]).write_bytes(Path(shards[0]).read_bytes()[:-512])
     code, said = run("verify", *common)
     assert code == 1
     assert f"{shards[0]} has 9,728 bytes instead of 10,240" in said
     code, said = run("stats", *common, "--out", str(tmp_path / "stats.png"))
     assert code == 0
+    assert "judged by their headers, not decoded" in said
     assert (tmp_path / "stats.png").stat().st_size > 10_000
     assert run()[0] == 2
     assert run("nonsense")[0] == 2

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,11 +22,14 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from fuyu_e2e.document import Document, Image, Segment, Text
-from fuyu_e2e.errors import UserError
+from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.image import ImagePolicy, decode_image
 from fuyu_e2e.shards import tables, writing
 from fuyu_e2e.shards.formats import TEXT_BYTES, read_documents
+from fuyu_e2e.shards.sources import expand_patterns
 from fuyu_e2e.shards.tables import FORMS
-from fuyu_e2e.shards.writing import EXAMPLES, INTERRUPTED, Settings, WriteReport, write, write_shards
+from fuyu_e2e.shards.write_command import write
+from fuyu_e2e.shards.writing import EXAMPLES, INTERRUPTED, Settings, WriteReport, write_shards
 from fuyu_e2e.tally import Tally
 
 ALL_TRAIN = Settings(val_share=0.0)
@@ -274,7 +278,7 @@ BAD_PATHS = {
     "image-too-many-pixels": ["huge.png"],
     "image-aspect": ["wide.png"],
     "image-too-many-bytes": ["fat.png"],
-    "image-extension": ["a.tiff", "a"],
+    "image-kind-not-read": ["a.tiff", "a"],
     "image-remote": ["https://example.org/a.png", "s3://bucket/a.png"],
     "image-not-named": [None, "", 7, ["a.png"], {"bytes": "x"}],
 }
@@ -389,6 +393,43 @@ def test_what_is_wrong_in_a_folder_is_counted_with_its_file(tmp_path: Path, imag
     }
     assert report.total.written == len(images)
     assert_adds_up(report, tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_an_image_that_breaks_off_is_left_out_as_training_would(
+    tmp_path: Path, make_png: Callable[..., bytes], form: str
+) -> None:
+    file = io.BytesIO()
+    with Pillow.open(io.BytesIO(make_png(90, 200))) as noise:
+        noise.save(file, form)
+    extension = form.lower()
+    (tmp_path / "in").mkdir()
+    for name, size in (("cut", len(file.getvalue()) // 2), ("whole", None)):
+        (tmp_path / "in" / f"{name}.{extension}").write_bytes(file.getvalue()[:size])
+        (tmp_path / "in" / f"{name}.txt").write_text(name)
+    with pytest.raises(UnusableSampleError, match="image-unreadable"):
+        decode_image((tmp_path / "in" / f"cut.{extension}").read_bytes(), ImagePolicy(patch_size=16))
+    report = write_shards(tmp_path / "in", tmp_path / "out", settings=ALL_TRAIN)
+    assert report.total.skipped == {"image-unreadable": 1}
+    assert report.left_out() == [f"image-unreadable 1 (cut.{extension})"]
+    assert [document.answer for document in written(tmp_path / "out")] == ["whole"]
+
+
+def test_an_image_of_a_kind_that_is_not_read_is_not_missing(tmp_path: Path, images: dict[str, Image]) -> None:
+    folder, meant = folder_of_captions(tmp_path, images)
+    (folder / "drawn.svg").write_text("<svg/>")
+    (folder / "drawn.txt").write_text("a drawing")
+    (folder / "alone.svg").write_text("<svg/>")  # no sample: nothing is said of it
+    (folder / "gone.txt").write_text("no image at all")
+    report = write_shards(folder, tmp_path / "out", settings=ALL_TRAIN)
+    assert report.total.skipped == {"image-kind-not-read": 1, "image-missing": 1}
+    assert "drawn.svg: read are jpg, jpeg, png, webp" in report.total.examples["image-kind-not-read"][0].detail
+    assert report.total.written == len(meant)
+    (tmp_path / "drawings").mkdir()
+    for name in ("drawn.svg", "drawn.txt"):
+        (folder / name).rename(tmp_path / "drawings" / name)
+    with pytest.raises(UserError, match="image-kind-not-read"):  # not taken for a folder of texts
+        write_shards(tmp_path / "drawings", tmp_path / "none")
 
 
 def test_what_is_wrong_in_other_tables_is_counted(tmp_path: Path, images: dict[str, Image]) -> None:
@@ -692,7 +733,7 @@ def children(pid: int) -> Iterator[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds a killed run's processes in Linux's /proc")
 def test_a_killed_run_leaves_no_process_and_is_gone_on_with(tmp_path: Path, images: dict[str, Image]) -> None:
     out, many = tmp_path / "out", some_bad(tmp_path / "many.jsonl", 600)
-    code = "import sys; from fuyu_e2e.shards.writing import write; sys.exit(write(sys.argv[1:]))"
+    code = "import sys; from fuyu_e2e.shards.write_command import write; sys.exit(write(sys.argv[1:]))"
     arguments = [str(many), "--out", str(out), "--val-share", "0.2", "--shard-megabytes", "0.02", "--processes", "2"]
     run = subprocess.Popen([sys.executable, "-c", code, *arguments])
     deadline = time.monotonic() + 300
@@ -702,6 +743,7 @@ def test_a_killed_run_leaves_no_process_and_is_gone_on_with(tmp_path: Path, imag
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert len(started) >= 2
+    deadline = time.monotonic() + 60  # anew: beside other work, the processes may have taken that long to begin
     while any(alive(pid) for pid in started) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not any(alive(pid) for pid in started)
@@ -746,10 +788,16 @@ def test_a_folder_of_other_shards_is_refused(tmp_path: Path, images: dict[str, I
         write_shards(source, out, settings=ALL_TRAIN)
 
 
-def test_a_source_that_yielded_nothing_can_be_mended_and_written_again(tmp_path: Path) -> None:
+def test_a_source_that_yielded_nothing_leaves_nothing_and_can_be_mended_and_written_again(tmp_path: Path) -> None:
     source = lines(tmp_path / "t.jsonl", [{"text": ""}, {"text": ""}])
+    with pytest.raises(UserError, match=rf"no usable row .* mend or replace text-empty 2 \(row 0 of {source}, row 1"):
+        write_shards(source, tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="no usable row"):
         write_shards(source, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
     lines(source, [{"text": "x"}])
     assert write_shards(source, tmp_path / "out").total.written == 1
 
@@ -772,14 +820,38 @@ def test_a_source_that_shrinks_while_it_is_read_is_refused(
 # The command
 
 
-def test_the_command_prints_one_line(tmp_path: Path, images: dict[str, Image], capsys: pytest.CaptureFixture) -> None:
-    source = lines(tmp_path / "t.jsonl", [GOOD, {**GOOD, "text": ""}])
-    assert write([str(source), "--out", str(tmp_path / "out"), "--val-share", "0"]) == 0
-    said = capsys.readouterr()
-    assert said.out == (
-        f"{tmp_path / 'out'}: 2 read, 1 written (1 in 1 train, 0 in 0 val shards), 1 skipped (caption-empty 1)\n"
+def test_the_command_counts_names_what_it_left_out_and_prints_the_next_commands(
+    tmp_path: Path, images: dict[str, Image], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands run as they are printed, in a folder whose name a shell and a glob would take apart."""
+    monkeypatch.chdir(tmp_path)
+    source = lines(
+        tmp_path / "t.jsonl", [GOOD, {**GOOD, "text": ""}, *[{**GOOD, "text": f"text {n}"} for n in range(9)]]
     )
-    assert said.err == ""
+    assert write([str(source), "--out", "my [own] shards", "--val-share", "0.3", "--processes", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "11 read, 10 written (8 in 1 train, 2 in 1 val shards), 1 skipped (caption-empty 1)\n" in said
+    assert f"left out: caption-empty 1 (row 1 of {source})\n" in said
+    assert "2 documents to validate on are few" in said
+    _, commands = said.replace("\\\n", "").split("Next:\n")
+    tokenizer, fit = (shlex.split(command) for command in commands.splitlines())
+    assert tokenizer[:3] == ["fuyu-e2e", "tokenizer", "train"]
+    assert fit[:4] == ["fuyu-e2e", "fit", "--config", "recipes/own-pictures.yaml"]
+    named = dict(zip(fit[4::2], fit[5::2], strict=True))
+    assert named["--data.tokenizer"] == tokenizer[tokenizer.index("--out") + 1] == "my [own] shards/tokenizer.model"
+    assert tokenizer[tokenizer.index("--shards") + 1] == named["--data.train"]
+    assert expand_patterns(named["--data.train"]) == ("my [own] shards/train-00000.tar",)
+    assert expand_patterns(named["--data.val"]) == ("my [own] shards/val-00000.tar",)
+
+
+def test_without_documents_to_validate_on_the_next_commands_name_none(
+    tmp_path: Path, images: dict[str, Image], capsys: pytest.CaptureFixture
+) -> None:
+    source = lines(tmp_path / "t.jsonl", [GOOD])
+    assert write([str(source), "--out", str(tmp_path / "out"), "--val-share", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "No documents to validate on are left: --val-share 0.1" in said
+    assert "--data.val" not in said
 
 
 def test_an_interrupted_command_says_how_to_go_on(

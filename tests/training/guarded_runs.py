@@ -174,7 +174,7 @@ def train(folder: Path, wanted: dict[str, Any], rank: int, port: int) -> None:
         lanes=12,
         shuffle=16,
         train=hosts["shards"].format(folder.name) if hosts else f"{folder}/*.tar",
-        val=f"{folder}/*.tar" if wanted.get("validate") else None,
+        val=f"{folder}/val/*.tar" if wanted.get("validate") else None,
     )
     report = DataReport()
     watchdog = Watchdog(None)

@@ -49,10 +49,11 @@ CONFIG = FuyuConfig(
 
 
 def prepare(folder: Path) -> None:
-    """Writes the shards and the tokenizer of all runs."""
+    """Writes the shards and the tokenizer of all runs: three to train on, and `val/3.tar`."""
     rng = np.random.default_rng(0)
-    for shard in range(3):
-        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+    (folder / "val").mkdir(exist_ok=True)
+    for shard, name in enumerate(("0.tar", "1.tar", "2.tar", "val/3.tar")):
+        with tarfile.open(folder / name, "w") as tar:
             for number in range(DOCUMENTS // 3):
                 picture = BytesIO()
                 Pillow.fromarray(rng.integers(0, 256, (rng.integers(4, 20), 16, 3), np.uint8)).save(picture, "PNG")

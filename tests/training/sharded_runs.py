@@ -94,7 +94,7 @@ def train(folder: Path, wanted: dict[str, Any], world_size: int) -> None:
     shards = f"{folder}/*.tar"
     data = FuyuDataModule(
         f"{folder}/tokenizer.model", 4, cache_dir=f"{folder}/cache", budget=96, lanes=12, shuffle=16, train=shards,
-        val=shards if wanted.get("validate") else None,
+        val=f"{folder}/val/*.tar" if wanted.get("validate") else None,
     )  # fmt: skip
     chosen = strategy(wanted.get("strategy"), world_size)
     tensor_parallel = wanted["strategy"].get("tensor_parallel", 1) if isinstance(wanted.get("strategy"), dict) else 1

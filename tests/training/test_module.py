@@ -179,7 +179,7 @@ def test_routing_anneals_explores_and_counts_over_micro_batches(
             assert self.before
 
     learner = module(config, routing=RoutingConfig(share=0.3, anneal=0.5, explore=0.1))
-    data_module = question_data(val=str(tmp_path / "train.tar"))
+    data_module = question_data(val=str(tmp_path / "val.tar"))
     run = trainer(
         tmp_path, max_steps=10, accumulate_grad_batches=2, val_check_interval=8, callbacks=[Watch()],
         num_sanity_val_steps=1, check_val_every_n_epoch=None,

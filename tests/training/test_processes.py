@@ -70,7 +70,7 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_micro_batches(
     assert thresholds[0].isfinite()
     two = ["--trainer.devices=2", "--rows_per_step=4"]
     assert_same_weights(one, fit("two", "--trainer.strategy=ddp", *two))
-    validation = [f"--data.val={tmp_path}/train.tar", "--trainer.val_check_interval=4"]
+    validation = [f"--data.val={tmp_path}/val.tar", "--trainer.val_check_interval=4"]
     parts = fit("parts", "--trainer.strategy=fsdp2", *two, *validation)
     assert_same_weights(one, parts)
     events = EventAccumulator(str(tmp_path / "parts" / "tensorboard"))

@@ -77,7 +77,7 @@ def fit(config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_pa
             enable_checkpointing=False,
             callbacks=[RandomState(), draw],
         )
-        data = question_data(workers=workers, val=str(tmp_path / "train.tar"))
+        data = question_data(workers=workers, val=str(tmp_path / "val.tar"))
         trainer.fit(FuyuModule(config), data, ckpt_path=tmp_path / f"{resume}.ckpt" if resume else None)
         return draw.drawn
 

@@ -57,7 +57,7 @@ def fit(config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_pa
 
     def fit(name: str, *extra: Callback, resume: str | None = None, **settings: Any) -> FuyuModule:
         torch.manual_seed(3)
-        module, data = FuyuModule(config), question_data(val=str(tmp_path / "train.tar"))
+        module, data = FuyuModule(config), question_data(val=str(tmp_path / "val.tar"))
         pl.Trainer(
             accelerator="cpu",
             max_steps=6,

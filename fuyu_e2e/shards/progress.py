@@ -1,0 +1,99 @@
+"""How far long work on shards is: a bar on a terminal, a plain line now and then where there is none."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+QUIET = 2.0
+"""Seconds of work about which nothing is said."""
+EVERY = 10.0
+"""Seconds between two lines where stderr is no terminal."""
+REFRESH = 0.2
+"""Seconds between two looks at the count where it is one."""
+
+Advance = Callable[[float], None]
+"""Counts so much more of the work as done."""
+
+
+def untold(amount: float) -> None:
+    """An `Advance` that nobody watches."""
+
+
+class Progress:
+    """Shows on stderr how far the work of a `with` block is, once it takes longer than `QUIET`.
+
+    A thread looks at the count, so the time goes on where the work doesn't say how far it is. Other processes count
+    by `count`, which they have to inherit as they start.
+
+    Args:
+        title: What is being done.
+        total: How much there is to do; None where nobody knows.
+        unit: What is counted; empty where there is nothing to count.
+    """
+
+    def __init__(self, title: str, total: int | float | None = None, unit: str = "") -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.count: Synchronized[float] = get_context("spawn").Value("d", 0.0)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._show, name=title, daemon=True)
+
+    def __enter__(self) -> "Progress":
+        self.started_at = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def advance(self, amount: float = 1.0) -> None:
+        """Counts so much more as done."""
+        add(self.count, amount)
+
+    def line(self) -> str:
+        """How far the work is: `Indexing shards: 3 of 12 shards (28 %), 0:00:41 so far, 0:01:45 left`."""
+        done, passed = self.count.value, time.monotonic() - self.started_at
+        said = []
+        if self.unit:
+            of_all = "" if self.total is None else f" of {self.total:,.0f}"
+            share = f" ({done / self.total:.0%})".replace("%", " %") if self.total else ""
+            said.append(f"{int(done + 1e-6):,}{of_all} {self.unit}{share}")
+        said.append(f"{_clock(passed)} so far")
+        if self.total and done:
+            said.append(f"{_clock(passed * max(0.0, self.total - done) / done)} left")
+        return f"{self.title}: {', '.join(said)}"
+
+    def _show(self) -> None:
+        console = Console(stderr=True)
+        if self._ended.wait(QUIET):
+            return
+        if not console.is_terminal:
+            print(self.line(), file=sys.stderr, flush=True)
+            while not self._ended.wait(EVERY):
+                print(self.line(), file=sys.stderr, flush=True)
+            return
+        with Bar(BarColumn(), TextColumn("{task.description}"), console=console, transient=True) as bar:
+            task = bar.add_task(self.line(), total=self.total)
+            while not self._ended.wait(REFRESH):
+                bar.update(task, completed=self.count.value, description=self.line())
+
+
+def add(count: "Synchronized[float]", amount: float) -> None:
+    """Counts in whichever process so much more as done."""
+    with count.get_lock():
+        count.value += amount
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
