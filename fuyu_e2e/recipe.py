@@ -162,6 +162,12 @@ class FuyuCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the settings of checkpoints and guards, and derives what a user would otherwise have to say twice."""
+        parser.usage = "%(prog)s --config RECIPE [--SETTING VALUE ...]"
+        parser.description = (
+            "Settings stand in the recipe, as `trainer:` and below it `max_steps: 100`, or behind it on the command "
+            "line, as `--trainer.max_steps 100`: those named last hold. data.train, data.tokenizer, trainer.max_steps "
+            "and trainer.default_root_dir, the run's directory, are what most runs change."
+        )
         parser.epilog = (
             f"{OPTION} PACKAGE[,PACKAGE] on the command line, never in a recipe, lets settings name classes of other "
             "packages than Lightning and fuyu-e2e."

@@ -2,43 +2,37 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
 
-from fuyu_e2e.bench.data import data
-from fuyu_e2e.bench.generate import generate
-from fuyu_e2e.bench.isoflop import isoflop
-from fuyu_e2e.bench.limit import limit
-from fuyu_e2e.bench.mod import mod
-from fuyu_e2e.bench.ocr import ocr
-from fuyu_e2e.bench.optimizers import optimizers
-from fuyu_e2e.bench.resolution import resolution
-from fuyu_e2e.bench.scale import scale
-from fuyu_e2e.bench.sort_of_clevr import sort_of_clevr
-from fuyu_e2e.bench.train import train
+from fuyu_e2e.environment import set_defaults
 from fuyu_e2e.errors import UserError
 
-BENCHMARKS: dict[str, Callable[[Sequence[str]], None]] = {
-    "mod": mod,
-    "isoflop": isoflop,
-    "data": data,
-    "generate": generate,
-    "train": train,
-    "scale": scale,
-    "limit": limit,
-    "optimizers": optimizers,
-    "ocr": ocr,
-    "resolution": resolution,
-    "sort-of-clevr": sort_of_clevr,
+BENCHMARKS = {
+    "mod": "fuyu_e2e.bench.mod:mod",
+    "isoflop": "fuyu_e2e.bench.isoflop:isoflop",
+    "data": "fuyu_e2e.bench.data:data",
+    "generate": "fuyu_e2e.bench.generate:generate",
+    "train": "fuyu_e2e.bench.train:train",
+    "scale": "fuyu_e2e.bench.scale:scale",
+    "limit": "fuyu_e2e.bench.limit:limit",
+    "optimizers": "fuyu_e2e.bench.optimizers:optimizers",
+    "ocr": "fuyu_e2e.bench.ocr:ocr",
+    "resolution": "fuyu_e2e.bench.resolution:resolution",
+    "sort-of-clevr": "fuyu_e2e.bench.sort_of_clevr:sort_of_clevr",
 }
+"""By name, the function that takes the options; imported once the environment is set."""
 
 
 def main() -> int:
     """Runs the benchmark that is named."""
+    set_defaults()
     name, *args = sys.argv[1:] or [""]
     if name not in BENCHMARKS:
         print(f"usage: python -m fuyu_e2e.bench {{{','.join(BENCHMARKS)}}} [--help]", file=sys.stderr)
         return 2
+    benchmark: Callable[[Sequence[str]], None] = resolve_name(BENCHMARKS[name])
     try:
-        BENCHMARKS[name](args)
+        benchmark(args)
     except UserError as error:
         print(f"fuyu_e2e.bench: {error}", file=sys.stderr)
         return error.exit_code
