@@ -54,7 +54,8 @@ class FuyuDataModule(pl.LightningDataModule):
             valid (`cut`); either is counted.
         max_patches: Patch budget of an image; a larger one is scaled down to it, a smaller one never up.
         max_size: Height and width in pixels, whole patches, that a larger image is scaled down to fit; the released
-            Fuyu's is 1080 x 1920. With a budget that holds it, transformers' processor scales all images alike.
+            Fuyu's is 1080 x 1920. With a budget that holds it, transformers' processor scales all images alike, which
+            `export --to transformers` asks for. None scales to the budget alone.
         lanes: Sample streams that rows are drawn from in turn. Fixes the order of the data together with the
             seed, so that it doesn't depend on processes and workers; a multiple of processes x workers.
         shuffle: Documents that each lane shuffles together. They are read where they stand, not held in memory.

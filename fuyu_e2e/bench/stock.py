@@ -29,7 +29,7 @@ def require_transformers() -> Any:
     """
     if find_spec("transformers") is None:
         raise UserError(
-            "This benchmark compares with transformers, which is missing: pip install 'fuyu-e2e[transformers]'."
+            "This benchmark compares with transformers, which is missing: pip install 'transformers>=5.16'."
         )
     transformers = import_module("transformers")
     transformers.utils.logging.disable_progress_bar()

@@ -137,13 +137,14 @@ def _image_policy(folder: Path, patch_size: int) -> ImagePolicy:
             if isinstance(image_processor, dict) and image_processor.get("size") is not None:
                 source, size = folder / name, image_processor["size"]
                 break
-    sides = [size.get(name) for name in ("height", "width")] if isinstance(size, dict) else [size]
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 and side % patch_size == 0 for side in sides):
+    sides = [size.get(name) for name in ("height", "width")] if isinstance(size, dict) else []
+    whole = [side for side in sides if isinstance(side, int) and side > 0 and side % patch_size == 0]
+    if len(whole) != 2:
         raise UserError(
             f"{source} must say size as a height and a width that are multiples of the patch size {patch_size}, but "
             f"it is {size!r}: correct it."
         )
-    height, width = sides
+    height, width = whole
     patches = (height // patch_size) * (width // patch_size)
     return ImagePolicy(patch_size=patch_size, max_patches=patches, max_size=(height, width))
 

@@ -1,6 +1,8 @@
 """Which checkpoint an export takes, what its card shows, and what is refused with one sentence, leaving nothing."""
 
+import re
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -192,3 +194,12 @@ def test_a_checkpoint_of_before_is_shown_both_ways(run: Callable, stored: Stored
     save_checkpoint(stored, 5, None)
     assert run("export", "--checkpoint", "run", "--out", "own")[0] == 0
     assert Path("own/README.md").read_text().count("```python") == 2
+
+
+def test_the_extra_for_transformers_has_torchvision_and_the_one_for_tests_exchanges_no_torch(repository: Path) -> None:
+    extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {re.split("[>=]", needed)[0] for needed in extras["transformers"]} == {"transformers", "torchvision"}
+    assert not any("torchvision" in needed or "[transformers" in needed for needed in extras["test"])
+    own = re.fullmatch(r"fuyu-e2e\[(.*)\]", extras["test"][0])
+    assert own is not None
+    assert "transformers" not in own[1].split(",")
