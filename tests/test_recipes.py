@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 from fuyu_e2e.export.transformers import scales_alike
 from fuyu_e2e.model.decoder import Decoder
@@ -31,3 +32,11 @@ def test_a_recipe_opens_with_what_it_shows_and_builds(recipe: Path, monkeypatch:
 def test_the_readme_names_every_recipe(repository: Path) -> None:
     readme = (repository / "README.md").read_text()
     assert all(f"recipes/{recipe.name}" in readme for recipe in RECIPES)
+
+
+def test_the_recipe_for_own_pictures_scales_as_stock_transformers_does_and_stops_early() -> None:
+    recipe = shipped("recipes") / "own-pictures.yaml"
+    cli = FuyuCLI([f"--config={recipe}", "--trainer.accelerator=cpu", "--trainer.callbacks.patience=20"], run=False)
+    assert scales_alike(cli.datamodule.images)
+    [stopping] = [callback for callback in cli.trainer.callbacks if isinstance(callback, EarlyStopping)]
+    assert (stopping.monitor, stopping.patience) == ("val/loss", 20)
