@@ -87,6 +87,8 @@ class ImagePatches:
     cols: int
     values: UInt8[np.ndarray, "P C"]
     """Each patch flattened row, column, channel: the order of transformers' Fuyu."""
+    padding: tuple[int, int] = (0, 0)
+    """Rows of pixels at the bottom, and columns at the right, that only fill up the last patches."""
 
 
 def load_patches(data: bytes, policy: ImagePolicy) -> ImagePatches:
@@ -264,7 +266,8 @@ def to_patches(pixels: UInt8[np.ndarray, "H W 3"], patch_size: int) -> ImagePatc
     # Row by row of a patch as one value each, which numpy moves in less than half the time.
     lines = np.ascontiguousarray(pixels).ravel().view(f"V{patch_size * 3}").reshape(rows, patch_size, cols)
     values = lines.swapaxes(1, 2).ravel().view(np.uint8)
-    return ImagePatches(rows, cols, values.reshape(rows * cols, patch_size * patch_size * 3))
+    padding = (rows * patch_size - height, cols * patch_size - width)
+    return ImagePatches(rows, cols, values.reshape(rows * cols, patch_size * patch_size * 3), padding)
 
 
 def to_pixels(patches: ImagePatches) -> UInt8[np.ndarray, "H W 3"]:

@@ -8,7 +8,7 @@ from PIL import Image as Pillow
 from PIL import ImageDraw
 from rich.text import Text as StyledText
 
-from fuyu_e2e.errors import UserError
+from fuyu_e2e.errors import UserError, writing
 from fuyu_e2e.sequence import TokenSequence
 from fuyu_e2e.tokenizer import Tokenizer
 
@@ -17,6 +17,10 @@ LONGEST_SIDE = 1_600
 MARGIN = 12
 """Pixels around and between drawn images."""
 GRID, NEWLINE, GROUND = (255, 64, 64), (40, 90, 220), (255, 255, 255)
+PADDED = ((225, 225, 225), (170, 170, 170))
+"""Stripes that cover padding, which the model sees as black."""
+STRIPE = 6
+"""Width and height in pixels of the steps that stripes are made of."""
 
 
 def show_tokens(sequence: TokenSequence, tokenizer: Tokenizer) -> StyledText:
@@ -44,12 +48,22 @@ def show_tokens(sequence: TokenSequence, tokenizer: Tokenizer) -> StyledText:
     return shown
 
 
-def draw_patches(pixels: UInt8[np.ndarray, "H W 3"], patch_size: int) -> Pillow.Image:
-    """An image enlarged, with a line around each patch and a blue bar for the newline that ends each row."""
+def draw_patches(
+    pixels: UInt8[np.ndarray, "H W 3"], patch_size: int, padding: tuple[int, int] = (0, 0)
+) -> Pillow.Image:
+    """An image enlarged, with a line around each patch and a blue bar for the newline that ends each row.
+
+    Stripes cover the rows of pixels at the bottom, and the columns at the right, that are padding.
+    """
     height, width = pixels.shape[:2]
     scale = max(1, min(16, LONGEST_SIDE // max(height, width)))
     side = patch_size * scale
     picture = Pillow.fromarray(pixels).resize((width * scale, height * scale), Pillow.Resampling.NEAREST)
+    real = ((width - padding[1]) * scale, (height - padding[0]) * scale)
+    if real != picture.size:
+        striped = _stripes(picture.size)
+        striped.paste(picture.crop((0, 0, *real)))
+        picture = striped
     drawn = Pillow.new("RGB", (picture.width + side // 2 + 1, picture.height + 1), GROUND)
     drawn.paste(picture)
     pen = ImageDraw.Draw(drawn)
@@ -62,13 +76,19 @@ def draw_patches(pixels: UInt8[np.ndarray, "H W 3"], patch_size: int) -> Pillow.
     return drawn
 
 
+def _stripes(size: tuple[int, int]) -> Pillow.Image:
+    across, down = np.arange(size[0]) // STRIPE, np.arange(size[1]) // STRIPE
+    return Pillow.fromarray(np.array(PADDED, np.uint8)[(down[:, None] + across) % 4 // 2])
+
+
 def draw_sequence(sequence: TokenSequence, patch_size: int, path: Path) -> None:
     """Writes a PNG of all images of a sequence, one below the other.
 
     Raises:
-        UserError: The sequence has no image.
+        UserError: The sequence has no image, or the file can't be written.
     """
-    drawn = [draw_patches(pixels, patch_size) for pixels in sequence.pictures]
+    shown = zip(sequence.pictures, sequence.images, strict=True)
+    drawn = [draw_patches(pixels, patch_size, span.padding) for pixels, span in shown]
     if not drawn:
         raise UserError(f"{sequence.key} has no image to draw.")
     width = max(picture.width for picture in drawn) + 2 * MARGIN
@@ -77,4 +97,6 @@ def draw_sequence(sequence: TokenSequence, patch_size: int, path: Path) -> None:
     for picture in drawn:
         sheet.paste(picture, (MARGIN, top))
         top += picture.height + MARGIN
-    sheet.save(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path, "PNG")

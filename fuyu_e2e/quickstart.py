@@ -171,7 +171,7 @@ def read_all(model: TrainedModel, asked: list[Document]) -> list[Reading]:
 
 def cell(reading: Reading) -> Cell:
     """A reading as it stands on the contact sheet."""
-    return Cell(reading.prompt.sequence.pictures[0], reading.prompt.truth, reading.text)
+    return Cell(reading.prompt.sequence.unpadded_pictures[0], reading.prompt.truth, reading.text)
 
 
 def report(console: Console, place: Workplace, results: dict[str, Any], sheet: Path) -> None:

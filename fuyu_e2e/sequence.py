@@ -37,6 +37,8 @@ class ImageSpan:
     start: int
     rows: int
     cols: int
+    padding: tuple[int, int] = (0, 0)
+    """Rows of pixels at the bottom, and columns at the right, that only fill up the last patches."""
 
     @property
     def stop(self) -> int:
@@ -88,6 +90,14 @@ class TokenSequence:
         return [
             to_pixels(ImagePatches(span.rows, span.cols, values))
             for span, values in zip(self.images, parts, strict=True)
+        ]
+
+    @property
+    def unpadded_pictures(self) -> list[UInt8[np.ndarray, "H W 3"]]:
+        """The pixels of each image without its padding."""
+        return [
+            pixels[: len(pixels) - span.padding[0], : pixels.shape[1] - span.padding[1]]
+            for span, pixels in zip(self.images, self.pictures, strict=True)
         ]
 
     def cut(self, budget: int) -> "TokenSequence | None":
@@ -226,7 +236,7 @@ class _Tokens:
 
     def add_image(self, data: bytes) -> None:
         patches = load_patches(data, self.policy)
-        self.images.append(ImageSpan(self.length, patches.rows, patches.cols))
+        self.images.append(ImageSpan(self.length, patches.rows, patches.cols, patches.padding))
         self.patches.append(patches.values)
         grid = np.full((patches.rows, patches.cols + 1), self.tokenizer.patch_id, np.int64)
         grid[:, -1] = self.tokenizer.newline_id

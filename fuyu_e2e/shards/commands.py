@@ -10,14 +10,14 @@ from rich.table import Table
 from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.shards.manifest import ShardFacts, index, totals, verify
 from fuyu_e2e.shards.sources import CACHE_FOLDER, ShardCache, expand_patterns, folder_of
-from fuyu_e2e.shards.statistics import survey
+from fuyu_e2e.shards.statistics import NoPlotsError, survey
 from fuyu_e2e.shards.write_command import write
 
 USAGE = """usage: fuyu-e2e shards {index,verify,stats,write} [--help]
 
   index PATTERN      count what shards hold, into fuyu-manifest.json beside them
   verify PATTERN     compare shards with their manifest: bytes, checksums, documents; --deep decodes images
-  stats PATTERN      a table and a picture of resolutions, aspect ratios, text lengths and tokens
+  stats PATTERN      a table (and a picture, with matplotlib) of resolutions, aspect ratios, text lengths and tokens
   write SOURCE       shards from your own images and texts
 """
 HEADERS_ONLY = "Images were judged by their headers, not decoded: `fuyu-e2e shards verify --deep` decodes each."
@@ -86,8 +86,12 @@ def _stats(args: Sequence[str]) -> int:
     surveyed = survey(found, cache, options.tokenizer, options.patch_size, options.max_patches, options.processes)
     Console().print(surveyed.table())
     print(HEADERS_ONLY)
-    surveyed.draw(options.out)
-    print(f"The distributions: {options.out}")
+    try:
+        surveyed.draw(options.out)
+    except NoPlotsError as error:
+        print(f"No picture was drawn. {error}")
+    else:
+        print(f"The distributions: {options.out}")
     return 0
 
 

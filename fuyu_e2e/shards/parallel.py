@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.sharedctypes import Synchronized
 from typing import TypeVar
 
+from fuyu_e2e.errors import UserError
 from fuyu_e2e.shards.progress import Advance, Progress, add
 
 Found = TypeVar("Found")
@@ -21,7 +23,12 @@ def map_shards(read: Read[Found], shards: Sequence[str], processes: int, title: 
     """What `read` finds in each shard, in their order, with the progress on stderr.
 
     More than one process needs a program whose main module can be imported, as multiprocessing's `spawn` does.
+
+    Raises:
+        UserError: There is no process to read with, or one was killed.
     """
+    if processes < 1:
+        raise UserError(f"--processes is {processes}, but must be at least 1.")
     with Progress(title, len(shards), "shards") as progress:
         if processes == 1 or len(shards) <= 1:
             yield from (read(shard, progress.advance) for shard in shards)
@@ -34,7 +41,13 @@ def map_shards(read: Read[Found], shards: Sequence[str], processes: int, title: 
             initializer=_begin,
             initargs=(progress.count,),
         ) as pool:
-            yield from pool.map(partial(_read, read), shards)
+            try:
+                yield from pool.map(partial(_read, read), shards)
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "A process that read shards was killed, perhaps for want of memory: run the same command again, "
+                    "with fewer --processes."
+                ) from error
 
 
 def _begin(count: "Synchronized[float]") -> None:

@@ -21,7 +21,7 @@ from rich import box
 from rich.table import Table
 
 from fuyu_e2e.document import Document, Image
-from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.errors import UnusableSampleError, UserError, writing
 from fuyu_e2e.image import ImagePolicy
 from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.shards.formats import read_documents
@@ -42,6 +42,10 @@ CELLS = 4
 """Cells of the picture of resolutions for each doubling of a side."""
 COLOR, MARK = "#3a6ea5", "#c8553d"
 """Of what is counted in the picture, and of what is said about it."""
+
+
+class NoPlotsError(UserError):
+    """The package that draws is not installed; the figures can be printed without it."""
 
 
 @dataclass
@@ -164,13 +168,14 @@ class Survey:
         """Writes a PNG of the distributions.
 
         Raises:
-            UserError: matplotlib is not installed.
+            NoPlotsError: matplotlib is not installed.
+            UserError: The file can't be written.
         """
         try:
             from matplotlib.figure import Figure  # an extra: nothing but this picture needs it
             from matplotlib.layout_engine import ConstrainedLayoutEngine
         except ImportError as error:
-            raise UserError(
+            raise NoPlotsError(
                 "Drawing the distributions needs matplotlib: install it with pip install 'fuyu-e2e[plots]'."
             ) from error
         figure = Figure(figsize=(12, 9), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
@@ -186,8 +191,9 @@ class Survey:
         tokens.set(title=self._tokens_label("Tokens of documents"), ylabel="share of documents")
         tokens.set(xlabel=f"tokens, at patches of {self.images.patch_size} x {self.images.patch_size} pixels")
         self._mark_row_lengths(tokens)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120, format="png")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=120, format="png")
 
     def _counts(self) -> Table:
         usable, unusable = self.kinds.total(), self.unusable.total()

@@ -34,7 +34,7 @@ class SampleGenerations(Callback):
         for index, (prompt, text) in enumerate(zip(self._prompts, texts, strict=True)):
             written = f"truth:\n\n    {prompt.truth}\n\ngenerated:\n\n    {text}"
             logger.experiment.add_text(f"samples/{index}", written, trainer.global_step)
-            for number, pixels in enumerate(prompt.sequence.pictures):
+            for number, pixels in enumerate(prompt.sequence.unpadded_pictures):
                 logger.experiment.add_image(
                     f"samples/{index}/image{number}", torch.from_numpy(pixels), trainer.global_step, dataformats="HWC"
                 )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,19 @@ def test_the_commands_print_what_they_find(
     assert code == 0
     assert "judged by their headers, not decoded" in said
     assert (tmp_path / "stats.png").stat().st_size > 10_000
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, said = run("stats", *common, "--out", str(tmp_path / "none.png"))
+    assert code == 0, "the figures need no matplotlib"
+    assert "image width, pixels" in said
+    assert "No picture was drawn. Drawing the distributions needs matplotlib: install it with pip" in said
+    assert not (tmp_path / "none.png").exists()
+    monkeypatch.undo()
+    code, said = run("stats", *common, "--out", str(tmp_path))
+    assert code == 2
+    assert f"{tmp_path} can't be written (Is a directory)" in said
+    code, said = run("index", str(folder), "--processes", "0")
+    assert code == 2
+    assert "--processes is 0" in said
     assert run()[0] == 2
     assert run("nonsense")[0] == 2
     assert run("--help")[0] == 0
