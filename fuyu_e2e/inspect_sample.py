@@ -53,4 +53,6 @@ def inspect_sample(args: Sequence[str]) -> None:
     Console(highlight=False).print(show_tokens(sequence, data.tokenizer))
     if sequence.images:
         draw_sequence(sequence, data.images.patch_size, Path(cli.config.out))
-        print(f"The images with their patches (red) and newline tokens (blue): {cli.config.out}")
+        print(
+            f"The images with their patches (red), newline tokens (blue) and padding (grey stripes): {cli.config.out}"
+        )
