@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image as Pillow
 
 from fuyu_e2e.checkpoint.loading import load_model
-from fuyu_e2e.checkpoint.training_files import find_checkpoint, read_checkpoint
+from fuyu_e2e.checkpoint.training_files import best_checkpoint, find_checkpoint, read_checkpoint
 from fuyu_e2e.cli import main
 from fuyu_e2e.shipped import shipped
 
@@ -504,10 +504,12 @@ def test_a_routed_model_is_not_exported_to_transformers(run: Callable, folder: P
 
 
 def test_checkpoints_are_verified_and_described(run: Callable, trained: Path, folder: Path) -> None:
-    code, printed = run("checkpoint", "info", str(trained))
+    best = best_checkpoint(trained)
+    assert best is not None
+    code, printed = run("checkpoint", "info", str(best.path))
     assert code == 0, printed
     assert "blocks of width 96" in printed
-    assert "val/loss" in printed
+    assert f"{best.value:.6g}" in printed
     code, printed = run("checkpoint", "verify", str(trained))
     assert code == 0, printed
     assert printed.strip().endswith("every byte is right")
