@@ -284,9 +284,6 @@ class FuyuCLI(LightningCLI):
     def before_fit(self) -> None:
         """Keeps a new run from mixing its files with an old one's, and shares the rows of a step out.
 
-        `val_check_interval`, which Lightning counts in micro-batches, counts optimizer steps like all other intervals,
-        so that it means the same on any number of processes.
-
         Raises:
             UserError: The run's directory has checkpoints, and the run is not told to go on from one; or the rows of a
                 step don't divide by the processes.
@@ -307,9 +304,6 @@ class FuyuCLI(LightningCLI):
                     "their own."
                 )
             self.trainer.accumulate_grad_batches = rows // processes
-        interval = self.trainer.val_check_interval
-        if isinstance(interval, int):
-            self.trainer.val_check_interval = interval * self.trainer.accumulate_grad_batches
 
 
 def _where(path: str, args: Sequence[str]) -> str:
