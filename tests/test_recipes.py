@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import EarlyStopping
 
 from fuyu_e2e.export.transformers import scales_alike
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.recipe import FuyuCLI
+from fuyu_e2e.shards.write_command import VOCAB_SIZE
 from fuyu_e2e.shipped import shipped
 
 RECIPES = sorted(shipped("recipes").glob("*.yaml"))
@@ -32,6 +34,11 @@ def test_a_recipe_opens_with_what_it_shows_and_builds(recipe: Path, monkeypatch:
 def test_the_readme_names_every_recipe(repository: Path) -> None:
     readme = (repository / "README.md").read_text()
     assert all(f"recipes/{recipe.name}" in readme for recipe in RECIPES)
+
+
+def test_shards_write_advises_a_tokenizer_of_the_size_that_its_recipe_has() -> None:
+    recipe = yaml.safe_load((shipped("recipes") / "own-pictures.yaml").read_text())
+    assert recipe["model"]["decoder"]["vocab_size"] == VOCAB_SIZE
 
 
 def test_the_recipe_for_own_pictures_scales_as_stock_transformers_does_and_stops_early() -> None:

@@ -17,7 +17,7 @@ class TarWriter:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._tar = tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._tar = tarfile.open(fileobj=file, mode="w|")  # noqa: SIM115
 
     def __enter__(self) -> "TarWriter":
         return self

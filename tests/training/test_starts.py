@@ -164,9 +164,7 @@ def test_predictions_replace_the_earlier_ones_when_they_are_complete(
     assert not list((folder / "run").glob(".unfinished*"))
 
 
-def test_a_named_size_takes_the_tokenizers_vocabulary(
-    command: Callable[..., tuple[int, str]], folder: Path
-) -> None:
+def test_a_named_size_takes_the_tokenizers_vocabulary(command: Callable[..., tuple[int, str]], folder: Path) -> None:
     """What is trained, stored, estimated and resumed alike."""
     fit = ("fit", "--config", "named.yaml", "--trainer.default_root_dir", "named", "--rows_per_step", "3")
     code, printed = command(*fit, "--trainer.val_check_interval", "9")  # micro-batches: 3 steps
