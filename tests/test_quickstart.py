@@ -4,21 +4,37 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image as Pillow
 
 from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.cli import main
 from fuyu_e2e.quickstart import quickstart
+from fuyu_e2e.shipped import shipped
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.signals import STOP_SIGNALS, Stopped
 
 SMALL = ["--pictures", "400", "--test-pictures", "24"]
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> Callable[[str], str]:
+    """A shipped recipe whose steps are of two short rows, from a shuffle buffer that is filled at once."""
+
+    def make(name: str) -> str:
+        recipe = yaml.safe_load(shipped(f"recipes/{name}").read_text())
+        recipe["data"] |= {"budget": 256, "lanes": 2, "shuffle": 8}
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(recipe))
+        return str(path)
+
+    return make
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -41,9 +57,11 @@ def test_the_quickstart_leaves_its_figures_and_pictures(tmp_path: Path, capfd: p
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_the_quickstart_with_routed_blocks_shows_its_depth(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_the_quickstart_with_routed_blocks_shows_its_depth(
+    tmp_path: Path, short: Callable[[str], str], capfd: pytest.CaptureFixture
+) -> None:
     out = tmp_path / "run"
-    recipe = "recipes/quickstart-mod.yaml"
+    recipe = short("quickstart-mod.yaml")
     assert quickstart(["--out", str(out), "--recipe", recipe, "--max-steps", "12", *SMALL]) == 0
     results = json.loads((out / "results.json").read_text())
     kinds = {"patches", "patches_with_ink", "patches_without_ink", "newlines", "text"}
@@ -65,7 +83,7 @@ def handlers() -> Iterator[None]:
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_ctrl_c_leaves_a_checkpoint_that_the_printed_command_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    tmp_path: Path, short: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "run"
     train = FuyuModule.training_step
@@ -77,7 +95,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_printed_command_continues(
 
     monkeypatch.setattr(FuyuModule, "training_step", interrupted)
     with pytest.raises(Stopped) as stopped:
-        quickstart(["--out", str(out), "--max-steps", "4000", *SMALL])
+        quickstart(["--out", str(out), "--recipe", short("quickstart.yaml"), "--max-steps", "4000", *SMALL])
     monkeypatch.setattr(FuyuModule, "training_step", train)
     assert stopped.value.code == 128 + signal.SIGINT
     printed = capfd.readouterr().out.replace("\n", " ")
