@@ -73,7 +73,7 @@ def fit(config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_pa
             enable_model_summary=False,
             callbacks=[RandomState(), *extra, LastCheckpoint(), StopSignals(), checkpoints],
             plugins=[BackgroundCheckpointIO()],
-        ).fit(module, question_data(val=str(tmp_path / "train.tar") if val else None), ckpt_path=resume)
+        ).fit(module, question_data(val=str(tmp_path / "val.tar") if val else None), ckpt_path=resume)
         return module
 
     return fit

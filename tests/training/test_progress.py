@@ -134,7 +134,7 @@ def test_without_a_terminal_lines_say_how_far_a_run_is(
         log_every_n_steps=1 if steps < 40 else 16,
         default_root_dir=tmp_path,
         callbacks=[Tick(), Throughput(), lines, LastCheckpoint(), Checkpoints(tmp_path / "kept", save_last="link")],
-    ).fit(FuyuModule(config), question_data(val=str(tmp_path / "train.tar")))
+    ).fit(FuyuModule(config), question_data(val=str(tmp_path / "val.tar")))
     printed = capsys.readouterr().out.splitlines()
     told = [line for line in printed if re.match(rf"step \d+/{steps}  loss [\d.]+", line)]
     assert [int(re.findall(r"\d+", line)[0]) for line in told] == ([1, 3] if steps == 3 else [1, 9, 16, 24, 32, 40])

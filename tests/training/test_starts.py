@@ -22,7 +22,7 @@ from fuyu_e2e.training.module import FuyuModule
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE: dict[str, Any] = {
     "trainer": {
-        "max_steps": 4, "accelerator": "cpu", "accumulate_grad_batches": 2, "val_check_interval": 2,
+        "max_steps": 4, "accelerator": "cpu", "accumulate_grad_batches": 2, "val_check_interval": 4,
         "check_val_every_n_epoch": None, "num_sanity_val_steps": 0, "log_every_n_steps": 1,
     },
     "checkpoint": {"every_n_train_steps": 2},
@@ -31,7 +31,7 @@ RECIPE: dict[str, Any] = {
                     "head_size": 16, "feed_forward": 48},
         "max_new_tokens": 2,
     },
-    "data": {"tokenizer": "tokenizer.model", "train": "train.tar", "val": "train.tar", "budget": 128, "lanes": 2,
+    "data": {"tokenizer": "tokenizer.model", "train": "train.tar", "val": "val.tar", "budget": 128, "lanes": 2,
              "shuffle": 4},
 }  # fmt: skip
 
@@ -41,15 +41,16 @@ FIT = ("fit", "--config", "recipe.yaml", "--trainer.default_root_dir", "run")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, make_png: Callable[..., bytes]) -> Path:
-    """A working folder with a shard, a tokenizer, and recipes of a decoder that is spelled out and of a named one."""
+    """A working folder with shards, a tokenizer, and recipes of a decoder that is spelled out and of a named one."""
     folder = tmp_path_factory.mktemp("starts")
     tokenizer.save(folder / "tokenizer.model")
-    with tarfile.open(folder / "train.tar", "w") as tar:
-        for number in range(8):
-            for extension, content in {"png": make_png(8 + number, 20), "txt": f"{number * 37}".encode()}.items():
-                member = tarfile.TarInfo(f"{number}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    for name, numbers in (("train.tar", range(8)), ("val.tar", range(8, 16))):
+        with tarfile.open(folder / name, "w") as tar:
+            for number in numbers:
+                for extension, content in {"png": make_png(8 + number, 20), "txt": f"{number * 37}".encode()}.items():
+                    member = tarfile.TarInfo(f"{number}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     named = RECIPE | {"model": {"decoder": "1m", "max_new_tokens": 2}}
     (folder / "named.yaml").write_text(yaml.safe_dump(named))
