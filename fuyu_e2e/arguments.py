@@ -34,7 +34,7 @@ class CommandParser(argparse.ArgumentParser):
             hint = did_you_mean(chosen[1], choices) or f"choose from {', '.join(choices)}."
             what = message.partition(":")[0].removeprefix("argument ")
             raise UserError(f"{what} can't be {chosen[1]!r}: {hint}")
-        raise UserError(f"{self.prog}: {message}; {self.prog} --help tells more.")
+        raise UserError(f"{message}; {self.prog} --help tells more.")
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:

@@ -6,6 +6,7 @@ ratio, until it fits; none is scaled up, cropped or squared. At the bottom and r
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -158,7 +159,9 @@ def _opened(data: bytes, policy: ImagePolicy) -> Iterator[Pillow.Image]:
     except Pillow.DecompressionBombError as error:
         raise UnusableSampleError("image-too-many-pixels", str(error)) from error
     except Exception as error:  # Pillow's plugins raise nearly anything on bytes that are not what they claim to be
-        raise UnusableSampleError("image-unreadable", f"{type(error).__name__}: {error}") from error
+        # Pillow names the object in memory that it was given, which tells nobody anything.
+        said = re.sub(r" <_io\.\w+ object at 0x\w+>", "", str(error))
+        raise UnusableSampleError("image-unreadable", f"{type(error).__name__}: {said}") from error
 
 
 def _check_size(width: int, height: int, policy: ImagePolicy) -> None:

@@ -25,7 +25,6 @@ from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.shipped import shipped
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import train_tokenizer
-from fuyu_e2e.training.signals import Stopped
 
 DEPTH_PICTURES = 200
 """Test pictures over which a routed model's depth is averaged."""
@@ -84,11 +83,7 @@ def quickstart(args: Sequence[str]) -> int:
     console.print(f"{options.pictures:,} training pictures in {place.data} ({time.perf_counter() - started_at:.0f} s)")
 
     console.rule("2. Training")
-    try:
-        cli = train(place, options.recipe, options.seed, options.max_steps)
-    except Stopped:
-        console.print(f"Go on with: fuyu-e2e fit --config {place.root}/config.yaml --ckpt_path last", soft_wrap=True)
-        raise
+    cli = train(place, options.recipe, options.seed, options.max_steps)
 
     console.rule("3. Reading")
     model = load_model(place.root / "checkpoints" / "last.ckpt")

@@ -174,6 +174,9 @@ def test_truncated_images_are_refused(file_format: str) -> None:
 def test_empty_and_garbage_images_are_refused() -> None:
     assert rejection(b"") == "image-empty"
     assert rejection(b"not an image at all") == "image-unreadable"
+    with pytest.raises(UnusableSampleError) as error:
+        decode_image(b"not an image at all", POLICY)
+    assert "object at" not in str(error.value)
     assert rejection(encode(pixels(8, 8), "BMP")) == "image-unreadable"
 
 

@@ -5,6 +5,7 @@ Nothing heavy is imported here: a command's module is, once it is known which co
 
 import errno
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from pkgutil import resolve_name
 from fuyu_e2e.arguments import did_you_mean
 from fuyu_e2e.environment import set_defaults
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.exit_codes import WRONG_USE
+from fuyu_e2e.exit_codes import WRONG_USE, of_signal
 from fuyu_e2e.version import __version__
 
 USAGE = f"""fuyu-e2e {__version__}: train a multimodal decoder with no vision encoder, from scratch.
@@ -66,6 +67,9 @@ def main() -> int:
         return 0
     try:
         return _command(name)([name, *args] if name in LIGHTNING_COMMANDS else args)
+    except KeyboardInterrupt:
+        print("\nfuyu-e2e: interrupted.", file=sys.stderr)
+        return of_signal(signal.SIGINT)
     except UserError as error:
         # An error of a loader's worker arrives as a traceback in text, with the sentence in its last line.
         sentence = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")

@@ -46,6 +46,7 @@ def tokenizer(args: Sequence[str]) -> int:
     if suggested:
         print(
             f"This text suggests --vocab-size {suggested}: it holds the last tokens of a larger vocabulary fewer than "
-            f"{OFTEN} times each, too few to learn them."
+            f"{OFTEN} times each, too few to learn them. A decoder that is spelled out takes it with "
+            f"--model.decoder.vocab_size {suggested}."
         )
     return 0

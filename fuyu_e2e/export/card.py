@@ -29,16 +29,18 @@ model, processor = fuyu_e2e.load({folder})
 {prompt}[tokens] = fuyu_e2e.generate(model, [prompt], max_new_tokens=64, eos_id=processor.eos_id)
 print(processor.decode(tokens))"""
 _STOCK_PROMPTS: dict[Use, str] = {
-    "caption": """inputs = processor(images=load_image("a.png"), text="", return_tensors="pt")
+    "caption": """inputs = processor(images=image, text="", return_tensors="pt")
 for name in ("input_ids", "attention_mask"):
     inputs[name] = inputs[name][:, :-1]  # the processor begins an answer; a caption stands without
 """,
-    "chat": 'inputs = processor(images=load_image("a.png"), text={question}, return_tensors="pt")\n',
+    "chat": 'inputs = processor(images=image, text={question}, return_tensors="pt")\n',
 }
-_STOCK = """from transformers import AutoProcessor, FuyuForCausalLM
-from transformers.image_utils import load_image
+_STOCK = """from PIL import Image, ImageOps
+from transformers import AutoProcessor, FuyuForCausalLM
 
 model, processor = FuyuForCausalLM.from_pretrained({folder}), AutoProcessor.from_pretrained({folder})
+image = ImageOps.exif_transpose(Image.open("a.png")).convert("RGBA")
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 {prompt}tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(tokens, skip_special_tokens=True))"""
 

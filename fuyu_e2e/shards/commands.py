@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fuyu_e2e.arguments import CommandParser
+from fuyu_e2e.arguments import CommandParser, did_you_mean
+from fuyu_e2e.errors import UserError
 from fuyu_e2e.shards.manifest import ShardFacts, index, totals, verify
 from fuyu_e2e.shards.sources import CACHE_FOLDER, ShardCache, expand_patterns, folder_of
 from fuyu_e2e.shards.statistics import NoPlotsError, survey
@@ -28,9 +29,15 @@ FAULTY = 1
 def shards(args: Sequence[str]) -> int:
     """Runs one of the commands about shards."""
     commands = {"index": _index, "verify": _verify, "stats": _stats, "write": write}
-    if not args or args[0] not in commands:
+    name = args[0] if args else "--help"
+    if name in ("--help", "-h"):
         print(USAGE)
-        return 0 if args and args[0] in ("--help", "-h") else 2
+        return 0
+    if name not in commands:
+        raise UserError(
+            f"There is no command 'shards {name}': "
+            + (did_you_mean(name, commands) or f"choose from {', '.join(commands)}.")
+        )
     return commands[args[0]](args[1:])
 
 

@@ -70,14 +70,14 @@ def next_steps(out: Path, report: WriteReport) -> str:
     data = f"--data.train {train}"
     lines += ["", f"to train on:    {train}"]
     held_out = report.splits["val"].written
+    data += f" --data.val {val if held_out else 'null'}"
     if held_out:
-        data += f" --data.val {val}"
         lines.append(f"to validate on: {val}")
     if held_out < FEW:
-        lines.append(
-            f"{held_out or 'No'} documents to validate on {'are few' if held_out else 'are left'}: "
-            "--val-share 0.1, into another folder, holds out a tenth of all."
-        )
+        written = held_out + report.splits["train"].written
+        enough = f": --val-share {FEW / written:.2g}, into another folder, holds out about {FEW}"
+        hint = enough if written > 4 * FEW else ""  # of fewer, training needs nearly all
+        lines.append(f"{held_out or 'No'} documents to validate on {'are few' if held_out else 'are left'}{hint}.")
     return "\n".join(
         [
             *lines,

@@ -6,7 +6,9 @@ ranks are at and hangs. Flags are summed over the ranks with what each step sums
 ranks learn in the same step that one of them is to stop.
 """
 
+import shlex
 import signal
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,6 +24,7 @@ from fuyu_e2e.exit_codes import STOP_SIGNALS, of_signal
 from fuyu_e2e.ranks import anywhere, in_step
 from fuyu_e2e.training.last_checkpoint import save_last
 from fuyu_e2e.training.module import FuyuModule
+from fuyu_e2e.training.step_lines import shown
 
 STORE_KEY = "fuyu_e2e/stop"
 """What a rank sets in the process group's store when it hears a signal during validation."""
@@ -130,6 +133,9 @@ class StopSignals(Callback):
     def _stop(self, trainer: pl.Trainer, number: signal.Signals) -> None:
         saved = save_last(trainer)
         rank_zero_info(f"\n{number.name} at step {trainer.global_step}; {f'saved {saved}' if saved else 'not saved'}.")
+        config = Path(trainer.default_root_dir) / "config.yaml"
+        if saved and config.is_file():
+            rank_zero_info(f"Go on with: fuyu-e2e fit --config {shlex.quote(shown(config))} --ckpt_path last")
         raise Stopped(0 if _child_of_lightning(trainer) else of_signal(number))
 
     def _restore(self, *numbers: signal.Signals) -> None:

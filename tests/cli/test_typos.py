@@ -54,9 +54,9 @@ def refused(
         ),
         (
             ["generate", "--prompt", "a"],
-            "fuyu-e2e generate: the following arguments are required: --checkpoint; fuyu-e2e generate --help tells "
-            "more.",
+            "the following arguments are required: --checkpoint; fuyu-e2e generate --help tells more.",
         ),
+        (["shards", "wirte", "a"], "There is no command 'shards wirte': did you mean write?"),
     ],
 )
 def test_commands_and_their_options(arguments: list[str], sentence: str, refused: Callable[..., str]) -> None:

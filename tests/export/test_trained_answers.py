@@ -40,6 +40,8 @@ PICTURES = {
     "red beside green": ("jpg", 35, 250),
 }
 """The caption of each, and its format, height and width; all but one exceed `LARGEST`."""
+TRANSPARENT = (20, 25)
+"""Height and width of the picture whose left half is transparent, and would be red if transparency were dropped."""
 ANSWERS = {caption: caption.split(" beside ")[1] for caption in PICTURES}
 
 
@@ -84,7 +86,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         pixels[:, : width // 2], pixels[:, width // 2 :] = COLORS[left], COLORS[right]
         pixels += rng.normal(0, 12, pixels.shape)  # something for the scaling to average
         files[said] = folder / f"{number}.{extension}"
-        Pillow.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(files[said])
+        picture = Pillow.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        if (height, width) == TRANSPARENT:
+            seen = np.full((height, width), 255, np.uint8)
+            seen[:, : width // 2] = 0
+            picture.paste(COLORS["red"], (0, 0, width // 2, height))
+            picture.putalpha(Pillow.fromarray(seen))
+        picture.save(files[said])
     return files
 
 
