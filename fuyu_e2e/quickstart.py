@@ -1,6 +1,7 @@
 """The first command: from handwritten digits to a model that reads them, with its figures and a picture."""
 
 import json
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def quickstart(args: Sequence[str]) -> int:
 def prepare(place: Workplace, seed: int, pictures: int, test_pictures: int) -> None:
     """Writes the shards of all splits, and a tokenizer trained on those to train on."""
     place.data.mkdir(parents=True, exist_ok=True)
-    shards = write_shards(place.data, split="train", count=pictures, seed=seed)
+    shards = write_shards(place.data, split="train", count=pictures, seed=seed, processes=os.cpu_count() or 1)
     write_shards(place.data, split="val", count=200, seed=TEST_SEED)
     write_shards(place.data, split="test", count=test_pictures, seed=TEST_SEED)
     write_shards(place.data, split="test-new-sizes", count=test_pictures, seed=TEST_SEED)
