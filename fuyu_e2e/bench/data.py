@@ -298,7 +298,7 @@ def captioned_sequence(
     """What the builder makes of an image and a caption, for an image that is decoded already."""
     patches = to_patches(pixels, builder.images.patch_size)
     text = builder.build(Document(key, (Text(caption),)))
-    span = ImageSpan(0, patches.rows, patches.cols)
+    span = ImageSpan(0, patches.rows, patches.cols, patches.padding)
     tokens = np.full(span.stop, builder.tokenizer.patch_id, np.int64)
     tokens[span.newline_positions] = builder.tokenizer.newline_id
     return TokenSequence(

@@ -88,7 +88,7 @@ def test_the_curve_of_sort_of_clevr_scores_each_checkpoint_and_the_last_on_more(
     main = runpy.run_path(str(repository / "data/sort_of_clevr.py"))["main"]
     recipe = shipped("recipes/sort-of-clevr.yaml").absolute()
     monkeypatch.chdir(tmp_path)
-    main(["--images", "60", "--fewer", "2", "--test-images", "3", "--processes", "1"])
+    main(["--images", "60", "--fewer", "2", "--close-calls", "2", "--test-images", "3", "--processes", "1"])
     FuyuCLI(
         ["fit", f"--config={recipe}", "--trainer.max_steps=2", "--trainer.val_check_interval=2",
          "--checkpoint.every_n_train_steps=1", "--data.budget=512"]

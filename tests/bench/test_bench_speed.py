@@ -143,7 +143,7 @@ def test_a_contender_that_fails_stands_beside_the_others(monkeypatch: pytest.Mon
 
 def test_without_transformers_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fuyu_e2e.bench.stock.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"transformers, which is missing: pip install 'fuyu-e2e\[transformers\]'"):
+    with pytest.raises(UserError, match=r"transformers, which is missing: pip install 'transformers>=5.16'"):
         bench_train.train(["--contenders", "ours"])
 
 
