@@ -9,6 +9,7 @@ from rich.table import Table
 
 from fuyu_e2e.arguments import CommandParser, did_you_mean
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.exit_codes import WRONG_USE
 from fuyu_e2e.shards.manifest import ShardFacts, index, totals, verify
 from fuyu_e2e.shards.sources import CACHE_FOLDER, ShardCache, expand_patterns, folder_of
 from fuyu_e2e.shards.statistics import NoPlotsError, survey
@@ -29,10 +30,10 @@ FAULTY = 1
 def shards(args: Sequence[str]) -> int:
     """Runs one of the commands about shards."""
     commands = {"index": _index, "verify": _verify, "stats": _stats, "write": write}
-    name = args[0] if args else "--help"
-    if name in ("--help", "-h"):
+    name = args[0] if args else ""
+    if name in ("", "--help", "-h"):
         print(USAGE)
-        return 0
+        return 0 if name else WRONG_USE
     if name not in commands:
         raise UserError(
             f"There is no command 'shards {name}': "
