@@ -1,6 +1,6 @@
-"""What jsonargparse says of a wrong setting, as one sentence: the setting, the recipe it stands in, the nearest name.
+"""What jsonargparse says of a wrong setting, as one sentence: the setting, the recipe that has it, the nearest name.
 
-jsonargparse's own messages list every type of a union and why each was refused, behind a hundred lines of usage. They
+jsonargparse's own messages list every type of a union and why each was refused, after a hundred lines of usage. They
 are read here as text, since its errors carry nothing else; a message of another form is passed on, in one line.
 """
 
@@ -29,7 +29,7 @@ TYPES = {"int": "a whole number", "float": "a number", "str": "text", "bool": "t
 class SettingError(Exception):
     """jsonargparse refused a setting.
 
-    Not a ValueError, which jsonargparse would take for its own where a config stands within a config.
+    Not a ValueError, which jsonargparse would take for its own where one config includes another.
 
     Attributes:
         message: What it says.

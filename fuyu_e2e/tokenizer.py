@@ -180,7 +180,7 @@ def suggest_vocab_size(tokenizer: Tokenizer, texts: Iterable[str]) -> int | None
         encoded = zip(processor.Encode(list(common)), common.values(), strict=True)
         return sum(times * ids.count(last) for ids, times in encoded) >= OFTEN
 
-    low, high = 0, len(merges)  # merges stand in the order of their frequency
+    low, high = 0, len(merges)  # merges are in the order of their frequency
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if is_frequent(middle) else (low, middle - 1)

@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-PROMPT_HELP = "The text behind the images; empty asks for a caption."
+PROMPT_HELP = "The text after the images; empty asks for a caption."
 
 
 def add_model_and_images(parser: ArgumentParser) -> None:

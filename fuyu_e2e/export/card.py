@@ -31,7 +31,7 @@ print(processor.decode(tokens))"""
 _STOCK_PROMPTS: dict[Use, str] = {
     "caption": """inputs = processor(images=image, text="", return_tensors="pt")
 for name in ("input_ids", "attention_mask"):
-    inputs[name] = inputs[name][:, :-1]  # the processor begins an answer; a caption stands without
+    inputs[name] = inputs[name][:, :-1]  # the processor begins an answer, which a caption has not
 """,
     "chat": 'inputs = processor(images=image, text={question}, return_tensors="pt")\n',
 }
