@@ -41,7 +41,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_run_that_fills_its_disk_goes_on_to_its_end_and_its_checkpoints_are_right(told: dict[str, Any]) -> None:
     """Its first three fit; the fourth fills the disk by itself, the others and the curves find it full."""
     assert told["fit"] == 0
-    assert told["checkpoints"] == [f"step={step}.ckpt" for step in (2, 4, 6)] + ["last.ckpt"]
+    assert told["checkpoints"] == ["last.ckpt", *(f"step={step}.ckpt" for step in (2, 4, 6))]
     assert told["verify"] == 0
     for step in (8, 10, 12):
         assert f"step={step}.ckpt could not be written" in told["printed"]
