@@ -5,8 +5,10 @@ import os
 # Two processes that run tests side by side, of two threads each, would wait for each other; so would what they start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
-# Threads that wait sleep instead of spinning on a core that others could use. OpenMP reads this as torch loads.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from fuyu_e2e.environment import set_defaults
+
+set_defaults()  # before torch is loaded
 
 import copy
 import io

@@ -1,22 +1,30 @@
 """What libraries read from the environment is set before they are loaded, unless the user has set it."""
 
+import os
 import sys
 
 import pytest
 
 from fuyu_e2e.cli import main
-from fuyu_e2e.environment import DEFAULTS
+from fuyu_e2e.environment import SPIN_COUNT
 
 
-def test_a_command_sets_the_defaults_and_leaves_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
+@pytest.mark.parametrize(
+    ("mine", "then"),
+    [
+        ({}, {"GOMP_SPINCOUNT": SPIN_COUNT}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+    ],
+)
+def test_a_command_sets_how_threads_wait_and_leaves_what_the_user_set(
+    mine: dict[str, str], then: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["fuyu-e2e", "--version"])
-    for name in DEFAULTS:
-        monkeypatch.setenv(name, "mine")
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in mine.items():
+        monkeypatch.setenv(name, value)
     assert main() == 0
-    assert {os.environ[name] for name in DEFAULTS} == {"mine"}
-    for name in DEFAULTS:
-        monkeypatch.delenv(name)
-    assert main() == 0
-    assert {name: os.environ[name] for name in DEFAULTS} == DEFAULTS
+    assert {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ} == then
+    monkeypatch.undo()
