@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -10,6 +11,8 @@ from fuyu_e2e.errors import UserError
 
 UNRECOGNIZED = "unrecognized arguments: "
 """How argparse and jsonargparse begin to name arguments that no option takes."""
+REQUIRED = "the following arguments are required: "
+"""How argparse begins to name arguments that are missing."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -20,6 +23,17 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"allow_abbrev": False} | kwargs)
+        self._given: list[str] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses, and keeps what was given for an error to look at."""
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self._given, namespace)
+
+    def _first_unknown(self) -> str | None:
+        known = _options(self)
+        options = (word for word in self._given if word.startswith("--") and word != "--")
+        return next((word for word in options if word.partition("=")[0] not in known), None)
 
     def error(self, message: str) -> NoReturn:
         """Refuses the command line.
@@ -27,6 +41,8 @@ class CommandParser(argparse.ArgumentParser):
         Raises:
             UserError: Always, with the nearest name where there is one.
         """
+        if message.startswith(REQUIRED) and (unknown := self._first_unknown()):
+            message = UNRECOGNIZED + unknown  # a typo is why the required one is missing
         if message.startswith(UNRECOGNIZED):
             raise UserError(unknown_option(message.removeprefix(UNRECOGNIZED), _options(self), f"{self.prog} --help"))
         if chosen := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):

@@ -188,7 +188,7 @@ class FuyuDataModule(pl.LightningDataModule):
         Raises:
             UserError: No pattern was given for them, or one matches nothing.
         """
-        return tuple(shard for source in self.sources(split).values() for shard in self._expanded(source))
+        return tuple(shard for source in self.sources(split).values() for shard in self._expanded(split, source))
 
     def stream_sources(self, split: str) -> tuple[StreamSource, ...]:
         """The sources of a split with what their shards hold, looked up once.
@@ -202,7 +202,7 @@ class FuyuDataModule(pl.LightningDataModule):
             return self._stream_sources[split]
         found = []
         for name, source in self.sources(split).items():
-            shards = self._expanded(source)
+            shards = self._expanded(split, source)
             check_complete(shards, self.cache)
             found.append(StreamSource(name=name, source=source, shards=shards, facts=facts_of(shards, self.cache)))
         self._stream_sources[split] = tuple(found)
@@ -212,8 +212,12 @@ class FuyuDataModule(pl.LightningDataModule):
         """Usable documents of all training shards by kind, as their manifests count them."""
         return dict(totals([facts for source in self.stream_sources("train") for facts in source.facts])["kinds"])
 
-    def _expanded(self, source: Source) -> tuple[str, ...]:
-        return expand_patterns(source.shards, allow_pipe=self.allow_pipe)
+    def _expanded(self, split: str, source: Source) -> tuple[str, ...]:
+        try:
+            return expand_patterns(source.shards, allow_pipe=self.allow_pipe)
+        except UserError as error:
+            setting = "data.mixture" if split == "train" and self.mixture else f"data.{split}"
+            raise UserError(f"{setting}: {error}") from error
 
     def documents(self, split: str, tally: Tally) -> Iterator[Document]:
         """All documents of a split once, in stored order; unusable samples are counted in `tally`."""

@@ -121,12 +121,13 @@ def refused(result: tuple[int, str], *named: str) -> None:
 
 
 def test_a_tokenizer_is_trained_on_shards(run: Callable, folder: Path) -> None:
-    code, printed = run(
-        "tokenizer", "train", "--shards", "shards/*.tar", "--vocab-size", "300", "--out", "new/t.model"
-    )
+    train = ("tokenizer", "train", "--shards", "shards/*.tar", "--vocab-size", "300", "--out", "new/t.model")
+    code, printed = run(*train)
     assert code == 0
     assert "300 tokens from 2 shards (60 samples read, 0 skipped), 300 of them real, 0 padding" in printed
-    assert (folder / "new" / "t.model").exists()
+    trained = (folder / "new" / "t.model").read_bytes()
+    refused(run(*train), "new/t.model is there", "name another file, or remove it")
+    assert (folder / "new" / "t.model").read_bytes() == trained
 
 
 def test_fit_runs_unchanged_on_shards_of_other_software(run: Callable, tokenizer_file: Path, folder: Path) -> None:
@@ -335,7 +336,7 @@ def test_a_run_whose_steps_are_all_bad_ends_with_a_sentence(run: Callable, token
 
 def test_a_pattern_that_matches_nothing(run: Callable, tokenizer_file: Path) -> None:
     fit = ("fit", "--config", recipe(), "--trainer.default_root_dir", "runs/none")
-    refused(run(*fit, "--data.train", "nothing/*.tar"), "nothing/*.tar", "matches no shard")
+    refused(run(*fit, "--data.train", "nothing/*.tar"), "data.train: 'nothing/*.tar' matches no shard")
     refused(run(*fit), "data.train is not set")
 
 
@@ -398,6 +399,8 @@ def test_another_tokenizer_than_the_one_trained_with(run: Callable, trained: Pat
     assert run(*train)[0] == 0
     again = ("fit", "--config", str(trained / "config.yaml"), "--ckpt_path", "last", "--trainer.max_steps", "9")
     refused(run(*again, "--data.tokenizer", "other.model"), "was trained with another tokenizer")
+    assert run(*train[:5], "300", "--out", "smaller.model")[0] == 0
+    refused(run(*again, "--data.tokenizer", "smaller.model"), "goes on needs the tokenizer that it began with")
 
 
 def test_a_checkpoint_with_code_in_it_is_refused_and_does_not_run(run: Callable, folder: Path) -> None:

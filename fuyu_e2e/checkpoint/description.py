@@ -65,8 +65,13 @@ class Description:
         """Refuses to go on from weights (`other`, read from `source`) of another configuration.
 
         Raises:
-            UserError: Names every setting that differs, or the tokenizer.
+            UserError: Names the tokenizer, whose vocabulary a named size takes, or every setting that differs.
         """
+        if self.tokenizer.digest != other.tokenizer.digest:
+            raise UserError(
+                f"{source} was trained with another tokenizer than data.tokenizer names: its ids mean other words. "
+                "Name the tokenizer it was trained with."
+            )
         mine, theirs = asdict(self.config), asdict(other.config)
         differing = [
             f"decoder.{name} is {mine[name]} but {theirs[name]} there" for name in mine if mine[name] != theirs[name]
@@ -75,11 +80,6 @@ class Description:
             raise UserError(
                 f"{source} holds another model ({'; '.join(differing)}): train on with the settings it was made "
                 "with, or start a new run in a directory of its own."
-            )
-        if self.tokenizer.digest != other.tokenizer.digest:
-            raise UserError(
-                f"{source} was trained with another tokenizer than data.tokenizer names: its ids mean other words. "
-                "Name the tokenizer it was trained with."
             )
 
 

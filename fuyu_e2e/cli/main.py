@@ -99,8 +99,10 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
 
 
 def _silence_what_no_user_can_act_on() -> None:
-    """Keeps a product's advertisement and a deprecation inside Lightning out of every run's first lines."""
+    """Keeps a product's advertisement, and what Lightning warns of where nothing is wrong, out of what runs print."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    # Rows have no batch sampler, and WritePredictions needs no indices.
+    warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")

@@ -25,6 +25,8 @@ def tokenizer(args: Sequence[str]) -> int:
     found = expand_patterns(options.shards)
     if (out := Path(options.out)).is_dir():
         raise UserError(f"--out {out} is a folder: name the file to write, such as {out / 'tokenizer.model'}.")
+    if out.exists():
+        raise UserError(f"--out {out} is there, and models may need it: name another file, or remove it.")
     cache = ShardCache.at()
     tally = Tally()
     with Progress("Reading shards", len(found), "shards") as progress:

@@ -170,10 +170,11 @@ class FuyuModule(pl.LightningModule):
         if vocabulary == self.config.vocab_size:
             return
         if not self._named_size:
+            made_for = self.config.vocab_size
             raise UserError(
-                f"{data.tokenizer_path} has {vocabulary} tokens, but the decoder is made for "
-                f"{self.config.vocab_size}: set model.decoder.vocab_size to {vocabulary}, or train a tokenizer with "
-                f"--vocab-size {self.config.vocab_size}."
+                f"{data.tokenizer_path} has {vocabulary} tokens, but the decoder is made for {made_for}: a run that "
+                "goes on needs the tokenizer that it began with; for a new one set model.decoder.vocab_size to "
+                f"{vocabulary}, or train a tokenizer with --vocab-size {made_for}."
             )
         self.config = replace(self.config, vocab_size=vocabulary)
 

@@ -43,6 +43,10 @@ def refused(
             ["generate", "--checkpoint", "c", "--promt", "a"],
             "There is no option --promt: did you mean --prompt?",
         ),
+        (
+            ["generate", "--checkpoin", "c", "--prompt", "a"],
+            "There is no option --checkpoin: did you mean --checkpoint?",
+        ),
         (["checkpoint", "verfy", "c"], "action can't be 'verfy': did you mean verify?"),
         (
             ["tokenizer", "train", "--shards", "s", "--out", "t", "--vocab-size", "300", "--shard", "s"],
