@@ -19,6 +19,7 @@ from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.checkpoint.training_files import best_checkpoint, find_checkpoint, read_checkpoint
 from fuyu_e2e.cli import main
 from fuyu_e2e.shipped import shipped
+from fuyu_e2e.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 VOCABULARY = 320
@@ -125,9 +126,11 @@ def test_a_tokenizer_is_trained_on_shards(run: Callable, folder: Path) -> None:
     code, printed = run(*train)
     assert code == 0
     assert "300 tokens from 2 shards (60 samples read, 0 skipped), 300 of them real, 0 padding" in printed
-    trained = (folder / "new" / "t.model").read_bytes()
-    refused(run(*train), "new/t.model is there", "name another file, or remove it")
-    assert (folder / "new" / "t.model").read_bytes() == trained
+    assert "is replaced" not in printed
+    code, printed = run(*train[:5], "310", *train[6:])
+    assert code == 0
+    assert "new/t.model was there, and is replaced" in printed
+    assert Tokenizer.from_file(folder / "new" / "t.model").vocab_size == 310
 
 
 def test_fit_runs_unchanged_on_shards_of_other_software(run: Callable, tokenizer_file: Path, folder: Path) -> None:
