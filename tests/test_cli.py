@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -127,6 +128,13 @@ def test_a_tokenizer_is_trained_on_shards(run: Callable, folder: Path) -> None:
     assert code == 0
     assert "300 tokens from 2 shards (60 samples read, 0 skipped), 300 of them real, 0 padding" in printed
     assert (folder / "new" / "t.model").exists()
+    assert "suggests" not in printed
+    code, printed = run(
+        "tokenizer", "train", "--shards", "shards/*.tar", "--vocab-size", "2000", "--out", "new/large.model"
+    )
+    assert code == 0
+    [suggested] = re.findall(r"This text suggests --vocab-size (\d+): ", printed)
+    assert 300 < int(suggested) < 2_000
 
 
 def test_fit_runs_unchanged_on_shards_of_other_software(run: Callable, tokenizer_file: Path, folder: Path) -> None:
@@ -146,7 +154,8 @@ def test_a_run_leaves_its_recipe_its_curves_and_a_checkpoint(trained: Path) -> N
     tags = events.Tags()
     assert "val/loss" in tags["scalars"]
     assert "val/perplexity" in tags["scalars"]
-    assert any(tag.startswith("samples/0") for tag in tags["images"])
+    shown = Pillow.open(io.BytesIO(events.Images("samples/0/image0")[0].encoded_image_string))
+    assert shown.size == (170, 70), "without its padding to whole patches"
 
 
 def test_curves_hold_what_a_run_is_judged_by(run: Callable, tokenizer_file: Path, folder: Path) -> None:
