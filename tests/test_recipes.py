@@ -12,6 +12,7 @@ from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.shards.write_command import VOCAB_SIZE
 from fuyu_e2e.shipped import shipped
+from fuyu_e2e.training.checkpoints import Checkpoints
 
 RECIPES = sorted(shipped("recipes").glob("*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -29,6 +30,13 @@ def test_a_recipe_opens_with_what_it_shows_and_builds(recipe: Path, monkeypatch:
     assert scales_alike(cli.datamodule.images), "what it trains could not be exported to transformers"
     with torch.device("meta"):
         assert sum(weight.numel() for weight in Decoder(cli.model.config).parameters()) > 1e5
+
+
+def test_the_recipe_for_captions_validates_each_checkpoint() -> None:
+    """Where an interval counts micro-batches and the other one steps."""
+    cli = FuyuCLI([f"--config={shipped('recipes/captions.yaml')}", "--trainer.accelerator=cpu"], run=False)
+    [kept] = [callback for callback in cli.trainer.callbacks if isinstance(callback, Checkpoints)]
+    assert cli.trainer.val_check_interval == kept._every_n_train_steps * cli.trainer.accumulate_grad_batches
 
 
 def test_the_readme_names_every_recipe(repository: Path) -> None:
