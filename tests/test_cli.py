@@ -137,6 +137,14 @@ def test_a_tokenizer_is_trained_on_shards(run: Callable, folder: Path) -> None:
     assert 300 < int(suggested) < 2_000
 
 
+def test_a_tokenizer_that_is_refused_leaves_nothing(run: Callable, folder: Path) -> None:
+    train = ("tokenizer", "train", "--shards", "shards/*.tar", "--out")
+    refused(run(*train, "never/t.model", "--vocab-size", "100"), "--vocab-size 100", "it takes at least ")
+    refused(run(*train, "shards", "--vocab-size", "300"), "--out shards is a folder", "shards/tokenizer.model")
+    refused(run(*train, "shards/00000.tar/t.model", "--vocab-size", "300"), "00000.tar/t.model can't be written")
+    assert not (folder / "never").exists()
+
+
 def test_fit_runs_unchanged_on_shards_of_other_software(run: Callable, tokenizer_file: Path, folder: Path) -> None:
     """The README's command for one's own shards; only shorter."""
     code, printed = run("fit", "--config", recipe(), "--data.train", "shards/*.tar", *SHORT)
@@ -512,7 +520,9 @@ def test_a_routed_model_is_not_exported_to_transformers(run: Callable, folder: P
     assert load_model(folder / "routed").decoder.config.routing is not None
 
 
-def test_checkpoints_are_verified_and_described(run: Callable, trained: Path, folder: Path) -> None:
+def test_checkpoints_are_verified_and_described(
+    run: Callable, trained: Path, folder: Path, counts: dict[str, tuple[float | None, float]]
+) -> None:
     best = best_checkpoint(trained)
     assert best is not None
     code, printed = run("checkpoint", "info", str(best.path))
@@ -522,6 +532,7 @@ def test_checkpoints_are_verified_and_described(run: Callable, trained: Path, fo
     code, printed = run("checkpoint", "verify", str(trained))
     assert code == 0, printed
     assert printed.strip().endswith("every byte is right")
+    assert counts["Comparing with checksums"] == (2, 2), "the best and the newest"
     copied = folder / "copied.ckpt"
     shutil.copytree(find_checkpoint(trained), copied)
     file = copied / "checkpoint.pt"
