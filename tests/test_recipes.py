@@ -55,3 +55,5 @@ def test_the_recipe_for_own_pictures_scales_as_stock_transformers_does_and_stops
     assert scales_alike(cli.datamodule.images)
     [stopping] = [callback for callback in cli.trainer.callbacks if isinstance(callback, EarlyStopping)]
     assert (stopping.monitor, stopping.patience) == ("val/loss", 20)
+    [kept] = [callback for callback in cli.trainer.callbacks if isinstance(callback, Checkpoints)]
+    assert (kept.monitor, kept.save_top_k) == (None, 1), "the best by val/loss"

@@ -135,22 +135,32 @@ LAST = ("--ckpt_path", "last")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"),
+    ("arguments", "code", "said"),
     [
-        ((*FIT, *LAST, "--trainer.max_steps", "8", "--data.lanes", "8"), 2),
-        ((*FIT, *LAST, "--trainer.max_steps", "8", "--trainer.accumulate_grad_batches", "3"), 2),
-        (FIT, 2),
-        (("predict", "--config", "run/config.yaml", "--data.predict", "nothing/*.tar", *LAST), 2),
-        (("validate", "--config", "run/config.yaml", *LAST), 0),
+        ((*FIT, *LAST, "--trainer.max_steps", "8", "--data.lanes", "8"), 2, "data.lanes is not what it was"),
+        (
+            (*FIT, *LAST, "--trainer.max_steps", "8", "--trainer.accumulate_grad_batches", "3"),
+            2,
+            "give the run as many rows a step as before.",
+        ),
+        (FIT, 2, "continue it with --ckpt_path last, or name another directory"),
+        (("predict", "--config", "run/config.yaml", "--data.predict", "nothing/*.tar", *LAST), 2, "nothing/*.tar"),
+        (("validate", "--config", "run/config.yaml", *LAST), 0, "val/perplexity"),
     ],
     ids=["lanes", "rows", "again", "predict", "validate"],
 )
 def test_what_is_refused_or_only_evaluates_changes_nothing_of_a_run(
-    command: Callable[..., tuple[int, str]], folder: Path, trained: str, arguments: tuple[str, ...], code: int
+    command: Callable[..., tuple[int, str]],
+    folder: Path,
+    trained: str,
+    arguments: tuple[str, ...],
+    code: int,
+    said: str,
 ) -> None:
     before = everything(folder / "run")
     found, printed = command(*arguments)
     assert found == code, printed
+    assert said in (printed.splitlines()[-1] if code else printed)
     assert everything(folder / "run") == before
 
 
