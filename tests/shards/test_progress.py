@@ -70,20 +70,6 @@ def test_short_work_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr().err == ""
 
 
-@pytest.fixture
-def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float | None, float]]:
-    """What each piece of work said there was to do, and how much of it was counted as done."""
-    found: dict[str, tuple[float | None, float]] = {}
-    original = Progress.__exit__
-
-    def end(self: Progress, *error: object) -> None:
-        original(self, *error)  # type: ignore[arg-type]
-        found[self.title] = (self.total, self.count.value)
-
-    monkeypatch.setattr(Progress, "__exit__", end)
-    return found
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_all_work_on_shards_is_counted_in_whichever_process(
     tmp_path: Path, counts: dict[str, tuple[float | None, float]], processes: int
