@@ -19,7 +19,9 @@ LINE = re.compile(r"Counting: 3 of 12 shards \(25 %\), \d:\d\d:\d\d so far, \d:\
 
 
 def until(found: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120  # a test that fails, not one that hangs
     while not found():
+        assert time.monotonic() < end
         time.sleep(0.001)
 
 
