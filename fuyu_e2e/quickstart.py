@@ -3,7 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.checkpoint.loading import TrainedModel, load_model, read_model
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
@@ -19,7 +19,7 @@ from fuyu_e2e.eval.contact_sheet import Cell, contact_sheet
 from fuyu_e2e.eval.depth import depth_shares, reading_depths
 from fuyu_e2e.eval.digits import MAX_NEW_TOKENS, QUESTION, TEST_SEED, VOCAB_SIZE, write_shards
 from fuyu_e2e.eval.exact_match import Reading, by_group, chance_of_exchange, exact_match, exchange_images, read
-from fuyu_e2e.export.commands import export_own, export_to_transformers
+from fuyu_e2e.export.folders import export_own, export_to_transformers
 from fuyu_e2e.inference.depth_map import depth_map
 from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.shards.formats import read_documents
@@ -57,22 +57,12 @@ class Workplace:
         return str(self.data / f"{split}-*.tar")
 
 
-def quickstart(args: Sequence[str]) -> int:
-    """Writes shards of composed digits, trains a tokenizer and a model on them, and scores what it reads."""
-    parser = CommandParser(prog="fuyu-e2e quickstart", description=quickstart.__doc__)
-    parser.add_argument("--out", default="runs/quickstart", help="Directory of the run (default: %(default)s).")
-    parser.add_argument(
-        "--recipe",
-        default="recipes/quickstart.yaml",
-        help="What to train; recipes/quickstart-mod.yaml has routed blocks (default: %(default)s).",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="Seeds the training pictures, their order, the weights.")
-    parser.add_argument("--pictures", type=int, default=80_000, help="Training pictures (default: %(default)s).")
-    parser.add_argument(
-        "--test-pictures", type=int, default=1_000, help="Pictures of each test (default: %(default)s)."
-    )
-    parser.add_argument("--max-steps", type=int, help="Training steps, instead of the recipe's.")
-    options = parser.parse_args(args)
+def run(options: Namespace) -> None:
+    """Writes shards of composed digits, trains a tokenizer and a model on them, and scores what it reads.
+
+    Raises:
+        UserError: The directory already holds a run.
+    """
     place = Workplace(Path(options.out))
     if any(place.root.glob("checkpoints/*.ckpt")):
         raise UserError(f"{place.root} already holds a run: name another directory with --out, or remove it.")
@@ -103,7 +93,6 @@ def quickstart(args: Sequence[str]) -> int:
     sheet = place.root / "contact_sheet.png"
     contact_sheet([cell(reading) for reading in readings[:48]], sheet)
     report(console, place, results, sheet)
-    return 0
 
 
 def prepare(place: Workplace, seed: int, pictures: int, test_pictures: int) -> None:

@@ -15,10 +15,11 @@ from PIL import Image as Pillow
 from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.cli import main
+from fuyu_e2e.cli.quickstart import quickstart
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.eval.digits import VOCAB_SIZE, write_shards
 from fuyu_e2e.eval.exact_match import Reading
-from fuyu_e2e.quickstart import Workplace, cell, prepare, quickstart
+from fuyu_e2e.quickstart import Workplace, cell, prepare
 from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.shipped import shipped
 from fuyu_e2e.tally import Tally

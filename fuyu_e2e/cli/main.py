@@ -42,14 +42,14 @@ COMMANDS = {
     "inspect": "fuyu_e2e.cli.inspect:inspect",
     "estimate": "fuyu_e2e.cli.estimate:estimate",
     "checkpoint": "fuyu_e2e.cli.checkpoint:checkpoint",
-    "export": "fuyu_e2e.export.commands:export",
-    "import": "fuyu_e2e.export.commands:import_model",
-    "evaluate": "fuyu_e2e.eval.commands:evaluate",
+    "export": "fuyu_e2e.cli.export:export",
+    "import": "fuyu_e2e.cli.export:import_model",
+    "evaluate": "fuyu_e2e.cli.evaluate:evaluate",
     "generate": "fuyu_e2e.cli.generate:generate",
     "routing": "fuyu_e2e.cli.routing:routing",
     "shards": "fuyu_e2e.shards.commands:shards",
     "tokenizer": "fuyu_e2e.cli.tokenizer:tokenizer",
-    "quickstart": "fuyu_e2e.quickstart:quickstart",
+    "quickstart": "fuyu_e2e.cli.quickstart:quickstart",
 }
 """By name, the function that takes what follows the name on the command line, of Lightning's commands the name as
 well, and returns the exit code."""

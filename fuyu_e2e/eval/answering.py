@@ -16,14 +16,11 @@ from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UnusableSampleError
 from fuyu_e2e.eval.question import Question
-from fuyu_e2e.eval.task import Task
+from fuyu_e2e.eval.task import BATCH_TOKENS, Task
 from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import TokenSequence
 from fuyu_e2e.tally import Tally
-
-BATCH_TOKENS = 16_384
-"""Tokens that a model reads and writes at once, unless somebody says otherwise."""
 
 NOT_ASKED = "not-asked"
 

@@ -12,12 +12,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.eval.answering import BATCH_TOKENS
 from fuyu_e2e.eval.contact_sheet import draw_sheet
 from fuyu_e2e.eval.evaluation import Evaluation, evaluate
 from fuyu_e2e.eval.question import Question
 from fuyu_e2e.eval.scores import MetricScores, score
-from fuyu_e2e.eval.task import Task, load_task
+from fuyu_e2e.eval.task import BATCH_TOKENS, Task, load_task
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.training.module import FuyuModule

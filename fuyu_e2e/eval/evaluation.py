@@ -10,12 +10,12 @@ import numpy as np
 from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.document import Document, Image
 from fuyu_e2e.errors import UnusableSampleError
-from fuyu_e2e.eval.answering import BATCH_TOKENS, Answer, answer_all
+from fuyu_e2e.eval.answering import Answer, answer_all
 from fuyu_e2e.eval.blind import draw_partners, with_images_of, without_images
 from fuyu_e2e.eval.contact_sheet import Cell
 from fuyu_e2e.eval.metrics import METRICS
 from fuyu_e2e.eval.question import Question
-from fuyu_e2e.eval.task import Task
+from fuyu_e2e.eval.task import BATCH_TOKENS, Task
 from fuyu_e2e.image import decode_image
 from fuyu_e2e.shards.formats import PLACEHOLDER
 from fuyu_e2e.tally import Tally

@@ -33,6 +33,8 @@ from fuyu_e2e.tally import Tally
 AnswerKind = Literal["generate", "choose", "perplexity"]
 READERS: dict[str, Callable[..., Iterator[Question]]] = {**PUBLIC_READERS, "shards": read_shards}
 """What reads each format."""
+BATCH_TOKENS = 16_384
+"""Tokens that a model reads and writes at once, unless somebody says otherwise."""
 FOLDER = "recipes/tasks"
 """Where the shipped ones stand."""
 

@@ -14,7 +14,7 @@ from fuyu_e2e.checkpoint.description import Description, Provenance
 from fuyu_e2e.checkpoint.loading import StoredModel
 from fuyu_e2e.cli import main
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.export.commands import export_own
+from fuyu_e2e.export.folders import export_own
 from fuyu_e2e.inference.device import find_device
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder

@@ -13,7 +13,7 @@ from fuyu_e2e.checkpoint.description import Description, Provenance
 from fuyu_e2e.checkpoint.loading import StoredModel, TrainedModel
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.eval.question import Question
-from fuyu_e2e.export.commands import export_own
+from fuyu_e2e.export.folders import export_own
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.sequence import SequenceBuilder

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fuyu_e2e.cli import main
-from fuyu_e2e.eval.commands import run_folder
+from fuyu_e2e.eval.checkpoint_scores import run_folder
 from fuyu_e2e.eval.during_training import EvaluationInTraining
 from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.shipped import shipped

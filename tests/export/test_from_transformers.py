@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fuyu_e2e.checkpoint.loading import build_decoder
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.export.commands import export_to_transformers
+from fuyu_e2e.export.folders import export_to_transformers
 from fuyu_e2e.export.from_transformers import decoder_config, read_transformers
 from fuyu_e2e.export.transformers import from_transformers, stock_inputs, to_transformers
 from fuyu_e2e.model.decoder import Decoder

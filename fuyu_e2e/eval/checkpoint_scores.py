@@ -1,9 +1,8 @@
-"""`fuyu-e2e evaluate`: a checkpoint's scores on a task, and whether it looks at the images."""
+"""A checkpoint's scores on a task, and whether it looks at the images: what `fuyu-e2e evaluate` does."""
 
 import platform
 import time
-from argparse import ArgumentTypeError
-from collections.abc import Sequence
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,11 +10,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.checkpoint.folder import is_exported
 from fuyu_e2e.checkpoint.loading import build_model, read_model
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.eval.answering import BATCH_TOKENS
 from fuyu_e2e.eval.evaluation import evaluate as evaluate_task
 from fuyu_e2e.eval.report import print_report, write_report
 from fuyu_e2e.eval.scores import score
@@ -26,36 +23,12 @@ from fuyu_e2e.tally import Tally
 from fuyu_e2e.version import __version__
 
 
-def evaluate(args: Sequence[str]) -> int:
-    """Scores a checkpoint on a task, with intervals, and tells how much of the score comes from the images."""
-    parser = CommandParser(prog="fuyu-e2e evaluate", description=evaluate.__doc__)
-    parser.add_argument("--checkpoint", required=True, help="A checkpoint, a run's directory, or an exported folder.")
-    parser.add_argument("--task", required=True, help="A task file, or the name of a shipped one.")
-    parser.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        type=_path_by_name,
-        metavar="KEY=PATH",
-        help="A file or folder of the task's data, in place of the task's own; may be given several times.",
-    )
-    parser.add_argument("--limit", type=int, help="Ask the first N questions only.")
-    parser.add_argument("--out", help="Where the report goes (default: evaluate/TASK in the run's directory).")
-    parser.add_argument(
-        "--device", default="auto", help="What computes, as cpu or cuda:1 (default: CUDA where there is a GPU)."
-    )
-    parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=BATCH_TOKENS,
-        help="Tokens read and written at once, which memory bounds; a longer question is scored as wrong (default: "
-        "%(default)s).",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="Seeds the exchange of images and the intervals.")
-    options = parser.parse_args(args)
-    for name in ("limit", "batch_tokens"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, but must be at least 1.")
+def score_checkpoint(options: Namespace) -> None:
+    """Writes and prints the scores that the options of `fuyu-e2e evaluate` ask for.
+
+    Raises:
+        UserError: The task, its data or the checkpoint can't be read, or no question can be asked.
+    """
     device = find_device(options.device)
     task = load_task(options.task, dict(options.data))
     stored = read_model(options.checkpoint)
@@ -101,7 +74,6 @@ def evaluate(args: Sequence[str]) -> int:
     console.print(f"{task.name}, step {stored.provenance.step:,} of {stored.source}", soft_wrap=True)
     print_report(console, evaluation, scores)
     console.print(f"All figures, answers and pictures: {folder}", soft_wrap=True)
-    return 0
 
 
 class Told:
@@ -121,10 +93,3 @@ def run_folder(source: Path) -> Path:
     if is_exported(source):
         return source
     return source.parent.parent if source.parent.name == "checkpoints" else source.parent
-
-
-def _path_by_name(text: str) -> tuple[str, str]:
-    name, sign, path = text.partition("=")
-    if not (name and sign and path):
-        raise ArgumentTypeError(f"{text!r} is not KEY=PATH")
-    return name, path

@@ -1,7 +1,6 @@
-"""`fuyu-e2e export` and `fuyu-e2e import`."""
+"""Folders that a trained model is exported to, and imported from."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,65 +8,17 @@ from typing import Any
 import yaml
 from tokenizers import Tokenizer as FastTokenizer
 
-from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.checkpoint.folder import CONFIG, TOKENIZER, folder_config, is_exported, new_folder
-from fuyu_e2e.checkpoint.loading import StoredModel, read_model
+from fuyu_e2e.checkpoint.loading import StoredModel
 from fuyu_e2e.checkpoint.tensor_files import write_weights
 from fuyu_e2e.checkpoint.training_files import best_checkpoint, find_checkpoint
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.card import QUESTION, card, find_recipe
 from fuyu_e2e.export.from_transformers import read_transformers
-from fuyu_e2e.export.tokenizer_json import read_fast_tokenizer
 from fuyu_e2e.export.transformers import largest_size, scales_alike, write_transformers
 
 CARD = "README.md"
 RECIPE = "recipe.yaml"
-
-
-def export(args: Sequence[str]) -> int:
-    """Writes a trained model as files that other software loads."""
-    parser = CommandParser(prog="fuyu-e2e export", description=export.__doc__)
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="A checkpoint, a run's directory (its best checkpoint by validation, else its newest), or an exported "
-        "folder.",
-    )
-    parser.add_argument("--out", required=True, help="The folder to write.")
-    parser.add_argument(
-        "--to",
-        choices=("fuyu-e2e", "transformers"),
-        default="fuyu-e2e",
-        help="Who loads it: fuyu_e2e.load, or transformers' FuyuForCausalLM and FuyuProcessor (default: %(default)s).",
-    )
-    parser.add_argument("--averaged", action="store_true", help="Averaged weights (EMA) of a run that kept them.")
-    parser.add_argument("--license", help="Licence of the weights for the card, as the Hub spells it: apache-2.0, ...")
-    parser.add_argument(
-        "--tokenizer-json", help="With --to transformers, for an imported model: the fast tokenizer it came with."
-    )
-    parser.add_argument(
-        "--accept-other-scaling",
-        action="store_true",
-        help="With --to transformers: export a model although transformers' processor scales large images otherwise "
-        "than training did.",
-    )
-    options = parser.parse_args(args)
-    for name in ("tokenizer_json", "accept_other_scaling"):
-        if options.to != "transformers" and getattr(options, name):
-            raise UserError(f"--{name.replace('_', '-')} only goes with --to transformers: leave it out, or add that.")
-    out = Path(options.out)
-    checkpoint, reason = chosen_checkpoint(Path(options.checkpoint))
-    stored = read_model(checkpoint, averaged=options.averaged)
-    if options.to == "transformers":
-        if not options.accept_other_scaling:
-            check_scaling(stored)
-        named, tokenizer = options.tokenizer_json, stored.description.tokenizer
-        fast = None if named is None else read_fast_tokenizer(Path(named), tokenizer)
-        export_to_transformers(stored, out, options.license, fast)
-    else:
-        export_own(stored, out, options.license)
-    print(f"{out}: {len(stored.weights)} tensors of step {stored.provenance.step:,} from {stored.source}{reason}")
-    return 0
 
 
 def chosen_checkpoint(path: Path) -> tuple[Path, str]:
@@ -147,25 +98,23 @@ def export_to_transformers(
         (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def import_model(args: Sequence[str]) -> int:
-    """Makes a FuyuForCausalLM folder of transformers, the released Fuyu-8B among them, a model to go on with."""
-    parser = CommandParser(prog="fuyu-e2e import", description=import_model.__doc__)
-    parser.add_argument("--from", dest="source", required=True, help="The folder, with config.json and safetensors.")
-    parser.add_argument("--out", required=True, help="The folder to write.")
-    parser.add_argument("--tokenizer", help="The sentencepiece model, where it is not the folder's tokenizer.model.")
-    options = parser.parse_args(args)
-    source, out = Path(options.source), Path(options.out)
-    stored = read_transformers(source, Path(options.tokenizer) if options.tokenizer else None)
+def import_folder(source: Path, out: Path, tokenizer: Path | None = None) -> StoredModel:
+    """Makes a FuyuForCausalLM folder of transformers a folder of our own, with a recipe to go on with.
+
+    Args:
+        source: The folder, with config.json and safetensors.
+        out: The folder to write.
+        tokenizer: The sentencepiece model, where it is not the folder's tokenizer.model.
+
+    Raises:
+        UserError: The folder is no such model, or `out` holds something already.
+    """
+    stored = read_transformers(source, tokenizer)
     recipe = finetuning_recipe(stored, out)
     with new_folder(out) as folder:
         _write_own(stored, folder, card(stored, name=out.name, licence=None, recipe=None, for_transformers=False))
         (folder / RECIPE).write_text(recipe, encoding="utf-8")
-    print(
-        f"{out}: {len(stored.weights)} tensors in the dialect {stored.description.config.dialect!r}\n"
-        f"Train on:  fuyu-e2e fit --config {out / RECIPE} --data.train 'FOLDER/train-*.tar'\n"
-        f"Ask it:    fuyu-e2e generate --checkpoint {out} --image PICTURE.png --prompt '...'"
-    )
-    return 0
+    return stored
 
 
 def finetuning_recipe(stored: StoredModel, out: Path) -> str:

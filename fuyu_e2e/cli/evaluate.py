@@ -1,0 +1,52 @@
+"""`fuyu-e2e evaluate`: a checkpoint's scores on a task."""
+
+from argparse import ArgumentTypeError
+from collections.abc import Sequence
+
+from fuyu_e2e.arguments import CommandParser
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.eval.task import BATCH_TOKENS
+
+
+def evaluate(args: Sequence[str]) -> int:
+    """Scores a checkpoint on a task, with intervals, and tells how much of the score comes from the images."""
+    parser = CommandParser(prog="fuyu-e2e evaluate", description=evaluate.__doc__)
+    parser.add_argument("--checkpoint", required=True, help="A checkpoint, a run's directory, or an exported folder.")
+    parser.add_argument("--task", required=True, help="A task file, or the name of a shipped one.")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        type=_path_by_name,
+        metavar="KEY=PATH",
+        help="A file or folder of the task's data, in place of the task's own; may be given several times.",
+    )
+    parser.add_argument("--limit", type=int, help="Ask the first N questions only.")
+    parser.add_argument("--out", help="Where the report goes (default: evaluate/TASK in the run's directory).")
+    parser.add_argument(
+        "--device", default="auto", help="What computes, as cpu or cuda:1 (default: CUDA where there is a GPU)."
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=BATCH_TOKENS,
+        help="Tokens read and written at once, which memory bounds; a longer question is scored as wrong (default: "
+        "%(default)s).",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seeds the exchange of images and the intervals.")
+    options = parser.parse_args(args)
+    for name in ("limit", "batch_tokens"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, but must be at least 1.")
+
+    from fuyu_e2e.eval.checkpoint_scores import score_checkpoint
+
+    score_checkpoint(options)
+    return 0
+
+
+def _path_by_name(text: str) -> tuple[str, str]:
+    name, sign, path = text.partition("=")
+    if not (name and sign and path):
+        raise ArgumentTypeError(f"{text!r} is not KEY=PATH")
+    return name, path
