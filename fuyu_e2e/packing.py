@@ -19,6 +19,9 @@ from fuyu_e2e.tally import Tally
 
 LongDocuments = Literal["skip", "cut"]
 
+TOO_LONG = "longer-than-row"
+"""The reason under which documents that fit in no row are counted."""
+
 
 class Packer:
     """Fills rows of `budget` tokens from a buffer of waiting sequences.
@@ -65,7 +68,7 @@ class Packer:
         """Lets a sequence wait; `ticket` is what `waiting` gives for it. Gives its tokens, 0 where it is left out."""
         fitting = sequence.cut(self.budget) if self.long_documents == "cut" else sequence
         if fitting is None or len(fitting) > self.budget:
-            self.tally.skip(UnusableSampleError("longer-than-row", f"{sequence.key} has {len(sequence)} tokens"))
+            self.tally.skip(UnusableSampleError(TOO_LONG, f"{sequence.key} has {len(sequence)} tokens"))
             return 0
         self.tally.tokens_cut += len(sequence) - len(fitting)
         self._waiting[self._arrivals] = fitting, ticket

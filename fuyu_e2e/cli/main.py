@@ -104,5 +104,8 @@ def _silence_what_no_user_can_act_on() -> None:
         lambda record: "litlogger" not in record.getMessage()
     )
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    # A run that goes on, and one without validation.
+    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")
     # Rows have no batch sampler, and WritePredictions needs no indices.
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")

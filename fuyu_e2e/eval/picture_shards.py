@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image as Pillow
 
+from fuyu_e2e.shards.parallel import deaf_to_interrupts
 from fuyu_e2e.shards.progress import Progress
 from fuyu_e2e.shards.tar_writer import TarWriter
 
@@ -48,9 +49,9 @@ def write_picture_shards(
             # Not forked: a copy of a process that runs torch's threads can hang. Tasks that draw import no torch, so
             # that a new process starts in a fraction of a second.
             with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-                started = [pool.submit(write, path, own) for path, own in zip(paths, numbers, strict=True)]
-                for own, shard in zip(numbers, started, strict=True):
-                    shard.result()
+                with deaf_to_interrupts():
+                    written = pool.map(write, paths, numbers)
+                for own, _ in zip(numbers, written, strict=True):
                     progress.advance(float(len(own)))
     return paths
 

@@ -1,8 +1,10 @@
 """Work on many shards at once."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.sharedctypes import Synchronized
@@ -42,12 +44,24 @@ def map_shards(read: Read[Found], shards: Sequence[str], processes: int, title: 
             initargs=(progress.count,),
         ) as pool:
             try:
-                yield from pool.map(partial(_read, read), shards)
+                with deaf_to_interrupts():
+                    found = pool.map(partial(_read, read), shards)
+                yield from found
             except BrokenProcessPool as error:
                 raise UserError(
                     "A process that read shards was killed, perhaps for want of memory: run the same command again, "
                     "with fewer --processes."
                 ) from error
+
+
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Processes that start in here never get Ctrl-C, not even while they import: whoever waits for them does."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin(count: "Synchronized[float]") -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.packing import LongDocuments, Packer
+from fuyu_e2e.packing import TOO_LONG, LongDocuments, Packer
 from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.shards.manifest import ShardFacts
 from fuyu_e2e.shards.mixture import Chooser, MixBy, Source, shares
@@ -232,8 +232,9 @@ class Lane:
         if self.stream.endless and self._unusable[source] > 2 * (self.orders[source].per_epoch - 1):
             raise UserError(
                 f"Lane {self.index} of {self.stream.lanes} finds no usable document in a whole pass over its part of "
-                f"{self.stream.sources[source].shards[0]} and the other shards ({self.tally.summary()}): lower "
-                "data.lanes, or mend the shards."
+                f"{self.stream.sources[source].shards[0]} and the other shards ({self.tally.summary()}): "
+                + ("raise data.budget, or " if self.tally.skipped[TOO_LONG] else "")
+                + "lower data.lanes, or mend the shards."
             )
         return tokens
 

@@ -38,6 +38,7 @@ from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.exit_codes import of_signal
 from fuyu_e2e.image import ImagePolicy, check_image
 from fuyu_e2e.shards.formats import TEXT_BYTES, document
+from fuyu_e2e.shards.parallel import deaf_to_interrupts
 from fuyu_e2e.shards.progress import Advance, Progress, add
 from fuyu_e2e.shards.reading import BLOCK, SAMPLE_BYTES, Sample
 from fuyu_e2e.shards.tables import Members, Pairs, Place, RowSource, TextFiles, open_source
@@ -403,7 +404,8 @@ def _write_all(
         initargs=(progress.count,),
     )
     try:
-        jobs = {pool.submit(_write_in_process, source, out, shard): shard.name for shard in shards}
+        with deaf_to_interrupts():
+            jobs = {pool.submit(_write_in_process, source, out, shard): shard.name for shard in shards}
         return {jobs[done]: done.result() for done in as_completed(jobs)}
     except BrokenProcessPool as error:
         raise UserError(
@@ -429,8 +431,7 @@ def _write_in_process(source: RowSource, out: Path, shard: Shard) -> Outcome:
 
 
 def _follow_parent() -> None:
-    """Leaves Ctrl-C to the parent, and ends with it: a killed one would leave its pool behind for good."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ends with the parent: a killed one would leave its pool behind for good."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -4,11 +4,12 @@ import shlex
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info
 
 from fuyu_e2e.checkpoint.training_files import best_checkpoint
 from fuyu_e2e.checkpoint.whole import Manifest, whole_checkpoints
+from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.training.checkpoints import checkpoints_of
 from fuyu_e2e.training.data_report import DataReport
@@ -37,11 +38,25 @@ class Ending(Callback):
         if trainer.is_global_zero:
             lines = [
                 f"Done: {trainer.global_step:,} steps, {short_count(float(pl_module.tokens_seen))} tokens",
+                *_stopped_early(trainer),
                 *_places(trainer),
                 *(_data(self._tally) if self._tally is not None else []),
                 *_next_commands(trainer),
             ]
             rank_zero_info("\n" + "\n".join(lines))
+
+
+def _early_stopping(trainer: pl.Trainer) -> EarlyStopping | None:
+    """The callback that ended a run before its last step."""
+    callbacks = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
+    stopped = (one for one in callbacks if one.stopping_reason_message)
+    return next(stopped, None) if trainer.global_step < trainer.max_steps else None
+
+
+def _stopped_early(trainer: pl.Trainer) -> list[str]:
+    if (callback := _early_stopping(trainer)) is None:
+        return []
+    return [f"  stopped  early: {callback.stopping_reason_message}"]
 
 
 def _places(trainer: pl.Trainer) -> list[str]:
@@ -67,12 +82,15 @@ def _next_commands(trainer: pl.Trainer) -> list[str]:
     if not (root / "config.yaml").is_file():
         return []  # no run of the command line
     run = shlex.quote(shown(root.absolute()))
+    data: FuyuDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    # A model that never saw a question continues none.
+    prompt = "" if data.document_kinds().keys() <= {"caption"} else ' --prompt "..."'
+    more = "--trainer.max_steps MORE" if _early_stopping(trainer) is None else "--trainer.callbacks null"
     return [
         "Next:",
         f"  fuyu-e2e evaluate --checkpoint {run} --task TASK",
-        f'  fuyu-e2e generate --checkpoint {run} --image PICTURE.png --prompt "..."',
+        f"  fuyu-e2e generate --checkpoint {run} --image PICTURE.png{prompt}",
         f"  fuyu-e2e export --checkpoint {run} --out FOLDER --to transformers",
         f"  tensorboard --logdir {run}",
-        f"  fuyu-e2e fit --config {shlex.quote(shown(root.absolute() / 'config.yaml'))} --ckpt_path last "
-        "--trainer.max_steps MORE",
+        f"  fuyu-e2e fit --config {shlex.quote(shown(root.absolute() / 'config.yaml'))} --ckpt_path last {more}",
     ]

@@ -2,6 +2,9 @@
 
 import io
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,7 @@ from rich.console import Console
 
 from fuyu_e2e.shards import progress
 from fuyu_e2e.shards.manifest import index
+from fuyu_e2e.shards.parallel import deaf_to_interrupts
 from fuyu_e2e.shards.progress import Progress
 from fuyu_e2e.shards.sources import ShardCache
 from fuyu_e2e.shards.writing import Settings, write_shards
@@ -85,3 +89,11 @@ def test_all_work_on_shards_is_counted_in_whichever_process(
     assert counts["Planning"] == (None, 100)
     assert counts["Writing shards"] == (100, 100)
     assert counts["Indexing shards"] == (len(shards), pytest.approx(len(shards)))
+
+
+def test_processes_that_start_deaf_never_get_ctrl_c() -> None:
+    asked = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with deaf_to_interrupts():
+        inside = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert inside.stdout == "True\n"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

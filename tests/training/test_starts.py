@@ -134,6 +134,19 @@ def test_a_run_says_where_it_is_what_it_did_and_what_is_next(trained: str, folde
 LAST = ("--ckpt_path", "last")
 
 
+def test_what_is_next_is_what_the_run_can_do(command: Callable[..., tuple[int, str]], trained: str) -> None:
+    """A captioner continues no question; early stopping would stop the same run again."""
+    assert "generate --checkpoint run --image PICTURE.png\n" in trained
+    code, printed = command(
+        *FIT[:3], "--trainer.default_root_dir", "early", "--trainer.max_steps", "9", "--trainer.callbacks",
+        "EarlyStopping", "--trainer.callbacks.monitor", "val/loss", "--trainer.callbacks.patience", "1",
+        "--trainer.callbacks.min_delta", "100",
+    )  # fmt: skip
+    assert code == 0, printed
+    assert re.search(r"stopped  early: .*val/loss did not improve", printed)
+    assert "--ckpt_path last --trainer.callbacks null" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
