@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from fuyu_e2e.cli.starting import starting
 from fuyu_e2e.own_options import add_estimate_options, show_help
 
 
@@ -10,7 +11,8 @@ def estimate(args: Sequence[str]) -> int:
     if "--help" in args or "-h" in args:
         show_help("estimate", estimate.__doc__, add_estimate_options)
         return 0
-    from fuyu_e2e.estimate import estimated, show
+    with starting():
+        from fuyu_e2e.estimate import estimated, show
 
     show(estimated(args))
     return 0

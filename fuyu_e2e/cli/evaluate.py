@@ -4,6 +4,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Sequence
 
 from fuyu_e2e.arguments import CommandParser
+from fuyu_e2e.cli.starting import starting
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.task import BATCH_TOKENS
 
@@ -39,7 +40,8 @@ def evaluate(args: Sequence[str]) -> int:
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}, but must be at least 1.")
 
-    from fuyu_e2e.eval.checkpoint_scores import score_checkpoint
+    with starting():
+        from fuyu_e2e.eval.checkpoint_scores import score_checkpoint
 
     score_checkpoint(options)
     return 0

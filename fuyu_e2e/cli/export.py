@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fuyu_e2e.arguments import CommandParser
+from fuyu_e2e.cli.starting import starting
 from fuyu_e2e.errors import UserError
 
 
@@ -39,9 +40,10 @@ def export(args: Sequence[str]) -> int:
         if options.to != "transformers" and getattr(options, name):
             raise UserError(f"--{name.replace('_', '-')} only goes with --to transformers: leave it out, or add that.")
 
-    from fuyu_e2e.checkpoint.loading import read_model
-    from fuyu_e2e.export.folders import check_scaling, chosen_checkpoint, export_own, export_to_transformers
-    from fuyu_e2e.export.tokenizer_json import read_fast_tokenizer
+    with starting():
+        from fuyu_e2e.checkpoint.loading import read_model
+        from fuyu_e2e.export.folders import check_scaling, chosen_checkpoint, export_own, export_to_transformers
+        from fuyu_e2e.export.tokenizer_json import read_fast_tokenizer
 
     out = Path(options.out)
     checkpoint, reason = chosen_checkpoint(Path(options.checkpoint))
@@ -66,7 +68,8 @@ def import_model(args: Sequence[str]) -> int:
     parser.add_argument("--tokenizer", help="The sentencepiece model, where it is not the folder's tokenizer.model.")
     options = parser.parse_args(args)
 
-    from fuyu_e2e.export.folders import RECIPE, import_folder
+    with starting():
+        from fuyu_e2e.export.folders import RECIPE, import_folder
 
     out = Path(options.out)
     stored = import_folder(Path(options.source), out, Path(options.tokenizer) if options.tokenizer else None)

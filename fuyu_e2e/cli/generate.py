@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.cli.prompting import PROMPT_HELP, add_model_and_images, prompt_parts
+from fuyu_e2e.cli.starting import starting
 from fuyu_e2e.errors import UserError
 
 SET_IMAGES = ":image"
@@ -29,11 +30,12 @@ def generate(args: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="Seeds the draws.")
     options = parser.parse_args(args)
 
-    from fuyu_e2e.checkpoint.loading import load_model
-    from fuyu_e2e.inference.device import find_device
-    from fuyu_e2e.inference.generation import Sampling
-    from fuyu_e2e.inference.generation import generate as generate_ids
-    from fuyu_e2e.processor import Processor
+    with starting():
+        from fuyu_e2e.checkpoint.loading import load_model
+        from fuyu_e2e.inference.device import find_device
+        from fuyu_e2e.inference.generation import Sampling
+        from fuyu_e2e.inference.generation import generate as generate_ids
+        from fuyu_e2e.processor import Processor
 
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     model = load_model(options.checkpoint, find_device(options.device))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from fuyu_e2e.cli.starting import starting
 from fuyu_e2e.own_options import add_inspect_options, show_help
 
 
@@ -10,7 +11,8 @@ def inspect(args: Sequence[str]) -> int:
     if "--help" in args or "-h" in args:
         show_help("inspect", inspect.__doc__, add_inspect_options)
         return 0
-    from fuyu_e2e.inspect_sample import inspect_sample
+    with starting():
+        from fuyu_e2e.inspect_sample import inspect_sample
 
     inspect_sample(args)
     return 0

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from fuyu_e2e.arguments import CommandParser
+from fuyu_e2e.cli.starting import starting
 
 
 def quickstart(args: Sequence[str]) -> int:
@@ -22,7 +23,8 @@ def quickstart(args: Sequence[str]) -> int:
     parser.add_argument("--max-steps", type=int, help="Training steps, instead of the recipe's.")
     options = parser.parse_args(args)
 
-    from fuyu_e2e.quickstart import run
+    with starting():
+        from fuyu_e2e.quickstart import run
 
     run(options)
     return 0

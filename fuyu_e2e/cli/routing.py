@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.cli.prompting import PROMPT_HELP, add_model_and_images, prompt_parts
+from fuyu_e2e.cli.starting import starting
 
 
 def routing(args: Sequence[str]) -> int:
@@ -15,12 +16,13 @@ def routing(args: Sequence[str]) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="Tokens written at most (default: 64).")
     options = parser.parse_args(args)
 
-    from fuyu_e2e.checkpoint.loading import load_model
-    from fuyu_e2e.inference.depth import token_depth
-    from fuyu_e2e.inference.depth_map import depth_map
-    from fuyu_e2e.inference.device import find_device
-    from fuyu_e2e.inference.generation import generate
-    from fuyu_e2e.processor import Processor
+    with starting():
+        from fuyu_e2e.checkpoint.loading import load_model
+        from fuyu_e2e.inference.depth import token_depth
+        from fuyu_e2e.inference.depth_map import depth_map
+        from fuyu_e2e.inference.device import find_device
+        from fuyu_e2e.inference.generation import generate
+        from fuyu_e2e.processor import Processor
 
     model = load_model(options.checkpoint, find_device(options.device))
     prompt = Processor(model.builder)(*prompt_parts(options.image, options.prompt))
