@@ -23,6 +23,7 @@ from fuyu_e2e.image import (
     check_image,
     decode_image,
     fit_policy,
+    image_size,
     load_patches,
     to_patches,
     to_pixels,
@@ -207,6 +208,15 @@ def test_transparent_pixels_show_the_white_ground_not_their_hidden_colour(mode: 
 def test_half_transparent_pixels_are_mixed_with_the_ground() -> None:
     layered = np.full((8, 8, 4), (0, 0, 0, 128), np.uint8)
     assert np.abs(decode_image(encode(layered), POLICY).astype(int) - 127).max() <= 1
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("block", [b"GARBAGE!" * 3, b"Exif\0\0II", b"Exif\0\0MM\0*\0\0\0\xff"])
+def test_damaged_exif_turns_nothing_and_costs_no_image(file_format: str, block: bytes) -> None:
+    data = encode(Pillow.new("RGB", (24, 8), (200, 30, 30)), file_format, exif=block)
+    assert decode_image(data, POLICY).shape == (8, 24, 3)
+    assert image_size(data, POLICY) == (24, 8)
+    check_image(data, POLICY)
 
 
 def test_exif_rotation_is_applied() -> None:

@@ -474,6 +474,7 @@ def open_source(
         raise UserError(f"{path} is empty: name {FORMS}.")
     reader = _reader(path)
     row = _first_row(reader, path)
+    _check_no_embedded_images(row, path)
     kind = _kind(row, path, image_column, text_column, images or path.parent)
     if isinstance(reader, Parquet):
         reader = replace(reader, columns=tuple(name for name in kind.columns if name in row))
@@ -554,12 +555,16 @@ def _column(row: Row, path: Path, named: str | None, known: Collection[str], opt
     return found[0] if found else None
 
 
+def _check_no_embedded_images(row: Row, path: Path) -> None:
+    for name, value in row.items():
+        if any(map(_is_embedded, _listed(value))):
+            raise UserError(f"{path} holds images in {name!r}, not paths of them, which are not read: {EXTRACT}.")
+
+
 def _check_text_only(others: Row, path: Path) -> None:
     """Captions whose image column has an uncommon name would else go for text without a word."""
     for name, value in others.items():
         first = next(iter(_listed(value)), None)
-        if _is_embedded(first):
-            raise UserError(f"{path} holds images in {name!r}, not paths of them, which is not read: {EXTRACT}.")
         if isinstance(first, str) and is_media(_extension(first)) and not _REMOTE.match(first):
             raise UserError(
                 f"{path} seems to name images in {name!r}: say so with --image-column {name}"

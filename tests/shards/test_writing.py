@@ -436,6 +436,31 @@ def test_an_image_of_a_kind_that_is_not_read_is_not_missing(tmp_path: Path, imag
         write_shards(tmp_path / "drawings", tmp_path / "none")
 
 
+def test_links_to_folders_are_followed_once(tmp_path: Path, images: dict[str, Image]) -> None:
+    folder, meant = folder_of_captions(tmp_path, images)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "linked").symlink_to(folder)
+    (folder / "around").symlink_to(tmp_path / "in")
+    report = write_shards(tmp_path / "in", tmp_path / "out", settings=ALL_TRAIN)
+    assert report.total.written == len(meant)
+
+
+@pytest.mark.parametrize("embedded", [b"\x89PNG", {"bytes": b"\x89PNG", "path": None}])
+@pytest.mark.parametrize("column", ["image", "images", "picture"])
+def test_images_inside_a_table_are_refused_with_a_way_out(tmp_path: Path, column: str, embedded: Any) -> None:
+    rows = {"caption": ["x"], "text": ["x"], column: [[embedded]] if column == "images" else [embedded]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=f"holds images in '{column}'.*into a file first"):
+        write_shards(tmp_path / "t.parquet", tmp_path / "out", settings=ALL_TRAIN)
+
+
+@pytest.mark.parametrize("value", ["a.png", "a.gif", "a.mp4", ["a.png", "b.png"]])
+def test_a_table_that_names_media_in_another_column_is_no_table_of_texts(tmp_path: Path, value: Any) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "x", "shown": value}))
+    with pytest.raises(UserError, match="seems to name images in 'shown'"):
+        write_shards(tmp_path / "t.jsonl", tmp_path / "out", settings=ALL_TRAIN)
+
+
 def test_what_is_wrong_in_other_tables_is_counted(tmp_path: Path, images: dict[str, Image]) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes(
