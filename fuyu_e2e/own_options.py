@@ -42,7 +42,7 @@ def show_help(command: str, description: str | None, add: Callable[[argparse.Arg
         prog=f"fuyu-e2e {command}",
         description=description,
         usage=f"fuyu-e2e {command} --config RECIPE [--OPTION VALUE ...] [--SETTING VALUE ...]",
-        epilog="Every setting of a recipe can be given here, too, as in --data.train 'FOLDER/*.tar': "
+        epilog="Every setting of a recipe can be given here, too, as in --data.train 'FOLDER/train-*.tar': "
         "fuyu-e2e fit --help lists them.",
     )
     parser.add_argument("-c", "--config", help="The recipe, a YAML file; may be given several times.")

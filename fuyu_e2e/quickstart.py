@@ -197,6 +197,6 @@ def report(console: Console, place: Workplace, results: dict[str, Any], sheet: P
         '--prompt "Read the digits."\n'
         f"Out of the trainer:  {place.exported}; its README.md says how to run it\n"
         f"What it is given:    fuyu-e2e inspect --config {place.root}/config.yaml --index 7\n"
-        f"Your own shards:     fuyu-e2e fit --config recipes/quickstart.yaml --data.train 'FOLDER/*.tar'",
+        f"Your own shards:     fuyu-e2e fit --config recipes/quickstart.yaml --data.train 'FOLDER/train-*.tar'",
         soft_wrap=True,
     )

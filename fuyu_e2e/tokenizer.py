@@ -72,7 +72,7 @@ class Tokenizer:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(
                 f"The tokenizer {path} can't be read: {reason}. Train one with: fuyu-e2e tokenizer train --shards "
-                f"'FOLDER/*.tar' --vocab-size N --out {path}"
+                f"'FOLDER/train-*.tar' --vocab-size N --out {path}"
             ) from error
 
     def save(self, path: Path) -> None:

@@ -31,9 +31,11 @@ from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.image import ImagePolicy
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.routing import Progress, RoutingTrace
+from fuyu_e2e.model.routing import Progress as TrainingProgress
+from fuyu_e2e.model.routing import RoutingTrace
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
+from fuyu_e2e.shards.progress import Progress
 from fuyu_e2e.tokenizer import Tokenizer, train_tokenizer
 
 # The usual run draws the same examples each time, on any machine; `--hypothesis-profile=explore` looks for new ones.
@@ -142,7 +144,7 @@ def routed_decoder(
                     trace = RoutingTrace()
                     decoder.eval()(row, trace)
                     decoder.observe(trace)
-                decoder.update_thresholds(Progress(), lambda counts: counts)
+                decoder.update_thresholds(TrainingProgress(), lambda counts: counts)
             made[name] = decoder
         return copy.deepcopy(made[name]).eval()
 
@@ -220,6 +222,20 @@ def question_data(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., FuyuDat
         return FuyuDataModule(str(tmp_path / "tokenizer.model"), 4, **settings)
 
     return make
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float | None, float]]:
+    """What each piece of long work said there was to do, and how much of it was counted as done."""
+    found: dict[str, tuple[float | None, float]] = {}
+    original = Progress.__exit__
+
+    def end(self: Progress, *error: object) -> None:
+        original(self, *error)  # type: ignore[arg-type]
+        found[self.title] = (self.total, self.count.value)
+
+    monkeypatch.setattr(Progress, "__exit__", end)
+    return found
 
 
 @pytest.fixture(scope="session")

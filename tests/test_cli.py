@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.checkpoint.training_files import best_checkpoint, find_checkpoint, read_checkpoint
 from fuyu_e2e.cli import main
 from fuyu_e2e.shipped import shipped
+from fuyu_e2e.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 VOCABULARY = 320
@@ -125,9 +127,22 @@ def test_a_tokenizer_is_trained_on_shards(run: Callable, folder: Path) -> None:
     code, printed = run(*train)
     assert code == 0
     assert "300 tokens from 2 shards (60 samples read, 0 skipped), 300 of them real, 0 padding" in printed
-    trained = (folder / "new" / "t.model").read_bytes()
-    refused(run(*train), "new/t.model is there", "name another file, or remove it")
-    assert (folder / "new" / "t.model").read_bytes() == trained
+    assert "is replaced" not in printed
+    assert "suggests" not in printed
+    code, printed = run(*train[:5], "2000", *train[6:])
+    assert code == 0
+    assert "new/t.model was there, and is replaced" in printed
+    assert Tokenizer.from_file(folder / "new" / "t.model").vocab_size == 2000
+    [suggested] = re.findall(r"This text suggests --vocab-size (\d+): ", printed)
+    assert 300 < int(suggested) < 2_000
+
+
+def test_a_tokenizer_that_is_refused_leaves_nothing(run: Callable, folder: Path) -> None:
+    train = ("tokenizer", "train", "--shards", "shards/*.tar", "--out")
+    refused(run(*train, "never/t.model", "--vocab-size", "100"), "--vocab-size 100", "it takes at least ")
+    refused(run(*train, "shards", "--vocab-size", "300"), "--out shards is a folder", "shards/tokenizer.model")
+    refused(run(*train, "shards/00000.tar/t.model", "--vocab-size", "300"), "00000.tar/t.model can't be written")
+    assert not (folder / "never").exists()
 
 
 def test_fit_runs_unchanged_on_shards_of_other_software(run: Callable, tokenizer_file: Path, folder: Path) -> None:
@@ -147,7 +162,8 @@ def test_a_run_leaves_its_recipe_its_curves_and_a_checkpoint(trained: Path) -> N
     tags = events.Tags()
     assert "val/loss" in tags["scalars"]
     assert "val/perplexity" in tags["scalars"]
-    assert any(tag.startswith("samples/0") for tag in tags["images"])
+    shown = Pillow.open(io.BytesIO(events.Images("samples/0/image0")[0].encoded_image_string))
+    assert shown.size == (170, 70), "without its padding to whole patches"
 
 
 def test_curves_hold_what_a_run_is_judged_by(run: Callable, tokenizer_file: Path, folder: Path) -> None:
@@ -506,7 +522,9 @@ def test_a_routed_model_is_not_exported_to_transformers(run: Callable, folder: P
     assert load_model(folder / "routed").decoder.config.routing is not None
 
 
-def test_checkpoints_are_verified_and_described(run: Callable, trained: Path, folder: Path) -> None:
+def test_checkpoints_are_verified_and_described(
+    run: Callable, trained: Path, folder: Path, counts: dict[str, tuple[float | None, float]]
+) -> None:
     best = best_checkpoint(trained)
     assert best is not None
     code, printed = run("checkpoint", "info", str(best.path))
@@ -516,6 +534,7 @@ def test_checkpoints_are_verified_and_described(run: Callable, trained: Path, fo
     code, printed = run("checkpoint", "verify", str(trained))
     assert code == 0, printed
     assert printed.strip().endswith("every byte is right")
+    assert counts["Comparing with checksums"] == (2, 2), "the best and the newest"
     copied = folder / "copied.ckpt"
     shutil.copytree(find_checkpoint(trained), copied)
     file = copied / "checkpoint.pt"

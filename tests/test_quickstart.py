@@ -15,8 +15,14 @@ from PIL import Image as Pillow
 from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.cli import main
-from fuyu_e2e.quickstart import quickstart
+from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.eval.digits import VOCAB_SIZE, write_shards
+from fuyu_e2e.eval.exact_match import Reading
+from fuyu_e2e.quickstart import Workplace, cell, prepare, quickstart
+from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.shipped import shipped
+from fuyu_e2e.tally import Tally
+from fuyu_e2e.tokenizer import Tokenizer
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.signals import STOP_SIGNALS, Stopped
 
@@ -52,8 +58,31 @@ def test_the_quickstart_leaves_its_figures_and_pictures(tmp_path: Path, capfd: p
     assert results["steps"] == 6
     exported = {path.name for path in (out / "fuyu-digits").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "README.md"} <= exported
+    assert 'text="Read the digits."' in (out / "fuyu-digits" / "README.md").read_text()
     assert Pillow.open(out / "contact_sheet.png").width > 1000
     assert f"fuyu-e2e generate --checkpoint {out}" in capfd.readouterr().out.replace("\n", " ").replace("  ", " ")
+
+
+def test_pictures_to_train_on_are_made_on_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, int] = {}
+
+    def write(folder: Path, *, split: str, count: int, seed: int, processes: int = 1) -> list[Path]:
+        made[split] = processes
+        return write_shards(folder, split=split, count=count, seed=seed)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fuyu_e2e.quickstart.write_shards", write)
+    monkeypatch.setattr(os, "cpu_count", lambda: 24)
+    prepare(Workplace(tmp_path), seed=0, pictures=2, test_pictures=2)
+    assert made["train"] == 24
+    assert Tokenizer.from_file(tmp_path / "data" / "tokenizer.model").vocab_size == VOCAB_SIZE
+
+
+def test_the_sheet_shows_pictures_without_their_padding(
+    builder: SequenceBuilder, make_png: Callable[..., bytes]
+) -> None:
+    asked = Document("key", (Image(make_png(13, 18)), Text("Read the digits.", loss=False), Text("4072")))
+    [prompt] = builder.prompts([asked], Tally())
+    assert cell(Reading(prompt, "4072")).pixels.shape == (13, 18, 3)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -36,6 +36,12 @@ def test_examples_are_the_same_whatever_was_imported_before(tmp_path: Path, monk
         del sys.modules["constants_of_ours"]
 
 
+def test_a_run_explores_only_where_it_is_asked_to(pytestconfig: pytest.Config) -> None:
+    asked = pytestconfig.getoption("hypothesis_profile") or "suite"
+    assert settings.get_current_profile_name() == asked
+    assert [name for name, profile in PROFILES.items() if profile.derandomize] == ["suite"]
+
+
 def test_the_exploring_profile_draws_new_examples_and_fifty_times_as_many() -> None:
     first, second = (drawn(settings(PROFILES["explore"], max_examples=100)) for _ in range(2))
     assert first != second

@@ -12,6 +12,7 @@ from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.shards.write_command import VOCAB_SIZE
 from fuyu_e2e.shipped import shipped
+from fuyu_e2e.training.checkpoints import Checkpoints
 
 RECIPES = sorted(shipped("recipes").glob("*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -31,6 +32,13 @@ def test_a_recipe_opens_with_what_it_shows_and_builds(recipe: Path, monkeypatch:
         assert sum(weight.numel() for weight in Decoder(cli.model.config).parameters()) > 1e5
 
 
+def test_the_recipe_for_captions_validates_each_checkpoint() -> None:
+    """Where an interval counts micro-batches and the other one steps."""
+    cli = FuyuCLI([f"--config={shipped('recipes/captions.yaml')}", "--trainer.accelerator=cpu"], run=False)
+    [kept] = [callback for callback in cli.trainer.callbacks if isinstance(callback, Checkpoints)]
+    assert cli.trainer.val_check_interval == kept._every_n_train_steps * cli.trainer.accumulate_grad_batches
+
+
 def test_the_readme_names_every_recipe(repository: Path) -> None:
     readme = (repository / "README.md").read_text()
     assert all(f"recipes/{recipe.name}" in readme for recipe in RECIPES)
@@ -47,3 +55,5 @@ def test_the_recipe_for_own_pictures_scales_as_stock_transformers_does_and_stops
     assert scales_alike(cli.datamodule.images)
     [stopping] = [callback for callback in cli.trainer.callbacks if isinstance(callback, EarlyStopping)]
     assert (stopping.monitor, stopping.patience) == ("val/loss", 20)
+    [kept] = [callback for callback in cli.trainer.callbacks if isinstance(callback, Checkpoints)]
+    assert (kept.monitor, kept.save_top_k) == (None, 1), "the best by val/loss"

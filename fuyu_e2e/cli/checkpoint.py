@@ -34,15 +34,18 @@ def checkpoint(args: Sequence[str]) -> int:
 def verify(path: Path) -> int:
     """Prints what is wrong with a checkpoint, or with each of a run's; 1 where anything is."""
     from fuyu_e2e.checkpoint.whole import faults, is_whole, whole_checkpoints
+    from fuyu_e2e.shards.progress import Progress
 
     found = [path] if is_whole(path) else [*whole_checkpoints(path), *whole_checkpoints(path / "checkpoints")]
     if not found:
         raise UserError(f"{path} is no checkpoint with a manifest, and no run's directory with one.")
     damaged = False
-    for one in found:
-        wrong = faults(one)
-        damaged |= bool(wrong)
-        print(f"{one}: {'; '.join(wrong) or 'every byte is right'}")
+    with Progress("Comparing with checksums", len(found), "checkpoints") as progress:
+        for one in found:
+            wrong = faults(one)
+            damaged |= bool(wrong)
+            print(f"{one}: {'; '.join(wrong) or 'every byte is right'}")
+            progress.advance()
     return DAMAGED if damaged else 0
 
 

@@ -25,8 +25,6 @@ def tokenizer(args: Sequence[str]) -> int:
     found = expand_patterns(options.shards)
     if (out := Path(options.out)).is_dir():
         raise UserError(f"--out {out} is a folder: name the file to write, such as {out / 'tokenizer.model'}.")
-    if out.exists():
-        raise UserError(f"--out {out} is there, and models may need it: name another file, or remove it.")
     cache = ShardCache.at()
     tally = Tally()
     with Progress("Reading shards", len(found), "shards") as progress:
@@ -39,6 +37,8 @@ def tokenizer(args: Sequence[str]) -> int:
     with Progress("Training the tokenizer"):
         trained = train_tokenizer(texts, options.vocab_size)
         suggested = suggest_vocab_size(trained, texts)
+    if out.exists():
+        print(f"{out} was there, and is replaced: checkpoints trained with the one before still hold it.")
     trained.save(out)
     print(
         f"{out}: {trained.vocab_size:,} tokens from {len(found)} shards ({tally.read:,} samples read, "

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.status import Status
 
 from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.checkpoint.folder import is_exported
@@ -22,6 +21,7 @@ from fuyu_e2e.eval.report import print_report, write_report
 from fuyu_e2e.eval.scores import score
 from fuyu_e2e.eval.task import load_task
 from fuyu_e2e.inference.device import find_device
+from fuyu_e2e.shards.progress import Progress
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.version import __version__
 
@@ -63,7 +63,7 @@ def evaluate(args: Sequence[str]) -> int:
     console = Console(highlight=False)
     started_at = time.perf_counter()
     read = Tally()
-    with console.status(f"{task.name}: reading questions") as status:
+    with Progress(f"Asking {task.name}", unit="questions") as progress:
         evaluation = evaluate_task(
             model,
             task,
@@ -72,13 +72,13 @@ def evaluate(args: Sequence[str]) -> int:
             batch_tokens=options.batch_tokens,
             seed=options.seed,
             read=read,
-            tell=Told(status, task.name),
+            tell=Told(progress),
         )
-        if not evaluation.tallies["image"].used:
-            skipped = read.skipped + evaluation.tallies["image"].skipped
-            reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.most_common())
-            raise UserError(f"No question of {task.name} could be asked ({reasons or 'there are none'}).")
-        status.update(f"{task.name}: scoring")
+    if not evaluation.tallies["image"].used:
+        skipped = read.skipped + evaluation.tallies["image"].skipped
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.most_common())
+        raise UserError(f"No question of {task.name} could be asked ({reasons or 'there are none'}).")
+    with Progress(f"Scoring {task.name}"):
         scores = score(evaluation)
     folder = Path(options.out) if options.out else run_folder(stored.source) / "evaluate" / task.name
     about = {
@@ -105,14 +105,15 @@ def evaluate(args: Sequence[str]) -> int:
 
 
 class Told:
-    """Shows how far an evaluation has come."""
+    """Counts how far an evaluation has come."""
 
-    def __init__(self, status: Status, name: str) -> None:
-        self.status, self.name = status, name
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.done = progress, 0
 
     def __call__(self, done: int) -> None:
-        """Shows how many questions are done."""
-        self.status.update(f"{self.name}: {done:,} questions")
+        """Takes how many questions are done in all."""
+        self.progress.advance(float(done - self.done))
+        self.done = done
 
 
 def run_folder(source: Path) -> Path:

@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image as Pillow
 
+from fuyu_e2e.shards.progress import Progress
 from fuyu_e2e.shards.tar_writer import TarWriter
 
 Samples = Callable[[range], Iterable[dict[str, Any]]]
@@ -38,15 +39,19 @@ def write_picture_shards(
     numbers = [range(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
     paths = [directory / f"{name}-{number:05}.tar" for number in range(len(numbers))]
     write = partial(_write_shard, samples)
-    if processes == 1 or len(paths) == 1:
-        for path, own in zip(paths, numbers, strict=True):
-            write(path, own)
-    else:
-        # Not forked: a copy of a process that runs torch's threads can hang. Tasks that draw import no torch, so that
-        # a new process starts in a fraction of a second.
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            for finished in [pool.submit(write, path, own) for path, own in zip(paths, numbers, strict=True)]:
-                finished.result()
+    with Progress(f"Drawing {name}", count, "pictures") as progress:
+        if processes == 1 or len(paths) == 1:
+            for path, own in zip(paths, numbers, strict=True):
+                write(path, own)
+                progress.advance(float(len(own)))
+        else:
+            # Not forked: a copy of a process that runs torch's threads can hang. Tasks that draw import no torch, so
+            # that a new process starts in a fraction of a second.
+            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+                started = [pool.submit(write, path, own) for path, own in zip(paths, numbers, strict=True)]
+                for own, shard in zip(numbers, started, strict=True):
+                    shard.result()
+                    progress.advance(float(len(own)))
     return paths
 
 

@@ -162,7 +162,7 @@ def import_model(args: Sequence[str]) -> int:
         (folder / RECIPE).write_text(recipe, encoding="utf-8")
     print(
         f"{out}: {len(stored.weights)} tensors in the dialect {stored.description.config.dialect!r}\n"
-        f"Train on:  fuyu-e2e fit --config {out / RECIPE} --data.train 'FOLDER/*.tar'\n"
+        f"Train on:  fuyu-e2e fit --config {out / RECIPE} --data.train 'FOLDER/train-*.tar'\n"
         f"Ask it:    fuyu-e2e generate --checkpoint {out} --image PICTURE.png --prompt '...'"
     )
     return 0

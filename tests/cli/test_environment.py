@@ -1,7 +1,9 @@
 """What libraries read from the environment is set before they are loaded, unless the user has set it."""
 
+import importlib
 import os
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -28,3 +30,22 @@ def test_a_command_sets_how_threads_wait_and_leaves_what_the_user_set(
     assert main() == 0
     assert {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ} == then
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize(("started", "name"), [("fuyu_e2e.cli.main", "fit"), ("fuyu_e2e.bench.__main__", "train")])
+def test_it_is_set_before_what_loads_torch_is_imported(
+    started: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, found = importlib.import_module(started), []
+
+    def resolve(path: str) -> Callable[..., int]:
+        found.append(os.environ.get("GOMP_SPINCOUNT"))
+        return lambda args: 0
+
+    monkeypatch.setattr(program, "resolve_name", resolve)
+    monkeypatch.setattr(sys, "argv", ["program", name])
+    for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(variable, "")  # so that what is set here goes away again
+        monkeypatch.delenv(variable)
+    assert program.main() == 0
+    assert found == [SPIN_COUNT]

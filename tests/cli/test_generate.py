@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fuyu_e2e
 from fuyu_e2e.checkpoint import loading
 from fuyu_e2e.checkpoint.description import Description, Provenance
 from fuyu_e2e.checkpoint.loading import StoredModel
@@ -63,6 +64,12 @@ def test_an_image_that_can_not_be_read_is_named(name: str, generate: Run) -> Non
     assert (code, printed) == (2, "")
     [sentence] = reported.splitlines()
     assert sentence.startswith(f"fuyu-e2e: Part 2 of the prompt, {name}, can't be ")
+
+
+def test_an_empty_prompt_asks_for_a_caption(folder: Path, generate: Run) -> None:
+    decoder, processor = fuyu_e2e.load(folder / "model")
+    [caption] = fuyu_e2e.generate(decoder, [processor(folder / "a.png")], max_new_tokens=5, eos_id=processor.eos_id)
+    assert generate("--image", "a.png", *ROOM) == (0, f"{processor.decode(caption)}\n", "")
 
 
 def test_prompts_are_read_until_the_input_ends_and_answered_as_one_alone_would_be(

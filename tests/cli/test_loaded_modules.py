@@ -72,6 +72,8 @@ def test_shards_and_tokenizers_need_no_torch(tmp_path: Path, make_png: Callable[
     assert loaded(tmp_path, "shards", "write", "pictures", "--out", "shards", "--processes", "1", *small) == []
     assert len(list((tmp_path / "shards").glob("*.tar"))) > 1
     assert loaded(tmp_path, "shards", "verify", "shards", "--processes", "1") == []
+    assert loaded(tmp_path, "shards", "index", "shards", "--processes", "1") == []
+    assert set(loaded(tmp_path, "shards", "stats", "shards", "--processes", "1")) <= {"matplotlib"}, "it draws"
     trained = ("--shards", "shards/*.tar", "--vocab-size", "300", "--out", "tokenizer.model")
     assert loaded(tmp_path, "tokenizer", "train", *trained) == []
 

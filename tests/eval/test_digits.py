@@ -86,13 +86,16 @@ def test_a_picture_shows_the_scans_its_truth_names(warp: bool) -> None:
     assert means[0] > 0
 
 
-def test_shards_are_the_same_for_any_number_of_processes_and_plain_webdataset_reads_them(tmp_path: Path) -> None:
+def test_shards_are_the_same_for_any_number_of_processes_and_plain_webdataset_reads_them(
+    tmp_path: Path, counts: dict[str, tuple[float | None, float]]
+) -> None:
     written = {}
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
         paths = write_shards(folder, split="train", count=25, seed=3, processes=processes, shard_size=10)
         written[processes] = [path.read_bytes() for path in paths]
+        assert counts.pop("Drawing train") == (25, 25)
     assert written[1] == written[2]
     assert len(written[1]) == 3
     samples = list(webdataset.WebDataset([str(path) for path in paths], shardshuffle=False).decode("pil"))

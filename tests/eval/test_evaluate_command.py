@@ -63,10 +63,15 @@ def vqav2(tmp_path: Path, make_png: Callable[..., bytes]) -> list[str]:
 
 
 def test_a_public_format_is_scored_with_no_code(
-    run: Callable[..., Any], vqav2: list[str], exported: Path, tmp_path: Path
+    run: Callable[..., Any],
+    vqav2: list[str],
+    exported: Path,
+    tmp_path: Path,
+    counts: dict[str, tuple[float | None, float]],
 ) -> None:
     code, printed = run("--checkpoint", str(exported), "--task", "vqav2", *vqav2, "--out", "report", "--device", "cpu")
     assert code == 0, printed
+    assert counts == {"Asking vqav2": (None, 6), "Scoring vqav2": (None, 0)}
     for words in ("vqa accuracy", "answer_type yes/no", "blind: another's image", "image-unreadable 2", "report"):
         assert words in printed
     results = json.loads((tmp_path / "report" / "results.json").read_text())

@@ -12,6 +12,8 @@ from PIL import Image as Pillow
 
 from fuyu_e2e.cli import main
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.shards.commands import FAULTY
+from fuyu_e2e.shards.commands import shards as run_shards
 from fuyu_e2e.shards.manifest import NAME, check_complete, facts_of, index, verify
 from fuyu_e2e.shards.sources import ShardCache
 
@@ -145,7 +147,7 @@ def test_verify_says_what_is_cut_changed_gone_or_unknown(shards: list[str], cach
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
 def test_only_a_deep_look_finds_images_that_break_off(
-    tmp_path: Path, make_png: Png, cache: ShardCache, form: str
+    tmp_path: Path, make_png: Png, cache: ShardCache, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = io.BytesIO()
     with Pillow.open(io.BytesIO(make_png(90, 200))) as noise:
@@ -160,6 +162,8 @@ def test_only_a_deep_look_finds_images_that_break_off(
     [fault] = verify([shard], [shard], cache, deep=True)
     assert fault.shard == shard
     assert fault.reason.startswith("has an image that can't be decoded in sample cut (image-unreadable: ")
+    assert run_shards(["verify", shard, "--deep", "--processes", "1", "--cache-dir", str(cache.folder)]) == FAULTY
+    assert "compared with their manifests and decoded: 1 faults" in capsys.readouterr().out
 
 
 def test_the_commands_print_what_they_find(
@@ -179,6 +183,7 @@ def test_the_commands_print_what_they_find(
     assert "caption 1, chat 1, interleaved 1, text 4" in said
     assert "unusable: image-unreadable 1" in said
     assert str(folder / NAME) in said
+    assert "judged by their headers, not decoded" in said
     code, said = run("verify", *common)
     assert code == 0
     assert said.startswith("3 shards in 1 folders compared with their manifests: 0 faults\n")

@@ -869,6 +869,8 @@ def test_the_command_counts_names_what_it_left_out_and_prints_the_next_commands(
     named = dict(zip(fit[4::2], fit[5::2], strict=True))
     assert named["--data.tokenizer"] == tokenizer[tokenizer.index("--out") + 1] == "my [own] shards/tokenizer.model"
     assert tokenizer[tokenizer.index("--shards") + 1] == named["--data.train"]
+    assert f"\nto train on:    {shlex.quote(named['--data.train'])}\n" in said
+    assert f"\nto validate on: {shlex.quote(named['--data.val'])}\n" in said
     assert expand_patterns(named["--data.train"]) == ("my [own] shards/train-00000.tar",)
     assert expand_patterns(named["--data.val"]) == ("my [own] shards/val-00000.tar",)
 

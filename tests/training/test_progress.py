@@ -148,6 +148,31 @@ def test_without_a_terminal_lines_say_how_far_a_run_is(
     assert all(line.startswith("step ") for line in printed if "available" not in line)
 
 
+def test_a_terminal_gets_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    assert isinstance(progress(), Progress)
+
+
+def test_a_line_stands_in_the_file_as_soon_as_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(file))
+    StepLines().say("step 1/3")
+    assert file.getvalue() == b"step 1/3\n"
+
+
+def test_a_long_validation_says_now_and_then_that_it_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fuyu_e2e.training.step_lines.time", SimpleNamespace(monotonic=lambda: 1_000.0))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    lines = StepLines()
+    for number in (40, 41):
+        lines.on_validation_batch_end(trainer, None, None, None, number)
+    assert "validation: 41 batches\n" in capsys.readouterr().out
+    lines.on_validation_batch_end(trainer, None, None, None, 42)
+    assert "validation" not in capsys.readouterr().out
+
+
 def test_only_the_first_process_prints_lines(capsys: pytest.CaptureFixture[str]) -> None:
     lines = StepLines()
     lines.disable()

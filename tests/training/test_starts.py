@@ -95,13 +95,20 @@ def everything(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")}
 
 
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("--model.decoder.vocab_size=300", "set model.decoder.vocab_size to 320"),
+        ("--data.val=[train.tar]", "both hold train.tar"),
+    ],
+)
 def test_a_first_start_that_is_refused_leaves_no_directory(
-    command: Callable[..., tuple[int, str]], folder: Path
+    command: Callable[..., tuple[int, str]], folder: Path, setting: str, sentence: str
 ) -> None:
     before = everything(folder)
-    code, printed = command(*FIT[:3], "--trainer.default_root_dir", "never", "--model.decoder.vocab_size", "300")
+    code, printed = command(*FIT[:3], "--trainer.default_root_dir", "never", setting)
     assert code == 2, printed
-    assert "set model.decoder.vocab_size to 320" in printed
+    assert sentence in printed
     assert everything(folder).keys() - before.keys() <= {"fuyu-manifest.json"}  # the shards' index
 
 
@@ -113,6 +120,8 @@ def test_a_run_says_where_it_is_what_it_did_and_what_is_next(trained: str, folde
     assert f"last     step 4: run/checkpoints/{find_checkpoint(run).name}" in trained
     assert re.search(r"\d+ read, \d+ used, 0 skipped, \d+ wait in shuffle and packing buffers", trained)
     assert "Done: 4 steps" in trained
+    assert "\n  run      run\n" in trained
+    assert re.search(r"^step 4/4  loss", trained, re.MULTILINE), "plain lines, as the output is no terminal"
     for said in ("evaluate --checkpoint run", "generate --checkpoint run", "export --checkpoint run",
                  "tensorboard --logdir run", "fit --config run/config.yaml --ckpt_path last"):  # fmt: skip
         assert said in trained
@@ -126,22 +135,32 @@ LAST = ("--ckpt_path", "last")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"),
+    ("arguments", "code", "said"),
     [
-        ((*FIT, *LAST, "--trainer.max_steps", "8", "--data.lanes", "8"), 2),
-        ((*FIT, *LAST, "--trainer.max_steps", "8", "--trainer.accumulate_grad_batches", "3"), 2),
-        (FIT, 2),
-        (("predict", "--config", "run/config.yaml", "--data.predict", "nothing/*.tar", *LAST), 2),
-        (("validate", "--config", "run/config.yaml", *LAST), 0),
+        ((*FIT, *LAST, "--trainer.max_steps", "8", "--data.lanes", "8"), 2, "data.lanes is not what it was"),
+        (
+            (*FIT, *LAST, "--trainer.max_steps", "8", "--trainer.accumulate_grad_batches", "3"),
+            2,
+            "give the run as many rows a step as before.",
+        ),
+        (FIT, 2, "continue it with --ckpt_path last, or name another directory"),
+        (("predict", "--config", "run/config.yaml", "--data.predict", "nothing/*.tar", *LAST), 2, "nothing/*.tar"),
+        (("validate", "--config", "run/config.yaml", *LAST), 0, "val/perplexity"),
     ],
     ids=["lanes", "rows", "again", "predict", "validate"],
 )
 def test_what_is_refused_or_only_evaluates_changes_nothing_of_a_run(
-    command: Callable[..., tuple[int, str]], folder: Path, trained: str, arguments: tuple[str, ...], code: int
+    command: Callable[..., tuple[int, str]],
+    folder: Path,
+    trained: str,
+    arguments: tuple[str, ...],
+    code: int,
+    said: str,
 ) -> None:
     before = everything(folder / "run")
     found, printed = command(*arguments)
     assert found == code, printed
+    assert said in (printed.splitlines()[-1] if code else printed)
     assert everything(folder / "run") == before
 
 
