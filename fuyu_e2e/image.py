@@ -116,6 +116,8 @@ def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]
     """
     with _opened(data, policy) as image:
         native = image.size
+        if image.format == "PNG":
+            image.load()  # as its `getexif` does: EXIF may stand behind the pixels, whose damage is another matter
         orientation = _orientation(image.getexif)
         turned = orientation in SIDEWAYS
         size = fit_policy(*(native[::-1] if turned else native), policy)
