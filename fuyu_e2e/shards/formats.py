@@ -1,6 +1,6 @@
 """From the members of a sample to documents, by their extensions alone.
 
-caption       jpg|jpeg|jpe|jfif|png|webp + txt, or + json with a "caption": what img2dataset writes (all three; txt counts)
+caption       jpg|jpeg|jpe|jfif|png|webp + txt, or + json with a "caption": img2dataset writes both; txt counts
 chat          json with "conversations" (LLaVA's), the images it speaks of beside it, or none
 interleaved   json with "segments": [{"text": …} | {"image": extension of a member}, …]
 text          txt, or jsonl with one object a line that has a "text" or "conversations"
