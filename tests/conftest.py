@@ -232,7 +232,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float | None, flo
 
     def end(self: Progress, *error: object) -> None:
         original(self, *error)  # type: ignore[arg-type]
-        found[self.title] = (self.total, self.count.value)
+        found[self.title] = (self.total, self.done)
 
     monkeypatch.setattr(Progress, "__exit__", end)
     return found

@@ -31,8 +31,8 @@ def untold(amount: float) -> None:
 class Progress:
     """Shows on stderr how far the work of a `with` block is, once it takes longer than `QUIET`.
 
-    A thread looks at the count, so the time goes on where the work doesn't say how far it is. Other processes count
-    by `count`, which they have to inherit as they start.
+    A thread looks at what is done, so the time goes on where the work doesn't say how far it is. Other processes
+    `add` to `count`, which they have to inherit as they start.
 
     Args:
         title: What is being done.
@@ -42,7 +42,8 @@ class Progress:
 
     def __init__(self, title: str, total: int | float | None = None, unit: str = "") -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.count: Synchronized[float] = get_context("spawn").Value("d", 0.0)
+        self._own = 0.0
+        self._others: Synchronized[float] | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._show, name=title, daemon=True)
 
@@ -57,13 +58,25 @@ class Progress:
         self._ended.set()
         self._thread.join()
 
+    @property
+    def count(self) -> "Synchronized[float]":
+        """What other processes have done; shared memory, which is taken once it is asked for."""
+        if self._others is None:
+            self._others = get_context("spawn").Value("d", 0.0)
+        return self._others
+
+    @property
+    def done(self) -> float:
+        """What all processes have done."""
+        return self._own + (0.0 if self._others is None else self._others.value)
+
     def advance(self, amount: float = 1.0) -> None:
-        """Counts so much more as done."""
-        add(self.count, amount)
+        """Counts so much more as done by this process."""
+        self._own += amount
 
     def line(self) -> str:
         """How far the work is: `Indexing shards: 3 of 12 shards (28 %), 0:00:41 so far, 0:01:45 left`."""
-        done, passed = self.count.value, time.monotonic() - self.started_at
+        done, passed = self.done, time.monotonic() - self.started_at
         said = []
         if self.unit:
             of_all = "" if self.total is None else f" of {self.total:,.0f}"
@@ -86,7 +99,7 @@ class Progress:
         with Bar(BarColumn(), TextColumn("{task.description}"), console=console, transient=True) as bar:
             task = bar.add_task(self.line(), total=self.total)
             while not self._ended.wait(REFRESH):
-                bar.update(task, completed=self.count.value, description=self.line())
+                bar.update(task, completed=self.done, description=self.line())
 
 
 def add(count: "Synchronized[float]", amount: float) -> None:
