@@ -183,6 +183,7 @@ def _decoded(data: bytes, image: Pillow.Image, size: tuple[int, int]) -> UInt8[n
     """
     native = image.size
     image.draft(None, size)
+    _scale_transparent_colour(data, image)
     pixels = _jpeg_pixels(data, image, native)
     return np.asarray(_to_rgb(image)) if pixels is None else pixels
 
@@ -213,6 +214,20 @@ def _orientation(read_exif: Callable[[], Pillow.Exif]) -> int:
         raise
     except Exception:  # Pillow raises nearly anything on a damaged block; the pixels don't need it
         return 1
+
+
+def _scale_transparent_colour(data: bytes, image: Pillow.Image) -> None:
+    """Brings a PNG's transparent colour to the eight bits that Pillow brings the pixels to, and leaves it without.
+
+    Of 16 bits that makes all colours transparent that are alike in their upper eight.
+    """
+    if image.format != "PNG" or (colour := image.info.get("transparency")) is None:
+        return
+    depth = data[24]  # of the first chunk, the header, which stands at a fixed place
+    if image.mode in ("1", "L") and isinstance(colour, int):
+        image.info["transparency"] = colour * 255 // (2**depth - 1)
+    elif depth == 16 and isinstance(colour, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def _to_rgb(image: Pillow.Image) -> Pillow.Image:
