@@ -27,7 +27,7 @@ from fuyu_e2e.packing import LongDocuments, empty_row
 from fuyu_e2e.ranks import DataRank, anywhere, in_step
 from fuyu_e2e.sequence import Prompt, SequenceBuilder
 from fuyu_e2e.shards.formats import read_documents
-from fuyu_e2e.shards.manifest import ShardFacts, check_complete, facts_of, known_facts, totals
+from fuyu_e2e.shards.manifest import VERSION, ShardFacts, check_complete, facts_of, known_facts, totals
 from fuyu_e2e.shards.mixture import MixBy, Source
 from fuyu_e2e.shards.sources import CACHE_FOLDER, CACHE_GIGABYTES, ShardCache, expand_patterns, is_local
 from fuyu_e2e.shards.splits import NamedShards, check_disjoint
@@ -36,6 +36,9 @@ from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import Tokenizer
 
 Patterns = str | list[str] | None
+
+RULES = "rules"
+"""Under which a checkpoint says by which version of the rules samples counted as documents."""
 
 
 class FuyuDataModule(pl.LightningDataModule):
@@ -336,7 +339,7 @@ class RowDataset(IterableDataset):
         stream = self.stream
         settings = {name: getattr(stream, name) for name in ("seed", "lanes", "shuffle", "budget", "mix_by")}
         digests = {source.name: source.digest for source in stream.sources}
-        return settings | {"long_documents": stream.long_documents, "train": digests}
+        return settings | {"long_documents": stream.long_documents, "train": digests, RULES: VERSION}
 
 
 class RowLoader(DataLoader):
@@ -425,6 +428,11 @@ class RowLoader(DataLoader):
         """
         if not self.settled:
             return
+        if (rules := state["data"].get(RULES, 1)) != VERSION:
+            raise UserError(
+                f"The checkpoint was trained under rules {rules} of which samples count as documents, and these are "
+                f"rules {VERSION}: go on with the version of fuyu-e2e that the run began with, or begin a new run."
+            )
         for name, value in self.rows.identity.items():
             if value != (said := state["data"][name]):
                 raise UserError(

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import UInt8
@@ -45,6 +46,8 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
 }
 """What each of EXIF's orientations but the first asks for."""
+SIDEWAYS = range(5, 9)
+"""The orientations by which width and height change places."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +116,13 @@ def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]
     """
     with _opened(data, policy) as image:
         native = image.size
-        exif = image.getexif()
-        turned = _is_turned(exif)
+        if image.format == "PNG":
+            image.load()  # as its `getexif` does: EXIF may stand behind the pixels, whose damage is another matter
+        orientation = _orientation(image.getexif)
+        turned = orientation in SIDEWAYS
         size = fit_policy(*(native[::-1] if turned else native), policy)
         pixels = _decoded(data, image, size[::-1] if turned else size)
-    if turn := TURNS.get(exif.get(ExifTags.Base.Orientation, 1)):
+    if turn := TURNS.get(orientation):
         pixels = turn(pixels).copy()
     return scale_pixels(pixels, size)
 
@@ -129,7 +134,6 @@ def check_image(data: bytes, policy: ImagePolicy) -> None:
         UnusableSampleError: As in `decode_image`.
     """
     with _opened(data, policy) as image:
-        image.getexif()
         _decoded(data, image, (1, 1))
 
 
@@ -141,7 +145,8 @@ def image_size(data: bytes, policy: ImagePolicy) -> tuple[int, int]:
     """
     with _opened(data, policy) as image:
         # PNG's own way to EXIF reads all pixels, since it may stand behind them; what stands there is not seen here.
-        return image.size[::-1] if _is_turned(Pillow.Image.getexif(image)) else image.size
+        turned = _orientation(partial(Pillow.Image.getexif, image)) in SIDEWAYS
+        return image.size[::-1] if turned else image.size
 
 
 @contextmanager
@@ -178,6 +183,7 @@ def _decoded(data: bytes, image: Pillow.Image, size: tuple[int, int]) -> UInt8[n
     """
     native = image.size
     image.draft(None, size)
+    _scale_transparent_colour(data, image)
     pixels = _jpeg_pixels(data, image, native)
     return np.asarray(_to_rgb(image)) if pixels is None else pixels
 
@@ -200,9 +206,28 @@ def _jpeg_pixels(data: bytes, image: Pillow.Image, native: tuple[int, int]) -> U
     return pixels if pixels.shape[1::-1] == image.size else None
 
 
-def _is_turned(exif: Pillow.Exif) -> bool:
-    """Whether width and height change places."""
-    return exif.get(ExifTags.Base.Orientation) in range(5, 9)
+def _orientation(read_exif: Callable[[], Pillow.Exif]) -> int:
+    """What EXIF says of how an image is turned; 1, upright, where it says nothing that can be read."""
+    try:
+        return read_exif().get(ExifTags.Base.Orientation, 1)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises nearly anything on a damaged block; the pixels don't need it
+        return 1
+
+
+def _scale_transparent_colour(data: bytes, image: Pillow.Image) -> None:
+    """Brings a PNG's transparent colour to the eight bits that Pillow brings the pixels to, and leaves it without.
+
+    Of 16 bits that makes all colours transparent that are alike in their upper eight.
+    """
+    if image.format != "PNG" or (colour := image.info.get("transparency")) is None:
+        return
+    depth = data[24]  # of the first chunk, the header, which stands at a fixed place
+    if image.mode in ("1", "L") and isinstance(colour, int):
+        image.info["transparency"] = colour * 255 // (2**depth - 1)
+    elif depth == 16 and isinstance(colour, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def _to_rgb(image: Pillow.Image) -> Pillow.Image:

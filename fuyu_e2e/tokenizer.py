@@ -4,7 +4,7 @@ import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -24,6 +24,8 @@ sentencepiece advises to cover all characters of a small alphabet, and 99.95 % o
 alphabets with their accents and punctuation stay below; Chinese and Japanese text, and a crawl of the web, which holds
 some of everything, do not: there, rare characters are better spelled in bytes.
 """
+LINE = 2**18
+"""Letters of a line, of at most four bytes each, behind which it is cut: sentencepiece passes over longer lines."""
 NORMAL = 1
 """sentencepiece's type of a token that was learnt."""
 OFTEN = 10
@@ -140,7 +142,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         UserError: There is no text, or the vocabulary can't even hold the letters of the text.
     """
-    lines = [line for text in texts for line in text.split("\n") if line]
+    lines = [piece for text in texts for line in text.split("\n") for piece in _pieces(line)]
     if not lines:
         raise UserError("The shards hold no text to train a tokenizer on.")
     coverages = (1.0, 0.9995) if len(set().union(*lines)) <= ALPHABET else (0.9995,)
@@ -151,6 +153,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             if coverage == coverages[-1]:
                 raise
     raise AssertionError
+
+
+def _pieces(line: str) -> Iterator[str]:
+    """A line in pieces that sentencepiece takes, cut before a space where there is one; none of an empty line."""
+    while len(line) > LINE:
+        end = line.rfind(" ", 1, LINE)
+        end = end if end > 0 else LINE
+        yield line[:end]
+        line = line[end:]
+    if line:
+        yield line
 
 
 def suggest_vocab_size(tokenizer: Tokenizer, texts: Iterable[str]) -> int | None:
@@ -217,7 +230,7 @@ def _train(lines: list[str], vocab_size: int, coverage: float, unused: int) -> b
         remove_extra_whitespaces=False,
         split_digits=True,
         control_symbols=[PATCH, NEWLINE, *(f"{PADDING}{number}|" for number in range(unused))],
-        max_sentence_length=1 << 20,
+        max_sentence_length=4 * LINE,
         minloglevel=3,
     )
     return model.getvalue()

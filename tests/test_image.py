@@ -23,6 +23,7 @@ from fuyu_e2e.image import (
     check_image,
     decode_image,
     fit_policy,
+    image_size,
     load_patches,
     to_patches,
     to_pixels,
@@ -209,6 +210,15 @@ def test_half_transparent_pixels_are_mixed_with_the_ground() -> None:
     assert np.abs(decode_image(encode(layered), POLICY).astype(int) - 127).max() <= 1
 
 
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("block", [b"GARBAGE!" * 3, b"Exif\0\0II", b"Exif\0\0MM\0*\0\0\0\xff"])
+def test_damaged_exif_turns_nothing_and_costs_no_image(file_format: str, block: bytes) -> None:
+    data = encode(Pillow.new("RGB", (24, 8), (200, 30, 30)), file_format, exif=block)
+    assert decode_image(data, POLICY).shape == (8, 24, 3)
+    assert image_size(data, POLICY) == (24, 8)
+    check_image(data, POLICY)
+
+
 def test_exif_rotation_is_applied() -> None:
     image = Pillow.fromarray(pixels(8, 24))
     exif = Pillow.Exif()
@@ -217,31 +227,49 @@ def test_exif_rotation_is_applied() -> None:
     assert (decode_image(encode(image, exif=exif), POLICY) == np.rot90(np.asarray(image), -1)).all()
 
 
-def grey_png(width: int, height: int, rows: bytes, depth: int = 8, **before: bytes) -> bytes:
-    """A PNG whose rows need not be what its header says, with the chunks `before` them."""
+def raw_png(width: int, height: int, rows: bytes, depth: int = 8, colour: int = 0, **before: bytes) -> bytes:
+    """A PNG, grey unless `colour` is 2, whose rows need not be what its header says, with the chunks `before` them."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     others = b"".join(chunk(kind.encode(), data) for kind, data in before.items())
     return b"\x89PNG\r\n\x1a\n" + header + others + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def test_16_bit_grey_that_is_marked_transparent_is_white() -> None:
-    data = grey_png(2, 1, b"\0" + struct.pack(">2H", 300, 0), depth=16, tRNS=struct.pack(">H", 300))
+    data = raw_png(2, 1, b"\0" + struct.pack(">2H", 300, 0), depth=16, tRNS=struct.pack(">H", 300))
     assert decode_image(data, POLICY)[0, :, 0].tolist() == [255, 0]
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_grey_of_few_bits_that_is_marked_transparent_is_white(depth: int) -> None:
+    """Every value of the depth in a row of its own, one of them transparent."""
+    highest = 2**depth - 1
+    rows = b"".join(bytes([0, value << (8 - depth)]) for value in range(highest + 1))
+    for hidden in range(0, highest + 1, 1 if depth < 8 else 51):
+        data = raw_png(1, highest + 1, rows, depth=depth, tRNS=struct.pack(">H", hidden))
+        shown = [255 if value == hidden else value * 255 // highest for value in range(highest + 1)]
+        assert decode_image(data, ImagePolicy(patch_size=8, max_aspect=256))[:, 0, 0].tolist() == shown
+
+
+def test_a_16_bit_colour_that_is_marked_transparent_is_white() -> None:
+    pixels = [(0x1234, 0x5678, 0x9ABC), (0x1234, 0x5678, 0x0000)]
+    rows = b"\0" + b"".join(struct.pack(">3H", *pixel) for pixel in pixels)
+    data = raw_png(2, 1, rows, depth=16, colour=2, tRNS=struct.pack(">3H", *pixels[0]))
+    assert decode_image(data, POLICY)[0].tolist() == [[255, 255, 255], [0x12, 0x56, 0x00]]
+
+
 def test_a_small_file_of_100_megapixels_is_refused() -> None:
-    bomb = grey_png(10_000, 10_000, b"\0" * (10_001 * 10_000))
+    bomb = raw_png(10_000, 10_000, b"\0" * (10_001 * 10_000))
     assert len(bomb) < 200_000
     assert rejection(bomb) == "image-too-many-pixels"
 
 
 def test_a_small_file_of_much_text_is_refused() -> None:
     text = b"comment\0\0" + zlib.compress(bytes(2_000_000))
-    assert rejection(grey_png(1, 1, b"\0\0", zTXt=text)) == "image-unreadable"
+    assert rejection(raw_png(1, 1, b"\0\0", zTXt=text)) == "image-unreadable"
 
 
 @pytest.mark.parametrize(
@@ -255,7 +283,7 @@ def test_a_small_file_of_much_text_is_refused() -> None:
     ids=["over our limit", "over Pillow's own limit", "too long", "within the limits"],
 )
 def test_sizes_are_judged_by_the_header_before_anything_is_decoded(width: int, height: int, reason: str) -> None:
-    assert rejection(grey_png(width, height, b"rows that can't be decoded")) == reason
+    assert rejection(raw_png(width, height, b"rows that can't be decoded")) == reason
 
 
 def test_extreme_shapes_are_used_up_to_the_stated_limit() -> None:

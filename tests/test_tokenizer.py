@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.tokenizer import ALPHABET, OFTEN, Tokenizer, suggest_vocab_size, train_tokenizer
+from fuyu_e2e.tokenizer import ALPHABET, LINE, OFTEN, SPACE, Tokenizer, suggest_vocab_size, train_tokenizer
 
 TEXT = ["The quick brown fox jumps over the lazy dog.", "  two  spaces ", "naïve café", "12345"] * 20
 
@@ -49,6 +49,14 @@ def test_training_gives_the_size_asked_for_and_learns_words() -> None:
     pieces = [trained.piece(token) for token in trained.encode("The quick brown fox")]
     assert len(pieces) <= 6
     assert [trained.piece(token) for token in trained.encode("12345")] == list("12345"), "digits stand alone"
+
+
+@pytest.mark.parametrize("line", ["quagga " * 90_000, "quaggaquagga" * 1_000 + " quagga" * 40_000])
+def test_a_long_line_is_learnt_from(line: str) -> None:
+    """sentencepiece itself passes over lines that are too long, and ends where no other is left."""
+    assert len(line) > LINE
+    tokenizer = train_tokenizer([line], 300)
+    assert tokenizer.piece(tokenizer.encode(" quagga")[0]) == f"{SPACE}quagga"
 
 
 def test_training_is_deterministic() -> None:

@@ -1,27 +1,36 @@
 """From the members of a sample to documents, by their extensions alone.
 
-caption       jpg|jpeg|png|webp + txt, or + json with a "caption": what img2dataset writes (all three; txt counts)
+caption       jpg|jpeg|jpe|jfif|png|webp + txt, or + json with a "caption": img2dataset writes both; txt counts
 chat          json with "conversations" (LLaVA's), the images it speaks of beside it, or none
 interleaved   json with "segments": [{"text": …} | {"image": extension of a member}, …]
 text          txt, or jsonl with one object a line that has a "text" or "conversations"
+
+Text without an image is what was meant, never what is left of a sample whose image is missing, or of a kind that is
+not read. Several images come in the order of the JSON's list `image` or `images`, where it names the members; else in
+that of their names, whose numbers count as numbers.
 """
 
 import json
+import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fuyu_e2e.document import Document, Image, Segment, Text
 from fuyu_e2e.errors import UnusableSampleError
+from fuyu_e2e.shards.extensions import IMAGES, TEXTS, UNREAD, last_extension
 from fuyu_e2e.shards.progress import Advance, untold
 from fuyu_e2e.shards.reading import Sample, Shard
 from fuyu_e2e.tally import Tally
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 TEXT_BYTES = 2**22
 """Bytes of text above which a document is left out: 4 MiB, for which sentencepiece takes 60 times as much memory."""
 PLACEHOLDER = "<image>"
 """Where an image stands in LLaVA's conversations."""
+UNREAD_PLACEHOLDERS = ("<video>", "<audio>")
+"""Where LLaVA's conversations have what is not read."""
+MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+"""Under which a JSON object names what its text speaks of."""
 SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assistant": True}
 """Whether what a speaker says carries loss."""
 
@@ -53,10 +62,19 @@ def document(sample: Sample) -> Document:
     members, where = sample.members, f"{sample.shard}: {sample.key}"
     if "jsonl" in members:
         return _from_line(sample.key, members["jsonl"], where)
-    images = {name: Image(data) for name, data in sorted(members.items()) if name.split(".")[-1] in IMAGE_EXTENSIONS}
-    described = description(sample)
+    if unread := sorted(name for name in members if last_extension(name) in UNREAD):
+        raise UnusableSampleError("image-extension", f"{where} has .{unread[0]}, but read are {', '.join(IMAGES)}")
+    images = {name: Image(data) for name, data in members.items() if last_extension(name) in IMAGES}
+    try:
+        described = description(sample)
+    except UnusableSampleError:
+        if "txt" not in members:
+            raise
+        described = {}  # the text is all that is needed
+    if not images:
+        _check_names_no_media(described, where)
     if "conversations" in described:
-        return Document(sample.key, _chat(described["conversations"], list(images.values()), where))
+        return Document(sample.key, _chat(described["conversations"], _in_order(images, described, sample), where))
     if "segments" in described:
         return Document(sample.key, _interleaved(described["segments"], images, where))
     if "txt" in members:
@@ -64,7 +82,7 @@ def document(sample: Sample) -> Document:
     elif "caption" in described:
         text = _string(described["caption"], "caption", where).strip()
     else:
-        raise UnusableSampleError("format-unknown", f"{where} has only {', '.join(sorted(members)) or 'no members'}")
+        raise UnusableSampleError("format-unknown", _only(sample, where))
     if not text:
         raise UnusableSampleError("caption-empty" if images else "text-empty", where)
     if len(images) > 1:
@@ -82,8 +100,58 @@ def description(sample: Sample) -> dict[str, Any]:
     return _parse(sample.members["json"], where) if "json" in sample.members else {}
 
 
+def _only(sample: Sample, where: str) -> str:
+    """What a sample of no known format has, and what webdataset's rule makes of names with dots."""
+    names = sorted(sample.members)
+    if not names:
+        return f"{where} has no members"
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
+    said = f"{where} has only {shown}"
+    dotted = {name.rpartition(".")[0] for name in names if "." in name and last_extension(name) in (*IMAGES, *TEXTS)}
+    if not dotted:
+        return said
+    what = "a sample" if len(dotted) == 1 else f"{len(dotted):,} samples"
+    why = f"a sample's name ends at its first dot, and {what} with dots in the name can't be used"
+    return f"{said}: {why}; rename the files"
+
+
+def _in_order(images: dict[str, Image], described: dict[str, Any], sample: Sample) -> list[Image]:
+    """The images in the order of the names that the JSON lists, or of their own."""
+    listed = next((value for name in ("image", "images") if _names(value := described.get(name))), [])
+    listed = [listed] if isinstance(listed, str) else listed
+    stem = PurePosixPath(sample.key).name.lower()
+    members = {f"{stem}.{name}": image for name, image in images.items()} | images
+    named = [members.get(PurePosixPath(name).name.lower()) for name in listed]
+    if not any(named):  # paths of the data set that the shard was made from
+        return [images[name] for name in sorted(images, key=_numbers_as_numbers)]
+    found = [image for image in named if image is not None]
+    if len(found) < len(named) or len({id(image) for image in found}) < len(images):
+        raise UnusableSampleError(
+            "chat-images",
+            f"{sample.shard}: {sample.key} lists {', '.join(listed)} but has {', '.join(sorted(images))}",
+        )
+    return found
+
+
+def _numbers_as_numbers(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _names(value: Any) -> bool:
+    """Whether a value of a JSON object names something: a text, or a list of texts."""
+    texts = [value] if isinstance(value, str) else value
+    return isinstance(texts, list) and bool(texts) and all(isinstance(text, str) and text for text in texts)
+
+
+def _check_names_no_media(described: dict[str, Any], where: str) -> None:
+    for name in MEDIA_KEYS:
+        if _names(value := described.get(name)):
+            raise UnusableSampleError("image-missing", f"{where} says {name!r}: {value!r}, but has no image")
+
+
 def _from_line(key: str, line: bytes, where: str) -> Document:
     described = _parse(line, where)
+    _check_names_no_media(described, where)
     if "conversations" in described:
         return Document(key, _chat(described["conversations"], [], where))
     if "text" not in described:
@@ -104,6 +172,9 @@ def _chat(turns: Any, images: list[Image], where: str) -> tuple[Segment, ...]:
         said.append((_string(turn.get("value"), "value", where), SPEAKERS[speaker]))
     if not any(loss for _, loss in said):
         raise UnusableSampleError("chat-no-answer", where)
+    for unread in UNREAD_PLACEHOLDERS:
+        if any(unread in value and not loss for value, loss in said):
+            raise UnusableSampleError("image-extension", f"{where} asks about {unread}, which is not read")
     placeholders = sum(value.count(PLACEHOLDER) for value, _ in said)
     if placeholders != len(images) and (placeholders or len(images) > 1):
         raise UnusableSampleError("chat-images", f"{where}: {placeholders} placeholders, {len(images)} images")

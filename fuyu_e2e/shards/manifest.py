@@ -8,6 +8,7 @@ import contextlib
 import fnmatch
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,7 +28,12 @@ from fuyu_e2e.shards.sources import ShardCache, folder_of, is_local, name_of, re
 from fuyu_e2e.version import __version__
 
 NAME = "fuyu-manifest.json"
-VERSION = 1
+VERSION = 2
+"""Goes up whenever other samples count as documents: manifests are made again, and runs go on under their own rules.
+
+1: until 29 November 2026. 2: halves of samples, links and kinds that are not read are no texts (see `formats`).
+"""
+_log = logging.getLogger(__name__)
 ASSUMED = ImagePolicy(patch_size=16)
 """How images enter, for the estimate of tokens: a manifest belongs to shards, not to a model."""
 BYTES_PER_TOKEN = 4
@@ -134,6 +140,8 @@ class Manifest:
 
     folder: str
     shards: dict[str, ShardFacts]
+    outdated: str | None = None
+    """Where a manifest of an earlier version lies, which counted other samples and is passed over."""
 
     @classmethod
     def load(cls, folder: str, cache: ShardCache) -> "Manifest":
@@ -143,12 +151,16 @@ class Manifest:
             UserError: A manifest can't be read.
         """
         shards: dict[str, ShardFacts] = {}
+        outdated = None
         for place in (str(_cached(folder, cache)), *([_beside(folder)] if folder else [])):
             data = read_bytes(place)
             if data is None:
                 continue
             try:
                 parsed = json.loads(data)
+                if parsed["version"] in range(1, VERSION):
+                    outdated = place
+                    continue
                 if parsed["version"] != VERSION:
                     raise ValueError(f"version {parsed['version']}, not {VERSION}")
                 shards |= {name: ShardFacts(**facts) for name, facts in parsed["shards"].items()}
@@ -157,7 +169,7 @@ class Manifest:
                     f"{place} is no manifest of this version of fuyu-e2e ({type(error).__name__}: {error}): remove it "
                     "and run `fuyu-e2e shards index` on the shards."
                 ) from error
-        return cls(folder, shards)
+        return cls(folder, shards, outdated)
 
     def save(self, cache: ShardCache) -> str:
         """Writes the manifest beside the shards, or into the cache where that can't be; gives the place."""
@@ -211,6 +223,12 @@ def facts_of(shards: Sequence[str], cache: ShardCache) -> tuple[ShardFacts, ...]
     """
     known = known_facts(shards, cache)
     unknown = [shard for shard in shards if shard not in known]
+    for folder in dict.fromkeys(map(folder_of, unknown)):
+        if outdated := Manifest.load(folder, cache).outdated:
+            said = f"{outdated} is of an earlier version of fuyu-e2e, which took other samples for documents"
+            if not is_local(folder):
+                raise UserError(f"{said}: run `fuyu-e2e shards index` on the pattern once.")
+            _log.warning("%s: its shards are indexed again.", said)
     if remote := [shard for shard in unknown if not is_local(shard)]:
         raise UserError(
             f"No manifest knows {remote[0]}{_others(remote)}: run `fuyu-e2e shards index` on the pattern once. It "

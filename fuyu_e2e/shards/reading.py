@@ -2,14 +2,16 @@
 
 A shard is scanned once, headers only, for where its samples stand; each is then read alone, in any order. That is what
 lets a stream shuffle without a buffer and resume from a number. Grouping is ours, because webdataset's own lets
-repeated members, absolute names and cut archives pass in silence, and it would read a member that is also a gzip file
-as the archive in that file.
+repeated members, links, scattered members, absolute names and cut archives pass in silence, and it would read a member
+that is also a gzip file as the archive in that file. As webdataset does, it passes over directories and hidden files,
+such as the `._x` that macOS puts before each `x`.
 """
 
 import io
 import os
 import re
 import tarfile
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,9 +22,12 @@ import numpy as np
 from jaxtyping import Int64
 
 from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.shards.extensions import TEXTS, is_media
 
 BLOCK = 512
 """Bytes of a tar block; an archive ends with two blocks of zeros."""
+RECORD = 20 * BLOCK
+"""Bytes that writers fill an archive up to with zeros; a file of more zeros, and nothing else, was lost."""
 SAMPLE_BYTES = 2**28
 """Bytes of a sample, headers included, above which it is not read: 256 MiB."""
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
@@ -64,6 +69,8 @@ class Shard:
         """Where and how the archive is damaged."""
         self._starts: Int64[np.ndarray, " documents"]
         self._sizes: Int64[np.ndarray, " documents"]
+        self._apart: frozenset[int] = frozenset()
+        """Documents that are an image alone or a text alone, where the other half stands elsewhere in the shard."""
         self._line_samples: list[tuple[int, int, str]] = []  # first document, the one behind the last, and key of each
         try:
             with path.open("rb") as file:
@@ -81,8 +88,8 @@ class Shard:
 
         Raises:
             UnusableSampleError: `shard-broken` for the last document of a damaged shard, `sample-missing` behind it;
-                `sample-too-many-bytes`; `member-path`, `member-name` or `member-duplicate` where a member is not what
-                it should be.
+                `sample-too-many-bytes`; `member-path`, `member-name`, `member-link` or `member-duplicate` where a
+                member is not what it should be; `members-apart` where an image and its text don't follow each other.
             OSError: The file is gone or the machine is at fault.
         """
         if number >= len(self):
@@ -99,7 +106,15 @@ class Shard:
         if before >= 0 and number < self._line_samples[before][1]:
             first, _, key = self._line_samples[before]
             return Sample(f"{key}/{number - first}", self.name, {"jsonl": data})
-        return self._grouped(data)
+        sample = self._grouped(data)
+        if number in self._apart:
+            raise UnusableSampleError(
+                "members-apart",
+                f"{self.name}: {sample.key} has only {', '.join(sorted(sample.members))}, and the other half of it "
+                "stands elsewhere: write the members of a sample one after the other, under one name, as "
+                "`tar --sort=name` does in one folder",
+            )
+        return sample
 
     def _grouped(self, data: bytes) -> Sample:
         members: dict[str, bytes] = {}
@@ -109,6 +124,12 @@ class Shard:
                 for info in _headers(tar, len(data)):
                     key, extension = _split(info.name)
                     self._check(info.name, extension, members)
+                    if not info.isreg():
+                        raise UnusableSampleError(
+                            "member-link",
+                            f"{self.name}: {info.name} is a link to {info.linkname}: pack files, as "
+                            "`tar --dereference --hard-dereference` does",
+                        )
                     content = tar.extractfile(info)
                     assert content is not None
                     members[extension] = content.read()
@@ -129,10 +150,12 @@ class Shard:
         """Start and bytes of each document; a size of -1 stands for the damage at the end."""
         documents = 0
         current: list[tarfile.TarInfo] = []
+        halves = _Halves()
         try:
             with _opened(file) as tar:
                 for info in _headers(tar, os.fstat(file.fileno()).st_size):
                     if current and _split(info.name)[0] != _split(current[0].name)[0]:
+                        halves.add(documents, current)
                         for span in self._spans(file, current, documents, info.offset):
                             documents += 1
                             yield span
@@ -144,10 +167,14 @@ class Shard:
                 if file.read(2 * BLOCK) != bytes(2 * BLOCK):
                     raise tarfile.ReadError(f"at byte {end} is neither a header nor the end of the archive")
             if current:
+                halves.add(documents, current)
                 yield from self._spans(file, current, documents, end)
+                current.clear()
+            _check_nothing_behind(file, end)
         except DAMAGE as error:
             self.broken = str(error)
             yield 0, -1  # in place of the sample that it broke in, too: nobody knows whether it is whole
+        self._apart = halves.apart()
 
     def _spans(self, file: BinaryIO, infos: list[tarfile.TarInfo], first: int, end: int) -> Iterator[tuple[int, int]]:
         extensions = [_split(info.name)[1] for info in infos]
@@ -174,19 +201,57 @@ class Shard:
         yield from spans
 
 
+class _Halves:
+    """Images without a text and texts without an image, by the last part of their names."""
+
+    def __init__(self) -> None:
+        # Numbers of documents and hashes of names, 16 bytes for each: a shard may hold a million texts.
+        self._numbers = {True: array("q"), False: array("q")}
+        self._names = {True: array("q"), False: array("q")}
+
+    def add(self, number: int, infos: list[tarfile.TarInfo]) -> None:
+        """Looks at the members of the document of a number."""
+        key, _ = _split(infos[0].name)
+        extensions = [_split(info.name)[1] for info in infos]
+        has_image = any(map(is_media, extensions))
+        if has_image != any(extension in TEXTS for extension in extensions):
+            self._numbers[has_image].append(number)
+            self._names[has_image].append(hash(key.rpartition("/")[2]))
+
+    def apart(self) -> frozenset[int]:
+        """The numbers of all whose other half was seen, too."""
+        images, texts = (np.array(self._names[has_image], np.int64) for has_image in (True, False))
+        return frozenset(
+            number
+            for has_image, is_half in ((True, np.isin(images, texts)), (False, np.isin(texts, images)))
+            for number in np.array(self._numbers[has_image], np.int64)[is_half].tolist()
+        )
+
+
+def _check_nothing_behind(file: BinaryIO, end: int) -> None:
+    file.seek(end)
+    while block := file.read(2**16):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError(
+                f"goes on behind the end of the archive at byte {end}: `tar --concatenate` joins archives, cat doesn't"
+            )
+
+
 def check_header(file: BinaryIO, name: str) -> None:
-    """Looks at the first header of a shard, and goes back to its start.
+    """Looks at the first header of a shard, or the end of one without members, and goes back to its start.
 
     Raises:
         UserError: It is not a tar file.
     """
-    try:
-        tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
-    except tarfile.HeaderError as error:
-        raise UserError(
-            f"The shard {name} is not a tar file ({error}): name only .tar files, uncompressed, as webdataset "
-            "and img2dataset write them."
-        ) from error
+    said = "uncompressed, as webdataset and img2dataset write them"
+    header = file.read(RECORD + 1)
+    if not header:
+        raise UserError(f"The shard {name} is not a tar file but empty, 0 bytes: write it again, or leave it out.")
+    if len(header) > RECORD or len(header) < 2 * BLOCK or header.strip(b"\0"):
+        try:
+            tarfile.TarInfo.frombuf(header[:BLOCK], "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise UserError(f"The shard {name} is not a tar file ({error}): name only .tar files, {said}.") from error
     file.seek(0)
 
 
@@ -223,9 +288,10 @@ def _opened(file: Any) -> tarfile.TarFile:
 
 
 def _headers(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
-    """The members that samples are made of; what webdataset passes over, its own metadata too, is left out.
+    """The members that samples are made of, links too; what webdataset passes over is left out.
 
-    Those are names like `__this__` in the root, not below folders. Of an archive of `size` bytes.
+    Those are directories, hidden files, and names like `__this__` in the root, not below folders. Of an archive of
+    `size` bytes. Names that are not UTF-8 have their bytes spelled out, as in `\\xb0`.
     """
     while True:
         if tar.offset > size:
@@ -236,8 +302,16 @@ def _headers(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
         # An extended header may say another size than the archive has room for.
         if info.issparse() or (info.isreg() and not 0 <= info.size <= tar.offset - info.offset_data):
             raise tarfile.ReadError(f"{info.name} has {info.size:,} bytes, which the archive has no room for")
-        if info.isreg() and not (info.name.startswith("__") and info.name.endswith("__") and "/" not in info.name):
+        info.name = info.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        if (info.isreg() or info.islnk() or info.issym()) and not _is_passed_over(info.name):
             yield info
+
+
+def _is_passed_over(name: str) -> bool:
+    last = name.rpartition("/")[2]
+    if last.startswith(".") or name.startswith("__MACOSX/"):
+        return True
+    return name == last and name.startswith("__") and name.endswith("__")
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -91,8 +91,9 @@ def expand_patterns(patterns: str | Sequence[str], *, allow_pipe: bool = False) 
         if scheme not in ("", "file", "pipe"):
             _check_scheme(pattern)
         try:
-            # A backslash in a command is the shell's.
-            expanded = list(braceexpand.braceexpand(pattern, escape=scheme != "pipe"))
+            # A path that is there is no pattern, whatever brackets it has. A backslash in a command is the shell's.
+            is_there = is_local(pattern) and _local_path(pattern).exists()
+            expanded = [pattern] if is_there else list(braceexpand.braceexpand(pattern, escape=scheme != "pipe"))
         except ValueError as error:
             raise UserError(f"{pattern!r} has braces that don't match ({error}): close each, or escape it.") from error
         found = sorted(shard for path in expanded for shard in _expand(path))
@@ -595,6 +596,8 @@ def _expand(path: str) -> list[str]:
         path = str(_local_path(path))
         if Path(path).is_dir():
             return [str(shard) for shard in Path(path).glob("*.tar")]
+        if Path(path).exists():
+            return [path]
         return glob.glob(path, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
     pattern = f"{path}*.tar" if path.endswith("/") else path
     if scheme in WEB:

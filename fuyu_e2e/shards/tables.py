@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.shards.formats import IMAGE_EXTENSIONS, TEXT_BYTES
+from fuyu_e2e.shards.extensions import IMAGES, UNREAD, is_media
+from fuyu_e2e.shards.formats import MEDIA_KEYS, TEXT_BYTES
 
 IMAGE_COLUMNS = ("image", "path", "filepath", "file", "image_path")
 """Columns taken for image paths, in any case."""
@@ -36,15 +37,14 @@ FORMS = (
     'with an image and a text column, with "conversations" (LLaVA\'s), with "segments", or with "text"'
 )
 """What a source may be, for messages."""
-UNREAD_IMAGES = ("avif", "bmp", "gif", "heic", "heif", "ico", "jp2", "jxl", "psd", "svg", "tif", "tiff")
-"""Extensions of images that are not read: the caption beside one is no caption without its image."""
+EXTRACT = "write each image into a file first, and its path into the table"
+"""What to do with images that stand in a table themselves."""
 BATCH = 1024
 """Rows of a Parquet file decoded at once."""
 
 _ELEMENT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
 """What has to be seen of JSON to know where an element ends."""
 _BLANK = re.compile(rb"\s*+")
-_IMAGE_NAME = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 Place = int | bytes
@@ -74,9 +74,9 @@ class Reader(ABC):
 
 @dataclass(frozen=True)
 class Folder(Reader):
-    """Images and texts below a folder, those with one stem in one row; hidden and all other files are no rows.
+    """Images, sound, films and texts below a folder, one stem a row; hidden and all other files are no rows.
 
-    An image of a kind that is not read stands in the row of a text that has no other.
+    Links are followed, each folder once. What is not read stands in the row of a text that has nothing else, or alone.
     """
 
     root: Path
@@ -95,20 +95,26 @@ class Folder(Reader):
         def refuse(error: OSError) -> None:
             raise UserError(f"The folder {error.filename} can't be read: {error.strerror}.") from error
 
-        for folder, folders, files in os.walk(self.root, onerror=refuse):
+        seen: set[str] = set()
+        for folder, folders, files in os.walk(self.root, onerror=refuse, followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:  # a link into a folder above it has no end
+                folders.clear()
+                continue
+            seen.add(real)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             stems: dict[str, list[str]] = {}
             unread: dict[str, list[str]] = {}
             for name in sorted(files):
                 if not name.startswith("."):
-                    if _extension(name) in (*IMAGE_EXTENSIONS, "txt"):
+                    if _extension(name) in (*IMAGES, "txt"):
                         stems.setdefault(Path(name).stem, []).append(name)
-                    elif _extension(name) in UNREAD_IMAGES:
+                    elif _extension(name) in UNREAD:
                         unread.setdefault(Path(name).stem, []).append(name)
             below = Path(folder).relative_to(self.root)
-            for stem, names in sorted(stems.items()):
+            for stem in sorted(stems.keys() | unread.keys()):
+                names = stems.get(stem, [])
                 if all(_extension(name) == "txt" for name in names):
-                    names += unread.get(stem, [])
+                    names = names + unread.get(stem, [])
                 yield b"\0".join(os.fsencode(below / name) for name in names)
 
     def _row(self, place: Place) -> Row:
@@ -182,8 +188,8 @@ class Elements(Reader):
 class Delimited(Reader):
     """CSV or TSV with a header, its records found again by their byte offsets; empty lines are no rows.
 
-    A field may be quoted and hold line breaks (RFC 4180). One longer than Python's csv allows (131,072 characters)
-    ends a bad row, so that a quote that nobody closes costs no more than that.
+    A field may be quoted and hold line breaks (RFC 4180). A row that is none, as after a quote that nobody closes,
+    ends with its first line, so that it costs no other row.
     """
 
     path: Path
@@ -192,13 +198,13 @@ class Delimited(Reader):
     def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
         """One row for each record behind the header."""
         with _open(self.path) as file:
-            header = self._record(file)
+            header = self._record(file, None)
             if isinstance(header, csv.Error):
                 raise UserError(f"The header of {self.path} is no line of a table: {header}.")
             names = [name.removeprefix("\ufeff") for name in header or []]
             for place in _offsets(file) if places is None else places:
                 file.seek(place)
-                record = self._record(file)
+                record = self._record(file, len(names))
                 if record:
                     yield place, partial(self._row, names, record)
 
@@ -206,13 +212,20 @@ class Delimited(Reader):
         """The file itself."""
         return str(self.path)
 
-    def _record(self, file: BinaryIO) -> list[str] | csv.Error | None:
+    def _record(self, file: BinaryIO, fields: int | None) -> list[str] | csv.Error | None:
+        """The record that begins where the file stands, expected to have so many fields."""
+        start = file.tell()
         # Bytes that are not UTF-8 come back as they are, and are refused where the text is written.
         lines = iter(lambda: _line(file).decode("utf-8", "surrogateescape"), "")
+        record: list[str] | csv.Error | None
         try:
-            return next(csv.reader(lines, delimiter=self.delimiter, strict=True), None)
+            record = next(csv.reader(lines, delimiter=self.delimiter, strict=True), None)
         except csv.Error as error:
-            return error
+            record = error
+        if isinstance(record, csv.Error) or (record and fields is not None and len(record) != fields):
+            file.seek(start)
+            _line(file)
+        return record
 
     def _row(self, names: list[str], record: list[str] | csv.Error) -> Row:
         if isinstance(record, csv.Error):
@@ -305,7 +318,7 @@ class Pairs(Kind):
         files: list[Path] = row["files"]
         texts = [path for path in files if _extension(path) == "txt"]
         images = [path for path in files if path not in texts]
-        if images and _extension(images[0]) in UNREAD_IMAGES:
+        if images and _extension(images[0]) in UNREAD:
             raise _not_read(images[0])
         if not images:
             raise UnusableSampleError("image-missing", f"no image beside {texts[0]}")
@@ -368,7 +381,7 @@ class Texts(Kind):
 
 @dataclass(frozen=True)
 class Chats(Kind):
-    """LLaVA's conversations: `image` is a path, a list of paths, or absent."""
+    """LLaVA's conversations: `image` or `images` is a path, a list of paths, or absent."""
 
     images: Path
     """What relative paths start from."""
@@ -376,16 +389,18 @@ class Chats(Kind):
     @property
     def columns(self) -> tuple[str, ...]:
         """As LLaVA names them."""
-        return ("id", "image", "conversations")
+        return ("id", *MEDIA_KEYS, "conversations")
 
     def members(self, row: Row) -> Members:
         """The images in their order, and json with the conversation and the row's own id."""
-        listed = row.get("image")
-        values = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        named = {name: row[name] for name in MEDIA_KEYS if row.get(name)}
+        values = [value for name in ("image", "images") for value in _listed(named.pop(name, []))]
+        for name, value in named.items():
+            raise UnusableSampleError("image-extension", f"{name} {value!r} is not read")
         paths = [_locate(self.images, value) for value in values]
         members: Members = {_numbered(number, path): path for number, path in enumerate(paths)}
-        named = {} if row.get("id") is None else {"id": str(row["id"])}
-        return {**members, "json": _json({**named, "conversations": row.get("conversations")})}
+        known_as = {} if row.get("id") is None else {"id": str(row["id"])}
+        return {**members, "json": _json({**known_as, "conversations": row.get("conversations")})}
 
 
 @dataclass(frozen=True)
@@ -459,6 +474,7 @@ def open_source(
         raise UserError(f"{path} is empty: name {FORMS}.")
     reader = _reader(path)
     row = _first_row(reader, path)
+    _check_no_embedded_images(row, path)
     kind = _kind(row, path, image_column, text_column, images or path.parent)
     if isinstance(reader, Parquet):
         reader = replace(reader, columns=tuple(name for name in kind.columns if name in row))
@@ -539,11 +555,30 @@ def _column(row: Row, path: Path, named: str | None, known: Collection[str], opt
     return found[0] if found else None
 
 
+def _check_no_embedded_images(row: Row, path: Path) -> None:
+    for name, value in row.items():
+        if any(map(_is_embedded, _listed(value))):
+            raise UserError(f"{path} holds images in {name!r}, not paths of them, which are not read: {EXTRACT}.")
+
+
 def _check_text_only(others: Row, path: Path) -> None:
     """Captions whose image column has an uncommon name would else go for text without a word."""
     for name, value in others.items():
-        if isinstance(value, str) and _IMAGE_NAME.search(value) and not _REMOTE.match(value):
-            raise UserError(f"{path} seems to name images in {name!r}: say so with --image-column {name}.")
+        first = next(iter(_listed(value)), None)
+        if isinstance(first, str) and is_media(_extension(first)) and not _REMOTE.match(first):
+            raise UserError(
+                f"{path} seems to name images in {name!r}: say so with --image-column {name}"
+                + (", one path a row." if isinstance(value, list) else ".")
+            )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _is_embedded(value: Any) -> bool:
+    """Whether a value is an image as Hugging Face's datasets store it: bytes, or bytes and a path."""
+    return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
 
 
 def _locate(images: Path, value: Any) -> Path:
@@ -551,17 +586,18 @@ def _locate(images: Path, value: Any) -> Path:
     if value is None or value == "":
         raise UnusableSampleError("image-not-named")
     if not isinstance(value, str):
-        raise UnusableSampleError("image-not-named", f"{type(value).__name__} where a path is expected")
+        hint = f", which holds the image itself: {EXTRACT}" if _is_embedded(value) else ""
+        raise UnusableSampleError("image-not-named", f"{type(value).__name__} where a path is expected{hint}")
     if _REMOTE.match(value):
         raise UnusableSampleError("image-remote", f"{value}: fetch images with img2dataset first, which writes shards")
     path = images / value
-    if _extension(path) not in IMAGE_EXTENSIONS:
+    if _extension(path) not in IMAGES:
         raise _not_read(value)
     return path
 
 
 def _not_read(image: Path | str) -> UnusableSampleError:
-    return UnusableSampleError("image-kind-not-read", f"{image}: read are {', '.join(IMAGE_EXTENSIONS)}")
+    return UnusableSampleError("image-extension", f"{image}: read are {', '.join(IMAGES)}")
 
 
 def _extension(path: Path | str) -> str:

@@ -131,6 +131,42 @@ def test_interleaved_images_and_text(shard: Shard) -> None:
     assert found == [Document("3", (Text("one"), A, Text("two", False), B, A))]
 
 
+def test_several_images_come_by_number_or_as_the_json_lists_them(shard: Shard) -> None:
+    images = {f"7.{number}.png": str(number).encode() for number in range(12)}
+    chat = {"conversations": [*turn("human", "<image>" * 12)["conversations"], *turn()["conversations"]]}
+
+    def order(described: dict) -> list[int]:
+        [document] = read(shard({**images, "7.json": described}))
+        return [int(segment.data) for segment in document.segments if isinstance(segment, Image)]
+
+    assert order(chat) == [*range(12)]
+    assert order(chat | {"image": [f"elsewhere/{number}.png" for number in "ab"]}) == [*range(12)]
+    backwards = [*range(11, -1, -1)]
+    assert order(chat | {"image": [f"folder/7.{number}.PNG" for number in backwards]}) == backwards
+    assert reasons(shard({**images, "7.json": chat | {"images": ["7.1.png", "7.12.png"]}})) == {"chat-images": 1}
+
+
+@pytest.mark.parametrize("beside", ['{"caption": "x", "score": NaN}', "[1]", '{"caption": '])
+def test_a_caption_needs_no_json(shard: Shard, beside: str) -> None:
+    found = read(shard({"0.jpg": A.data, "0.txt": "a caption", "0.json": beside}))
+    assert found == [Document("0", (A, Text("a caption")))]
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ({f"v1.{number:06}.{kind}": b"x" for number in range(50) for kind in ("jpg", "txt")}, "50 samples with dots"),
+        ({"img_2.5x.jpg": b"x", "img_2.5x.txt": b"x"}, "a sample with dots"),
+    ],
+)
+def test_names_with_dots_are_counted_in_one_short_sentence(shard: Shard, members: dict, said: str) -> None:
+    tally = Tally()
+    assert list(read_documents(shard(members), tally)) == []
+    sentence = tally.examples["format-unknown"]
+    assert said in sentence
+    assert len(sentence) < 300
+
+
 def test_plain_text_and_lines_of_json(shard: Shard) -> None:
     assert read(shard({"0.txt": "hello"})) == [Document("0", (Text("hello"),))]
     lines = b'{"text": "a"}\n\n{"text": " b "}\n{"conversations": [{"from": "gpt", "value": "c"}]}\n'
@@ -146,7 +182,16 @@ BAD = {
     "empty caption": ({"0.jpg": b"x", "0.txt": " \n"}, "caption-empty"),
     "empty text": ({"0.txt": ""}, "text-empty"),
     "image alone": ({"0.jpg": b"x"}, "format-unknown"),
-    "nothing known": ({"0.mp4": b"x"}, "format-unknown"),
+    "nothing known": ({"0.npy": b"x"}, "format-unknown"),
+    "film": ({"0.mp4": b"x", "0.txt": "x"}, "image-extension"),
+    "image of a kind that is not read": ({"0.GIF": b"x", "0.json": turn()}, "image-extension"),
+    "chat about a film": (
+        {"0.json": {"conversations": [*turn("human", "<video>\nWhat?")["conversations"], *turn()["conversations"]]}},
+        "image-extension",
+    ),
+    "image named but not there": ({"0.json": {"image": "0.jpg", **turn()}}, "image-missing"),
+    "images named but not there": ({"0.json": {"images": ["0.jpg"], "caption": "x"}}, "image-missing"),
+    "line that names an image": ({"0.jsonl": '{"image": "0.jpg", "text": "x"}'}, "image-missing"),
     "code": ({"0.pyd": b"x", "0.pkl": b"x", "0.pth": b"x", "0.pickle": b"x"}, "format-unknown"),
     "two images for a caption": ({"0.a.jpg": b"x", "0.b.jpg": b"x", "0.txt": "x"}, "caption-of-several-images"),
     "invalid UTF-8": ({"0.txt": b"\xff\xfe"}, "text-not-utf8"),

@@ -33,7 +33,7 @@ def write(path: Path, data: bytes) -> Path:
 TEN = [(f"{number}.txt", f"text {number}".encode()) for number in range(10)]
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 1024, b"<html>not found</html>" * 100, b"\x1f\x8b" + b"x" * 600])
+@pytest.mark.parametrize("content", [b"", b"\0" * 20_480, b"<html>not found</html>" * 100, b"\x1f\x8b" + b"x" * 600])
 def test_a_file_that_is_no_tar_is_named(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UserError, match=r"bad\.tar is not a tar file"):
         Shard(write(tmp_path / "bad.tar", content))
@@ -61,6 +61,7 @@ def test_members_group_by_the_name_before_the_first_dot(tmp_path: Path) -> None:
         ([("1.txt", b"x"), ("1.txt", b"y")], "member-duplicate"),
         ([("1.jpg", b"x"), ("1.txt", b"x"), ("1.JPG", b"y")], "member-duplicate"),
         ([("README", b"x")], "member-name"),
+        ([("1.tif", b"x"), ("1.txt", b"x")], "image-extension"),
     ],
 )
 def test_bad_members_cost_their_sample_and_are_counted(
@@ -71,6 +72,64 @@ def test_bad_members_cost_their_sample_and_are_counted(
     assert [document.answer for document in read_documents(shard, tally)] == ["before", "behind"]
     assert tally.skipped == {reason: 1}
     assert tally.read == 3
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_link_is_no_image_and_its_caption_no_text(tmp_path: Path, kind: bytes) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, linked in (("0.txt", None), ("1.jpg", "0.txt"), ("1.txt", None)):
+            member = tarfile.TarInfo(name)
+            member.size = 0 if linked else 4
+            if linked:
+                member.type, member.linkname = kind, linked
+            tar.addfile(member, None if linked else io.BytesIO(b"text"))
+    tally = Tally()
+    assert [document.key for document in read_documents(tmp_path / "s.tar", tally)] == ["0"]
+    assert tally.skipped == {"member-link": 1}
+    assert "1.jpg is a link to 0.txt" in tally.examples["member-link"]
+
+
+@pytest.mark.parametrize("folders", [("", ""), ("images/", "captions/")])
+def test_halves_of_a_sample_that_stand_apart_are_no_texts(tmp_path: Path, folders: tuple[str, str]) -> None:
+    images = [(f"{folders[0]}{number}.jpg", b"x") for number in range(3)]
+    texts = [(f"{folders[1]}{number}.txt", b"a caption") for number in range(3)]
+    shard = write(tmp_path / "s.tar", tar_bytes([*images, ("meant.txt", b"a text"), *texts]))
+    tally = Tally()
+    assert [document.answer for document in read_documents(shard, tally)] == ["a text"]
+    assert tally.skipped == {"members-apart": 6}
+    assert "tar --sort=name" in tally.examples["members-apart"]
+
+
+def test_hidden_files_are_passed_over_and_end_no_sample(tmp_path: Path) -> None:
+    """What macOS and Finder leave beside files."""
+    members = [
+        ("./._0.jpg", b"mac"), ("./0.jpg", b"x"), ("./.DS_Store", b"mac"), ("./0.txt", b"a caption"),
+        ("__MACOSX/._0.txt", b"mac"), ("./1.txt", b"a text"),
+    ]  # fmt: skip
+    shard = Shard(write(tmp_path / "s.tar", tar_bytes(members)))
+    samples = [shard.sample(number) for number in range(len(shard))]
+    assert [(sample.key, sorted(sample.members)) for sample in samples] == [("./0", ["jpg", "txt"]), ("./1", ["txt"])]
+
+
+@pytest.mark.parametrize("size", [1024, 10_240])
+def test_an_archive_of_no_members_is_a_shard_of_no_documents(tmp_path: Path, size: int) -> None:
+    tally = Tally()
+    assert list(read_documents(write(tmp_path / "empty.tar", bytes(size)), tally)) == []
+    assert tally == Tally()
+
+
+def test_an_archive_behind_another_is_reported(tmp_path: Path) -> None:
+    shard = write(tmp_path / "two.tar", tar_bytes(TEN[:2]) + tar_bytes(TEN[2:]))
+    tally = Tally()
+    assert len(list(read_documents(shard, tally))) == 2
+    assert tally.skipped == {"shard-broken": 1}
+    assert "goes on behind the end of the archive" in tally.examples["shard-broken"]
+
+
+def test_a_name_that_is_not_utf8_can_be_written_anywhere(tmp_path: Path) -> None:
+    name = b"\xc4\xe3.txt".decode("utf-8", "surrogateescape")
+    [document] = read_documents(write(tmp_path / "s.tar", tar_bytes([(name, b"a text")])), Tally())
+    assert document.key == "\\xc4\\xe3"
 
 
 @pytest.mark.parametrize(

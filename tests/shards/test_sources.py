@@ -194,6 +194,16 @@ def waited_for(condition: Callable[[], object], seconds: float = NEVER) -> None:
 # Names
 
 
+@pytest.mark.parametrize("name", ["set [1]", "a{1,2}b", "what?", "{open", "star*"])
+def test_a_path_that_is_there_is_no_pattern(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    shard = folder / f"{name}.tar"
+    shard.touch()
+    assert expand_patterns(str(shard)) == (str(shard),)
+    assert expand_patterns(str(folder)) == (str(shard),)
+
+
 def test_local_patterns_name_files_globs_braces_and_folders(tmp_path: Path) -> None:
     for name in ("a-0", "a-1", "a-2", "b-0"):
         (tmp_path / f"{name}.tar").touch()

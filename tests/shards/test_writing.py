@@ -278,7 +278,7 @@ BAD_PATHS = {
     "image-too-many-pixels": ["huge.png"],
     "image-aspect": ["wide.png"],
     "image-too-many-bytes": ["fat.png"],
-    "image-kind-not-read": ["a.tiff", "a"],
+    "image-extension": ["a.tiff", "a"],
     "image-remote": ["https://example.org/a.png", "s3://bucket/a.png"],
     "image-not-named": [None, "", 7, ["a.png"], {"bytes": "x"}],
 }
@@ -331,6 +331,10 @@ def test_every_row_that_cannot_be_used_is_counted_by_its_reason(tmp_path: Path, 
                 ("chat-images", {"conversations": turns("<image>?", "!")}),
                 ("chat-images", {"image": ["pics/a.png"] * 2, "conversations": turns("<image>?", "!")}),
                 ("json-type", {"conversations": [{"from": "gpt", "value": 5}]}),
+                ("image-extension", {"video": "a.mp4", "conversations": turns("?", "!")}),
+                ("image-extension", {"image": "a.tif", "conversations": turns("?", "!")}),
+                ("image-not-named", {"image": [{"path": "a.jpg"}], "conversations": turns("?", "!")}),
+                ("image-missing", {"images": ["b.png"], "conversations": turns("?", "!")}),
                 ("image-remote", {"image": "http://x/a.jpg", "conversations": turns("<image>?", "!")}),
                 ("image-missing", {"image": ["pics/a.png", "b.png"], "conversations": turns("?", "!")}),
                 ("text-not-utf8", {"conversations": turns("?", "\udfff")}),
@@ -419,28 +423,53 @@ def test_an_image_of_a_kind_that_is_not_read_is_not_missing(tmp_path: Path, imag
     folder, meant = folder_of_captions(tmp_path, images)
     (folder / "drawn.svg").write_text("<svg/>")
     (folder / "drawn.txt").write_text("a drawing")
-    (folder / "alone.svg").write_text("<svg/>")  # no sample: nothing is said of it
+    (folder / "alone.svg").write_text("<svg/>")
     (folder / "gone.txt").write_text("no image at all")
     report = write_shards(folder, tmp_path / "out", settings=ALL_TRAIN)
-    assert report.total.skipped == {"image-kind-not-read": 1, "image-missing": 1}
-    assert "drawn.svg: read are jpg, jpeg, png, webp" in report.total.examples["image-kind-not-read"][0].detail
+    assert report.total.skipped == {"image-extension": 2, "image-missing": 1}
+    assert "alone.svg: read are jpg, jpeg, jpe, jfif, png, webp" in report.total.examples["image-extension"][0].detail
     assert report.total.written == len(meant)
     (tmp_path / "drawings").mkdir()
     for name in ("drawn.svg", "drawn.txt"):
         (folder / name).rename(tmp_path / "drawings" / name)
-    with pytest.raises(UserError, match="image-kind-not-read"):  # not taken for a folder of texts
+    with pytest.raises(UserError, match="image-extension"):  # not taken for a folder of texts
         write_shards(tmp_path / "drawings", tmp_path / "none")
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path, images: dict[str, Image]) -> None:
+    folder, meant = folder_of_captions(tmp_path, images)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "linked").symlink_to(folder)
+    (folder / "around").symlink_to(tmp_path / "in")
+    report = write_shards(tmp_path / "in", tmp_path / "out", settings=ALL_TRAIN)
+    assert report.total.written == len(meant)
+
+
+@pytest.mark.parametrize("embedded", [b"\x89PNG", {"bytes": b"\x89PNG", "path": None}])
+@pytest.mark.parametrize("column", ["image", "images", "picture"])
+def test_images_inside_a_table_are_refused_with_a_way_out(tmp_path: Path, column: str, embedded: Any) -> None:
+    rows = {"caption": ["x"], "text": ["x"], column: [[embedded]] if column == "images" else [embedded]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=f"holds images in '{column}'.*into a file first"):
+        write_shards(tmp_path / "t.parquet", tmp_path / "out", settings=ALL_TRAIN)
+
+
+@pytest.mark.parametrize("value", ["a.png", "a.gif", "a.mp4", ["a.png", "b.png"]])
+def test_a_table_that_names_media_in_another_column_is_no_table_of_texts(tmp_path: Path, value: Any) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "x", "shown": value}))
+    with pytest.raises(UserError, match="seems to name images in 'shown'"):
+        write_shards(tmp_path / "t.jsonl", tmp_path / "out", settings=ALL_TRAIN)
 
 
 def test_what_is_wrong_in_other_tables_is_counted(tmp_path: Path, images: dict[str, Image]) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes(
         b'image,text\npics/a.png,good\npics/a.png\npics/a.png,t,t\npics/a.png,"quoted" not\npics/a.png,\xff\n'
-        + b"pics/a.png," + b"t" * 200_000 + b'\npics/a.png,good\npics/a.png,"never closed\npics/a.png,lost\n'
+        + b"pics/a.png," + b"t" * 200_000 + b'\npics/a.png,good\npics/a.png,"never closed\npics/a.png,good\n'
     )  # fmt: skip
     report = write_shards(path, tmp_path / "csv", settings=ALL_TRAIN)
     assert report.total.skipped == {"row-columns": 2, "row-not-csv": 3, "text-not-utf8": 1}
-    assert report.total.written == 2
+    assert report.total.written == 3, "and the row behind the quote that nobody closes"
     assert_adds_up(report, tmp_path / "csv")
 
     path = tmp_path / "t.json"

@@ -1,0 +1,23 @@
+"""What the last part of a member's or file's extension says that it holds."""
+
+IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
+"""Images that are read."""
+UNREAD_IMAGES = """avif bmp dng emf eps exr gif hdr heic heif ico j2k jp2 jxl nef pbm pdf pgm pnm ppm psd svg tga tif
+    tiff wmf xcf"""
+UNREAD_SOUND = "aac aif aiff flac m4a mp3 oga ogg opus wav wma"
+UNREAD_FILMS = "3gp avi flv m4v mkv mov mp4 mpeg mpg ogv webm wmv"
+UNREAD = frozenset(f"{UNREAD_IMAGES} {UNREAD_SOUND} {UNREAD_FILMS}".split())
+"""What is not read: a text beside it speaks of what the model would not see."""
+TEXTS = ("txt", "json")
+"""What belongs to an image, or stands alone."""
+
+
+def last_extension(name: str) -> str:
+    """The part of a name behind its last dot, in lower case; the whole of a name without a dot."""
+    return name.rpartition(".")[2].lower()
+
+
+def is_media(extension: str) -> bool:
+    """Whether an extension, which may have several parts, is that of an image, sound or film."""
+    last = last_extension(extension)
+    return last in IMAGES or last in UNREAD
