@@ -251,7 +251,7 @@ def test_grey_of_few_bits_that_is_marked_transparent_is_white(depth: int) -> Non
     for hidden in range(0, highest + 1, 1 if depth < 8 else 51):
         data = raw_png(1, highest + 1, rows, depth=depth, tRNS=struct.pack(">H", hidden))
         shown = [255 if value == hidden else value * 255 // highest for value in range(highest + 1)]
-        assert decode_image(data, ImagePolicy(patch_size=8, max_aspect=256))[:, 0, 0].tolist() == shown
+        assert decode_image(data, ImagePolicy(patch_size=8, max_aspect=256.0))[:, 0, 0].tolist() == shown
 
 
 def test_a_16_bit_colour_that_is_marked_transparent_is_white() -> None:

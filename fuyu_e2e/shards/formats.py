@@ -117,8 +117,7 @@ def _only(sample: Sample, where: str) -> str:
 
 def _in_order(images: dict[str, Image], described: dict[str, Any], sample: Sample) -> list[Image]:
     """The images in the order of the names that the JSON lists, or of their own."""
-    listed = next((value for name in ("image", "images") if _names(value := described.get(name))), [])
-    listed = [listed] if isinstance(listed, str) else listed
+    listed = next(filter(None, (_names(described.get(name)) for name in ("image", "images"))), [])
     stem = PurePosixPath(sample.key).name.lower()
     members = {f"{stem}.{name}": image for name, image in images.items()} | images
     named = [members.get(PurePosixPath(name).name.lower()) for name in listed]
@@ -137,16 +136,16 @@ def _numbers_as_numbers(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _names(value: Any) -> bool:
-    """Whether a value of a JSON object names something: a text, or a list of texts."""
+def _names(value: Any) -> list[str]:
+    """What a value of a JSON object names: a text, or a list of texts; nothing where it is something else."""
     texts = [value] if isinstance(value, str) else value
-    return isinstance(texts, list) and bool(texts) and all(isinstance(text, str) and text for text in texts)
+    return texts if isinstance(texts, list) and all(isinstance(text, str) and text for text in texts) else []
 
 
 def _check_names_no_media(described: dict[str, Any], where: str) -> None:
     for name in MEDIA_KEYS:
-        if _names(value := described.get(name)):
-            raise UnusableSampleError("image-missing", f"{where} says {name!r}: {value!r}, but has no image")
+        if named := _names(described.get(name)):
+            raise UnusableSampleError("image-missing", f"{where} names {named[0]} under {name!r}, but has no image")
 
 
 def _from_line(key: str, line: bytes, where: str) -> Document:
