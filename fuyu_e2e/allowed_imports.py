@@ -5,12 +5,14 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.run_directory import run_of
 from fuyu_e2e.setting_errors import SettingError
 
 OPTION = "--allow-imports"
@@ -46,7 +48,7 @@ class DeniedImportError(Exception):
 
 
 class RecipeParser(LightningArgumentParser):
-    """Lightning's parser, which says of an import that was denied what was, and no more."""
+    """Lightning's parser, which says of an import that was denied what was, and no more, and finds runs again."""
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parses; of a setting of ours, jsonargparse lets a denied import through as it was raised."""
@@ -54,6 +56,13 @@ class RecipeParser(LightningArgumentParser):
             return super().parse_args(*args, **kwargs)
         except ImportError as error:
             self.error(str(error), error)
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Reads a recipe; one that lies in a run's directory is for that run, wherever it was when it was saved."""
+        settings = super().parse_path(path, *args, **kwargs)
+        if run := run_of(Path(path)):
+            settings["trainer.default_root_dir"] = str(run)
+        return settings
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the parsing.

@@ -25,10 +25,11 @@ from fuyu_e2e.allowed_imports import (
 )
 from fuyu_e2e.checkpoint.description import Description
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
-from fuyu_e2e.checkpoint.whole import is_whole, whole_checkpoints
+from fuyu_e2e.checkpoint.whole import UNFINISHED, is_whole, whole_checkpoints
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.during_training import EvaluationInTraining
+from fuyu_e2e.run_directory import CHECKPOINTS
 from fuyu_e2e.setting_errors import SettingError, recipes_of, sentence
 from fuyu_e2e.training.bad_steps import BadSteps
 from fuyu_e2e.training.checkpoint_guard import CheckpointGuard
@@ -191,7 +192,7 @@ class FuyuCLI(LightningCLI):
         parser.add_lightning_class_args(Hosts, "hosts")
         parser.add_lightning_class_args(EvaluationInTraining, "evaluate")
         parser.link_arguments(
-            "trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: str(Path(root) / "checkpoints")
+            "trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: str(Path(root) / CHECKPOINTS)
         )
 
     @staticmethod
@@ -203,14 +204,11 @@ class FuyuCLI(LightningCLI):
         """Does nothing: Lightning would take a checkpoint's hyperparameters for settings, class paths included."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses, and reads the checkpoint that was named before Lightning does, whose errors are tracebacks.
-
-        `last` becomes the folder of the run's checkpoints, of which the newest that is right is read; a run that has
-        none yet begins.
+        """Parses, and refuses what Lightning would refuse with a traceback, or take for something else.
 
         Raises:
             UserError: A setting is wrong; the recipe names a class that is not allowed, or asks for what only a
-                command line may; or the checkpoint can't be read.
+                command line may; or the checkpoint can't be read, or is missing.
         """
         try:
             self.config = parser.parse_args(args)
@@ -231,18 +229,10 @@ class FuyuCLI(LightningCLI):
                 "data.allow_pipe would let the recipe run commands in your shell: if you trust it, say "
                 "--data.allow_pipe true on the command line."
             )
-        named = settings.get("ckpt_path")
-        if named == "last":
-            folder = Path(settings["trainer"]["default_root_dir"]) / "checkpoints"
-            settings["ckpt_path"] = str(folder) if whole_checkpoints(folder) else None
-        elif named:
-            if not Path(named).is_file() and not is_whole(Path(named)):
-                raise UserError(
-                    f"--ckpt_path {named} is no checkpoint on this machine; `last` continues the run of "
-                    "trainer.default_root_dir."
-                )
-            Description.of(read_checkpoint(Path(named)), named)
-            settings["ckpt_path"] = str(Path(named).absolute())  # Lightning takes what begins with http for a URL
+        if (command := self.config.get("subcommand")) is not None:
+            settings["ckpt_path"] = checkpoint_to_read(
+                command, settings.get("ckpt_path"), Path(settings["trainer"]["default_root_dir"])
+            )
 
     def instantiate_classes(self) -> None:
         """Builds module, data and trainer.
@@ -282,18 +272,11 @@ class FuyuCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Keeps a new run from mixing its files with an old one's, and shares the rows of a step out.
+        """Shares the rows of a step out.
 
         Raises:
-            UserError: The run's directory has checkpoints, and the run is not told to go on from one; or the rows of a
-                step don't divide by the processes.
+            UserError: They don't divide by the processes.
         """
-        root = Path(self.trainer.default_root_dir)
-        if self.config.fit.ckpt_path is None and any(root.glob("checkpoints/*.ckpt")):
-            raise UserError(
-                f"{root} already holds a run: continue it with --ckpt_path last, or name another directory with "
-                "--trainer.default_root_dir."
-            )
         rows, strategy = self.config.fit.rows_per_step, self.trainer.strategy
         if rows is not None:
             sharing = strategy.tensor_parallel_size if isinstance(strategy, Sharded) else 1
@@ -304,6 +287,59 @@ class FuyuCLI(LightningCLI):
                     "their own."
                 )
             self.trainer.accumulate_grad_batches = rows // processes
+
+
+def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None:
+    """What a command of Lightning's reads, by the checkpoint that was named for it.
+
+    `last` is the folder of the run's checkpoints, of which the newest that is right is read. The checkpoint is read
+    here once, before Lightning does, whose errors are tracebacks.
+
+    Args:
+        command: `fit`, `validate`, `test` or `predict`.
+        named: `--ckpt_path`.
+        run: The run's directory.
+
+    Returns:
+        None where `fit` begins at step 0.
+
+    Raises:
+        UserError: It can't be read; there is none, and without one the command would tell of random weights; or `fit`
+            would mix the files of a new run with those of the one in the directory.
+    """
+    folder = run / CHECKPOINTS
+    other = next((path for path in folder.glob("*.ckpt") if not path.name.startswith(UNFINISHED)), None)
+    if named == "last":
+        if whole_checkpoints(folder):
+            return str(folder)
+        if other is not None:
+            raise UserError(f"{other} has no manifest, and no other checkpoint there has: name one with --ckpt_path.")
+        if command != "fit":
+            raise UserError(
+                f"There is no checkpoint in {folder} to {command}: name one with --ckpt_path, or the directory of a "
+                "run that has one with --trainer.default_root_dir."
+            )
+        rank_zero_info(f"No checkpoint in {folder}: the run begins at step 0.")
+        return None
+    if not named:
+        if command == "fit" and other is not None:
+            raise UserError(
+                f"{run} already holds a run: continue it with --ckpt_path last, or name another directory with "
+                "--trainer.default_root_dir."
+            )
+        if command == "fit":
+            return None
+        raise UserError(
+            f"No checkpoint is named to {command}: say --ckpt_path last for the newest of {run}, or --ckpt_path "
+            "CHECKPOINT for another."
+        )
+    if not Path(named).is_file() and not is_whole(Path(named)):
+        raise UserError(
+            f"--ckpt_path {named} is no checkpoint on this machine; `last` continues the run of "
+            "trainer.default_root_dir."
+        )
+    Description.of(read_checkpoint(Path(named)), named)
+    return str(Path(named).absolute())  # Lightning takes what begins with http for a URL
 
 
 def _where(path: str, args: Sequence[str]) -> str:

@@ -2,9 +2,10 @@
 
 import io
 import re
+import shutil
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,75 @@ def test_predictions_replace_the_earlier_ones_when_they_are_complete(
         command(*predict, "train.tar", "--model.max_new_tokens", "1")
     assert (folder / "run" / "predictions.jsonl").read_text() == written
     assert not list((folder / "run").glob(".unfinished*"))
+
+
+@pytest.fixture
+def moved(trained: str, folder: Path) -> Iterator[Path]:
+    """That run under another name."""
+    (folder / "run").rename(folder / "moved")
+    yield folder / "moved"
+    (folder / "moved").rename(folder / "run")
+
+
+def test_a_run_that_was_moved_is_found_by_its_recipe(
+    command: Callable[..., tuple[int, str]], folder: Path, moved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From wherever; another directory on the command line holds all the same."""
+    recipe = ("--config", "moved/config.yaml")
+    shutil.copytree(moved, folder / "copied")
+    code, printed = command("fit", "--config", "copied/config.yaml", *LAST, "--trainer.max_steps", "5")
+    assert code == 0, printed
+    assert "Going on from copied/checkpoints/" in printed.replace(f"{folder}/", "")
+    assert read_checkpoint(find_checkpoint(folder / "copied"))["global_step"] == 5
+    assert yaml.safe_load((folder / "copied" / "config.yaml").read_text())["trainer"]["default_root_dir"] == "copied"
+    code, printed = command("validate", *recipe, *LAST)
+    assert code == 0, printed
+    assert "val/loss" in printed
+    code, printed = command("validate", *recipe, *LAST, "--trainer.default_root_dir", "typo")
+    assert code == 2, printed
+    monkeypatch.chdir(moved)
+    code, printed = command("fit", "--config", "config.yaml")
+    assert (code, "already holds a run" in printed) == (2, True), printed
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["validate", "test", "predict"])
+@pytest.mark.parametrize(
+    ("named", "sentence"),
+    [
+        ((), "No checkpoint is named to {name}: say --ckpt_path last for the newest of run, or"),
+        ((*LAST, "--trainer.default_root_dir", "typo"), "There is no checkpoint in typo/checkpoints to {name}: name"),
+    ],
+    ids=["forgotten", "typo"],
+)
+def test_random_weights_are_not_evaluated(
+    command: Callable[..., tuple[int, str]],
+    folder: Path,
+    trained: str,
+    name: str,
+    named: tuple[str, ...],
+    sentence: str,
+) -> None:
+    (folder / "run" / "predictions.jsonl").write_text("earlier")
+    data = ("--data.test", "val.tar", "--data.predict", "val.tar")
+    code, printed = command(name, "--config", "run/config.yaml", *data, *named)
+    assert code == 2, printed
+    assert sentence.format(name=name) in printed
+    assert (folder / "run" / "predictions.jsonl").read_text() == "earlier"
+    assert not (folder / "typo").exists()
+
+
+def test_a_run_without_a_checkpoint_says_that_it_begins(command: Callable[..., tuple[int, str]], folder: Path) -> None:
+    """What a process left behind that was killed while it saved is no checkpoint."""
+    (folder / "first" / "checkpoints" / ".unfinished-step=2.ckpt").mkdir(parents=True)
+    code, printed = command(*FIT[:3], "--trainer.default_root_dir", "first", *LAST, "--trainer.max_steps", "1")
+    assert code == 0, printed
+    assert "No checkpoint in first/checkpoints: the run begins at step 0." in printed
+    (folder / "single" / "checkpoints").mkdir(parents=True)
+    (folder / "single" / "checkpoints" / "a.ckpt").touch()
+    code, printed = command(*FIT[:3], "--trainer.default_root_dir", "single", *LAST)
+    assert code == 2, printed
+    assert "single/checkpoints/a.ckpt has no manifest" in printed
 
 
 def test_a_named_size_takes_the_tokenizers_vocabulary(command: Callable[..., tuple[int, str]], folder: Path) -> None:
