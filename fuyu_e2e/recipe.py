@@ -42,6 +42,7 @@ from fuyu_e2e.training.garbage import GarbageCollection
 from fuyu_e2e.training.hosts import Hosts
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.launched import launched_processes
+from fuyu_e2e.training.lightning_settings import check_settings
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.no_profiler import NoProfiler
 from fuyu_e2e.training.progress import progress
@@ -66,8 +67,8 @@ class SaveRecipe(SaveConfigCallback):
         """Does nothing, where Lightning would write."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes it, over that of the same run before it was resumed."""
-        if trainer.is_global_zero:
+        """Writes it, over that of the same run before it was resumed; a trial (`fast_dev_run`) leaves nothing."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -217,6 +218,7 @@ class FuyuCLI(LightningCLI):
                 if names_outside(value := settings["trainer"][name], [*ALLOWED, *self.allowed]):
                     raise DeniedImportError(value, f"trainer.{name}")
             check_strategy(settings["trainer"]["strategy"])
+            check_settings(settings)
         except DeniedImportError as error:
             raise UserError(
                 f"{error.key} {_where(error.path, args)}names {error.path}, and a recipe may name only classes of "

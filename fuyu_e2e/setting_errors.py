@@ -41,6 +41,11 @@ class SettingError(Exception):
         self.message, self.options = message, options
 
 
+def follows(target: str, source: str) -> str:
+    """What jsonargparse says where a setting is given that follows from another one."""
+    return f'Linked "{target}" must be given via "{source}".'
+
+
 def recipes_of(args: Sequence[str]) -> list[str]:
     """The recipes that a command line names."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
@@ -77,6 +82,12 @@ def sentence(error: SettingError, args: Sequence[str], classes: Collection[str])
     if message.startswith(UNRECOGNIZED):
         return unknown_option(message.removeprefix(UNRECOGNIZED), error.options, HELP)
     settings = [option.removeprefix("--") for option in error.options]
+    # Its own message, and what it says where the value is of no type that the setting takes.
+    linked = re.search(r'Linked "(?P<target>[\w.]+)" must be given via "(?P<source>[\w.]+)"', message)
+    if linked := linked or re.search(r"\((?P<source>[\w.]+)\) --> (?P<target>[\w.]+):", message):
+        source = linked["source"].replace("model.config", "model.decoder")
+        where = _where(linked["target"], args, recipes)
+        return f"{where} can't be set, since it follows from {source}: leave it out, and set that."
     if unknown := re.match(r"(Subcommand|Group) '(.*?)' does not accept option '(.+?)'", message):
         group = unknown[2] if unknown[1] == "Group" else ""
         return _unknown(f"{group}.{unknown[3]}".strip("."), settings, args, recipes)

@@ -26,7 +26,8 @@ from fuyu_e2e.model.sharding import TENSOR, gather_weights, shard
 from fuyu_e2e.ranks import DataRank
 from fuyu_e2e.sequence import Prompt
 from fuyu_e2e.training.checkpoints import checkpoints_of
-from fuyu_e2e.training.gradients import gradient_norm, scale_gradients, weights_of
+from fuyu_e2e.training.gradients import clamp_gradients, gradient_norm, scale_gradients, weights_of
+from fuyu_e2e.training.lightning_settings import check_trainer
 from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
 from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
 from fuyu_e2e.training.resume import go_back_to_last_step
@@ -143,8 +144,10 @@ class FuyuModule(pl.LightningModule):
         """Checks what can't be seen from the settings alone.
 
         Raises:
-            UserError: The tokenizer doesn't fit the decoder, `fit` has no end, or `predict` has several processes.
+            UserError: A setting of the trainer doesn't work here, the tokenizer doesn't fit the decoder, `fit` has no
+                end, or `predict` has several processes.
         """
+        check_trainer(self.trainer)
         if stage == "predict" and self.trainer.world_size > 1:
             raise UserError(
                 "predict runs in one process, and continues the checkpoints of any strategy: say --trainer.devices 1 "
@@ -285,11 +288,15 @@ class FuyuModule(pl.LightningModule):
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
+        gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the norm over all weights."""
-        if gradient_clip_val is not None:
+        """Clips by the norm over all weights, or each entry by its value; at 0 not at all, as Lightning has it."""
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            clamp_gradients(weights_of(optimizer), gradient_clip_val)
+        else:
             # As in torch's clip_grad_norm_, which knows nothing of several meshes.
             factor = (gradient_clip_val / (self._gradient_norm + 1e-6)).clamp(max=1.0)
             scale_gradients(weights_of(optimizer), factor)

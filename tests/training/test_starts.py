@@ -166,6 +166,55 @@ def test_predictions_replace_the_earlier_ones_when_they_are_complete(
     assert not list((folder / "run").glob(".unfinished*"))
 
 
+REFUSED = {
+    "--trainer.gradient_clip_val -1": "trainer.gradient_clip_val is -1, but must be 0 (no clipping) or above",
+    "--trainer.overfit_batches 0.1": "trainer.overfit_batches is 0.1, a share of rows that nobody counts beforehand",
+    "--trainer.val_check_interval 0.25": "trainer.val_check_interval is 0.25, a share of rows",
+    "--trainer.limit_val_batches 0.5": "trainer.limit_val_batches is 0.5, a share of rows",
+    "--trainer.model_registry mine": "trainer.model_registry doesn't work here",
+    "--trainer.reload_dataloaders_every_n_epochs 1": "would begin the stream of training data anew",
+    "--checkpoint.enable_version_counter true": "checkpoint.enable_version_counter doesn't work here",
+    "--checkpoint.dirpath elsewhere": "--checkpoint.dirpath can't be set, since it follows from trainer.def",
+    "--config linked.yaml": "checkpoint.dirpath in linked.yaml can't be set, since it follows from trainer.def",
+    "--config seeded.yaml": "data.seed in seeded.yaml can't be set, since it follows from seed_everything",
+    "--data.patch_size 8": "--data.patch_size can't be set, since it follows from model.decoder",
+    "--seed_everything true": "seed_everything is true, but must be a whole number",
+    "--seed_everything -1": "seed_everything is -1, but must be a whole number",
+}
+"""What can't be had, and how the sentence begins that says so."""
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_what_cannot_be_had_is_refused_with_a_sentence(
+    command: Callable[..., tuple[int, str]], folder: Path, arguments: str
+) -> None:
+    (folder / "linked.yaml").write_text("checkpoint: {dirpath: elsewhere}")
+    (folder / "seeded.yaml").write_text("data: {seed: 5}")
+    code, printed = command(*FIT[:3], "--trainer.default_root_dir", "never", *arguments.split())
+    assert code == 2, printed
+    [sentence] = [line for line in printed.splitlines() if line.startswith("fuyu-e2e: ")]
+    assert REFUSED[arguments] in sentence
+    assert "Traceback" not in printed
+    assert not (folder / "never").exists()
+
+
+def test_a_trial_leaves_nothing_that_is_in_the_way_of_the_run(
+    command: Callable[..., tuple[int, str]], folder: Path
+) -> None:
+    code, printed = command(*FIT[:3], "--trainer.default_root_dir", "trial", "--trainer.fast_dev_run", "true")
+    assert code == 0, printed
+    assert not (folder / "trial").exists()
+
+
+def test_each_checkpoint_is_told_where_that_is_asked_for(
+    command: Callable[..., tuple[int, str]], folder: Path
+) -> None:
+    verbose = ("--trainer.default_root_dir", "verbose", "--checkpoint.verbose", "true", "--trainer.max_steps", "2")
+    code, printed = command(*FIT[:3], *verbose)
+    assert code == 0, printed
+    assert re.search(r"Step 2, val/loss [\d.]+: saving .*verbose/checkpoints/step=2-val_loss", printed)
+
+
 @pytest.fixture
 def moved(trained: str, folder: Path) -> Iterator[Path]:
     """That run under another name."""
