@@ -53,6 +53,7 @@ from fuyu_e2e.training.signals import StopSignals
 from fuyu_e2e.training.strategies import Sharded, check_strategy
 from fuyu_e2e.training.summary import Summary
 from fuyu_e2e.training.throughput import Throughput
+from fuyu_e2e.training.time_limit import TimeLimit
 from fuyu_e2e.training.watchdog import Watchdog
 
 
@@ -130,6 +131,7 @@ class FuyuCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
         self.throughput = Throughput()
+        self.time_limit = TimeLimit()
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.allowed, rest = take_allowed(args)
         with only_allowed_imports(self.allowed):
@@ -153,6 +155,7 @@ class FuyuCLI(LightningCLI):
                         GarbageCollection(),
                         LastCheckpoint(),
                         StopSignals(),
+                        self.time_limit,
                         Ending(),
                     ],
                 },
@@ -270,6 +273,8 @@ class FuyuCLI(LightningCLI):
         kwargs["plugins"] = [*(settings["plugins"] or []), BackgroundCheckpointIO()]
         if settings["profiler"] is None:
             kwargs["profiler"] = NoProfiler()
+        self.time_limit.set(settings["max_time"])
+        kwargs["max_time"] = None  # or Lightning adds its own
         kwargs |= launched_processes()
         return super().instantiate_trainer(**kwargs)
 

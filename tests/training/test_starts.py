@@ -16,9 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fuyu_e2e.checkpoint.training_files import best_checkpoint, find_checkpoint, read_checkpoint
 from fuyu_e2e.cli import main
 from fuyu_e2e.estimate import estimated
+from fuyu_e2e.exit_codes import TIME_OVER
 from fuyu_e2e.model.config import named_size
 from fuyu_e2e.tokenizer import Tokenizer
 from fuyu_e2e.training.module import FuyuModule
+from fuyu_e2e.training.signals import Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE: dict[str, Any] = {
@@ -73,7 +75,10 @@ def command(
         monkeypatch.setattr(sys, "argv", ["fuyu-e2e", *arguments])
         capfd.readouterr()
         caplog.clear()
-        code = main()
+        try:
+            code = main()
+        except Stopped as stopped:
+            code = int(stopped.code or 0)
         printed = capfd.readouterr()
         return code, caplog.text + printed.out + printed.err
 
@@ -178,6 +183,7 @@ REFUSED = {
     "--config linked.yaml": "checkpoint.dirpath in linked.yaml can't be set, since it follows from trainer.def",
     "--config seeded.yaml": "data.seed in seeded.yaml can't be set, since it follows from seed_everything",
     "--data.patch_size 8": "--data.patch_size can't be set, since it follows from model.decoder",
+    "--trainer.max_time soon": "trainer.max_time is 'soon', but must be DD:HH:MM:SS",
     "--seed_everything true": "seed_everything is true, but must be a whole number",
     "--seed_everything -1": "seed_everything is -1, but must be a whole number",
 }
@@ -213,6 +219,18 @@ def test_each_checkpoint_is_told_where_that_is_asked_for(
     code, printed = command(*FIT[:3], *verbose)
     assert code == 0, printed
     assert re.search(r"Step 2, val/loss [\d.]+: saving .*verbose/checkpoints/step=2-val_loss", printed)
+
+
+def test_each_start_has_its_own_time(command: Callable[..., tuple[int, str]], folder: Path) -> None:
+    """The same line as often as it takes; the start that does the last step is done, whatever the clock says."""
+    fit = (*FIT[:3], "--trainer.default_root_dir", "timed", *LAST, "--trainer.max_time", "00:00:00:00")
+    codes = []
+    for step in (1, 2, 3):
+        code, printed = command(*fit, "--trainer.max_steps", "3")
+        codes.append(code)
+        assert read_checkpoint(find_checkpoint(folder / "timed"))["global_step"] == step
+        assert ("(trainer.max_time, 0 s) is over" in printed, "Done: 3 steps" in printed) == (step < 3, step == 3)
+    assert codes == [TIME_OVER, TIME_OVER, 0]
 
 
 @pytest.fixture
