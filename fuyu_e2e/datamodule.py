@@ -121,10 +121,15 @@ class FuyuDataModule(pl.LightningDataModule):
         return SequenceBuilder(self.tokenizer, self.images)
 
     def prepare_data(self) -> None:
-        """Indexes local shards that no manifest knows, in one process of a machine for all."""
+        """Indexes local shards that no manifest knows, in one process of a machine for all.
+
+        What is wrong with them is left to `setup`, where all processes find it: from here the others would hear only
+        that one of them is gone.
+        """
         assert self.trainer is not None
         assert self.trainer.state.fn is not None
-        self._look_up(self.trainer.state.fn.value)
+        with contextlib.suppress(UserError):
+            self._look_up(self.trainer.state.fn.value)
 
     def setup(self, stage: str) -> None:
         """Checks the shards that the stage is about to read.

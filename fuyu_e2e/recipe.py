@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fuyu_e2e.allowed_imports import (
     ALLOWED,
@@ -30,7 +31,7 @@ from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.during_training import EvaluationInTraining
 from fuyu_e2e.run_directory import CHECKPOINTS
-from fuyu_e2e.setting_errors import SettingError, recipes_of, sentence
+from fuyu_e2e.setting_errors import SettingError, is_of_others, reason, recipes_of, sentence
 from fuyu_e2e.training.bad_steps import BadSteps
 from fuyu_e2e.training.checkpoint_guard import CheckpointGuard
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
@@ -42,7 +43,7 @@ from fuyu_e2e.training.garbage import GarbageCollection
 from fuyu_e2e.training.hosts import Hosts
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.launched import launched_processes
-from fuyu_e2e.training.lightning_settings import check_settings
+from fuyu_e2e.training.lightning_settings import check_devices, check_settings
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.no_profiler import NoProfiler
 from fuyu_e2e.training.progress import progress
@@ -50,7 +51,7 @@ from fuyu_e2e.training.random_state import RandomState
 from fuyu_e2e.training.routing_report import RoutingReport
 from fuyu_e2e.training.samples import SampleGenerations
 from fuyu_e2e.training.signals import StopSignals
-from fuyu_e2e.training.strategies import Sharded, check_strategy
+from fuyu_e2e.training.strategies import Sharded
 from fuyu_e2e.training.summary import Summary
 from fuyu_e2e.training.throughput import Throughput
 from fuyu_e2e.training.time_limit import TimeLimit
@@ -73,8 +74,20 @@ class SaveRecipe(SaveConfigCallback):
             self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Writes it beside its place, and renames it, so that the directory holds the old one or the new one whole."""
+        """Writes it beside its place, and renames it, so that the directory holds the old one or the new one whole.
+
+        Raises:
+            UserError: The directory can't be written.
+        """
         root = Path(trainer.default_root_dir)
+        try:
+            self._write(root)
+        except (PermissionError, NotADirectoryError, FileNotFoundError, FileExistsError) as error:
+            raise UserError(
+                f"trainer.default_root_dir {root} can't be written ({error.strerror}): name another directory."
+            ) from error
+
+    def _write(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         recipe = self.config.clone()
         recipe.pop("ckpt_path", None)  # of this start, not of the run
@@ -116,7 +129,8 @@ class WritePredictions(BasePredictionWriter):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Removes what is not complete."""
-        self._path(trainer, ".unfinished-").unlink(missing_ok=True)
+        if self._written:
+            self._path(trainer, ".unfinished-").unlink(missing_ok=True)
 
     @staticmethod
     def _path(trainer: pl.Trainer, prefix: str = "") -> Path:
@@ -220,7 +234,6 @@ class FuyuCLI(LightningCLI):
             for name in ("accelerator", "strategy", "profiler"):
                 if names_outside(value := settings["trainer"][name], [*ALLOWED, *self.allowed]):
                     raise DeniedImportError(value, f"trainer.{name}")
-            check_strategy(settings["trainer"]["strategy"])
             check_settings(settings)
         except DeniedImportError as error:
             raise UserError(
@@ -235,6 +248,7 @@ class FuyuCLI(LightningCLI):
                 "--data.allow_pipe true on the command line."
             )
         if (command := self.config.get("subcommand")) is not None:
+            check_devices(settings["trainer"])
             settings["ckpt_path"] = checkpoint_to_read(
                 command, settings.get("ckpt_path"), Path(settings["trainer"]["default_root_dir"])
             )
@@ -243,15 +257,20 @@ class FuyuCLI(LightningCLI):
         """Builds module, data and trainer.
 
         Raises:
-            UserError: A setting was refused; jsonargparse wraps what a setting's own type says of it.
+            UserError: A setting was refused, by us or by the class that it is of; jsonargparse wraps what that says.
         """
         try:
             super().instantiate_classes()
-        except ValueError as error:
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+            chain: list[BaseException] = []  # of causes, which jsonargparse lets run in a circle
             cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, UserError):
+            while cause is not None and cause not in chain:
+                chain.append(cause)
                 cause = cause.__cause__ or cause.__context__
-            raise cause or error from error
+            ours = next((one for one in chain if isinstance(one, UserError)), None)
+            if ours is None and not is_of_others(error):
+                raise
+            raise ours or UserError(f"{reason(str(error))}.") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Builds the trainer, with TensorBoard in the run's directory unless the recipe names another logger."""

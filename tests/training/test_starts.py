@@ -1,6 +1,8 @@
 """What a start leaves behind: nothing where it is refused; where it is accepted, a run that says what it did."""
 
+import errno
 import io
+import os
 import re
 import shutil
 import sys
@@ -15,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fuyu_e2e.checkpoint.training_files import best_checkpoint, find_checkpoint, read_checkpoint
 from fuyu_e2e.cli import main
+from fuyu_e2e.errors import UserError
 from fuyu_e2e.estimate import estimated
 from fuyu_e2e.exit_codes import TIME_OVER
 from fuyu_e2e.model.config import named_size
@@ -184,6 +187,41 @@ REFUSED = {
     "--config seeded.yaml": "data.seed in seeded.yaml can't be set, since it follows from seed_everything",
     "--data.patch_size 8": "--data.patch_size can't be set, since it follows from model.decoder",
     "--trainer.max_time soon": "trainer.max_time is 'soon', but must be DD:HH:MM:SS",
+    "--trainer.accelerator tpu": "trainer.accelerator is tpu, which this machine doesn't have: say auto, or cpu",
+    "--trainer.accelerator xpu": "trainer.accelerator is xpu, which is unknown: say auto, gpu,",
+    "--trainer.devices 0": "trainer.devices is '0', but must be at least 1, or auto",
+    "--trainer.devices -1": "devices selected with CPUAccelerator should be an int > 0",
+    "--trainer.num_nodes 0": "num_nodes must be a positive integer, but got 0",
+    "--trainer.strategy dpp": "trainer.strategy is dpp, which is unknown: did you mean ddp?",
+    "--trainer.strategy ddp_spawn": "trainer.strategy ddp_spawn doesn't work here: say ddp",
+    "--trainer.strategy ddp_fork": "trainer.strategy ddp_fork doesn't work here: say ddp",
+    "--trainer.strategy ddp_notebook": "trainer.strategy ddp_notebook doesn't work here: say ddp",
+    "--trainer.strategy DDPStrategy --trainer.strategy.start_method fork": "start_method fork doesn't work here: say",
+    "--trainer.precision bf16-true": "trainer.precision bf16-true doesn't work here, since weights are",
+    "--trainer.precision 16-true": "trainer.precision 16-true doesn't work here",
+    "--trainer.precision transformer-engine": "a package is missing, which pip install 'transformer_engine",
+    "--trainer.accumulate_grad_batches 0": "trainer.accumulate_grad_batches is 0, but must be at least 1",
+    "--trainer.val_check_interval 0": "trainer.val_check_interval is 0, but must be at least 1",
+    "--trainer.limit_train_batches 2 --trainer.check_val_every_n_epoch 1": "interval is 4, but an epoch has 2 rows",
+    "--trainer.gradient_clip_algorithm best": "gradient_clip_algorithm best is invalid. Allowed algorithms:",
+    "--trainer.profiler fast": "profiler parameter of Trainer, it can only be one of",
+    "--trainer.barebones true": "trainer.barebones doesn't work here",
+    "--trainer.logger CSVLogger": "--trainer.logger: CSVLogger: the following arguments are required: save_dir",
+    "--trainer.logger WandbLogger": "WandbLogger: a package is missing, which pip install 'wandb",
+    "--trainer.callbacks DeviceStatsMonitor": "a package is missing, which pip install 'psutil' installs",
+    "--config averaged.yaml": "names StochasticWeightAveraging, which doesn't work here: it counts in epochs",
+    "--trainer.callbacks LearningRateFinder": "names LearningRateFinder, which doesn't work here",
+    "--trainer.callbacks Timer": "names Timer, which doesn't work here: it counts the time of all starts together",
+    "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor val_loss": "monitor of EarlyStopping is val_loss, "
+    "which is not logged: did you mean val/loss?",
+    "--checkpoint.monitor val_los": "checkpoint.monitor is val_los, which is not logged: did you mean val/loss?",
+    "--checkpoint.monitor val/loss --data.val null": "checkpoint.monitor is val/loss, but there is no data.val",
+    "--checkpoint.mode best": "mode can be min, max but got best",
+    "--checkpoint.every_n_epochs 1": "every_n_train_steps=2, every_n_epochs=1 and train_time_interval=None should be",
+    "--model.optimizer.lr .nan": "optimizer.lr is nan, but must be above 0",
+    "--model.z_loss .nan": "model.z_loss is nan, but must be 0 or above",
+    "--watchdog.limit .nan": "watchdog.limit is nan seconds, but must be above 0",
+    "--trainer.default_root_dir recipe.yaml/run": "recipe.yaml/run can't be written (Not a directory): name another",
     "--seed_everything true": "seed_everything is true, but must be a whole number",
     "--seed_everything -1": "seed_everything is -1, but must be a whole number",
 }
@@ -196,6 +234,8 @@ def test_what_cannot_be_had_is_refused_with_a_sentence(
 ) -> None:
     (folder / "linked.yaml").write_text("checkpoint: {dirpath: elsewhere}")
     (folder / "seeded.yaml").write_text("data: {seed: 5}")
+    averaging = {"class_path": "lightning.pytorch.callbacks.StochasticWeightAveraging", "init_args": {"swa_lrs": 0.1}}
+    (folder / "averaged.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [averaging]}}))
     code, printed = command(*FIT[:3], "--trainer.default_root_dir", "never", *arguments.split())
     assert code == 2, printed
     [sentence] = [line for line in printed.splitlines() if line.startswith("fuyu-e2e: ")]
@@ -231,6 +271,41 @@ def test_each_start_has_its_own_time(command: Callable[..., tuple[int, str]], fo
         assert read_checkpoint(find_checkpoint(folder / "timed"))["global_step"] == step
         assert ("(trainer.max_time, 0 s) is over" in printed, "Done: 3 steps" in printed) == (step < 3, step == 3)
     assert codes == [TIME_OVER, TIME_OVER, 0]
+
+
+def test_weights_alone_are_nothing_to_go_on_from(command: Callable[..., tuple[int, str]], folder: Path) -> None:
+    fit = (*FIT[:3], "--trainer.default_root_dir", "light", "--checkpoint.save_weights_only", "true")
+    code, printed = command(*fit, "--trainer.max_steps", "1")
+    assert code == 0, printed
+    assert "optimizer_states" not in read_checkpoint(find_checkpoint(folder / "light"))
+    code, printed = command(*fit, *LAST)
+    assert code == 2, printed
+    assert "holds weights alone (checkpoint.save_weights_only)" in printed
+    code, printed = command("validate", "--config", "light/config.yaml", *LAST)
+    assert code == 0, printed
+
+
+def test_lightnings_way_to_load_a_model_points_to_ours(trained: str) -> None:
+    with pytest.raises(UserError, match=r"are fuyu_e2e\.load\('run/checkpoints/last\.ckpt'\)"):
+        FuyuModule.load_from_checkpoint("run/checkpoints/last.ckpt")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_place_that_is_closed_is_named(
+    command: Callable[..., tuple[int, str]], trained: str, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Root may write anywhere, so what the system says of others is said here."""
+    opened = Path.open
+
+    def closed(path: Path, mode: str = "r", **options: Any) -> Any:
+        if path.name.endswith("predictions.jsonl"):
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", closed)
+    code, printed = command("predict", "--config", "run/config.yaml", *LAST, "--data.predict", "val.tar")
+    assert code == 2, printed
+    assert f"predictions.jsonl can't be read or written ({os.strerror(number)}): name another place." in printed
 
 
 @pytest.fixture
