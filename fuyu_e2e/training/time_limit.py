@@ -25,12 +25,15 @@ class TimeLimit(Callback):
     once, and ends it as if it were done. At least one step is trained. The last step of the run is done, not stopped.
     Stands behind all callbacks that count steps or rows, so that the checkpoint has their counts.
 
+    Args:
+        max_time: How long, as `trainer.max_time`: text such as 00:11:50:00; None without end.
+
     Attributes:
         seconds: How long, from the first step of a start on, validation included; None without end.
     """
 
-    def __init__(self) -> None:
-        self.seconds: float | None = None
+    def __init__(self, max_time: str | timedelta | dict[str, int] | None = None) -> None:
+        self.set(max_time)
         self._ends_at = 0.0
 
     def set(self, max_time: str | timedelta | dict[str, int] | None) -> None:
@@ -40,7 +43,7 @@ class TimeLimit(Callback):
             UserError: It is no time.
         """
         try:
-            self.seconds = Timer(max_time).time_remaining()
+            self.seconds: float | None = Timer(max_time).time_remaining()
         except (MisconfigurationException, TypeError) as error:
             raise UserError(
                 f"trainer.max_time is {max_time!r}, but must be DD:HH:MM:SS, as 00:11:50:00 for ten minutes less than "
