@@ -5,13 +5,15 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.setting_errors import SettingError
+from fuyu_e2e.run_directory import run_of
+from fuyu_e2e.setting_errors import SettingError, follows
 
 OPTION = "--allow-imports"
 ALLOWED = (
@@ -46,7 +48,32 @@ class DeniedImportError(Exception):
 
 
 class RecipeParser(LightningArgumentParser):
-    """Lightning's parser, which says of an import that was denied what was, and no more."""
+    """Lightning's parser, which says of an import that was denied what was, and no more, and finds runs again.
+
+    Of a setting that follows from another, jsonargparse refuses a value on the command line, and passes over one in a
+    recipe.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._followed: dict[str, str] = {}
+
+    def link_arguments(self, source: Any, target: str, *args: Any, **kwargs: Any) -> None:
+        """Has a setting follow from another one."""
+        super().link_arguments(source, target, *args, **kwargs)
+        self._followed[target] = source
+
+    def parse_string(self, *args: Any, **kwargs: Any) -> Any:
+        """Reads the text of a recipe.
+
+        Raises:
+            SettingError: It sets what follows from another setting.
+        """
+        settings = super().parse_string(*args, **kwargs)
+        for target, source in self._followed.items():
+            if settings.get(target) is not None:
+                raise SettingError(follows(target, source), self._option_string_actions)
+        return settings
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parses; of a setting of ours, jsonargparse lets a denied import through as it was raised."""
@@ -54,6 +81,13 @@ class RecipeParser(LightningArgumentParser):
             return super().parse_args(*args, **kwargs)
         except ImportError as error:
             self.error(str(error), error)
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Reads a recipe; one that lies in a run's directory is for that run, wherever it was when it was saved."""
+        settings = super().parse_path(path, *args, **kwargs)
+        if run := run_of(Path(path)):
+            settings["trainer.default_root_dir"] = str(run)
+        return settings
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the parsing.

@@ -124,10 +124,15 @@ class FuyuDataModule(pl.LightningDataModule):
         return SequenceBuilder(self.tokenizer, self.images)
 
     def prepare_data(self) -> None:
-        """Indexes local shards that no manifest knows, in one process of a machine for all."""
+        """Indexes local shards that no manifest knows, in one process of a machine for all.
+
+        What is wrong with them is left to `setup`, where all processes find it: from here the others would hear only
+        that one of them is gone.
+        """
         assert self.trainer is not None
         assert self.trainer.state.fn is not None
-        self._look_up(self.trainer.state.fn.value)
+        with contextlib.suppress(UserError):
+            self._look_up(self.trainer.state.fn.value)
 
     def setup(self, stage: str) -> None:
         """Checks the shards that the stage is about to read.
@@ -255,13 +260,24 @@ class FuyuDataModule(pl.LightningDataModule):
         rows = RowDataset(self.stream(split), self._place.rank, self._place.size)
         pin = torch.cuda.is_available()
         # Training rows have no end. Of others, one process may have a row more than the next.
-        anyone = partial(anywhere, self.trainer) if self.trainer and not settled and in_step(self.trainer) else None
+        ends = split != "train"
+        anyone = partial(anywhere, self.trainer) if self.trainer and ends and in_step(self.trainer) else None
         return RowLoader(rows, settled, anyone, batch_size=None, num_workers=self.workers, pin_memory=pin)
 
     def train_dataloader(self) -> "RowLoader":
-        """Rows without end, continued where a resumed run stopped."""
+        """Rows without end, continued where a resumed run stopped; the first ones again and again to overfit.
+
+        Raises:
+            UserError: The trainer would ask for them anew in each epoch, and so begin with the first again.
+        """
         assert self.trainer is not None
-        return self._loader("train", partial(settled_rows, self.trainer))
+        if self.trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+            raise UserError(
+                "trainer.reload_dataloaders_every_n_epochs would begin the stream of training data anew: leave it out."
+            )
+        overfit = self.trainer.overfit_batches  # type: ignore[attr-defined]
+        again = isinstance(overfit, int) and overfit > 0
+        return self._loader("train", None if again else partial(settled_rows, self.trainer))
 
     def val_dataloader(self) -> "RowLoader | list[RowLoader]":
         """The rows of the validation shards, once; none where the recipe names no shards."""
@@ -428,6 +444,11 @@ class RowLoader(DataLoader):
         """
         if not self.settled:
             return
+        if not state:
+            raise UserError(
+                "The checkpoint was trained with trainer.overfit_batches, and has no place in the data: begin "
+                "a new run with its weights (model.weights)."
+            )
         if (rules := state["data"].get(RULES, 1)) != VERSION:
             raise UserError(
                 f"The checkpoint was trained under rules {rules} of which samples count as documents, and these are "

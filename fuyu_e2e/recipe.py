@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fuyu_e2e.allowed_imports import (
     ALLOWED,
@@ -25,11 +26,12 @@ from fuyu_e2e.allowed_imports import (
 )
 from fuyu_e2e.checkpoint.description import Description
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
-from fuyu_e2e.checkpoint.whole import is_whole, whole_checkpoints
+from fuyu_e2e.checkpoint.whole import UNFINISHED, is_whole, whole_checkpoints
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.during_training import EvaluationInTraining
-from fuyu_e2e.setting_errors import SettingError, recipes_of, sentence
+from fuyu_e2e.run_directory import CHECKPOINTS
+from fuyu_e2e.setting_errors import SettingError, is_of_others, reason, recipes_of, sentence
 from fuyu_e2e.training.bad_steps import BadSteps
 from fuyu_e2e.training.checkpoint_guard import CheckpointGuard
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
@@ -41,6 +43,7 @@ from fuyu_e2e.training.garbage import GarbageCollection
 from fuyu_e2e.training.hosts import Hosts
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.launched import launched_processes
+from fuyu_e2e.training.lightning_settings import check_devices, check_settings
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.no_profiler import NoProfiler
 from fuyu_e2e.training.progress import progress
@@ -48,9 +51,10 @@ from fuyu_e2e.training.random_state import RandomState
 from fuyu_e2e.training.routing_report import RoutingReport
 from fuyu_e2e.training.samples import SampleGenerations
 from fuyu_e2e.training.signals import StopSignals
-from fuyu_e2e.training.strategies import Sharded, check_strategy
+from fuyu_e2e.training.strategies import Sharded
 from fuyu_e2e.training.summary import Summary
 from fuyu_e2e.training.throughput import Throughput
+from fuyu_e2e.training.time_limit import TimeLimit
 from fuyu_e2e.training.watchdog import Watchdog
 
 
@@ -65,13 +69,25 @@ class SaveRecipe(SaveConfigCallback):
         """Does nothing, where Lightning would write."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes it, over that of the same run before it was resumed."""
-        if trainer.is_global_zero:
+        """Writes it, over that of the same run before it was resumed; a trial (`fast_dev_run`) leaves nothing."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Writes it beside its place, and renames it, so that the directory holds the old one or the new one whole."""
+        """Writes it beside its place, and renames it, so that the directory holds the old one or the new one whole.
+
+        Raises:
+            UserError: The directory can't be written.
+        """
         root = Path(trainer.default_root_dir)
+        try:
+            self._write(root)
+        except (PermissionError, NotADirectoryError, FileNotFoundError, FileExistsError) as error:
+            raise UserError(
+                f"trainer.default_root_dir {root} can't be written ({error.strerror}): name another directory."
+            ) from error
+
+    def _write(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         recipe = self.config.clone()
         recipe.pop("ckpt_path", None)  # of this start, not of the run
@@ -113,7 +129,8 @@ class WritePredictions(BasePredictionWriter):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Removes what is not complete."""
-        self._path(trainer, ".unfinished-").unlink(missing_ok=True)
+        if self._written:
+            self._path(trainer, ".unfinished-").unlink(missing_ok=True)
 
     @staticmethod
     def _path(trainer: pl.Trainer, prefix: str = "") -> Path:
@@ -128,6 +145,7 @@ class FuyuCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
         self.throughput = Throughput()
+        self.time_limit = TimeLimit()
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.allowed, rest = take_allowed(args)
         with only_allowed_imports(self.allowed):
@@ -151,6 +169,7 @@ class FuyuCLI(LightningCLI):
                         GarbageCollection(),
                         LastCheckpoint(),
                         StopSignals(),
+                        self.time_limit,
                         Ending(),
                     ],
                 },
@@ -191,7 +210,7 @@ class FuyuCLI(LightningCLI):
         parser.add_lightning_class_args(Hosts, "hosts")
         parser.add_lightning_class_args(EvaluationInTraining, "evaluate")
         parser.link_arguments(
-            "trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: str(Path(root) / "checkpoints")
+            "trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: str(Path(root) / CHECKPOINTS)
         )
 
     @staticmethod
@@ -203,14 +222,11 @@ class FuyuCLI(LightningCLI):
         """Does nothing: Lightning would take a checkpoint's hyperparameters for settings, class paths included."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses, and reads the checkpoint that was named before Lightning does, whose errors are tracebacks.
-
-        `last` becomes the folder of the run's checkpoints, of which the newest that is right is read; a run that has
-        none yet begins.
+        """Parses, and refuses what Lightning would refuse with a traceback, or take for something else.
 
         Raises:
             UserError: A setting is wrong; the recipe names a class that is not allowed, or asks for what only a
-                command line may; or the checkpoint can't be read.
+                command line may; or the checkpoint can't be read, or is missing.
         """
         try:
             self.config = parser.parse_args(args)
@@ -218,7 +234,7 @@ class FuyuCLI(LightningCLI):
             for name in ("accelerator", "strategy", "profiler"):
                 if names_outside(value := settings["trainer"][name], [*ALLOWED, *self.allowed]):
                     raise DeniedImportError(value, f"trainer.{name}")
-            check_strategy(settings["trainer"]["strategy"])
+            check_settings(settings)
         except DeniedImportError as error:
             raise UserError(
                 f"{error.key} {_where(error.path, args)}names {error.path}, and a recipe may name only classes of "
@@ -231,32 +247,30 @@ class FuyuCLI(LightningCLI):
                 "data.allow_pipe would let the recipe run commands in your shell: if you trust it, say "
                 "--data.allow_pipe true on the command line."
             )
-        named = settings.get("ckpt_path")
-        if named == "last":
-            folder = Path(settings["trainer"]["default_root_dir"]) / "checkpoints"
-            settings["ckpt_path"] = str(folder) if whole_checkpoints(folder) else None
-        elif named:
-            if not Path(named).is_file() and not is_whole(Path(named)):
-                raise UserError(
-                    f"--ckpt_path {named} is no checkpoint on this machine; `last` continues the run of "
-                    "trainer.default_root_dir."
-                )
-            Description.of(read_checkpoint(Path(named)), named)
-            settings["ckpt_path"] = str(Path(named).absolute())  # Lightning takes what begins with http for a URL
+        if (command := self.config.get("subcommand")) is not None:
+            check_devices(settings["trainer"])
+            settings["ckpt_path"] = checkpoint_to_read(
+                command, settings.get("ckpt_path"), Path(settings["trainer"]["default_root_dir"])
+            )
 
     def instantiate_classes(self) -> None:
         """Builds module, data and trainer.
 
         Raises:
-            UserError: A setting was refused; jsonargparse wraps what a setting's own type says of it.
+            UserError: A setting was refused, by us or by the class that it is of; jsonargparse wraps what that says.
         """
         try:
             super().instantiate_classes()
-        except ValueError as error:
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+            chain: list[BaseException] = []  # of causes, which jsonargparse lets run in a circle
             cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, UserError):
+            while cause is not None and cause not in chain:
+                chain.append(cause)
                 cause = cause.__cause__ or cause.__context__
-            raise cause or error from error
+            ours = next((one for one in chain if isinstance(one, UserError)), None)
+            if ours is None and not is_of_others(error):
+                raise
+            raise ours or UserError(f"{reason(str(error))}.") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Builds the trainer, with TensorBoard in the run's directory unless the recipe names another logger."""
@@ -278,22 +292,17 @@ class FuyuCLI(LightningCLI):
         kwargs["plugins"] = [*(settings["plugins"] or []), BackgroundCheckpointIO()]
         if settings["profiler"] is None:
             kwargs["profiler"] = NoProfiler()
+        self.time_limit.set(settings["max_time"])
+        kwargs["max_time"] = None  # or Lightning adds its own
         kwargs |= launched_processes()
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Keeps a new run from mixing its files with an old one's, and shares the rows of a step out.
+        """Shares the rows of a step out.
 
         Raises:
-            UserError: The run's directory has checkpoints, and the run is not told to go on from one; or the rows of a
-                step don't divide by the processes.
+            UserError: They don't divide by the processes.
         """
-        root = Path(self.trainer.default_root_dir)
-        if self.config.fit.ckpt_path is None and any(root.glob("checkpoints/*.ckpt")):
-            raise UserError(
-                f"{root} already holds a run: continue it with --ckpt_path last, or name another directory with "
-                "--trainer.default_root_dir."
-            )
         rows, strategy = self.config.fit.rows_per_step, self.trainer.strategy
         if rows is not None:
             sharing = strategy.tensor_parallel_size if isinstance(strategy, Sharded) else 1
@@ -304,6 +313,59 @@ class FuyuCLI(LightningCLI):
                     "their own."
                 )
             self.trainer.accumulate_grad_batches = rows // processes
+
+
+def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None:
+    """What a command of Lightning's reads, by the checkpoint that was named for it.
+
+    `last` is the folder of the run's checkpoints, of which the newest that is right is read. The checkpoint is read
+    here once, before Lightning does, whose errors are tracebacks.
+
+    Args:
+        command: `fit`, `validate`, `test` or `predict`.
+        named: `--ckpt_path`.
+        run: The run's directory.
+
+    Returns:
+        None where `fit` begins at step 0.
+
+    Raises:
+        UserError: It can't be read; there is none, and without one the command would tell of random weights; or `fit`
+            would mix the files of a new run with those of the one in the directory.
+    """
+    folder = run / CHECKPOINTS
+    other = next((path for path in folder.glob("*.ckpt") if not path.name.startswith(UNFINISHED)), None)
+    if named == "last":
+        if whole_checkpoints(folder):
+            return str(folder)
+        if other is not None:
+            raise UserError(f"{other} has no manifest, and no other checkpoint there has: name one with --ckpt_path.")
+        if command != "fit":
+            raise UserError(
+                f"There is no checkpoint in {folder} to {command}: name one with --ckpt_path, or the directory of a "
+                "run that has one with --trainer.default_root_dir."
+            )
+        rank_zero_info(f"No checkpoint in {folder}: the run begins at step 0.")
+        return None
+    if not named:
+        if command == "fit" and other is not None:
+            raise UserError(
+                f"{run} already holds a run: continue it with --ckpt_path last, or name another directory with "
+                "--trainer.default_root_dir."
+            )
+        if command == "fit":
+            return None
+        raise UserError(
+            f"No checkpoint is named to {command}: say --ckpt_path last for the newest of {run}, or --ckpt_path "
+            "CHECKPOINT for another."
+        )
+    if not Path(named).is_file() and not is_whole(Path(named)):
+        raise UserError(
+            f"--ckpt_path {named} is no checkpoint on this machine; `last` continues the run of "
+            "trainer.default_root_dir."
+        )
+    Description.of(read_checkpoint(Path(named)), named)
+    return str(Path(named).absolute())  # Lightning takes what begins with http for a URL
 
 
 def _where(path: str, args: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ are read here as text, since its errors carry nothing else; a message of another
 import inspect
 import re
 import sys
+import traceback
 from argparse import ArgumentParser
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -39,6 +40,11 @@ class SettingError(Exception):
     def __init__(self, message: str, options: Collection[str]) -> None:
         super().__init__(message)
         self.message, self.options = message, options
+
+
+def follows(target: str, source: str) -> str:
+    """What jsonargparse says where a setting is given that follows from another one."""
+    return f'Linked "{target}" must be given via "{source}".'
 
 
 def recipes_of(args: Sequence[str]) -> list[str]:
@@ -77,6 +83,12 @@ def sentence(error: SettingError, args: Sequence[str], classes: Collection[str])
     if message.startswith(UNRECOGNIZED):
         return unknown_option(message.removeprefix(UNRECOGNIZED), error.options, HELP)
     settings = [option.removeprefix("--") for option in error.options]
+    # Its own message, and what it says where the value is of no type that the setting takes.
+    linked = re.search(r'Linked "(?P<target>[\w.]+)" must be given via "(?P<source>[\w.]+)"', message)
+    if linked := linked or re.search(r"\((?P<source>[\w.]+)\) --> (?P<target>[\w.]+):", message):
+        source = linked["source"].replace("model.config", "model.decoder")
+        where = _where(linked["target"], args, recipes)
+        return f"{where} can't be set, since it follows from {source}: leave it out, and set that."
     if unknown := re.match(r"(Subcommand|Group) '(.*?)' does not accept option '(.+?)'", message):
         group = unknown[2] if unknown[1] == "Group" else ""
         return _unknown(f"{group}.{unknown[3]}".strip("."), settings, args, recipes)
@@ -93,7 +105,23 @@ def sentence(error: SettingError, args: Sequence[str], classes: Collection[str])
     if unknown := re.search(r"(?:Expected a dot import path string: |has no attribute ')(\w+)", message):
         hint = did_you_mean(unknown[1], classes) or "write its path, as lightning.pytorch.callbacks.EarlyStopping."
         return f"{_where(key, args, recipes)} names the class {unknown[1]}, which isn't known: {hint}"
-    return f"{_where(key, args, recipes)}: {_one_line(rest)}." if key else f"{_one_line(rest)}."
+    return f"{_where(key, args, recipes)}: {reason(rest)}." if key else f"{reason(rest)}."
+
+
+def reason(message: str) -> str:
+    """Why others refused a value, in one line: of a union of types, what the one says that the value was meant for."""
+    listed = message.partition("Errors:")[2].partition("Given value type:")[0]
+    reasons = [_one_line(part) for part in re.split(r"\n\s*- ", listed)]
+    told = [one for one in reasons if one and not one.startswith(("Expected a", "Not a valid subclass"))]
+    line = (told[0] if told else _one_line(message)).replace("`", "")
+    line = re.sub(r"Problem with given class_path '(?:\w+\.)*(\w+)'", r"\1", line)
+    return re.sub(r"Requirement '(.+?)' not met\b.*", r"a package is missing, which pip install '\1' installs", line)
+
+
+def is_of_others(error: BaseException) -> bool:
+    """Whether an error was raised by another package's code, about what it was given, and not by ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return not (frames and Path(frames[-1].filename).is_relative_to(Path(__file__).parent))
 
 
 def _choices(message: str) -> str:

@@ -21,7 +21,7 @@ FLOORS = [
     {"tokenizer", "image"},
     {"document", "batch", "shipped", "allowed_imports", "ranks", "own_options"},
     {"setting_errors"},
-    {"tally", "arguments"},
+    {"tally", "arguments", "run_directory"},
     {"errors", "version"},
     {"exit_codes", "environment"},
 ]

@@ -15,6 +15,7 @@ from fuyu_e2e.arguments import did_you_mean
 from fuyu_e2e.environment import set_defaults
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.exit_codes import WRONG_USE, of_signal
+from fuyu_e2e.setting_errors import reason
 from fuyu_e2e.version import __version__
 
 USAGE = f"""fuyu-e2e {__version__}: train a multimodal decoder with no vision encoder, from scratch.
@@ -36,6 +37,9 @@ usage: fuyu-e2e COMMAND [--help]
   inspect            show a sample as it enters the model
   estimate           memory, operations and hours of a recipe's run, before it is started
 """
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_WAY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+"""What the system says of a place that is closed to this user, or is none."""
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = {
     **dict.fromkeys(LIGHTNING_COMMANDS, "fuyu_e2e.cli.lightning:lightning"),
@@ -75,11 +79,19 @@ def main() -> int:
         sentence = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
         print(f"fuyu-e2e: {sentence}", file=sys.stderr)
         return error.exit_code
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == __package__.partition(".")[0]:
             raise
+        print(f"fuyu-e2e: A package is missing: {reason(str(error))}.", file=sys.stderr)
+        return WRONG_USE
+    except OSError as error:
         where = f" for {error.filename}" if error.filename else ""
-        sentence = f"The disk has no room left{where}: make room on it, and run the command again."
+        if error.errno in NO_ROOM:
+            sentence = f"The disk has no room left{where}: make room on it, and run the command again."
+        elif error.errno in NO_WAY and error.filename:
+            sentence = f"{error.filename} can't be read or written ({error.strerror}): name another place."
+        else:
+            raise
         print(f"fuyu-e2e: {sentence}", file=sys.stderr)
         return WRONG_USE
 

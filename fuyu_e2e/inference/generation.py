@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 
 import numpy as np
 import torch
@@ -44,8 +45,8 @@ class Sampling:
     """Seeds the draws."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or above.")
+        if not 0 <= self.temperature < inf:
+            raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or a number above.")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}, but must be at least 1.")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -70,7 +70,7 @@ class BadSteps(Callback):
     def __init__(self, in_a_row: int = 10, deviations: float | None = None) -> None:
         if in_a_row < 1:
             raise UserError(f"bad_steps.in_a_row is {in_a_row}, but must be at least 1.")
-        if deviations is not None and deviations <= 0:
+        if deviations is not None and not deviations > 0:
             raise UserError(f"bad_steps.deviations is {deviations}, but must be above 0.")
         self.in_a_row = in_a_row
         self.deviations = deviations

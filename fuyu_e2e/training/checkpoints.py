@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
@@ -133,6 +134,9 @@ class Checkpoints(ModelCheckpoint):
         if self.monitor is None:
             self.best_model_path = path
         self.newest, self._step = path, trainer.global_step
+        if self.verbose:
+            taken = "" if figure is None else f", {self.monitor} {figure:.5g}"
+            rank_zero_info(f"Step {trainer.global_step}{taken}: saving {path}")
         self._save_checkpoint(trainer, path)
         if self.save_top_k == -1:
             return

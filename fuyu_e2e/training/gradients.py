@@ -53,6 +53,13 @@ def gradient_norm(weights: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
     return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
 
+def clamp_gradients(weights: Iterable[nn.Parameter], limit: float) -> None:
+    """Brings every entry of the gradients of `weights` into [-limit, limit], in place."""
+    for gradients in _by_spread(weights).values():
+        torch._foreach_clamp_min_(gradients, -limit)
+        torch._foreach_clamp_max_(gradients, limit)
+
+
 def scale_gradients(weights: Iterable[nn.Parameter], factor: Float[Tensor, ""]) -> None:
     """Multiplies the gradients of `weights` by `factor`, in place."""
     for gradients in _by_spread(weights).values():

@@ -59,7 +59,7 @@ class Hosts(Callback):
     """
 
     def __init__(self, limit: float | None = 20.0) -> None:
-        if limit is not None and limit <= 0:
+        if limit is not None and not limit > 0:
             raise UserError(f"hosts.limit is {limit} seconds, but must be above 0.")
         self.limit = limit
         self._step = 0

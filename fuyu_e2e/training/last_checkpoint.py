@@ -19,4 +19,5 @@ class LastCheckpoint(Callback):
 def save_last(trainer: pl.Trainer) -> Path | None:
     """Saves what was trained so far, on all ranks at once; gives where, None where the run keeps no checkpoints."""
     checkpoints = checkpoints_of(trainer)
-    return checkpoints.save_now(trainer) if checkpoints is not None else None
+    trial = trainer.fast_dev_run  # type: ignore[attr-defined]
+    return checkpoints.save_now(trainer) if checkpoints is not None and not trial else None

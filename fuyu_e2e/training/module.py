@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -26,7 +26,8 @@ from fuyu_e2e.model.sharding import TENSOR, gather_weights, shard
 from fuyu_e2e.ranks import DataRank
 from fuyu_e2e.sequence import Prompt
 from fuyu_e2e.training.checkpoints import checkpoints_of
-from fuyu_e2e.training.gradients import gradient_norm, scale_gradients, weights_of
+from fuyu_e2e.training.gradients import clamp_gradients, gradient_norm, scale_gradients, weights_of
+from fuyu_e2e.training.lightning_settings import check_monitors, check_trainer
 from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
 from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
 from fuyu_e2e.training.resume import go_back_to_last_step
@@ -36,6 +37,11 @@ from fuyu_e2e.training.schedule import Schedule
 def steps_between_logs(trainer: pl.Trainer) -> int:
     """The trainer's `log_every_n_steps`, which Lightning sets without declaring it."""
     return trainer.log_every_n_steps  # type: ignore[attr-defined]
+
+
+def never_bad(loss: float, gradient_norm: float) -> bool:
+    """Skips no step; a function with a name, for strategies that send the module to other processes."""
+    return False
 
 
 class FuyuModule(pl.LightningModule):
@@ -86,7 +92,7 @@ class FuyuModule(pl.LightningModule):
             if self.config.routing is not None:
                 raise UserError("Both model.routing and model.decoder.routing are set: leave one of them out.")
             self.config = replace(self.config, routing=routing)
-        if z_loss < 0:
+        if not z_loss >= 0:
             raise UserError(f"model.z_loss is {z_loss}, but must be 0 or above.")
         self.z_loss = z_loss
         self.activation_checkpointing: ActivationCheckpointing = activation_checkpointing
@@ -112,12 +118,24 @@ class FuyuModule(pl.LightningModule):
         their `on_before_optimizer_step`."""
         self.voted: set[str] = set()
         """What any rank said in the last step."""
-        self.guard: Callable[[float, float], bool] = lambda loss, gradient_norm: False
+        self.guard: Callable[[float, float], bool] = never_bad
         """Whether a step is to be skipped, by its mean loss and its gradient norm, which all ranks give alike."""
         self.step_loss: float | None = None
         """The mean loss of the last step, over all ranks; read once, for all who show it or judge by it."""
         self._step_totals: list[Tensor] = []
         self._gradient_norm: Tensor
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *_: Any, **__: Any) -> NoReturn:
+        """Refuses: Lightning would make the module of settings that no checkpoint here has.
+
+        Raises:
+            UserError: Says what reads one.
+        """
+        raise UserError(
+            f"{cls.__name__}.load_from_checkpoint reads no checkpoint of fuyu-e2e: the model and its processor are "
+            f"fuyu_e2e.load({str(checkpoint_path)!r}), and trainer.fit(..., ckpt_path=...) goes on with training."
+        )
 
     @property
     def datamodule(self) -> FuyuDataModule:
@@ -143,8 +161,12 @@ class FuyuModule(pl.LightningModule):
         """Checks what can't be seen from the settings alone.
 
         Raises:
-            UserError: The tokenizer doesn't fit the decoder, `fit` has no end, or `predict` has several processes.
+            UserError: A setting of the trainer doesn't work here, the tokenizer doesn't fit the decoder, `fit` has no
+                end, or `predict` has several processes.
         """
+        check_trainer(self.trainer)
+        if stage == "fit":
+            check_monitors(self.trainer)
         if stage == "predict" and self.trainer.world_size > 1:
             raise UserError(
                 "predict runs in one process, and continues the checkpoints of any strategy: say --trainer.devices 1 "
@@ -285,11 +307,15 @@ class FuyuModule(pl.LightningModule):
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
+        gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the norm over all weights."""
-        if gradient_clip_val is not None:
+        """Clips by the norm over all weights, or each entry by its value; at 0 not at all, as Lightning has it."""
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            clamp_gradients(weights_of(optimizer), gradient_clip_val)
+        else:
             # As in torch's clip_grad_norm_, which knows nothing of several meshes.
             factor = (gradient_clip_val / (self._gradient_norm + 1e-6)).clamp(max=1.0)
             scale_gradients(weights_of(optimizer), factor)
@@ -371,4 +397,9 @@ class FuyuModule(pl.LightningModule):
         self._validated_at = checkpoint["global_step"]
         self._loaded_figures = checkpoint[SECTION].get("validation", {})
         if self.trainer.state.fn == TrainerFn.FITTING:
+            if "optimizer_states" not in checkpoint:
+                raise UserError(
+                    f"{source} holds weights alone (checkpoint.save_weights_only), and no run can go on from it: "
+                    "begin a new one with them (model.weights)."
+                )
             go_back_to_last_step(checkpoint, self.trainer)

@@ -41,10 +41,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr"):
-            if (value := getattr(self, name)) <= 0:
+            if not (value := getattr(self, name)) > 0:
                 raise UserError(f"optimizer.{name} is {value}, but must be above 0.")
         for name in ("weight_decay", "muon_weight_decay"):
-            if (value := getattr(self, name)) < 0:
+            if not (value := getattr(self, name)) >= 0:
                 raise UserError(f"optimizer.{name} is {value}, but must be 0 or above.")
         for name, value in (("betas", beta) for beta in self.betas):
             if not 0 <= value < 1:

@@ -10,7 +10,7 @@ import shlex
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from fuyu_e2e.exit_codes import STOP_SIGNALS, of_signal
 from fuyu_e2e.ranks import anywhere, in_step
+from fuyu_e2e.run_directory import RECIPE
 from fuyu_e2e.training.last_checkpoint import save_last
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.step_lines import shown
@@ -31,7 +32,21 @@ STORE_KEY = "fuyu_e2e/stop"
 
 
 class Stopped(SystemExit):
-    """A signal ended the run behind a whole step, and its checkpoint is saved; `code` is 128 + the signal's number."""
+    """The run was ended behind a whole step, its checkpoint is saved, and it can go on; `code` says what ended it."""
+
+
+def stop(trainer: pl.Trainer, why: str, code: int) -> NoReturn:
+    """Ends training behind a whole step, with a checkpoint; all ranks call it behind the same step.
+
+    Raises:
+        Stopped: Always.
+    """
+    saved = save_last(trainer)
+    rank_zero_info(f"\n{why} at step {trainer.global_step}; {f'saved {saved}' if saved else 'not saved'}.")
+    config = Path(trainer.default_root_dir) / RECIPE
+    if saved and config.is_file():
+        rank_zero_info(f"Go on with: fuyu-e2e fit --config {shlex.quote(shown(config))} --ckpt_path last")
+    raise Stopped(0 if _child_of_lightning(trainer) else code)
 
 
 class StopSignals(Callback):
@@ -82,7 +97,7 @@ class StopSignals(Callback):
         assert isinstance(pl_module, FuyuModule)
         for number in STOP_SIGNALS:
             if number.name in pl_module.voted:
-                self._stop(trainer, number)
+                stop(trainer, number.name, of_signal(number))
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Cuts a validation during training short.
@@ -116,7 +131,7 @@ class StopSignals(Callback):
         heard = torch.tensor([self._heard == number for number in STOP_SIGNALS], device=pl_module.device).double()
         for number, count in zip(STOP_SIGNALS, trainer.strategy.reduce(heard, reduce_op="sum"), strict=True):
             if count:
-                self._stop(trainer, number)
+                stop(trainer, number.name, of_signal(number))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hands the signals back."""
@@ -129,14 +144,6 @@ class StopSignals(Callback):
         sees the first one gone, which must not change their exit code.
         """
         self._restore(*([signal.SIGINT] if isinstance(exception, Stopped) else self._previous))
-
-    def _stop(self, trainer: pl.Trainer, number: signal.Signals) -> None:
-        saved = save_last(trainer)
-        rank_zero_info(f"\n{number.name} at step {trainer.global_step}; {f'saved {saved}' if saved else 'not saved'}.")
-        config = Path(trainer.default_root_dir) / "config.yaml"
-        if saved and config.is_file():
-            rank_zero_info(f"Go on with: fuyu-e2e fit --config {shlex.quote(shown(config))} --ckpt_path last")
-        raise Stopped(0 if _child_of_lightning(trainer) else of_signal(number))
 
     def _restore(self, *numbers: signal.Signals) -> None:
         for number in numbers:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
+from fuyu_e2e.arguments import did_you_mean
 from fuyu_e2e.checkpoint.description import Description
 from fuyu_e2e.checkpoint.sharded_files import OPTIMIZER, WEIGHTS, ShardedFiles, is_sharded
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
@@ -36,19 +37,27 @@ from fuyu_e2e.model.sharding import MESH, copy_part
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO, ShardedCheckpointIO, resolve
 from fuyu_e2e.training.gradients import weights_of
 
-REFUSED = ("fsdp", "deepspeed")
-"""How the names of strategies begin that hide the weights from the optimizer, clipping and checkpoints here."""
+REFUSED = ("fsdp", "deepspeed", "ddp_spawn", "ddp_fork", "ddp_notebook")
+"""How the names of strategies begin that hide the weights from the optimizer, clipping and checkpoints here, or whose
+processes leave checkpoints and exit codes to one that doesn't train."""
 
 
 def check_strategy(named: Any) -> None:
-    """Refuses a recipe's `trainer.strategy` that doesn't work here.
+    """Refuses a recipe's `trainer.strategy` that is unknown, or doesn't work here.
 
     Raises:
         UserError: Says which does.
     """
-    name = str(named if isinstance(named, str | None) else named.get("class_path", "")).rpartition(".")[2].lower()
-    if name.startswith(REFUSED) and name != "fsdp2":
-        raise UserError(f"trainer.strategy {name} doesn't work here: say ddp, fsdp2, hsdp or tensor_parallel.")
+    by_name = isinstance(named, str | None)
+    name = str(named if by_name else named.get("class_path", "")).rpartition(".")[2].lower()
+    method = "popen" if by_name else named.get("init_args", {}).get("start_method", "popen")
+    if (name.startswith(REFUSED) and name != "fsdp2") or method != "popen":
+        how = "" if method == "popen" else f" with start_method {method}"
+        raise UserError(f"trainer.strategy {name}{how} doesn't work here: say ddp, fsdp2, hsdp or tensor_parallel.")
+    known = {"auto", *StrategyRegistry.available_strategies()}
+    if isinstance(named, str) and "." not in named and named not in known:
+        hint = did_you_mean(named, known) or "say ddp, fsdp2, hsdp or tensor_parallel."
+        raise UserError(f"trainer.strategy is {named}, which is unknown: {hint}")
 
 
 class Sharded(ModelParallelStrategy):

@@ -35,7 +35,7 @@ class Watchdog(Callback):
     """
 
     def __init__(self, limit: float | None = 3600.0) -> None:
-        if limit is not None and limit <= 0:
+        if limit is not None and not limit > 0:
             raise UserError(f"watchdog.limit is {limit} seconds, but must be above 0.")
         self.limit = limit
         self._beats = 0

@@ -87,9 +87,10 @@ def test_what_is_continued_may_be_what_was_trained_on(data: Callable, tmp_path: 
     data(train=everything, predict=everything).setup("predict")
 
 
-def test_nothing_is_prepared_for_a_run_that_is_refused(data: Callable, tmp_path: Path) -> None:
-    """`prepare_data` comes before anything of the run is written."""
+def test_what_is_wrong_is_said_where_all_processes_hear_it(data: Callable, tmp_path: Path) -> None:
+    """`prepare_data` runs in one of them: the others would end with a traceback of a connection that is closed."""
     overlapping = data(train=f"{tmp_path}/shards", val=f"{tmp_path}/shards")
     overlapping.trainer = SimpleNamespace(state=SimpleNamespace(fn=SimpleNamespace(value="fit")))
+    overlapping.prepare_data()
     with pytest.raises(UserError, match="both hold"):
-        overlapping.prepare_data()
+        overlapping.setup("fit")

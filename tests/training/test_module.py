@@ -114,6 +114,70 @@ def test_eight_real_samples_are_learnt_by_heart_within_200_steps(
     assert texts == [prompt.truth for prompt in prompts]
 
 
+@pytest.mark.parametrize(
+    ("clipping", "expected"),
+    [
+        ({"gradient_clip_val": 0}, lambda before: before),
+        ({"gradient_clip_val": 0.5}, lambda before: before * 0.5 / before.norm()),
+        ({"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, lambda before: before.clamp(-0.01, 0.01)),
+    ],
+    ids=["none", "norm", "value"],
+)
+def test_gradients_are_clipped_as_lightning_says(
+    config: FuyuConfig,
+    question_data: Callable[..., FuyuDataModule],
+    tmp_path: Path,
+    clipping: dict[str, Any],
+    expected: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Keep(FuyuModule):
+        def configure_gradient_clipping(self, *args: Any, **options: Any) -> None:
+            for clip in (lambda *_, **__: None, super().configure_gradient_clipping):
+                clip(*args, **options)
+                seen.append(torch.cat([weight.grad.flatten() for weight in self.decoder.parameters()]))
+
+    torch.manual_seed(3)
+    trainer(tmp_path, max_steps=1, **clipping).fit(Keep(config), question_data())
+    before, after = seen
+    assert before.norm() > 0.5
+    assert before.abs().max() > 0.01
+    torch.testing.assert_close(after, expected(before))
+
+
+@pytest.mark.parametrize("clip", [-1.0, float("nan")])
+def test_a_clipping_that_would_climb_is_refused(
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path, clip: float
+) -> None:
+    with pytest.raises(UserError, match=r"trainer\.gradient_clip_val is (-1.0|nan), but must be 0"):
+        trainer(tmp_path, max_steps=1, gradient_clip_val=clip).fit(FuyuModule(config), question_data())
+
+
+def test_the_same_batches_are_overfitted_in_each_epoch(
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path
+) -> None:
+    rows, usual = Rows(), Rows()
+    saved = tmp_path / "a.ckpt"
+    overfit = trainer(tmp_path, max_steps=6, overfit_batches=2, callbacks=[rows])
+    overfit.fit(module(config), question_data(budget=64))
+    overfit.save_checkpoint(saved)
+    assert rows.keys[0] != rows.keys[1]
+    assert rows.keys == 3 * rows.keys[:2]
+    trainer(tmp_path, max_steps=2, callbacks=[usual]).fit(module(config), question_data(budget=64))
+    assert rows.keys[:2] == usual.keys
+    with pytest.raises(UserError, match=r"was trained with trainer\.overfit_batches"):
+        trainer(tmp_path, max_steps=9).fit(module(config), question_data(budget=64), ckpt_path=saved)
+
+
+def test_an_endless_stream_is_not_begun_anew_in_each_epoch(
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path
+) -> None:
+    run = trainer(tmp_path, max_steps=4, limit_train_batches=2, reload_dataloaders_every_n_epochs=1)
+    with pytest.raises(UserError, match="reload_dataloaders_every_n_epochs would begin the stream"):
+        run.fit(module(config), question_data())
+
+
 ROUTING = RoutingConfig(share=0.4, anneal=0.4, explore=0.2)
 
 

@@ -1,10 +1,13 @@
 """What a start leaves behind: nothing where it is refused; where it is accepted, a run that says what it did."""
 
+import errno
 import io
+import os
 import re
+import shutil
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fuyu_e2e.checkpoint.training_files import best_checkpoint, find_checkpoint, read_checkpoint
 from fuyu_e2e.cli import main
+from fuyu_e2e.errors import UserError
 from fuyu_e2e.estimate import estimated
+from fuyu_e2e.exit_codes import TIME_OVER
 from fuyu_e2e.model.config import named_size
 from fuyu_e2e.tokenizer import Tokenizer
 from fuyu_e2e.training.module import FuyuModule
+from fuyu_e2e.training.signals import Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE: dict[str, Any] = {
@@ -72,7 +78,10 @@ def command(
         monkeypatch.setattr(sys, "argv", ["fuyu-e2e", *arguments])
         capfd.readouterr()
         caplog.clear()
-        code = main()
+        try:
+            code = main()
+        except Stopped as stopped:
+            code = int(stopped.code or 0)
         printed = capfd.readouterr()
         return code, caplog.text + printed.out + printed.err
 
@@ -195,6 +204,209 @@ def test_predictions_replace_the_earlier_ones_when_they_are_complete(
         command(*predict, "train.tar", "--model.max_new_tokens", "1")
     assert (folder / "run" / "predictions.jsonl").read_text() == written
     assert not list((folder / "run").glob(".unfinished*"))
+
+
+REFUSED = {
+    "--trainer.gradient_clip_val -1": "trainer.gradient_clip_val is -1, but must be 0 (no clipping) or above",
+    "--trainer.overfit_batches 0.1": "trainer.overfit_batches is 0.1, a share of rows that nobody counts beforehand",
+    "--trainer.val_check_interval 0.25": "trainer.val_check_interval is 0.25, a share of rows",
+    "--trainer.limit_val_batches 0.5": "trainer.limit_val_batches is 0.5, a share of rows",
+    "--trainer.model_registry mine": "trainer.model_registry doesn't work here",
+    "--trainer.reload_dataloaders_every_n_epochs 1": "would begin the stream of training data anew",
+    "--checkpoint.enable_version_counter true": "checkpoint.enable_version_counter doesn't work here",
+    "--checkpoint.dirpath elsewhere": "--checkpoint.dirpath can't be set, since it follows from trainer.def",
+    "--config linked.yaml": "checkpoint.dirpath in linked.yaml can't be set, since it follows from trainer.def",
+    "--config seeded.yaml": "data.seed in seeded.yaml can't be set, since it follows from seed_everything",
+    "--data.patch_size 8": "--data.patch_size can't be set, since it follows from model.decoder",
+    "--trainer.max_time soon": "trainer.max_time is 'soon', but must be DD:HH:MM:SS",
+    "--trainer.accelerator tpu": "trainer.accelerator is tpu, which this machine doesn't have: say auto, or cpu",
+    "--trainer.accelerator xpu": "trainer.accelerator is xpu, which is unknown: say auto, gpu,",
+    "--trainer.devices 0": "trainer.devices is '0', but must be at least 1, or auto",
+    "--trainer.devices -1": "devices selected with CPUAccelerator should be an int > 0",
+    "--trainer.num_nodes 0": "num_nodes must be a positive integer, but got 0",
+    "--trainer.strategy dpp": "trainer.strategy is dpp, which is unknown: did you mean ddp?",
+    "--trainer.strategy ddp_spawn": "trainer.strategy ddp_spawn doesn't work here: say ddp",
+    "--trainer.strategy ddp_fork": "trainer.strategy ddp_fork doesn't work here: say ddp",
+    "--trainer.strategy ddp_notebook": "trainer.strategy ddp_notebook doesn't work here: say ddp",
+    "--trainer.strategy DDPStrategy --trainer.strategy.start_method fork": "start_method fork doesn't work here: say",
+    "--trainer.precision bf16-true": "trainer.precision bf16-true doesn't work here, since weights are",
+    "--trainer.precision 16-true": "trainer.precision 16-true doesn't work here",
+    "--trainer.precision transformer-engine": "a package is missing, which pip install 'transformer_engine",
+    "--trainer.accumulate_grad_batches 0": "trainer.accumulate_grad_batches is 0, but must be at least 1",
+    "--trainer.val_check_interval 0": "trainer.val_check_interval is 0, but must be at least 1",
+    "--trainer.limit_train_batches 2 --trainer.check_val_every_n_epoch 1": "interval is 4, but an epoch has 2 rows",
+    "--trainer.gradient_clip_algorithm best": "gradient_clip_algorithm best is invalid. Allowed algorithms:",
+    "--trainer.profiler fast": "profiler parameter of Trainer, it can only be one of",
+    "--trainer.barebones true": "trainer.barebones doesn't work here",
+    "--trainer.logger CSVLogger": "--trainer.logger: CSVLogger: the following arguments are required: save_dir",
+    "--trainer.logger WandbLogger": "WandbLogger: a package is missing, which pip install 'wandb",
+    "--trainer.callbacks DeviceStatsMonitor": "a package is missing, which pip install 'psutil' installs",
+    "--config averaged.yaml": "names StochasticWeightAveraging, which doesn't work here: it counts in epochs",
+    "--trainer.callbacks LearningRateFinder": "names LearningRateFinder, which doesn't work here",
+    "--trainer.callbacks Timer": "names Timer, which doesn't work here: it counts the time of all starts together",
+    "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor val_loss": "monitor of EarlyStopping is val_loss, "
+    "which is not logged: did you mean val/loss?",
+    "--checkpoint.monitor val_los": "checkpoint.monitor is val_los, which is not logged: did you mean val/loss?",
+    "--checkpoint.monitor val/loss --data.val null": "checkpoint.monitor is val/loss, but there is no data.val",
+    "--checkpoint.mode best": "mode can be min, max but got best",
+    "--checkpoint.every_n_epochs 1": "every_n_train_steps=2, every_n_epochs=1 and train_time_interval=None should be",
+    "--model.optimizer.lr .nan": "optimizer.lr is nan, but must be above 0",
+    "--model.z_loss .nan": "model.z_loss is nan, but must be 0 or above",
+    "--watchdog.limit .nan": "watchdog.limit is nan seconds, but must be above 0",
+    "--trainer.default_root_dir recipe.yaml/run": "recipe.yaml/run can't be written (Not a directory): name another",
+    "--seed_everything true": "seed_everything is true, but must be a whole number",
+    "--seed_everything -1": "seed_everything is -1, but must be a whole number",
+}
+"""What can't be had, and how the sentence begins that says so."""
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_what_cannot_be_had_is_refused_with_a_sentence(
+    command: Callable[..., tuple[int, str]], folder: Path, arguments: str
+) -> None:
+    (folder / "linked.yaml").write_text("checkpoint: {dirpath: elsewhere}")
+    (folder / "seeded.yaml").write_text("data: {seed: 5}")
+    averaging = {"class_path": "lightning.pytorch.callbacks.StochasticWeightAveraging", "init_args": {"swa_lrs": 0.1}}
+    (folder / "averaged.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [averaging]}}))
+    code, printed = command(*FIT[:3], "--trainer.default_root_dir", "never", *arguments.split())
+    assert code == 2, printed
+    [sentence] = [line for line in printed.splitlines() if line.startswith("fuyu-e2e: ")]
+    assert REFUSED[arguments] in sentence
+    assert "Traceback" not in printed
+    assert not (folder / "never").exists()
+
+
+def test_a_trial_leaves_nothing_that_is_in_the_way_of_the_run(
+    command: Callable[..., tuple[int, str]], folder: Path
+) -> None:
+    code, printed = command(*FIT[:3], "--trainer.default_root_dir", "trial", "--trainer.fast_dev_run", "true")
+    assert code == 0, printed
+    assert not (folder / "trial").exists()
+
+
+def test_each_checkpoint_is_told_where_that_is_asked_for(
+    command: Callable[..., tuple[int, str]], folder: Path
+) -> None:
+    verbose = ("--trainer.default_root_dir", "verbose", "--checkpoint.verbose", "true", "--trainer.max_steps", "2")
+    code, printed = command(*FIT[:3], *verbose)
+    assert code == 0, printed
+    assert re.search(r"Step 2, val/loss [\d.]+: saving .*verbose/checkpoints/step=2-val_loss", printed)
+
+
+def test_each_start_has_its_own_time(command: Callable[..., tuple[int, str]], folder: Path) -> None:
+    """The same line as often as it takes; the start that does the last step is done, whatever the clock says."""
+    fit = (*FIT[:3], "--trainer.default_root_dir", "timed", *LAST, "--trainer.max_time", "00:00:00:00")
+    codes = []
+    for step in (1, 2, 3):
+        code, printed = command(*fit, "--trainer.max_steps", "3")
+        codes.append(code)
+        assert read_checkpoint(find_checkpoint(folder / "timed"))["global_step"] == step
+        assert ("(trainer.max_time, 0 s) is over" in printed, "Done: 3 steps" in printed) == (step < 3, step == 3)
+    assert codes == [TIME_OVER, TIME_OVER, 0]
+
+
+def test_weights_alone_are_nothing_to_go_on_from(command: Callable[..., tuple[int, str]], folder: Path) -> None:
+    fit = (*FIT[:3], "--trainer.default_root_dir", "light", "--checkpoint.save_weights_only", "true")
+    code, printed = command(*fit, "--trainer.max_steps", "1")
+    assert code == 0, printed
+    assert "optimizer_states" not in read_checkpoint(find_checkpoint(folder / "light"))
+    code, printed = command(*fit, *LAST)
+    assert code == 2, printed
+    assert "holds weights alone (checkpoint.save_weights_only)" in printed
+    code, printed = command("validate", "--config", "light/config.yaml", *LAST)
+    assert code == 0, printed
+
+
+def test_lightnings_way_to_load_a_model_points_to_ours(trained: str) -> None:
+    with pytest.raises(UserError, match=r"are fuyu_e2e\.load\('run/checkpoints/last\.ckpt'\)"):
+        FuyuModule.load_from_checkpoint("run/checkpoints/last.ckpt")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_place_that_is_closed_is_named(
+    command: Callable[..., tuple[int, str]], trained: str, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Root may write anywhere, so what the system says of others is said here."""
+    opened = Path.open
+
+    def closed(path: Path, mode: str = "r", **options: Any) -> Any:
+        if path.name.endswith("predictions.jsonl"):
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", closed)
+    code, printed = command("predict", "--config", "run/config.yaml", *LAST, "--data.predict", "val.tar")
+    assert code == 2, printed
+    assert f"predictions.jsonl can't be read or written ({os.strerror(number)}): name another place." in printed
+
+
+@pytest.fixture
+def moved(trained: str, folder: Path) -> Iterator[Path]:
+    """That run under another name."""
+    (folder / "run").rename(folder / "moved")
+    yield folder / "moved"
+    (folder / "moved").rename(folder / "run")
+
+
+def test_a_run_that_was_moved_is_found_by_its_recipe(
+    command: Callable[..., tuple[int, str]], folder: Path, moved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From wherever; another directory on the command line holds all the same."""
+    recipe = ("--config", "moved/config.yaml")
+    shutil.copytree(moved, folder / "copied")
+    code, printed = command("fit", "--config", "copied/config.yaml", *LAST, "--trainer.max_steps", "5")
+    assert code == 0, printed
+    assert "Going on from copied/checkpoints/" in printed.replace(f"{folder}/", "")
+    assert read_checkpoint(find_checkpoint(folder / "copied"))["global_step"] == 5
+    assert yaml.safe_load((folder / "copied" / "config.yaml").read_text())["trainer"]["default_root_dir"] == "copied"
+    code, printed = command("validate", *recipe, *LAST)
+    assert code == 0, printed
+    assert "val/loss" in printed
+    code, printed = command("validate", *recipe, *LAST, "--trainer.default_root_dir", "typo")
+    assert code == 2, printed
+    monkeypatch.chdir(moved)
+    code, printed = command("fit", "--config", "config.yaml")
+    assert (code, "already holds a run" in printed) == (2, True), printed
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["validate", "test", "predict"])
+@pytest.mark.parametrize(
+    ("named", "sentence"),
+    [
+        ((), "No checkpoint is named to {name}: say --ckpt_path last for the newest of run, or"),
+        ((*LAST, "--trainer.default_root_dir", "typo"), "There is no checkpoint in typo/checkpoints to {name}: name"),
+    ],
+    ids=["forgotten", "typo"],
+)
+def test_random_weights_are_not_evaluated(
+    command: Callable[..., tuple[int, str]],
+    folder: Path,
+    trained: str,
+    name: str,
+    named: tuple[str, ...],
+    sentence: str,
+) -> None:
+    (folder / "run" / "predictions.jsonl").write_text("earlier")
+    data = ("--data.test", "val.tar", "--data.predict", "val.tar")
+    code, printed = command(name, "--config", "run/config.yaml", *data, *named)
+    assert code == 2, printed
+    assert sentence.format(name=name) in printed
+    assert (folder / "run" / "predictions.jsonl").read_text() == "earlier"
+    assert not (folder / "typo").exists()
+
+
+def test_a_run_without_a_checkpoint_says_that_it_begins(command: Callable[..., tuple[int, str]], folder: Path) -> None:
+    """What a process left behind that was killed while it saved is no checkpoint."""
+    (folder / "first" / "checkpoints" / ".unfinished-step=2.ckpt").mkdir(parents=True)
+    code, printed = command(*FIT[:3], "--trainer.default_root_dir", "first", *LAST, "--trainer.max_steps", "1")
+    assert code == 0, printed
+    assert "No checkpoint in first/checkpoints: the run begins at step 0." in printed
+    (folder / "single" / "checkpoints").mkdir(parents=True)
+    (folder / "single" / "checkpoints" / "a.ckpt").touch()
+    code, printed = command(*FIT[:3], "--trainer.default_root_dir", "single", *LAST)
+    assert code == 2, printed
+    assert "single/checkpoints/a.ckpt has no manifest" in printed
 
 
 def test_a_named_size_takes_the_tokenizers_vocabulary(command: Callable[..., tuple[int, str]], folder: Path) -> None:
