@@ -41,6 +41,7 @@ from fuyu_e2e.training.data_report import DataReport
 from fuyu_e2e.training.ending import Ending
 from fuyu_e2e.training.garbage import GarbageCollection
 from fuyu_e2e.training.hosts import Hosts
+from fuyu_e2e.training.intervals import set_intervals
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.launched import launched_processes
 from fuyu_e2e.training.lightning_settings import check_devices, check_settings
@@ -249,6 +250,8 @@ class FuyuCLI(LightningCLI):
             )
         if (command := self.config.get("subcommand")) is not None:
             check_devices(settings["trainer"])
+            if command == "fit" and (said := set_intervals(settings)):
+                rank_zero_info(said)
             settings["ckpt_path"] = checkpoint_to_read(
                 command, settings.get("ckpt_path"), Path(settings["trainer"]["default_root_dir"])
             )
