@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelSummary
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -276,7 +276,11 @@ class FuyuCLI(LightningCLI):
             raise ours or UserError(f"{reason(str(error))}.") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Builds the trainer, with TensorBoard in the run's directory unless the recipe names another logger."""
+        """Builds the trainer, with TensorBoard in the run's directory unless the recipe names another logger.
+
+        A progress bar or a summary that the recipe names takes the place of ours, and `enable_checkpointing` false
+        leaves our checkpoints out.
+        """
         settings = self._get(self.config_init, "trainer")
         if settings["logger"] is None:
             trains = self.subcommand in (
@@ -285,20 +289,26 @@ class FuyuCLI(LightningCLI):
             )  # what only evaluates has no step, and no point in a run's curves
             root = settings["default_root_dir"]
             kwargs["logger"] = Curves(root, name="tensorboard", version="") if trains else False
-        named = settings["callbacks"] or []  # one, or a list
-        named = named if isinstance(named, list) else [named]
-        shown: list[pl.Callback] = [progress()] if settings["enable_progress_bar"] is not False else []
+        named, plugins = (_listed(settings[name]) for name in ("callbacks", "plugins"))
+        own_bar = settings["enable_progress_bar"] is False or any(isinstance(one, ProgressBar) for one in named)
+        shown: list[pl.Callback] = [] if own_bar else [progress()]
         if settings["enable_model_summary"] is not False and not any(isinstance(one, ModelSummary) for one in named):
             shown.append(Summary())
             kwargs["enable_model_summary"] = False  # or Lightning says that it leaves its own out
         kwargs["callbacks"] = [RandomState(), *named, *shown]
-        kwargs["plugins"] = [*(settings["plugins"] or []), BackgroundCheckpointIO()]
+        kwargs["plugins"] = [*plugins, BackgroundCheckpointIO()]
         if settings["profiler"] is None:
             kwargs["profiler"] = NoProfiler()
         self.time_limit.set(settings["max_time"])
         kwargs["max_time"] = None  # or Lightning adds its own
         kwargs |= launched_processes()
-        return super().instantiate_trainer(**kwargs)
+        if settings["enable_checkpointing"] is not False or any(isinstance(one, ModelCheckpoint) for one in named):
+            return super().instantiate_trainer(**kwargs)
+        kwargs["enable_checkpointing"] = None  # or Lightning refuses ours
+        trainer = super().instantiate_trainer(**kwargs)
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [one for one in callbacks if not isinstance(one, ModelCheckpoint)]  # type: ignore[attr-defined]
+        return trainer
 
     def before_fit(self) -> None:
         """Shares the rows of a step out.
@@ -369,6 +379,11 @@ def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None
         )
     Description.of(read_checkpoint(Path(named)), named)
     return str(Path(named).absolute())  # Lightning takes what begins with http for a URL
+
+
+def _listed(value: Any) -> list[Any]:
+    """A setting that may be one, a list or none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _where(path: str, args: Sequence[str]) -> str:

@@ -335,6 +335,44 @@ def test_a_recipe_without_intervals_validates_and_saves(
     assert all("val_loss" in name for name in names) == ("--data.val" not in settings)
 
 
+PARTS: dict[str, dict[str, Any]] = {
+    "bar": {"callbacks": {"class_path": "TQDMProgressBar"}},
+    "plugin": {"plugins": {"class_path": "lightning.pytorch.plugins.environments.LightningEnvironment"}},
+    "loggers": {
+        "logger": [
+            {"class_path": "CSVLogger", "init_args": {"save_dir": "own"}},
+            {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "own", "name": "board", "version": ""}},
+        ]
+    },
+    "unlogged": {"log_every_n_steps": 0},
+    "unsaved": {"enable_checkpointing": False},
+}
+"""What a recipe may name of its own beside, or in the place of, what each run has."""
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_recipes_own_work_beside_ours(
+    command: Callable[..., tuple[int, str]], folder: Path, name: str
+) -> None:
+    shutil.rmtree(folder / "own", ignore_errors=True)
+    (folder / "parts.yaml").write_text(yaml.safe_dump(RECIPE | {"trainer": RECIPE["trainer"] | PARTS[name]}))
+    code, printed = command("fit", "--config", "parts.yaml", "--trainer.default_root_dir", "own")
+    assert code == 0, printed
+    assert "Done: 4 steps" in printed
+    if name == "unsaved":
+        assert "no checkpoint was written" in printed
+        assert not list((folder / "own").glob("**/*.ckpt"))
+    else:
+        assert read_checkpoint(folder / "own" / "checkpoints" / "last.ckpt")["global_step"] == 4
+    if name == "loggers":
+        tags = EventAccumulator(str(folder / "own" / "board")).Reload().Tags()
+        assert "samples/0/text_summary" in tags["tensors"]
+    if name == "unlogged":
+        tags = EventAccumulator(str(folder / "own" / "tensorboard")).Reload().Tags()
+        assert "val/loss" in tags["scalars"]
+        assert "tokens" not in tags["scalars"]
+
+
 @pytest.fixture
 def moved(trained: str, folder: Path) -> Iterator[Path]:
     """That run under another name."""
