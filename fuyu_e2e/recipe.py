@@ -70,9 +70,19 @@ class SaveRecipe(SaveConfigCallback):
         """Does nothing, where Lightning would write."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes it, over that of the same run before it was resumed; a trial (`fast_dev_run`) leaves nothing."""
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.save_config(trainer, pl_module, "fit")
+        """Writes it, over that of the same run before it was resumed, on the first process.
+
+        Raises:
+            UserError: The directory can't be written; on all processes, none of which waits for another.
+        """
+        trouble = ""
+        if trainer.is_global_zero:
+            try:
+                self.save_config(trainer, pl_module, "fit")
+            except UserError as error:
+                trouble = str(error)
+        if trouble := trainer.strategy.broadcast(trouble):
+            raise UserError(trouble)
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Writes it beside its place, and renames it, so that the directory holds the old one or the new one whole.
@@ -93,6 +103,7 @@ class SaveRecipe(SaveConfigCallback):
         recipe = self.config.clone()
         recipe.pop("ckpt_path", None)  # of this start, not of the run
         unfinished = root / f".unfinished-{self.config_filename}"
+        unfinished.touch()  # the system says better than jsonargparse why it can't be written
         self.parser.save(recipe, unfinished, skip_none=False, overwrite=True)
         unfinished.replace(root / self.config_filename)
 
