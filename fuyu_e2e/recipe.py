@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelSummary
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -41,6 +41,7 @@ from fuyu_e2e.training.data_report import DataReport
 from fuyu_e2e.training.ending import Ending
 from fuyu_e2e.training.garbage import GarbageCollection
 from fuyu_e2e.training.hosts import Hosts
+from fuyu_e2e.training.intervals import set_intervals
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.launched import launched_processes
 from fuyu_e2e.training.lightning_settings import check_devices, check_settings
@@ -69,9 +70,19 @@ class SaveRecipe(SaveConfigCallback):
         """Does nothing, where Lightning would write."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes it, over that of the same run before it was resumed; a trial (`fast_dev_run`) leaves nothing."""
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.save_config(trainer, pl_module, "fit")
+        """Writes it, over that of the same run before it was resumed, on the first process.
+
+        Raises:
+            UserError: The directory can't be written; on all processes, none of which waits for another.
+        """
+        trouble = ""
+        if trainer.is_global_zero:
+            try:
+                self.save_config(trainer, pl_module, "fit")
+            except UserError as error:
+                trouble = str(error)
+        if trouble := trainer.strategy.broadcast(trouble):
+            raise UserError(trouble)
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Writes it beside its place, and renames it, so that the directory holds the old one or the new one whole.
@@ -92,6 +103,7 @@ class SaveRecipe(SaveConfigCallback):
         recipe = self.config.clone()
         recipe.pop("ckpt_path", None)  # of this start, not of the run
         unfinished = root / f".unfinished-{self.config_filename}"
+        unfinished.touch()  # the system says better than jsonargparse why it can't be written
         self.parser.save(recipe, unfinished, skip_none=False, overwrite=True)
         unfinished.replace(root / self.config_filename)
 
@@ -249,6 +261,8 @@ class FuyuCLI(LightningCLI):
             )
         if (command := self.config.get("subcommand")) is not None:
             check_devices(settings["trainer"])
+            if command == "fit" and (said := set_intervals(settings)):
+                rank_zero_info(said)
             settings["ckpt_path"] = checkpoint_to_read(
                 command, settings.get("ckpt_path"), Path(settings["trainer"]["default_root_dir"])
             )
@@ -273,7 +287,11 @@ class FuyuCLI(LightningCLI):
             raise ours or UserError(f"{reason(str(error))}.") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Builds the trainer, with TensorBoard in the run's directory unless the recipe names another logger."""
+        """Builds the trainer, with TensorBoard in the run's directory unless the recipe names another logger.
+
+        A progress bar or a summary that the recipe names takes the place of ours, and `enable_checkpointing` false
+        leaves our checkpoints out.
+        """
         settings = self._get(self.config_init, "trainer")
         if settings["logger"] is None:
             trains = self.subcommand in (
@@ -282,20 +300,26 @@ class FuyuCLI(LightningCLI):
             )  # what only evaluates has no step, and no point in a run's curves
             root = settings["default_root_dir"]
             kwargs["logger"] = Curves(root, name="tensorboard", version="") if trains else False
-        named = settings["callbacks"] or []  # one, or a list
-        named = named if isinstance(named, list) else [named]
-        shown: list[pl.Callback] = [progress()] if settings["enable_progress_bar"] is not False else []
+        named, plugins = (_listed(settings[name]) for name in ("callbacks", "plugins"))
+        own_bar = settings["enable_progress_bar"] is False or any(isinstance(one, ProgressBar) for one in named)
+        shown: list[pl.Callback] = [] if own_bar else [progress()]
         if settings["enable_model_summary"] is not False and not any(isinstance(one, ModelSummary) for one in named):
             shown.append(Summary())
             kwargs["enable_model_summary"] = False  # or Lightning says that it leaves its own out
         kwargs["callbacks"] = [RandomState(), *named, *shown]
-        kwargs["plugins"] = [*(settings["plugins"] or []), BackgroundCheckpointIO()]
+        kwargs["plugins"] = [*plugins, BackgroundCheckpointIO()]
         if settings["profiler"] is None:
             kwargs["profiler"] = NoProfiler()
         self.time_limit.set(settings["max_time"])
         kwargs["max_time"] = None  # or Lightning adds its own
         kwargs |= launched_processes()
-        return super().instantiate_trainer(**kwargs)
+        if settings["enable_checkpointing"] is not False or any(isinstance(one, ModelCheckpoint) for one in named):
+            return super().instantiate_trainer(**kwargs)
+        kwargs["enable_checkpointing"] = None  # or Lightning refuses ours
+        trainer = super().instantiate_trainer(**kwargs)
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [one for one in callbacks if not isinstance(one, ModelCheckpoint)]  # type: ignore[attr-defined]
+        return trainer
 
     def before_fit(self) -> None:
         """Shares the rows of a step out.
@@ -366,6 +390,11 @@ def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None
         )
     Description.of(read_checkpoint(Path(named)), named)
     return str(Path(named).absolute())  # Lightning takes what begins with http for a URL
+
+
+def _listed(value: Any) -> list[Any]:
+    """A setting that may be one, a list or none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _where(path: str, args: Sequence[str]) -> str:

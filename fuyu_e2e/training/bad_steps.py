@@ -10,13 +10,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.exit_codes import BAD_STEPS
+from fuyu_e2e.training.curves import tensorboard_of
 from fuyu_e2e.training.module import FuyuModule, steps_between_logs
 
 MEMORY = 100
@@ -160,6 +160,6 @@ class BadSteps(Callback):
         more = f" and {len(keys) - KEYS_SHOWN} more" if len(keys) > KEYS_SHOWN else ""
         shown = ", ".join(keys[:KEYS_SHOWN])
         rank_zero_info(f"\nStep {trainer.global_step} is skipped: {self._reason}. Samples: {shown}{more}.")
-        if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+        if trainer.is_global_zero and (logger := tensorboard_of(trainer)) is not None:
             text = f"{self._reason}\n\n    " + "\n    ".join(keys)
-            trainer.logger.experiment.add_text("bad_steps/samples", text, trainer.global_step)
+            logger.experiment.add_text("bad_steps/samples", text, trainer.global_step)

@@ -4,10 +4,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.tensorboard import SummaryWriter
+
+
+def tensorboard_of(trainer: pl.Trainer) -> TensorBoardLogger | None:
+    """The logger that takes texts and pictures, also where a recipe names others before it."""
+    return next((one for one in trainer.loggers if isinstance(one, TensorBoardLogger)), None)
 
 
 class Curves(TensorBoardLogger):

@@ -35,8 +35,8 @@ from fuyu_e2e.training.schedule import Schedule
 
 
 def steps_between_logs(trainer: pl.Trainer) -> int:
-    """The trainer's `log_every_n_steps`, which Lightning sets without declaring it."""
-    return trainer.log_every_n_steps  # type: ignore[attr-defined]
+    """The trainer's `log_every_n_steps`, which Lightning sets without declaring it; for 0 more than a run has."""
+    return trainer.log_every_n_steps or trainer.max_steps + 1  # type: ignore[attr-defined]
 
 
 def never_bad(loss: float, gradient_norm: float) -> bool:

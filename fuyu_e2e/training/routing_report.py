@@ -6,7 +6,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from fuyu_e2e.batch import PackedBatch
@@ -18,6 +17,7 @@ from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing import RoutingTrace, Threshold
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import Prompt
+from fuyu_e2e.training.curves import tensorboard_of
 from fuyu_e2e.training.module import FuyuModule, steps_between_logs
 
 
@@ -84,9 +84,9 @@ class RoutingReport(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compares choices with those of the validation before, and draws heat maps, on the first process."""
-        logger = trainer.logger
+        logger = tensorboard_of(trainer)
         assert isinstance(pl_module, FuyuModule)
-        if pl_module.config.routing is None or trainer.sanity_checking or not isinstance(logger, TensorBoardLogger):
+        if pl_module.config.routing is None or trainer.sanity_checking or logger is None:
             return
         if (decoder := pl_module.whole_decoder()) is None:
             return

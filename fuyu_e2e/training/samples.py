@@ -3,9 +3,9 @@
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from fuyu_e2e.sequence import Prompt
+from fuyu_e2e.training.curves import tensorboard_of
 from fuyu_e2e.training.module import FuyuModule
 
 
@@ -22,8 +22,8 @@ class SampleGenerations(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Generates and logs, on the first process."""
-        logger = trainer.logger
-        if trainer.sanity_checking or not isinstance(logger, TensorBoardLogger):
+        logger = tensorboard_of(trainer)
+        if trainer.sanity_checking or logger is None:
             return
         assert isinstance(pl_module, FuyuModule)
         if (decoder := pl_module.whole_decoder()) is None:

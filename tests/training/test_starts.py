@@ -250,6 +250,7 @@ REFUSED = {
     "--checkpoint.monitor val/loss --data.val null": "checkpoint.monitor is val/loss, but there is no data.val",
     "--checkpoint.mode best": "mode can be min, max but got best",
     "--checkpoint.every_n_epochs 1": "every_n_train_steps=2, every_n_epochs=1 and train_time_interval=None should be",
+    "--data.val null --checkpoint.every_n_train_steps null --checkpoint.every_n_epochs 1": "every_n_epochs would save",
     "--model.optimizer.lr .nan": "optimizer.lr is nan, but must be above 0",
     "--model.z_loss .nan": "model.z_loss is nan, but must be 0 or above",
     "--watchdog.limit .nan": "watchdog.limit is nan seconds, but must be above 0",
@@ -338,6 +339,70 @@ def test_a_place_that_is_closed_is_named(
     code, printed = command("predict", "--config", "run/config.yaml", *LAST, "--data.predict", "val.tar")
     assert code == 2, printed
     assert f"predictions.jsonl can't be read or written ({os.strerror(number)}): name another place." in printed
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "every"),
+    [
+        ((), "validates and saves every 4 micro-batches of a process", 2),
+        (("--data.val", "null"), "checkpoint.every_n_train_steps is not set: saves every 2 steps", 2),
+        (("--trainer.limit_train_batches", "8"), "", 4),
+    ],
+    ids=["validation", "none", "epochs"],
+)
+def test_a_recipe_without_intervals_validates_and_saves(
+    command: Callable[..., tuple[int, str]], folder: Path, settings: tuple[str, ...], said: str, every: int
+) -> None:
+    """Steps have two micro-batches."""
+    unset = {"val_check_interval": None, "check_val_every_n_epoch": 1}
+    bare = RECIPE | {"trainer": RECIPE["trainer"] | unset | {"max_steps": 20}, "checkpoint": {"save_top_k": -1}}
+    (folder / "bare.yaml").write_text(yaml.safe_dump(bare))
+    run = f"bare{every}{len(said)}"
+    code, printed = command("fit", "--config", "bare.yaml", "--trainer.default_root_dir", run, *settings)
+    assert code == 0, printed
+    assert said in printed
+    assert ("is not set: " in printed) == bool(said)
+    names = [path.name for path in (folder / run / "checkpoints").glob("step=*")]
+    assert {int(re.findall(r"\d+", name)[0]) for name in names} == set(range(every, 21, every))
+    assert all("val_loss" in name for name in names) == ("--data.val" not in settings)
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "bar": {"callbacks": {"class_path": "TQDMProgressBar"}},
+    "plugin": {"plugins": {"class_path": "lightning.pytorch.plugins.environments.LightningEnvironment"}},
+    "loggers": {
+        "logger": [
+            {"class_path": "CSVLogger", "init_args": {"save_dir": "own"}},
+            {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "own", "name": "board", "version": ""}},
+        ]
+    },
+    "unlogged": {"log_every_n_steps": 0},
+    "unsaved": {"enable_checkpointing": False},
+}
+"""What a recipe may name of its own beside, or in the place of, what each run has."""
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_recipes_own_work_beside_ours(
+    command: Callable[..., tuple[int, str]], folder: Path, name: str
+) -> None:
+    shutil.rmtree(folder / "own", ignore_errors=True)
+    (folder / "parts.yaml").write_text(yaml.safe_dump(RECIPE | {"trainer": RECIPE["trainer"] | PARTS[name]}))
+    code, printed = command("fit", "--config", "parts.yaml", "--trainer.default_root_dir", "own")
+    assert code == 0, printed
+    assert "Done: 4 steps" in printed
+    if name == "unsaved":
+        assert "no checkpoint was written" in printed
+        assert not list((folder / "own").glob("**/*.ckpt"))
+    else:
+        assert read_checkpoint(folder / "own" / "checkpoints" / "last.ckpt")["global_step"] == 4
+    if name == "loggers":
+        tags = EventAccumulator(str(folder / "own" / "board")).Reload().Tags()
+        assert "samples/0/text_summary" in tags["tensors"]
+    if name == "unlogged":
+        tags = EventAccumulator(str(folder / "own" / "tensorboard")).Reload().Tags()
+        assert "val/loss" in tags["scalars"]
+        assert "tokens" not in tags["scalars"]
 
 
 @pytest.fixture

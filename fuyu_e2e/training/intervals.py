@@ -1,0 +1,49 @@
+"""When a run validates and saves where its recipe doesn't say: by steps, for Lightning's epochs never end here."""
+
+from jsonargparse import Namespace
+
+from fuyu_e2e.errors import UserError
+
+PARTS = 10
+"""Validations, or checkpoints, of a short run."""
+STEPS = 1_000
+"""Steps between two of them in a long one."""
+
+
+def set_intervals(settings: Namespace) -> str:
+    """Fills in the intervals that a recipe leaves to the end of an epoch, where epochs have none.
+
+    A tenth of the run, at most 1,000 steps: from one validation, and the checkpoint that comes with it, to the next;
+    without validation from one checkpoint to the next. Where `limit_train_batches` or `overfit_batches` end epochs,
+    Lightning's defaults hold.
+
+    Returns:
+        What to say of it; empty where the recipe says all.
+
+    Raises:
+        UserError: Checkpoints are asked for by epochs alone.
+    """
+    trainer, checkpoint = settings["trainer"], settings["checkpoint"]
+    if any(isinstance(trainer[name], int) and trainer[name] for name in ("limit_train_batches", "overfit_batches")):
+        return ""
+    every = max(1, min(STEPS, trainer["max_steps"] // PARTS))
+    validates = settings["data"]["val"] is not None and trainer["limit_val_batches"] != 0
+    steps, epochs, time = (
+        checkpoint[name] for name in ("every_n_train_steps", "every_n_epochs", "train_time_interval")
+    )
+    unset = steps is None and epochs is None and time is None
+    if validates and trainer["val_check_interval"] in (None, 1.0):
+        # Lightning counts micro-batches; what `rows_per_step` makes of them is known when the processes are.
+        interval = every * trainer["accumulate_grad_batches"] if settings["rows_per_step"] is None else every
+        trainer["val_check_interval"], trainer["check_val_every_n_epoch"] = interval, None
+        what = "validates and saves" if unset else "validates"
+        return f"trainer.val_check_interval is not set: {what} every {interval:,} micro-batches of a process."
+    if not validates and unset:
+        checkpoint["every_n_train_steps"] = every
+        return f"checkpoint.every_n_train_steps is not set: saves every {every:,} steps."
+    if not validates and epochs:
+        raise UserError(
+            "checkpoint.every_n_epochs would save nothing, since the stream of training data never ends: set "
+            "checkpoint.every_n_train_steps instead."
+        )
+    return ""
