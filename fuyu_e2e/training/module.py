@@ -397,7 +397,7 @@ class FuyuModule(pl.LightningModule):
         self._validated_at = checkpoint["global_step"]
         self._loaded_figures = checkpoint[SECTION].get("validation", {})
         if self.trainer.state.fn == TrainerFn.FITTING:
-            if "optimizer_states" not in checkpoint:
+            if "lr_schedulers" not in checkpoint:  # optimizers of a checkpoint in parts lie in the parts
                 raise UserError(
                     f"{source} holds weights alone (checkpoint.save_weights_only), and no run can go on from it: "
                     "begin a new one with them (model.weights)."
