@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fuyu_e2e.bench.own_process import peak_memory
-from fuyu_e2e.cli.lightning import lightning
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.estimate import estimated, show
+from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.training.device_limits import known_peak, named_peak
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -32,7 +32,6 @@ def arguments(folder: Path, *settings: str) -> list[str]:
         f"--trainer.default_root_dir={folder / 'run'}",
         f"--data.tokenizer={folder / 'tokenizer.model'}",
         "--trainer.max_steps=3",
-        "--checkpoint.every_n_train_steps=9",  # a copy for the checkpoint is no part of the estimate
         "--trainer.accelerator=cpu",
         "--data.budget=4096",
         "--data.lanes=1",
@@ -49,7 +48,7 @@ def test_a_run_takes_the_memory_that_was_estimated(
     assert "first row of data.train" in expected.row.source
     assert expected.row.targets > 100
     assert expected.memory.total > 2**28
-    peak = peak_memory(lightning, ["fit", *settings, "--trainer.enable_progress_bar=false"])
+    peak = peak_memory(FuyuCLI, ["fit", *settings, "--trainer.enable_progress_bar=false"])
     assert peak == pytest.approx(expected.memory.total, rel=0.15)
 
 
