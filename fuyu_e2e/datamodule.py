@@ -268,7 +268,7 @@ class FuyuDataModule(pl.LightningDataModule):
         """Rows without end, continued where a resumed run stopped; the first ones again and again to overfit.
 
         Raises:
-            UserError: The trainer would ask for them anew in each epoch, and so begin with the first again.
+            UserError: The trainer would make a new loader in each epoch, and so begin with the first again.
         """
         assert self.trainer is not None
         if self.trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]

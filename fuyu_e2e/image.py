@@ -117,7 +117,7 @@ def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]
     with _opened(data, policy) as image:
         native = image.size
         if image.format == "PNG":
-            image.load()  # as its `getexif` does: EXIF may stand behind the pixels, whose damage is another matter
+            image.load()  # as its `getexif` does: EXIF may follow the pixels, whose damage is another matter
         orientation = _orientation(image.getexif)
         turned = orientation in SIDEWAYS
         size = fit_policy(*(native[::-1] if turned else native), policy)
@@ -223,7 +223,7 @@ def _scale_transparent_colour(data: bytes, image: Pillow.Image) -> None:
     """
     if image.format != "PNG" or (colour := image.info.get("transparency")) is None:
         return
-    depth = data[24]  # of the first chunk, the header, which stands at a fixed place
+    depth = data[24]  # in the header, the first chunk, at a fixed offset
     if image.mode in ("1", "L") and isinstance(colour, int):
         image.info["transparency"] = colour * 255 // (2**depth - 1)
     elif depth == 16 and isinstance(colour, tuple):

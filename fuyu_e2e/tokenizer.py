@@ -25,7 +25,7 @@ alphabets with their accents and punctuation stay below; Chinese and Japanese te
 some of everything, do not: there, rare characters are better spelled in bytes.
 """
 LINE = 2**18
-"""Letters of a line, of at most four bytes each, behind which it is cut: sentencepiece passes over longer lines."""
+"""Letters, of at most four bytes each, after which a line is cut: sentencepiece skips longer lines."""
 NORMAL = 1
 """sentencepiece's type of a token that was learnt."""
 OFTEN = 10

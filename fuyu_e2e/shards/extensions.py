@@ -9,11 +9,11 @@ UNREAD_FILMS = "3gp avi flv m4v mkv mov mp4 mpeg mpg ogv webm wmv"
 UNREAD = frozenset(f"{UNREAD_IMAGES} {UNREAD_SOUND} {UNREAD_FILMS}".split())
 """What is not read: a text beside it speaks of what the model would not see."""
 TEXTS = ("txt", "json")
-"""What belongs to an image, or stands alone."""
+"""Text beside an image, or a sample by itself."""
 
 
 def last_extension(name: str) -> str:
-    """The part of a name behind its last dot, in lower case; the whole of a name without a dot."""
+    """The part of a name after its last dot, in lower case; the whole of a name without a dot."""
     return name.rpartition(".")[2].lower()
 
 

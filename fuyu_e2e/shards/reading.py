@@ -70,7 +70,7 @@ class Shard:
         self._starts: Int64[np.ndarray, " documents"]
         self._sizes: Int64[np.ndarray, " documents"]
         self._apart: frozenset[int] = frozenset()
-        """Documents that are an image alone or a text alone, where the other half stands elsewhere in the shard."""
+        """Documents that are an image alone or a text alone, whose other half is elsewhere in the shard."""
         self._line_samples: list[tuple[int, int, str]] = []  # first document, the one behind the last, and key of each
         try:
             with path.open("rb") as file:

@@ -38,7 +38,7 @@ FORMS = (
 )
 """What a source may be, for messages."""
 EXTRACT = "write each image into a file first, and its path into the table"
-"""What to do with images that stand in a table themselves."""
+"""What to do with images that are embedded in a table."""
 BATCH = 1024
 """Rows of a Parquet file decoded at once."""
 
@@ -76,7 +76,7 @@ class Reader(ABC):
 class Folder(Reader):
     """Images, sound, films and texts below a folder, one stem a row; hidden and all other files are no rows.
 
-    Links are followed, each folder once. What is not read stands in the row of a text that has nothing else, or alone.
+    Links are followed, each folder once. What isn't read joins the row of a text that has nothing else, or is a row.
     """
 
     root: Path
@@ -213,7 +213,7 @@ class Delimited(Reader):
         return str(self.path)
 
     def _record(self, file: BinaryIO, fields: int | None) -> list[str] | csv.Error | None:
-        """The record that begins where the file stands, expected to have so many fields."""
+        """The record at the file's position, expected to have `fields` fields."""
         start = file.tell()
         # Bytes that are not UTF-8 come back as they are, and are refused where the text is written.
         lines = iter(lambda: _line(file).decode("utf-8", "surrogateescape"), "")

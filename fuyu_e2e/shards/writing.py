@@ -431,7 +431,7 @@ def _write_in_process(source: RowSource, out: Path, shard: Shard) -> Outcome:
 
 
 def _follow_parent() -> None:
-    """Ends with the parent: a killed one would leave its pool behind for good."""
+    """Exits when the parent does: the workers of a killed one would stay for good."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -32,11 +32,11 @@ STORE_KEY = "fuyu_e2e/stop"
 
 
 class Stopped(SystemExit):
-    """The run was ended behind a whole step, its checkpoint is saved, and it can go on; `code` says what ended it."""
+    """The run ended after a whole step, its checkpoint is saved, and it can be resumed; `code` says what ended it."""
 
 
 def stop(trainer: pl.Trainer, why: str, code: int) -> NoReturn:
-    """Ends training behind a whole step, with a checkpoint; all ranks call it behind the same step.
+    """Ends training after a whole step, with a checkpoint; all ranks call it after the same step.
 
     Raises:
         Stopped: Always.

@@ -15,15 +15,15 @@ from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.signals import stop
 
 VOTE = "time"
-"""What a rank says in the step behind which its time is over."""
+"""The vote of a rank whose time is over in this step."""
 
 
 class TimeLimit(Callback):
-    """Ends a start behind the step in which its time is over, with a checkpoint and an exit code of its own.
+    """Ends a start after the step in which its time is over, with a checkpoint and an exit code of its own.
 
-    In the place of Lightning's Timer, which counts the time of all starts together, so that a run that goes on ends at
+    Replaces Lightning's Timer, which counts the time of all starts together, so that a run that goes on ends at
     once, and ends it as if it were done. At least one step is trained. The last step of the run is done, not stopped.
-    Stands behind all callbacks that count steps or rows, so that the checkpoint has their counts.
+    Comes after all callbacks that count steps or rows, so that the checkpoint has their counts.
 
     Args:
         max_time: How long, as `trainer.max_time`: text such as 00:11:50:00; None without end.
@@ -63,7 +63,7 @@ class TimeLimit(Callback):
             pl_module.votes[VOTE] = time.monotonic() >= self._ends_at
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Stops behind the step in which a rank's time was over.
+        """Stops after the step in which a rank's time was over.
 
         Raises:
             Stopped: On all ranks, where steps are left.
