@@ -17,7 +17,8 @@ import webdataset
 from PIL import Image as Pillow
 
 from fuyu_e2e.checkpoint.loading import load_model
-from fuyu_e2e.checkpoint.training_files import best_checkpoint, find_checkpoint, read_checkpoint
+from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.cli import main
 from fuyu_e2e.shipped import shipped
 from fuyu_e2e.tokenizer import Tokenizer

@@ -30,8 +30,14 @@ from fuyu_e2e.training.gradients import clamp_gradients, gradient_norm, scale_gr
 from fuyu_e2e.training.lightning_settings import check_monitors, check_trainer
 from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
 from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
-from fuyu_e2e.training.resume import go_back_to_last_step
-from fuyu_e2e.training.schedule import Schedule
+from fuyu_e2e.training.resume import (
+    compare_settings,
+    go_back_to_last_step,
+    take_settings_of_callbacks,
+    take_trained_weights,
+    training_settings,
+)
+from fuyu_e2e.training.schedule import Schedule, ScheduledRate
 
 
 def steps_between_logs(trainer: pl.Trainer) -> int:
@@ -243,8 +249,7 @@ class FuyuModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule over `trainer.max_steps`."""
         optimizer = build_optimizer(self.decoder, self.optimizer_config)
-        steps = self.trainer.max_steps
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, steps))
+        scheduler = ScheduledRate(optimizer, self.schedule, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
@@ -379,6 +384,7 @@ class FuyuModule(pl.LightningModule):
         checkpoints = checkpoints_of(self.trainer)
         checkpoint[SECTION] = self.description.section() | {
             "tokens_seen": self.tokens_seen,
+            "training": training_settings(self.optimizer_config, self.schedule, self.trainer.max_steps),
             "data": {source.name: source.digest for source in self.datamodule.stream_sources("train")},
             "documents": self.datamodule.document_kinds(),
             "validation": self.validated,
@@ -402,4 +408,8 @@ class FuyuModule(pl.LightningModule):
                     f"{source} holds weights alone (checkpoint.save_weights_only), and no run can go on from it: "
                     "begin a new one with them (model.weights)."
                 )
+            mine = training_settings(self.optimizer_config, self.schedule, self.trainer.max_steps)
+            compare_settings(mine, checkpoint[SECTION].get("training", mine), source)
+            take_trained_weights(checkpoint, self.trainer)
+            take_settings_of_callbacks(checkpoint, self.trainer)
             go_back_to_last_step(checkpoint, self.trainer)
