@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -410,6 +411,11 @@ class FuyuModule(pl.LightningModule):
                 )
             mine = training_settings(self.optimizer_config, self.schedule, self.trainer.max_steps)
             compare_settings(mine, checkpoint[SECTION].get("training", mine), source)
+            if checkpoint["global_step"] >= self.trainer.max_steps:
+                rank_zero_info(
+                    f"Nothing is left to train: the checkpoint has {checkpoint['global_step']:,} steps, and "
+                    f"trainer.max_steps is {self.trainer.max_steps:,}."
+                )
             take_trained_weights(checkpoint, self.trainer)
             take_settings_of_callbacks(checkpoint, self.trainer)
             go_back_to_last_step(checkpoint, self.trainer)

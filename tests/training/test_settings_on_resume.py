@@ -138,6 +138,17 @@ def test_another_optimizer_is_refused(fit: Callable[..., Groups], name: Any) -> 
         fit("run", 2, OptimizerConfig(name=other))
 
 
+@pytest.mark.parametrize("steps", [2, 1])
+def test_a_run_that_has_all_its_steps_says_so(
+    fit: Callable[..., Groups], steps: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    fit("run", 2)
+    assert "Nothing is left" not in caplog.text
+    assert not fit("run", steps).of
+    assert f"Nothing is left to train: the checkpoint has 2 steps, and trainer.max_steps is {steps}." in caplog.text
+
+
 def test_patience_is_that_given(fit: Callable[..., Groups]) -> None:
     """It stops the run at the first step that is no better, where the run before it would have gone on."""
     falling = {"monitor": "train/loss", "mode": "max", "check_on_train_epoch_end": True}
