@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fuyu_e2e.checkpoint.run_checkpoints import LAST, written_last_first
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
+from fuyu_e2e.training.curves import shown_step
 
 MONITOR = "val/loss"
 """What tells the best checkpoint where the recipe names no figure and there is validation data."""
@@ -233,7 +234,7 @@ class Checkpoints(ModelCheckpoint):
         writer = trainer.strategy.checkpoint_io
         if isinstance(writer, BackgroundCheckpointIO):
             for logger in trainer.loggers:
-                logger.log_metrics({"checkpoint/stall_seconds": writer.stall}, step=trainer.global_step)
+                logger.log_metrics({"checkpoint/stall_seconds": writer.stall}, step=shown_step(trainer))
 
 
 def checkpoints_of(trainer: pl.Trainer) -> Checkpoints | None:

@@ -27,6 +27,7 @@ from fuyu_e2e.model.sharding import TENSOR, gather_weights, shard
 from fuyu_e2e.ranks import DataRank
 from fuyu_e2e.sequence import Prompt
 from fuyu_e2e.training.checkpoints import checkpoints_of
+from fuyu_e2e.training.curves import leave_out_later
 from fuyu_e2e.training.gradients import clamp_gradients, gradient_norm, scale_gradients, weights_of
 from fuyu_e2e.training.lightning_settings import check_monitors, check_trainer
 from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
@@ -246,6 +247,10 @@ class FuyuModule(pl.LightningModule):
             stored = read_model(self.weights)
             self.description.check_same(stored.description, self.weights)
             load_weights(self.decoder, stored.weights)
+
+    def on_train_start(self) -> None:
+        """Has the curves go on where the run does."""
+        leave_out_later(self.trainer)
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule over `trainer.max_steps`."""

@@ -540,6 +540,8 @@ def test_a_run_goes_back_to_its_own_checkpoints_alone(
     assert code == 0, printed
     assert "Going on from" in printed
     assert "back/checkpoints/step=3" in printed
+    events = EventAccumulator(str(back / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3], "a step is shown once"
 
 
 def test_the_last_checkpoint_of_a_run_that_averages_has_the_trained_weights_too(
