@@ -6,7 +6,9 @@ UNREAD_IMAGES = """avif bmp dng emf eps exr gif hdr heic heif ico j2k jp2 jxl ne
     tiff wmf xcf"""
 UNREAD_SOUND = "aac aif aiff flac m4a mp3 oga ogg opus wav wma"
 UNREAD_FILMS = "3gp avi flv m4v mkv mov mp4 mpeg mpg ogv webm wmv"
-UNREAD = frozenset(f"{UNREAD_IMAGES} {UNREAD_SOUND} {UNREAD_FILMS}".split())
+UNREAD_LISTS = "jpgs videos"
+"""Several images or films in one member, pickled, which Megatron-Energon reads."""
+UNREAD = frozenset(f"{UNREAD_IMAGES} {UNREAD_SOUND} {UNREAD_FILMS} {UNREAD_LISTS}".split())
 """What is not read: a text beside it speaks of what the model would not see."""
 TEXTS = ("txt", "json")
 """Text beside an image, or a sample by itself."""
