@@ -28,9 +28,11 @@ TEXT_BYTES = 2**22
 """Bytes of text above which a document is left out: 4 MiB, for which sentencepiece takes 60 times as much memory."""
 PLACEHOLDER = "<image>"
 """Where an image stands in LLaVA's conversations."""
+IMAGE_KEYS = ("image", "images")
+"""Under which a JSON object names the images that its text speaks of."""
 UNREAD_PLACEHOLDERS = ("<video>", "<audio>")
 """Where LLaVA's conversations have what is not read."""
-MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+MEDIA_KEYS = (*IMAGE_KEYS, "video", "videos", "audio", "audios")
 """Under which a JSON object names what its text speaks of."""
 TURN_KEYS = (("from", "value"), ("role", "content"))
 """Under which a turn names its speaker and what is said: LLaVA's, and those of chat templates."""
@@ -132,7 +134,7 @@ def _only(sample: Sample, where: str) -> str:
 
 def _in_order(images: dict[str, Image], described: dict[str, Any], sample: Sample) -> list[Image]:
     """The images in the order of the names that the JSON lists, or of their own."""
-    listed = next(filter(None, (_names(described.get(name)) for name in ("image", "images"))), [])
+    listed = next(filter(None, (_names(described.get(name)) for name in IMAGE_KEYS)), [])
     stem = PurePosixPath(sample.key).name.lower()
     members = {f"{stem}.{name}": image for name, image in images.items()} | images
     named = [members.get(PurePosixPath(name).name.lower()) for name in listed]

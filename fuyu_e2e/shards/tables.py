@@ -3,10 +3,12 @@
 A source is a reader, which knows the container, and a kind, which knows what one of its rows says:
 
 folder    rows of files with one stem               captions (x.jpg and x.txt), or text (x.txt)
-table     .csv, .tsv, .jsonl, .json, .parquet       captions (an image and a text column), chat (LLaVA's
-                                                    "conversations"), interleaved ("segments"), or text ("text")
+table     .csv, .tsv, .jsonl, .json, .parquet       captions (an image and a text column), chat ("conversations", as
+                                                    LLaVA's, or another list of turns), interleaved ("segments", or
+                                                    OBELICS' lists "images" and "texts"), or text ("text")
 
-Any table can hold any kind that its columns can express; the kind is told by the columns of the first row. A source is
+Any table can hold any kind that its columns can express; the kind is told by the columns of the first row. An image is
+a path, an image file's bytes, or both as {"bytes": …, "path": …}, which Hugging Face's datasets write. A source is
 read twice: once to plan, and once, row by row, where the plan says. So a reader hands out each row with its place (a
 byte offset, a row number, or file names), by which another process finds it again, and no row has to be kept.
 """
@@ -25,22 +27,23 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.shards.extensions import IMAGES, UNREAD, is_media
-from fuyu_e2e.shards.formats import MEDIA_KEYS, TEXT_BYTES
+from fuyu_e2e.shards.extensions import IMAGES, UNREAD, image_extension, is_media
+from fuyu_e2e.shards.formats import IMAGE_KEYS, MEDIA_KEYS, PLACEHOLDER, TEXT_BYTES, are_turns
 
 IMAGE_COLUMNS = ("image", "path", "filepath", "file", "image_path")
-"""Columns taken for image paths, in any case."""
+"""Columns taken for images, in any case, where none holds images that are no paths."""
 TEXT_COLUMNS = ("caption", "text", "title")
 """Columns taken for captions, in any case."""
 FORMS = (
     "a folder of images with x.txt beside x.jpg, a folder of .txt files, or a .csv, .tsv, .jsonl, .json or .parquet "
-    'with an image and a text column, with "conversations" (LLaVA\'s), with "segments", or with "text"'
+    'with an image and a text column, with "conversations" (LLaVA\'s), with "segments", with "images" and "texts", or '
+    'with "text"'
 )
 """What a source may be, for messages."""
-EXTRACT = "write each image into a file first, and its path into the table"
-"""What to do with images that are embedded in a table."""
-BATCH = 1024
-"""Rows of a Parquet file decoded at once."""
+BATCH = 128
+"""Rows of a Parquet file decoded at once: few, since each may hold images."""
+TELLING = 1000
+"""Rows looked at for one that tells what a table's texts are."""
 
 _ELEMENT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
 """What has to be seen of JSON to know where an element ends."""
@@ -70,6 +73,10 @@ class Reader(ABC):
     @abstractmethod
     def file(self, place: Place) -> str:
         """The file that the row at a place is of, for a person who looks for it."""
+
+    def image_columns(self, row: Row) -> tuple[str, ...]:
+        """The columns that hold images themselves, not only their paths, as the first row tells."""
+        return tuple(name for name, value in row.items() if any(map(_is_embedded, _listed(value))))
 
 
 @dataclass(frozen=True)
@@ -280,11 +287,21 @@ class Parquet(Reader):
                 yield place, partial(self._row, batch, place - start)
             start += batch.num_rows
 
+    def image_columns(self, row: Row) -> tuple[str, ...]:
+        """Those of the first row, and those whose type is that of images, though the first row may have none."""
+        from pyarrow.parquet import read_schema
+
+        typed = [field.name for field in read_schema(self.path) if _is_image_type(field.type)]
+        told = (*super().image_columns(row), *typed)
+        return tuple(name for name in row if name in told)
+
     def _row(self, batch: Any, index: int) -> Row:
         try:
             return {name: batch.column(name)[index].as_py() for name in batch.schema.names}
         except UnicodeDecodeError as error:
             raise UnusableSampleError("text-not-utf8", str(error)) from error
+        except (ValueError, OverflowError) as error:  # a date that Python has none for, say
+            raise UnusableSampleError("row-value", str(error)) from error
 
 
 class Kind(ABC):
@@ -359,8 +376,11 @@ class Captions(Kind):
 
     def members(self, row: Row) -> Members:
         """An image and its txt."""
-        path = _locate(self.images, row.get(self.image_column))
-        return {_extension(path): path, "txt": _text(row.get(self.text_column), self.text_column)}
+        shown = _listed(row.get(self.image_column))
+        if len(shown) > 1:
+            raise UnusableSampleError("caption-of-several-images", f"{len(shown)} in {self.image_column}")
+        extension, content = _image(self.images, shown[0] if shown else None)
+        return {extension: content, "txt": _text(row.get(self.text_column), self.text_column)}
 
 
 @dataclass(frozen=True)
@@ -381,26 +401,33 @@ class Texts(Kind):
 
 @dataclass(frozen=True)
 class Chats(Kind):
-    """LLaVA's conversations: `image` or `images` is a path, a list of paths, or absent."""
+    """Conversations, as LLaVA's: a column of turns, and columns with an image, a list of images, or none."""
 
     images: Path
     """What relative paths start from."""
+    turns_column: str = "conversations"
+    image_columns: tuple[str, ...] = IMAGE_KEYS
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """As LLaVA names them."""
-        return ("id", *MEDIA_KEYS, "conversations")
+        """The two kinds, and what LLaVA has beside them."""
+        return ("id", *self.image_columns, *self._unread, self.turns_column)
+
+    @property
+    def _unread(self) -> tuple[str, ...]:
+        return tuple(name for name in MEDIA_KEYS if name not in IMAGE_KEYS)
 
     def members(self, row: Row) -> Members:
         """The images in their order, and json with the conversation and the row's own id."""
-        named = {name: row[name] for name in MEDIA_KEYS if row.get(name)}
-        values = [value for name in ("image", "images") for value in _listed(named.pop(name, []))]
-        for name, value in named.items():
-            raise UnusableSampleError("image-extension", f"{name} {value!r} is not read")
-        paths = [_locate(self.images, value) for value in values]
-        members: Members = {_numbered(number, path): path for number, path in enumerate(paths)}
+        for name in self._unread:
+            if row.get(name):
+                raise UnusableSampleError("image-extension", f"{name} {str(row[name])[:80]!r} is not read")
+        shown = [value for name in self.image_columns for value in _listed(row.get(name) or None)]
+        found = [_image(self.images, value) for value in shown]
+        members: Members = {_numbered(number, extension): data for number, (extension, data) in enumerate(found)}
         known_as = {} if row.get("id") is None else {"id": str(row["id"])}
-        return {**members, "json": _json({**known_as, "conversations": row.get("conversations")})}
+        turns = _turns(row.get(self.turns_column), len(found))
+        return {**members, "json": _json({**known_as, "conversations": turns})}
 
 
 @dataclass(frozen=True)
@@ -424,11 +451,39 @@ class Interleaved(Kind):
             segments = [_without_nulls(segment) for segment in segments]
             for number, segment in enumerate(segments):
                 if isinstance(segment, dict) and "image" in segment and "text" not in segment:
-                    path = _locate(self.images, segment["image"])
-                    name = _numbered(number, path)
-                    members[name] = path
+                    extension, content = _image(self.images, segment["image"])
+                    name = _numbered(number, extension)
+                    members[name] = content
                     segments[number] = {"image": name}
         return {**members, "json": _json({"segments": segments})}
+
+
+@dataclass(frozen=True)
+class PairedLists(Kind):
+    """OBELICS' documents: lists `images` and `texts` of one length, of each pair of which one is null."""
+
+    images: Path
+    """What relative paths start from."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The two."""
+        return ("images", "texts")
+
+    def members(self, row: Row) -> Members:
+        """The images, and json whose segments name them by their extensions."""
+        images, texts = row.get("images"), row.get("texts")
+        if not isinstance(images, list) or not isinstance(texts, list):
+            raise UnusableSampleError("segments-list", "images and texts are not both lists")
+        if len(images) != len(texts):
+            raise UnusableSampleError("segments-list", f"{len(images)} images and {len(texts)} texts, nulls included")
+        for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+            if _is_null(image) == (text is None):
+                said = "neither an image nor a text" if text is None else "both an image and a text"
+                raise UnusableSampleError("segments-kind", f"pair {number} has {said}")
+        pairs = zip(images, texts, strict=True)
+        segments = [{"image": image} if text is None else {"text": text} for image, text in pairs]
+        return Interleaved(self.images).members({"segments": segments})
 
 
 @dataclass(frozen=True)
@@ -457,8 +512,8 @@ def open_source(
 
     Args:
         path: A file or a folder.
-        image_column: The column of image paths, where its name is none of `IMAGE_COLUMNS`.
-        text_column: The column of texts, where its name is none of `TEXT_COLUMNS`.
+        image_column: The column of images, where its name is none of `IMAGE_COLUMNS`.
+        text_column: The column of texts or of turns, where its name is none of `TEXT_COLUMNS`.
         images: The folder that relative image paths start from; by default the one that `path` lies in.
 
     Raises:
@@ -474,8 +529,7 @@ def open_source(
         raise UserError(f"{path} is empty: name {FORMS}.")
     reader = _reader(path)
     row = _first_row(reader, path)
-    _check_no_embedded_images(row, path)
-    kind = _kind(row, path, image_column, text_column, images or path.parent)
+    kind = _kind(row, path, reader.image_columns(row), image_column, text_column, images or path.parent)
     if isinstance(reader, Parquet):
         reader = replace(reader, columns=tuple(name for name in kind.columns if name in row))
     return RowSource(reader, kind)
@@ -511,23 +565,47 @@ def _reader(path: Path) -> Reader:
 
 
 def _first_row(reader: Reader, path: Path) -> Row:
-    for _, make in reader.rows():
+    """The first row; of one whose `texts` are all null, the first that shows what they are, if one soon does."""
+    first: Row | None = None
+    for number, (_, make) in enumerate(reader.rows()):
         try:
-            return make()
+            row = make()
         except UnusableSampleError:
             continue  # counted with all others once the rows are written
-    raise UserError(f"{path} holds no row that can be read: name {FORMS}.")
+        texts = row.get("texts")
+        if not isinstance(texts, list) or any(text is not None for text in texts):
+            return row
+        first = row if first is None else first
+        if number >= TELLING:
+            break
+    if first is None:
+        raise UserError(f"{path} holds no row that can be read: name {FORMS}.")
+    return first
 
 
-def _kind(row: Row, path: Path, image_column: str | None, text_column: str | None, images: Path) -> Kind:
-    has = [name for name in ("conversations", "segments") if name in row]
+def _kind(
+    row: Row,
+    path: Path,
+    embedded: Sequence[str],
+    image_column: str | None,
+    text_column: str | None,
+    images: Path,
+) -> Kind:
+    """What the rows of a table say, by its first one and the columns that hold images themselves."""
+    turns = _turns_column(row, path, text_column)
+    paired = turns != "texts" and all(isinstance(row.get(name), list) for name in ("images", "texts"))
+    has = [name for name in (turns, "segments" if "segments" in row else None, "texts" if paired else None) if name]
     if len(has) > 1:
         raise UserError(f"The first row of {path} has both {' and '.join(has)}: keep one; a source is {FORMS}.")
+    if turns:
+        return Chats(images, turns, _chat_image_columns(row, path, embedded, image_column))
     if has:
         if image_column or text_column:
-            raise UserError(f"{path} has {has[0]}: --image-column and --text-column are for captions and text only.")
-        return Chats(images) if has == ["conversations"] else Interleaved(images)
-    image = _column(row, path, image_column, IMAGE_COLUMNS, "--image-column")
+            raise UserError(f"{path} has {has[0]}: --image-column and --text-column are for other tables.")
+        if others := [name for name in embedded if not (paired and name == "images")]:
+            raise UserError(f"{path} holds images in {others[0]!r} beside its {has[0]}: leave one of the columns out.")
+        return PairedLists(images) if paired else Interleaved(images)
+    image = _image_column(row, path, embedded, image_column)
     if image is None:
         text = _column(row, path, text_column, ("text",), "--text-column")
         if text is not None:
@@ -544,27 +622,52 @@ def _kind(row: Row, path: Path, image_column: str | None, text_column: str | Non
     )
 
 
+def _turns_column(row: Row, path: Path, named: str | None) -> str | None:
+    if "conversations" in row and named in (None, "conversations"):
+        return "conversations"
+    found = [name for name, value in row.items() if _holds_turns(value) and named in (None, name)]
+    return _only(found, path, "--text-column")
+
+
+def _chat_image_columns(row: Row, path: Path, embedded: Sequence[str], named: str | None) -> tuple[str, ...]:
+    if named is None and set(embedded) <= set(IMAGE_KEYS):
+        return IMAGE_KEYS
+    found = [*embedded, *(name for name in IMAGE_KEYS if name in row and name not in embedded)]
+    column = _named(row, path, named, "--image-column") or _only(found, path, "--image-column")
+    return () if column is None else (column,)
+
+
+def _image_column(row: Row, path: Path, embedded: Sequence[str], named: str | None) -> str | None:
+    if named is None and embedded:
+        return _only(embedded, path, "--image-column")
+    return _column(row, path, named, IMAGE_COLUMNS, "--image-column")
+
+
 def _column(row: Row, path: Path, named: str | None, known: Collection[str], option: str) -> str | None:
-    if named is not None:
-        if named not in row:
-            raise UserError(f"{option} {named} is no column of {path}: it has {', '.join(map(repr, row))}.")
-        return named
-    found = [name for name in row if name.lower() in known]
+    """The column that was named, else the only one with a known name, if there is one."""
+    return _named(row, path, named, option) or _only([name for name in row if name.lower() in known], path, option)
+
+
+def _named(row: Row, path: Path, named: str | None, option: str) -> str | None:
+    if named is not None and named not in row:
+        raise UserError(f"{option} {named} is no column of {path}: it has {', '.join(map(repr, row))}.")
+    return named
+
+
+def _only(found: Sequence[str], path: Path, option: str) -> str | None:
     if len(found) > 1:
         raise UserError(f"{path} has several columns to choose from ({', '.join(found)}): name one with {option}.")
     return found[0] if found else None
-
-
-def _check_no_embedded_images(row: Row, path: Path) -> None:
-    for name, value in row.items():
-        if any(map(_is_embedded, _listed(value))):
-            raise UserError(f"{path} holds images in {name!r}, not paths of them, which are not read: {EXTRACT}.")
 
 
 def _check_text_only(others: Row, path: Path) -> None:
     """Captions whose image column has an uncommon name would else go for text without a word."""
     for name, value in others.items():
         first = next(iter(_listed(value)), None)
+        if isinstance(first, bytes):
+            raise UserError(
+                f"{path} holds bytes in {name!r}: say --image-column {name} if they are images, else leave it out."
+            )
         if isinstance(first, str) and is_media(_extension(first)) and not _REMOTE.match(first):
             raise UserError(
                 f"{path} seems to name images in {name!r}: say so with --image-column {name}"
@@ -573,12 +676,62 @@ def _check_text_only(others: Row, path: Path) -> None:
 
 
 def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+    return value if isinstance(value, list) else [] if _is_null(value) else [value]
+
+
+def _is_null(value: Any) -> bool:
+    """Whether a value is null, or an image of Hugging Face's datasets of which both parts are."""
+    return value is None or value == {"bytes": None, "path": None}
 
 
 def _is_embedded(value: Any) -> bool:
-    """Whether a value is an image as Hugging Face's datasets store it: bytes, or bytes and a path."""
-    return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
+    """Whether a value is an image as Hugging Face's datasets store it, or the bytes of an image file."""
+    if isinstance(value, dict):
+        return value.keys() >= {"bytes", "path"}
+    return isinstance(value, bytes) and image_extension(value) is not None
+
+
+def _is_image_type(kind: Any) -> bool:
+    """Whether an Arrow type is that of images as Hugging Face's datasets store them, or of lists of them."""
+    from pyarrow import types
+
+    while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
+
+
+def _holds_turns(value: Any) -> bool:
+    return are_turns(value) or (isinstance(value, list) and bool(value) and all(map(_is_exchange, value)))
+
+
+def _is_exchange(value: Any) -> bool:
+    """Whether a value is a turn of The Cauldron: what a user asks, and the answer."""
+    return isinstance(value, dict) and value.keys() >= {"user", "assistant"}
+
+
+def _turns(said: Any, images: int) -> Any:
+    """Turns as a sample has them: those of The Cauldron, whose images come before all else, in LLaVA's form."""
+    if not isinstance(said, list) or not said or not all(map(_is_exchange, said)):
+        return said
+    turns = [
+        {"from": speaker, "value": exchange[key]}
+        for exchange in said
+        for speaker, key in (("human", "user"), ("gpt", "assistant"))
+    ]
+    if isinstance(turns[0]["value"], str) and not any(PLACEHOLDER in str(turn["value"]) for turn in turns):
+        turns[0]["value"] = f"{PLACEHOLDER}\n" * images + turns[0]["value"]
+    return turns
+
+
+def _image(images: Path, value: Any) -> tuple[str, bytes | Path]:
+    """The extension and the content of an image that a row holds, or names by its path."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(data, bytes):
+        if data and image_extension(data) is None:
+            raise UnusableSampleError("image-unreadable", f"it begins with {data[:8]!r}: read are JPEG, PNG and WebP")
+        return image_extension(data) or IMAGES[0], data
+    path = _locate(images, value.get("path") if isinstance(value, dict) and data is None else value)
+    return _extension(path), path
 
 
 def _locate(images: Path, value: Any) -> Path:
@@ -586,10 +739,12 @@ def _locate(images: Path, value: Any) -> Path:
     if value is None or value == "":
         raise UnusableSampleError("image-not-named")
     if not isinstance(value, str):
-        hint = f", which holds the image itself: {EXTRACT}" if _is_embedded(value) else ""
-        raise UnusableSampleError("image-not-named", f"{type(value).__name__} where a path is expected{hint}")
+        raise UnusableSampleError("image-not-named", f"{type(value).__name__} where an image or a path is expected")
     if _REMOTE.match(value):
-        raise UnusableSampleError("image-remote", f"{value}: fetch images with img2dataset first, which writes shards")
+        raise UnusableSampleError(
+            "image-remote",
+            f"{value}: fetch it and name the file; img2dataset fetches images with captions, and writes shards",
+        )
     path = images / value
     if _extension(path) not in IMAGES:
         raise _not_read(value)
@@ -604,9 +759,9 @@ def _extension(path: Path | str) -> str:
     return Path(path).suffix[1:].lower()
 
 
-def _numbered(number: int, path: Path) -> str:
+def _numbered(number: int, extension: str) -> str:
     """The extension of one image among several; readers put them in the order of their names."""
-    return f"{number:05}.{_extension(path)}"
+    return f"{number:05}.{extension}"
 
 
 def _text(value: Any, name: str) -> bytes:
@@ -630,7 +785,7 @@ def _utf8(text: str) -> bytes:
 
 
 def _without_nulls(segment: Any) -> Any:
-    return {k: v for k, v in segment.items() if v is not None} if isinstance(segment, dict) else segment
+    return {k: v for k, v in segment.items() if not _is_null(v)} if isinstance(segment, dict) else segment
 
 
 def _object(data: bytes) -> Row:

@@ -37,6 +37,7 @@ import numpy as np
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.exit_codes import of_signal
 from fuyu_e2e.image import ImagePolicy, check_image
+from fuyu_e2e.shards.extensions import TEXTS
 from fuyu_e2e.shards.formats import TEXT_BYTES, document
 from fuyu_e2e.shards.parallel import deaf_to_interrupts
 from fuyu_e2e.shards.progress import Advance, Progress, add
@@ -232,8 +233,8 @@ def write_shards(
     Args:
         source: A file or folder; `fuyu_e2e.shards.tables` lists the forms.
         out: The folder of the shards, made where there is none.
-        image_column: Column of image paths in a table, where its name is not a common one.
-        text_column: Column of texts in a table, where its name is not a common one.
+        image_column: Column of images in a table, where its name is not a common one.
+        text_column: Column of texts or of turns in a table, where its name is not a common one.
         images: What relative image paths in a table start from; by default the table's folder.
         settings: How rows are dealt out to shards.
         processes: Shards written at once; their bytes don't depend on it.
@@ -301,7 +302,7 @@ def _weigh(make: Callable[[], Members]) -> tuple[int, bytes]:
     try:
         for name, content in make().items():
             if isinstance(content, bytes):
-                length, said = len(content), content
+                length, said = len(content), content if name in TEXTS else blake2b(content, digest_size=16).digest()
             else:
                 found = _stat(name, content)
                 length, said = found.st_size, f"{found.st_size} {found.st_mtime_ns}".encode()
@@ -498,7 +499,9 @@ def _load(members: Members) -> dict[str, bytes]:
     """
     loaded, size = {}, 0
     for name, content in members.items():
-        loaded[name] = content if isinstance(content, bytes) else _read(name, content)
+        loaded[name] = _read(name, content) if isinstance(content, Path) else content
+        if isinstance(content, bytes) and name not in TEXTS:  # an image out of a table
+            check_image(content, LIMITS)
         size += _tar_bytes(len(loaded[name]))
         if size > SAMPLE_BYTES:
             raise UnusableSampleError("sample-too-many-bytes", f"more than {SAMPLE_BYTES:,} bytes")
