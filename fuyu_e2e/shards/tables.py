@@ -3,6 +3,7 @@
 A source is a reader, which knows the container, and a kind, which knows what one of its rows says:
 
 folder    rows of files with one stem               captions (x.jpg and x.txt), or text (x.txt)
+          rows of metadata files                    those of a table, whose images are files of the folder
 table     .csv, .tsv, .jsonl, .json, .parquet       captions (an image and a text column), chat ("conversations", as
                                                     LLaVA's, or another list of turns), interleaved ("segments", or
                                                     OBELICS' lists "images" and "texts"), or text ("text")
@@ -23,6 +24,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,11 +37,22 @@ IMAGE_COLUMNS = ("image", "path", "filepath", "file", "image_path")
 TEXT_COLUMNS = ("caption", "text", "title")
 """Columns taken for captions, in any case."""
 FORMS = (
-    "a folder of images with x.txt beside x.jpg, a folder of .txt files, or a .csv, .tsv, .jsonl, .json or .parquet "
+    "a folder of images with x.txt beside x.jpg, or with a metadata.csv, .jsonl or .parquet that has file_name, a "
+    "folder of .txt files, or a .csv, .tsv, .jsonl, .json or .parquet "
     'with an image and a text column, with "conversations" (LLaVA\'s), with "segments", with "images" and "texts", or '
     'with "text"'
 )
 """What a source may be, for messages."""
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Tables of the images in their folder, as Hugging Face's `imagefolder` reads them."""
+FILE_NAMES = ("file_name", "file_names")
+"""Their columns of images: paths from the table's folder on."""
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""The splits that folders of these names are for Hugging Face's datasets."""
 BATCH = 128
 """Rows of a Parquet file decoded at once: few, since each may hold images."""
 TELLING = 1000
@@ -74,6 +87,10 @@ class Reader(ABC):
     def file(self, place: Place) -> str:
         """The file that the row at a place is of, for a person who looks for it."""
 
+    def row_number(self, place: Place, number: int) -> int:
+        """The number in its file of the row at a place, which has `number` in the source."""
+        return number
+
     def image_columns(self, row: Row) -> tuple[str, ...]:
         """The columns that hold images themselves, not only their paths, as the first row tells."""
         return tuple(name for name, value in row.items() if any(map(_is_embedded, _listed(value))))
@@ -99,25 +116,15 @@ class Folder(Reader):
         return next((name for name in names if _extension(name) != "txt"), names[0])
 
     def _places(self) -> Iterator[bytes]:
-        def refuse(error: OSError) -> None:
-            raise UserError(f"The folder {error.filename} can't be read: {error.strerror}.") from error
-
-        seen: set[str] = set()
-        for folder, folders, files in os.walk(self.root, onerror=refuse, followlinks=True):
-            if (real := os.path.realpath(folder)) in seen:  # a link into a folder above it has no end
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for folder, files in _walk(self.root):
             stems: dict[str, list[str]] = {}
             unread: dict[str, list[str]] = {}
-            for name in sorted(files):
-                if not name.startswith("."):
-                    if _extension(name) in (*IMAGES, "txt"):
-                        stems.setdefault(Path(name).stem, []).append(name)
-                    elif _extension(name) in UNREAD:
-                        unread.setdefault(Path(name).stem, []).append(name)
-            below = Path(folder).relative_to(self.root)
+            for name in files:
+                if _extension(name) in (*IMAGES, "txt"):
+                    stems.setdefault(Path(name).stem, []).append(name)
+                elif _extension(name) in UNREAD:
+                    unread.setdefault(Path(name).stem, []).append(name)
+            below = folder.relative_to(self.root)
             for stem in sorted(stems.keys() | unread.keys()):
                 names = stems.get(stem, [])
                 if all(_extension(name) == "txt" for name in names):
@@ -130,6 +137,89 @@ class Folder(Reader):
     def _names(self, place: Place) -> list[bytes]:
         assert isinstance(place, bytes)
         return place.split(b"\0")
+
+
+@dataclass(frozen=True)
+class ImageFolder(Reader):
+    """The rows of the metadata files below a folder, then an unusable row for each image that stands in none."""
+
+    root: Path
+    tables: tuple[Path, ...]
+
+    def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
+        """The rows of the tables; their `file_name` and `file_names` start from the folder.
+
+        Raises:
+            UserError: A table can't be read, or an image has a .txt beside it, too.
+        """
+        yield from self._all() if places is None else self._at(places)
+
+    def file(self, place: Place) -> str:
+        """The table of a row; an image in no table itself, from the folder on."""
+        table = self._table(place)
+        return self._unlisted(place) if table is None else str(self.tables[table])
+
+    def row_number(self, place: Place, number: int) -> int:
+        """The number in its table."""
+        assert isinstance(place, bytes)
+        return number if self._table(place) is None else int(place.split()[1])
+
+    def _all(self) -> Iterator[tuple[Place, Callable[[], Row]]]:
+        named: set[str] = set()
+        for number, table in enumerate(self.tables):
+            for line, (place, make) in enumerate(_reader(table).rows()):
+                here = " ".join(map(str, (number, line, place))).encode()
+                try:
+                    row = self._row(table, make)
+                except UnusableSampleError:
+                    yield here, partial(self._row, table, make)
+                    continue
+                named.update(name for key in FILE_NAMES for name in _listed(row.get(key)) if isinstance(name, str))
+                yield here, partial(dict, row)
+        for _, make in Folder(self.root).rows():
+            files = [file.relative_to(self.root) for file in make()["files"]]
+            images = [file for file in files if is_media(_extension(file))]
+            if 0 < len(images) < len(files):
+                texts = [file for file in files if file not in images]
+                raise UserError(
+                    f"{self.root} has captions in {self.tables[0]} and in {self.root / texts[0]}: move the one or the "
+                    "other out of it."
+                )
+            for image in images:
+                if str(image) not in named:
+                    yield b"/" + os.fsencode(image), partial(self._refuse, str(image))
+
+    def _at(self, places: Sequence[Any]) -> Iterator[tuple[Place, Callable[[], Row]]]:
+        for number, group in groupby(places, self._table):
+            here = list(group)
+            if number is None:
+                yield from ((place, partial(self._refuse, self._unlisted(place))) for place in here)
+                continue
+            table = self.tables[number]
+            within = _reader(table).rows([int(place.split()[2]) for place in here])
+            yield from (
+                (place, partial(self._row, table, make)) for place, (_, make) in zip(here, within, strict=False)
+            )
+
+    def _row(self, table: Path, make: Callable[[], Row]) -> Row:
+        row, below = make(), table.parent.relative_to(self.root)
+        return row | {name: _below(below, row[name]) for name in FILE_NAMES if name in row}
+
+    def _refuse(self, image: str) -> Row:
+        if _extension(image) not in IMAGES:
+            raise _not_read(image)
+        raise UnusableSampleError("caption-missing", f"{image} stands in no {Path(self.tables[0]).name}")
+
+    @staticmethod
+    def _table(place: Place) -> int | None:
+        """The number of the table that a place is in; None where it is an image in none."""
+        assert isinstance(place, bytes)
+        return None if place.startswith(b"/") else int(place.split()[0])
+
+    @staticmethod
+    def _unlisted(place: Place) -> str:
+        assert isinstance(place, bytes)
+        return os.fsdecode(place[1:])
 
 
 @dataclass(frozen=True)
@@ -520,9 +610,10 @@ def open_source(
         UserError: It is of none of the forms, of several, or holds no row.
     """
     if path.is_dir():
-        if image_column or text_column or images:
+        tables = _metadata(path)
+        if images or (not tables and (image_column or text_column)):
             raise UserError(f"{path} is a folder: --image-column, --text-column and --images are for tables only.")
-        return _open_folder(path)
+        return _open_image_folder(path, tables, image_column, text_column) if tables else _open_folder(path)
     if not path.is_file():
         raise UserError(f"{path} is neither a file nor a folder: name {FORMS}.")
     if not path.stat().st_size:
@@ -535,6 +626,42 @@ def open_source(
     return RowSource(reader, kind)
 
 
+def _metadata(path: Path) -> tuple[Path, ...]:
+    """The metadata files in and below a folder that name its images."""
+    tables: list[Path] = []
+    for folder, files in _walk(path):
+        here = [folder / name for name in METADATA if name in files]
+        here = [table for table in here if not _first_row(_reader(table), table).keys().isdisjoint(FILE_NAMES)]
+        if len(here) > 1:
+            raise UserError(f"{folder} has {here[0].name} and {here[1].name}: move the one or the other out of it.")
+        tables += here
+    return tuple(tables)
+
+
+def _open_image_folder(
+    path: Path, tables: tuple[Path, ...], image_column: str | None, text_column: str | None
+) -> RowSource:
+    folders = sorted({table.relative_to(path).parts[0] for table in tables})
+    splits = {SPLITS[folder]: path / folder for folder in folders if folder in SPLITS}
+    if len(splits) > 1:
+        raise UserError(
+            f"{path} holds the splits {', '.join(map(str, splits.values()))}, which would be mixed: write each with a "
+            "command of its own."
+        )
+    reader = ImageFolder(path, tables)
+    row = _first_row(reader, tables[0])
+    named = image_column or _only([name for name in FILE_NAMES if name in row], tables[0], "--image-column")
+    kind = _kind(row, tables[0], reader.image_columns(row), named, text_column, path)
+    for table in tables[1:]:
+        others = _first_row(_reader(table), table)
+        if lacking := [name for name in kind.columns if name in row and name not in others]:
+            raise UserError(
+                f"{table} has no column {lacking[0]!r}, as {tables[0]} has: name their columns alike, or write each "
+                "folder with a command of its own."
+            )
+    return RowSource(reader, kind)
+
+
 def _open_folder(path: Path) -> RowSource:
     reader = Folder(path)
     extensions: set[str] = set()
@@ -544,6 +671,9 @@ def _open_folder(path: Path) -> RowSource:
             return RowSource(reader, Pairs())
     if "txt" not in extensions:
         held = "images, but no .txt beside them" if extensions else "neither images nor .txt files"
+        if strange := next((path / name for name in METADATA if (path / name).is_file()), None):
+            columns = ", ".join(map(repr, _first_row(_reader(strange), strange)))
+            held += f", and {strange.name} has no column file_name (it has {columns})"
         raise UserError(f"The folder {path} holds {held}: name {FORMS}.")
     return RowSource(reader, TextFiles())
 
@@ -640,7 +770,8 @@ def _chat_image_columns(row: Row, path: Path, embedded: Sequence[str], named: st
 def _image_column(row: Row, path: Path, embedded: Sequence[str], named: str | None) -> str | None:
     if named is None and embedded:
         return _only(embedded, path, "--image-column")
-    return _column(row, path, named, IMAGE_COLUMNS, "--image-column")
+    known = (*IMAGE_COLUMNS, FILE_NAMES[0]) if _names_media(row.get(FILE_NAMES[0])) else IMAGE_COLUMNS
+    return _column(row, path, named, known, "--image-column")
 
 
 def _column(row: Row, path: Path, named: str | None, known: Collection[str], option: str) -> str | None:
@@ -668,11 +799,16 @@ def _check_text_only(others: Row, path: Path) -> None:
             raise UserError(
                 f"{path} holds bytes in {name!r}: say --image-column {name} if they are images, else leave it out."
             )
-        if isinstance(first, str) and is_media(_extension(first)) and not _REMOTE.match(first):
+        if _names_media(first):
             raise UserError(
                 f"{path} seems to name images in {name!r}: say so with --image-column {name}"
-                + (", one path a row." if isinstance(value, list) else ".")
+                + (", one image a row." if isinstance(value, list) else ".")
             )
+
+
+def _names_media(value: Any) -> bool:
+    """Whether a value is the path of an image, sound or film; an address may be where a text is from."""
+    return isinstance(value, str) and is_media(_extension(value)) and not _REMOTE.match(value)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -803,6 +939,32 @@ def _object(data: bytes) -> Row:
     if not isinstance(parsed, dict):
         raise UnusableSampleError("row-not-json", f"a {type(parsed).__name__} where an object is expected")
     return parsed
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those below it, with the names of their files; what is hidden is left out.
+
+    In the order of their names. Links are followed, each folder once.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"The folder {error.filename} can't be read: {error.strerror}.") from error
+
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link into a folder above it has no end
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(folder), sorted(name for name in files if not name.startswith("."))
+
+
+def _below(folder: Path, value: Any) -> Any:
+    """Paths, one or several, that start from a folder, as they start from where the folder's own path does."""
+    if isinstance(value, list):
+        return [_below(folder, each) for each in value]
+    return os.path.normpath(folder / value) if isinstance(value, str) and value and not _REMOTE.match(value) else value
 
 
 def _open(path: Path) -> BinaryIO:

@@ -37,7 +37,7 @@ import numpy as np
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.exit_codes import of_signal
 from fuyu_e2e.image import ImagePolicy, check_image
-from fuyu_e2e.shards.extensions import TEXTS
+from fuyu_e2e.shards.extensions import TEXTS, is_media, last_extension
 from fuyu_e2e.shards.formats import TEXT_BYTES, document
 from fuyu_e2e.shards.parallel import deaf_to_interrupts
 from fuyu_e2e.shards.progress import Advance, Progress, add
@@ -110,7 +110,7 @@ class Example:
     """A row that was skipped."""
 
     row: int
-    """Its number in the source, from 0; headers and blank lines don't count."""
+    """Its number in its file, from 0; headers and blank lines don't count."""
     file: str
     detail: str
 
@@ -188,7 +188,10 @@ class WriteReport:
         said = []
         for reason, count in sorted(total.skipped.items(), key=lambda item: -item[1]):
             examples = total.examples[reason][:NAMED]
-            names = [each.file if of_files else f"row {each.row} of {each.file}" for each in examples]
+            names = [
+                each.file if of_files or is_media(last_extension(each.file)) else f"row {each.row} of {each.file}"
+                for each in examples
+            ]
             said.append(f"{reason} {count:,} ({', '.join(names)}{', …' if count > NAMED else ''})")
         return said
 
@@ -480,7 +483,7 @@ def _samples(source: RowSource, shard: Shard, outcome: Outcome, advance: Advance
             sample = Sample(f"{number:09}", file, _load(make()))
             document(sample)
         except UnusableSampleError as error:
-            outcome.skip(error, number, file)
+            outcome.skip(error, source.reader.row_number(place, number), file)
             continue
         outcome.written += 1
         yield sample

@@ -553,6 +553,109 @@ def test_an_image_of_a_kind_that_is_not_read_is_not_missing(tmp_path: Path, imag
         write_shards(tmp_path / "drawings", tmp_path / "none")
 
 
+# Hugging Face's `imagefolder`
+
+
+def described(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    """Writes a metadata file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    if path.suffix == ".csv":
+        return table(path, [list(rows[0]), *([str(value) for value in row.values()] for row in rows)])
+    return lines(path, rows) if path.suffix == ".jsonl" else parquet(path, rows)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+def test_a_folder_with_metadata_has_each_caption_beside_its_picture(
+    tmp_path: Path, images: dict[str, Image], name: str
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (tmp_path / "pics").rename(folder / "train")
+    in_folder = {name.replace("pics/", ""): image for name, image in images.items()}
+    below = {name: image for name, image in in_folder.items() if name.startswith("sub/")}
+    beside = {name: image for name, image in in_folder.items() if name not in below}
+    described(folder / "train", name, [{"file_name": each, "text": f"caption of {each}"} for each in beside])
+    rows = [{"file_name": each.removeprefix("sub/"), "text": f"caption of {each}"} for each in below]
+    described(folder / "train" / "sub", name, rows)
+    (folder / "train" / "LICENSE.txt").write_text("no caption")
+    meant = [(image, Text(f"caption of {each}")) for each, image in (beside | below).items()]
+    for source in (folder, folder / "train"):
+        report = write_shards(source, tmp_path / f"out-{source.name}", settings=ALL_TRAIN)
+        assert [document.segments for document in written(tmp_path / f"out-{source.name}")] == meant
+        assert report.read == report.total.written == len(images)
+    write_shards(folder, tmp_path / "split", settings=Settings(val_share=0.5, shard_megabytes=0.001))
+    parts = sorted(written(tmp_path / "split"), key=lambda document: document.key)
+    assert [document.segments for document in parts] == meant
+
+
+def test_pictures_in_no_metadata_and_metadata_without_a_picture_are_counted(
+    tmp_path: Path, images: dict[str, Image], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"file_name": "a.png", "text": "good"},
+        {"file_name": "gone.png", "text": "x"},
+        {"file_name": "a.png", "text": ""},
+    ]
+    described(tmp_path / "pics", "metadata.jsonl", rows)
+    described(tmp_path / "pics" / "sub", "metadata.jsonl", [{"file_name": "../d.jpeg", "text": "y"}, {"file_name": 5}])
+    (tmp_path / "pics" / "drawn.svg").write_text("<svg/>")
+    assert write(["pics", "--out", "out", "--val-share", "0", "--processes", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "8 read, 2 written (2 in 1 train, 0 in 0 val shards), 6 skipped" in said
+    assert "image-missing 1 (row 1 of pics/metadata.jsonl)" in said
+    assert "caption-empty 1 (row 2 of pics/metadata.jsonl)" in said
+    assert "image-not-named 1 (row 1 of pics/sub/metadata.jsonl)" in said
+    assert "caption-missing 2 (b c.PNG, sub/ä.v2.png)" in said
+    assert "image-extension 1 (drawn.svg)" in said
+
+
+def test_metadata_may_hold_turns_and_several_images(tmp_path: Path, images: dict[str, Image]) -> None:
+    said = turns("<image><image>Which?", "Both.")
+    described(tmp_path / "pics", "metadata.jsonl", [{"file_names": ["a.png", "d.jpeg"], "conversations": said}])
+    write_shards(tmp_path / "pics", tmp_path / "out", settings=ALL_TRAIN)
+    meant = (images["pics/a.png"], images["pics/d.jpeg"], Text("Which?", False), Text("Both."))
+    assert [document.segments for document in written(tmp_path / "out")] == [meant]
+
+
+def test_the_table_of_a_folder_may_be_named_itself(tmp_path: Path, images: dict[str, Image]) -> None:
+    source = described(tmp_path / "pics", "metadata.csv", [{"file_name": "a.png", "prompt": "x", "hash": "1"}])
+    with pytest.raises(UserError, match=r"no text column among 'file_name', 'prompt', 'hash': name it with"):
+        write_shards(tmp_path / "pics", tmp_path / "out", settings=ALL_TRAIN)
+    for number, named in enumerate((source, tmp_path / "pics")):
+        out = tmp_path / f"out-{number}"
+        write_shards(named, out, text_column="prompt", settings=ALL_TRAIN)
+        assert [document.segments for document in written(out)] == [(images["pics/a.png"], Text("x"))]
+
+
+def test_metadata_that_leaves_a_choice_is_refused(tmp_path: Path, images: dict[str, Image]) -> None:
+    good = [{"file_name": "a.png", "text": "x"}]
+
+    def refused(says: str, **options: Any) -> None:
+        with pytest.raises(UserError, match=says) as error:
+            write_shards(tmp_path / "pics", tmp_path / "out", **options)
+        assert_is_a_sentence(error.value)
+        assert not (tmp_path / "out").exists()
+
+    described(tmp_path / "pics", "metadata.csv", [{"image": "a.png", "text": "x"}])
+    refused(r"no .txt beside them, and metadata.csv has no column file_name \(it has 'image', 'text'\)")
+    described(tmp_path / "pics", "metadata.csv", good)
+    refused("are for tables only", images=tmp_path)
+    refused("--text-column nothing is no column of .*metadata.csv", text_column="nothing")
+    both = described(tmp_path / "pics", "metadata.jsonl", good)
+    refused("pics has metadata.csv and metadata.jsonl: move the one or the other out of it")
+    both.unlink()
+    (tmp_path / "pics" / "a.txt").write_text("another caption")
+    refused(r"captions in .*pics/metadata.csv and in .*pics/a.txt: move the one")
+    (tmp_path / "pics" / "a.txt").unlink()
+    described(tmp_path / "pics" / "sub", "metadata.csv", [{"file_name": "ä.v2.png", "caption": "x"}])
+    refused(r"sub/metadata.csv has no column 'text', as .*pics/metadata.csv has: name their columns alike")
+    for split in ("train", "validation"):
+        described(tmp_path / "pics" / split, "metadata.csv", [{"file_name": "../a.png", "text": "x"}])
+    refused(r"pics holds the splits .*pics/train, .*pics/validation, which would be mixed")
+
+
 def test_links_to_folders_are_followed_once(tmp_path: Path, images: dict[str, Image]) -> None:
     folder, meant = folder_of_captions(tmp_path, images)
     (tmp_path / "in").mkdir()
@@ -668,7 +771,23 @@ VALUES = st.recursive(
 def test_any_rows_of_json_are_read_counted_or_refused(
     tmp_path: Path, images: dict[str, Image], rows: list[dict]
 ) -> None:
-    assert_read_counted_or_refused(tmp_path, lambda root: lines(root / "t.jsonl", rows), len(rows))
+    assert_read_counted_or_refused(tmp_path, lambda root: lines(root / "t.jsonl", rows), len(rows), images=tmp_path)
+
+
+@settings(max_examples=2 * settings.default.max_examples)
+@given(
+    rows=st.lists(
+        st.fixed_dictionaries({"file_name": VALUES}, optional={"file_names": VALUES, "text": VALUES, "texts": VALUES}),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_any_metadata_is_read_counted_or_refused(tmp_path: Path, rows: list[dict]) -> None:
+    def source(root: Path) -> Path:
+        described(root / "set" / "train", "metadata.jsonl", rows)
+        return root / "set"
+
+    assert_read_counted_or_refused(tmp_path, source, len(rows))
 
 
 @settings(max_examples=3 * settings.default.max_examples)
@@ -704,14 +823,16 @@ def test_any_rows_of_parquet_are_read_counted_or_refused(
         pyarrow.parquet.write_table(pyarrow.table(columns), root / "t.parquet")
         return root / "t.parquet"
 
-    assert_read_counted_or_refused(tmp_path, source, count)
+    assert_read_counted_or_refused(tmp_path, source, count, images=tmp_path)
 
 
-def assert_read_counted_or_refused(tmp_path: Path, source: Callable[[Path], Path], rows: int) -> None:
+def assert_read_counted_or_refused(
+    tmp_path: Path, source: Callable[[Path], Path], rows: int, images: Path | None = None
+) -> None:
     root = tmp_path / f"{next(counter)}"
     root.mkdir()
     try:
-        report = write_shards(source(root), root / "out", images=tmp_path, settings=ALL_TRAIN)
+        report = write_shards(source(root), root / "out", images=images, settings=ALL_TRAIN)
     except UserError as error:
         assert_is_a_sentence(error)
     else:
