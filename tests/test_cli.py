@@ -1,5 +1,6 @@
 """The commands as a user runs them, and what they say of bad input: one sentence, exit code 2, no traceback."""
 
+import gzip
 import io
 import json
 import os
@@ -19,7 +20,10 @@ from PIL import Image as Pillow
 from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.checkpoint.training_files import best_checkpoint, find_checkpoint, read_checkpoint
 from fuyu_e2e.cli import main
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.eval.shard_questions import read_shards
 from fuyu_e2e.shipped import shipped
+from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -354,6 +358,27 @@ def test_a_pattern_that_matches_nothing(run: Callable, tokenizer_file: Path) -> 
     fit = ("fit", "--config", recipe(), "--trainer.default_root_dir", "runs/none")
     refused(run(*fit, "--data.train", "nothing/*.tar"), "data.train: 'nothing/*.tar' matches no shard")
     refused(run(*fit), "data.train is not set")
+
+
+def test_compressed_shards_are_refused_wherever_they_are_named(
+    run: Callable, tokenizer_file: Path, folder: Path
+) -> None:
+    (folder / "packed").mkdir()
+    (folder / "packed" / "0.tar.gz").write_bytes(gzip.compress((folder / "shards" / "00000.tar").read_bytes()))
+    said = (
+        "packed/0.tar.gz can't be read sample by sample",
+        "unpack with `gunzip packed/0.tar.gz`, and name the .tar",
+    )
+    fit = ("fit", "--config", recipe(), "--trainer.default_root_dir", "runs/packed")
+    for named in ("packed/*.tar.gz", "packed/*.tar", "packed"):
+        refused(run(*fit, "--data.train", named), *said)
+        refused(run(*fit, "--data.train", "shards/00000.tar", "--data.val", named), *said)
+        refused(run("tokenizer", "train", "--shards", named, "--vocab-size", "300", "--out", "never.model"), *said)
+        for command in ("index", "verify", "stats"):
+            refused(run("shards", command, named), *said)
+        with pytest.raises(UserError, match="can't be read sample by sample"):
+            next(read_shards(named, Tally()))  # as `evaluate` does
+    refused(run("shards", "write", "packed/0.tar.gz", "--out", "never"), "unpack it with `tar xzf packed/0.tar.gz`")
 
 
 def test_a_shard_that_is_not_a_tar(run: Callable, tokenizer_file: Path, folder: Path) -> None:

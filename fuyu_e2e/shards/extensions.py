@@ -12,6 +12,8 @@ UNREAD = frozenset(f"{UNREAD_IMAGES} {UNREAD_SOUND} {UNREAD_FILMS} {UNREAD_LISTS
 """What is not read: a text beside it speaks of what the model would not see."""
 SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
 """The first bytes of JPEG and PNG, which image files in a table are told by."""
+COMPRESSED = (".tar.gz", ".tgz")
+"""How the names of shards end that have to be unpacked: samples are read where they stand, in any order."""
 TEXTS = ("txt", "json")
 """Text beside an image, or a sample by itself."""
 

@@ -19,6 +19,7 @@ import json
 import mmap
 import os
 import re
+import shlex
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.shards.extensions import IMAGES, UNREAD, image_extension, is_media
+from fuyu_e2e.shards.extensions import COMPRESSED, IMAGES, UNREAD, image_extension, is_media
 from fuyu_e2e.shards.formats import IMAGE_KEYS, MEDIA_KEYS, PLACEHOLDER, TEXT_BYTES, are_turns
 
 IMAGE_COLUMNS = ("image", "path", "filepath", "file", "image_path")
@@ -691,6 +692,15 @@ def _reader(path: Path) -> Reader:
         case ".json":
             with _open(path) as file:
                 return Elements(path) if file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" else Lines(path)
+        case ".tar":
+            raise UserError(
+                f"{path} is a shard already, or holds files: unpack files with `tar xf {shlex.quote(str(path))}`."
+            )
+        case ".gz" | ".tgz":
+            how = "tar xzf" if path.name.lower().endswith(COMPRESSED) else "gunzip"
+            raise UserError(
+                f"{path} is compressed: unpack it with `{how} {shlex.quote(str(path))}`, and name what was in it."
+            )
     raise UserError(f"{path} has the extension of none of the forms: name {FORMS}.")
 
 

@@ -950,6 +950,10 @@ def assert_is_a_sentence(error: UserError) -> None:
     ("name", "content", "says"),
     [
         ("t.xlsx", b"x", FORMS),
+        ("t.tar", b"x", "is a shard already, or holds files: unpack files with `tar xf "),
+        ("t.tar.gz", b"x", "t.tar.gz is compressed: unpack it with `tar xzf "),
+        ("t.TGZ", b"x", "t.TGZ is compressed: unpack it with `tar xzf "),
+        ("t.jsonl.gz", b"x", "t.jsonl.gz is compressed: unpack it with `gunzip "),
         ("t.jsonl", b"", FORMS),
         ("t.jsonl", b"not json\n", FORMS),
         ("t.json", b"[]", FORMS),
