@@ -381,6 +381,61 @@ def test_compressed_shards_are_refused_wherever_they_are_named(
     refused(run("shards", "write", "packed/0.tar.gz", "--out", "never"), "unpack it with `tar xzf packed/0.tar.gz`")
 
 
+def test_a_path_of_any_command_may_begin_at_home(
+    run: Callable, tokenizer_file: Path, folder: Path, make_png: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a recipe, quotes and `--option=` leave it; no command makes a folder that is called `~`."""
+    home = folder / "home"
+    (home / "pictures").mkdir(parents=True)
+    for number in range(30):
+        (home / "pictures" / f"{number}.png").write_bytes(make_png(20, 30))
+        (home / "pictures" / f"{number}.txt").write_text(f"a picture of {number}")
+    monkeypatch.setenv("HOME", str(home))
+    shutil.copy(tokenizer_file, home / "t.model")
+    write = ("shards", "write", "~/pictures", "--out=~/shards", "--val-share", "0.2", "--processes", "1")
+    settings = {
+        "data": {"train": ["~/shards/train-*.tar"], "val": "~/shards/val-*.tar", "tokenizer": "~/t.model"},
+        "trainer": {"default_root_dir": "~/run", "max_steps": 2, "enable_progress_bar": False},
+    }
+    (home / "mine.yaml").write_text(json.dumps(settings))
+    commands = [
+        write,
+        ("shards", "index", "~/shards/*.tar", "--processes", "1"),
+        ("tokenizer", "train", "--shards", "~/shards/train-*.tar", "--vocab-size", "300", "--out", "~/own.model"),
+        ("fit", "--config", recipe(), "--config=~/mine.yaml"),
+        (
+            "fit",
+            "--config",
+            "~/run/config.yaml",
+            "--ckpt_path",
+            "~/run/checkpoints/last.ckpt",
+            "--trainer.max_steps",
+            "3",
+        ),
+        ("checkpoint", "verify", "~/run"),
+        ("export", "--checkpoint", "~/run", "--out=~/exported"),
+        (
+            "generate",
+            "--checkpoint=~/exported",
+            "--image",
+            "~/pictures/0.png",
+            "--prompt",
+            "~",
+            "--max-new-tokens",
+            "2",
+        ),
+        ("inspect", "--config=~/run/config.yaml", "--out=~/inspect.png"),
+    ]
+    for command in commands:
+        code, printed = run(*command)
+        assert code == 0, (command, printed)
+    assert {path.name for path in home.iterdir()} >= {"shards", "own.model", "run", "exported", "inspect.png"}
+    assert not list(folder.glob("*~*"))
+    saved = (home / "run" / "config.yaml").read_text()
+    assert f"default_root_dir: {home}/run\n" in saved
+    assert "cache_dir: ~/.cache/fuyu_e2e\n" in saved, "of whoever goes on with the run"
+
+
 def test_a_shard_that_is_not_a_tar(run: Callable, tokenizer_file: Path, folder: Path) -> None:
     (folder / "fake.tar").write_text("no tar" * 500)
     fit = ("fit", "--config", recipe(), "--data.train", "fake.tar", "--trainer.default_root_dir", "runs/fake")

@@ -31,6 +31,7 @@ import fsspec
 from filelock import FileLock, Timeout
 
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.home import with_home
 from fuyu_e2e.shards.extensions import COMPRESSED
 
 CACHE_FOLDER = "~/.cache/fuyu_e2e"
@@ -203,7 +204,7 @@ class ShardCache:
     @classmethod
     def at(cls, folder: str = CACHE_FOLDER, gigabytes: float = CACHE_GIGABYTES) -> "ShardCache":
         """A cache as users name it; `~` is their home."""
-        return cls(Path(folder).expanduser(), int(gigabytes * 1e9))
+        return cls(Path(with_home(folder)), int(gigabytes * 1e9))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_mine"}
