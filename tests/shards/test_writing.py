@@ -25,7 +25,7 @@ from PIL import Image as Pillow
 from fuyu_e2e.document import Document, Image, Segment, Text
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.image import ImagePolicy, decode_image
-from fuyu_e2e.shards import tables, writing
+from fuyu_e2e.shards import readers, writing
 from fuyu_e2e.shards.formats import TEXT_BYTES, read_documents
 from fuyu_e2e.shards.sources import expand_patterns
 from fuyu_e2e.shards.tables import FORMS
@@ -307,7 +307,7 @@ def parquet_of_text(root: Path, images: dict[str, Image]) -> tuple[Path, list[li
 def test_every_form_becomes_the_documents_meant(
     tmp_path: Path, images: dict[str, Image], form: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "BATCH", 2)  # several in a row group
+    monkeypatch.setattr(readers, "BATCH", 2)  # several in a row group
     source, meant = form(tmp_path, images)
     report = write_shards(source, tmp_path / "out", settings=ALL_TRAIN)
     documents = written(tmp_path / "out")
@@ -638,6 +638,8 @@ def test_metadata_that_leaves_a_choice_is_refused(tmp_path: Path, images: dict[s
         assert_is_a_sentence(error.value)
         assert not (tmp_path / "out").exists()
 
+    table(tmp_path / "pics" / "sub" / "t.csv", [["image", "text"]])
+    refused("no .txt beside them; it has tables: name one of them, as .*pics/sub/t.csv.$")
     described(tmp_path / "pics", "metadata.csv", [{"image": "a.png", "text": "x"}])
     refused(r"no .txt beside them, and metadata.csv has no column file_name \(it has 'image', 'text'\)")
     described(tmp_path / "pics", "metadata.csv", good)
