@@ -695,7 +695,10 @@ def test_images_in_a_table_are_checked_as_those_in_files(tmp_path: Path, images:
     assert_adds_up(report, tmp_path / "out")
     with tarfile.open(tmp_path / "out" / "train-00000.tar") as tar:
         assert tar.getnames() == ["000000000.jpg", "000000000.txt"]
-    changed = [{**rows[0], "image": embedded(images["pics/a.png"])}, *rows[1:]]
+    blue = io.BytesIO()
+    Pillow.new("RGB", (7, 3), "blue").save(blue, "JPEG")
+    assert len(blue.getvalue()) == len(image.data), "or the size alone would tell"
+    changed = [{**rows[0], "image": embedded(Image(blue.getvalue()))}, *rows[1:]]
     with pytest.raises(UserError, match=r"fingerprint differ\): take an empty folder"):
         write_shards(parquet(tmp_path / "t.parquet", changed), tmp_path / "out", settings=ALL_TRAIN)
 
@@ -705,6 +708,19 @@ def test_a_column_of_images_counts_though_its_first_row_has_none(tmp_path: Path,
     report = write_shards(parquet(tmp_path / "t.parquet", rows), tmp_path / "out", settings=ALL_TRAIN)
     assert report.total.skipped == {"image-not-named": 1}
     assert [document.segments for document in written(tmp_path / "out")] == [(images["pics/a.png"], Text("y"))]
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "kind"),
+    [([], [{"user": "?", "assistant": "!"}], "Chats"), ([None], ["x"], "PairedLists")],
+)
+def test_a_row_without_texts_does_not_tell_what_others_are(
+    tmp_path: Path, images: list[Any], texts: list[Any], kind: str
+) -> None:
+    source = lines(tmp_path / "t.jsonl", [{"images": [], "texts": []}, {"images": images, "texts": texts}])
+    report = write_shards(source, tmp_path / "out", settings=ALL_TRAIN)
+    assert (report.kind, report.total.written) == (kind, 1)
+    assert sum(report.total.skipped.values()) == 1
 
 
 @pytest.mark.parametrize(
