@@ -31,8 +31,10 @@ from fuyu_e2e.checkpoint.whole import UNFINISHED, Manifest, is_whole
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.during_training import EvaluationInTraining
+from fuyu_e2e.home import with_home
 from fuyu_e2e.run_directory import CHECKPOINTS
 from fuyu_e2e.setting_errors import SettingError, is_of_others, reason, recipes_of, sentence
+from fuyu_e2e.shards.sources import CACHE_FOLDER
 from fuyu_e2e.training.bad_steps import BadSteps
 from fuyu_e2e.training.checkpoint_guard import CheckpointGuard
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
@@ -241,7 +243,8 @@ class FuyuCLI(LightningCLI):
                 command line may; or the checkpoint can't be read, or is missing.
         """
         try:
-            self.config = parser.parse_args(args)
+            # The cache that no one chose is in the home of whoever goes on with the run: its own code expands it.
+            self.config = with_home(parser.parse_args(args), but=(CACHE_FOLDER,))
             settings = self.config.get(str(self.config.get("subcommand")), self.config)
             for name in ("accelerator", "strategy", "profiler"):
                 if names_outside(value := settings["trainer"][name], [*ALLOWED, *self.allowed]):

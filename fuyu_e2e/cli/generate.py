@@ -8,6 +8,7 @@ from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.cli.prompting import PROMPT_HELP, add_model_and_images, prompt_parts
 from fuyu_e2e.cli.starting import starting
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.home import words_with_home
 
 SET_IMAGES = ":image"
 INTERACTIVE_HELP = (
@@ -91,6 +92,6 @@ def _lines() -> Iterator[str]:
 
 def _paths(text: str) -> list[str]:
     try:
-        return shlex.split(text)
+        return words_with_home(shlex.split(text))
     except ValueError as error:
         raise UserError(f"{SET_IMAGES} {text} can't be read ({error}): quote names as in a shell.") from error

@@ -1,7 +1,8 @@
 """From the members of a sample to documents, by their extensions alone.
 
 caption       jpg|jpeg|jpe|jfif|png|webp + txt, or + json with a "caption": img2dataset writes both; txt counts
-chat          json with "conversations" (LLaVA's), the images it speaks of beside it, or none
+chat          json with "conversations" (LLaVA's) or their list alone (as converters to Megatron-Energon write it), the
+              images it speaks of beside it, or none
 interleaved   json with "segments": [{"text": …} | {"image": extension of a member}, …]
 text          txt, or jsonl with one object a line that has a "text" or "conversations"
 
@@ -27,10 +28,14 @@ TEXT_BYTES = 2**22
 """Bytes of text above which a document is left out: 4 MiB, for which sentencepiece takes 60 times as much memory."""
 PLACEHOLDER = "<image>"
 """Where an image stands in LLaVA's conversations."""
+IMAGE_KEYS = ("image", "images")
+"""Under which a JSON object names the images that its text speaks of."""
 UNREAD_PLACEHOLDERS = ("<video>", "<audio>")
 """Where LLaVA's conversations have what is not read."""
-MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+MEDIA_KEYS = (*IMAGE_KEYS, "video", "videos", "audio", "audios")
 """Under which a JSON object names what its text speaks of."""
+TURN_KEYS = (("from", "value"), ("role", "content"))
+"""Under which a turn names its speaker and what is said: LLaVA's, and those of chat templates."""
 SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assistant": True}
 """Whether what a speaker says carries loss."""
 
@@ -91,13 +96,25 @@ def document(sample: Sample) -> Document:
 
 
 def description(sample: Sample) -> dict[str, Any]:
-    """The JSON object beside the images of a sample; empty where it has none.
+    """The JSON object beside the images of a sample, turns alone as its conversations; empty where it has none.
 
     Raises:
-        UnusableSampleError: It is no JSON object.
+        UnusableSampleError: It is neither an object nor a list of turns.
     """
+    if "json" not in sample.members:
+        return {}
     where = f"{sample.shard}: {sample.key}"
-    return _parse(sample.members["json"], where) if "json" in sample.members else {}
+    parsed = _parse(sample.members["json"], where)
+    return {"conversations": parsed} if are_turns(parsed) else _object(parsed, where)
+
+
+def are_turns(value: Any) -> bool:
+    """Whether a value of JSON is a list of turns, whoever speaks and whatever is said."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(turn, dict) and any(set(keys) <= turn.keys() for keys in TURN_KEYS) for turn in value)
+    )
 
 
 def _only(sample: Sample, where: str) -> str:
@@ -117,7 +134,7 @@ def _only(sample: Sample, where: str) -> str:
 
 def _in_order(images: dict[str, Image], described: dict[str, Any], sample: Sample) -> list[Image]:
     """The images in the order of the names that the JSON lists, or of their own."""
-    listed = next(filter(None, (_names(described.get(name)) for name in ("image", "images"))), [])
+    listed = next(filter(None, (_names(described.get(name)) for name in IMAGE_KEYS)), [])
     stem = PurePosixPath(sample.key).name.lower()
     members = {f"{stem}.{name}": image for name, image in images.items()} | images
     named = [members.get(PurePosixPath(name).name.lower()) for name in listed]
@@ -149,7 +166,7 @@ def _check_names_no_media(described: dict[str, Any], where: str) -> None:
 
 
 def _from_line(key: str, line: bytes, where: str) -> Document:
-    described = _parse(line, where)
+    described = _object(_parse(line, where), where)
     _check_names_no_media(described, where)
     if "conversations" in described:
         return Document(key, _chat(described["conversations"], [], where))
@@ -165,10 +182,13 @@ def _chat(turns: Any, images: list[Image], where: str) -> tuple[Segment, ...]:
         raise UnusableSampleError("chat-turns", f"{where}: conversations is no list of turns")
     said: list[tuple[str, bool]] = []
     for turn in turns:
-        speaker = turn.get("from") if isinstance(turn, dict) else None
+        given = turn if isinstance(turn, dict) else {}
+        # A row of a columnar file has all keys that any row has, and nulls under those that are not its own.
+        who, what = next((keys for keys in TURN_KEYS if given.get(keys[0]) is not None), TURN_KEYS[0])
+        speaker = given.get(who)
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise UnusableSampleError("chat-speaker", f"{where}: {speaker!r} is none of {', '.join(SPEAKERS)}")
-        said.append((_string(turn.get("value"), "value", where), SPEAKERS[speaker]))
+        said.append((_string(given.get(what), what, where), SPEAKERS[speaker]))
     if not any(loss for _, loss in said):
         raise UnusableSampleError("chat-no-answer", where)
     for unread in UNREAD_PLACEHOLDERS:
@@ -212,11 +232,14 @@ def _interleaved(listed: Any, images: dict[str, Image], where: str) -> tuple[Seg
     return tuple(segments)
 
 
-def _parse(data: bytes, where: str) -> dict[str, Any]:
+def _parse(data: bytes, where: str) -> Any:
     try:
-        parsed = json.loads(_decode(data, where), parse_constant=_refuse)
+        return json.loads(_decode(data, where), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise UnusableSampleError("json-invalid", f"{where}: {error}") from error
+
+
+def _object(parsed: Any, where: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise UnusableSampleError("json-invalid", f"{where}: a {type(parsed).__name__} where an object is expected")
     return parsed
