@@ -278,7 +278,7 @@ class FuyuCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
             chain: list[BaseException] = []  # of causes, which jsonargparse lets run in a circle
             cause: BaseException | None = error
             while cause is not None and cause not in chain:

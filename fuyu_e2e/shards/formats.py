@@ -1,10 +1,10 @@
 """From the members of a sample to documents, by their extensions alone.
 
 caption       jpg|jpeg|jpe|jfif|png|webp + txt, or + json with a "caption": img2dataset writes both; txt counts
-chat          json with "conversations" (LLaVA's) or their list alone (as converters to Megatron-Energon write it), the
-              images it speaks of beside it, or none
+chat          json with "conversations" (LLaVA's), "messages" or their list alone (as converters to Megatron-Energon
+              write it), the images it speaks of beside it, or none
 interleaved   json with "segments": [{"text": …} | {"image": extension of a member}, …]
-text          txt, or jsonl with one object a line that has a "text" or "conversations"
+text          txt, or jsonl with one object a line that has a "text", "conversations" or "messages"
 
 Text without an image is what was meant, never what is left of a sample whose image is missing, or of a kind that is
 not read. Several images come in the order of the JSON's list `image` or `images`, where it names the members; else in
@@ -87,7 +87,7 @@ def document(sample: Sample) -> Document:
     elif "caption" in described:
         text = _string(described["caption"], "caption", where).strip()
     else:
-        raise UnusableSampleError("format-unknown", _only(sample, where))
+        raise UnusableSampleError("format-unknown", _only(sample, described, where))
     if not text:
         raise UnusableSampleError("caption-empty" if images else "text-empty", where)
     if len(images) > 1:
@@ -96,16 +96,20 @@ def document(sample: Sample) -> Document:
 
 
 def description(sample: Sample) -> dict[str, Any]:
-    """The JSON object beside the images of a sample, turns alone as its conversations; empty where it has none.
+    """The JSON object beside the images of a sample, its turns as `conversations`; empty where it has none.
 
     Raises:
         UnusableSampleError: It is neither an object nor a list of turns.
     """
-    if "json" not in sample.members:
-        return {}
-    where = f"{sample.shard}: {sample.key}"
-    parsed = _parse(sample.members["json"], where)
-    return {"conversations": parsed} if are_turns(parsed) else _object(parsed, where)
+    return _described(sample.members["json"], f"{sample.shard}: {sample.key}") if "json" in sample.members else {}
+
+
+def _described(data: bytes, where: str) -> dict[str, Any]:
+    parsed = _parse(data, where)
+    if are_turns(parsed):
+        return {"conversations": parsed}
+    described = _object(parsed, where)
+    return {"conversations": described["messages"]} | described if are_turns(described.get("messages")) else described
 
 
 def are_turns(value: Any) -> bool:
@@ -117,13 +121,14 @@ def are_turns(value: Any) -> bool:
     )
 
 
-def _only(sample: Sample, where: str) -> str:
-    """What a sample of no known format has, and what webdataset's rule makes of names with dots."""
+def _only(sample: Sample, described: dict[str, Any], where: str) -> str:
+    """What a sample of no known format has, its JSON too, and what webdataset's rule makes of names with dots."""
     names = sorted(sample.members)
     if not names:
         return f"{where} has no members"
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
-    said = f"{where} has only {shown}"
+    keys = f", whose json has only {', '.join(map(repr, list(described)[:8]))}" if described else ""
+    said = f"{where} has only {shown}{keys}"
     dotted = {name.rpartition(".")[0] for name in names if "." in name and last_extension(name) in (*IMAGES, *TEXTS)}
     if not dotted:
         return said
@@ -166,7 +171,7 @@ def _check_names_no_media(described: dict[str, Any], where: str) -> None:
 
 
 def _from_line(key: str, line: bytes, where: str) -> Document:
-    described = _object(_parse(line, where), where)
+    described = _described(line, where)
     _check_names_no_media(described, where)
     if "conversations" in described:
         return Document(key, _chat(described["conversations"], [], where))
@@ -189,7 +194,7 @@ def _chat(turns: Any, images: list[Image], where: str) -> tuple[Segment, ...]:
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise UnusableSampleError("chat-speaker", f"{where}: {speaker!r} is none of {', '.join(SPEAKERS)}")
         said.append((_string(given.get(what), what, where), SPEAKERS[speaker]))
-    if not any(loss for _, loss in said):
+    if not any(loss and value.strip() for value, loss in said):
         raise UnusableSampleError("chat-no-answer", where)
     for unread in UNREAD_PLACEHOLDERS:
         if any(unread in value and not loss for value, loss in said):

@@ -242,6 +242,20 @@ def test_plain_text_and_lines_of_json(shard: Shard) -> None:
     assert [(document.key, document.answer) for document in found] == [("0/0", "a"), ("0/1", " b "), ("0/2", "c")]
 
 
+def test_a_json_of_unknown_keys_is_told_by_them(shard: Shard) -> None:
+    tally = Tally()
+    assert list(read_documents(shard({"0.jpg": b"x", "0.json": {"prompt": "?", "answer": "x"}}), tally)) == []
+    assert "0 has only jpg, json, whose json has only 'prompt', 'answer'" in tally.examples["format-unknown"]
+
+
+@pytest.mark.parametrize("name", ["0.json", "0.jsonl"])
+def test_messages_are_conversations(shard: Shard, name: str) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"},
+             {"role": "assistant", "content": "So."}]  # fmt: skip
+    [named], [known] = (read(shard({name: json.dumps({key: turns})})) for key in ("messages", "conversations"))
+    assert named.segments == known.segments == (Text("Be brief.", False), Text("Why?", False), Text("So."))
+
+
 def turn(speaker: object = "gpt", value: object = "a") -> dict:
     return {"conversations": [{"from": speaker, "value": value}]}
 
@@ -278,6 +292,13 @@ BAD = {
     "unknown speaker": ({"0.json": turn("robot")}, "chat-speaker"),
     "speaker of another type": ({"0.json": turn(["gpt"])}, "chat-speaker"),
     "chat without an answer": ({"0.json": turn("human")}, "chat-no-answer"),
+    "chat with an empty answer": (
+        {
+            "0.jpg": b"x",
+            "0.json": {"conversations": [turn("human", "?")["conversations"][0], turn(value=" ")["conversations"][0]]},
+        },
+        "chat-no-answer",
+    ),
     "turn without text": ({"0.json": turn(value=None)}, "json-type"),
     "more placeholders than images": ({"0.jpg": b"x", "0.json": turn(value="<image> <image>")}, "chat-images"),
     "segments of another type": ({"0.json": {"segments": "x"}}, "segments-list"),
