@@ -151,7 +151,7 @@ def test_a_document_alone_and_packed_gives_the_same_logits_and_choices(
     )
     assert torch.equal(passed[:, : len(lonely_logits)], lonely_passed)
     assert not passed[:, len(lonely_logits) :].any(), "padding passes a block"
-    torch.testing.assert_close(logits[: len(lonely_logits)], lonely_logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[: len(lonely_logits)], lonely_logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
