@@ -25,7 +25,7 @@ from fuyu_e2e.allowed_imports import (
     take_allowed,
 )
 from fuyu_e2e.checkpoint.description import Description
-from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, newest, run_checkpoints
+from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, manifests, newest, run_checkpoints
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.checkpoint.whole import UNFINISHED, Manifest, is_whole
 from fuyu_e2e.datamodule import FuyuDataModule
@@ -432,7 +432,7 @@ def _check_own(path: Path, run: Path, found: list[Path]) -> None:
             f"{run} already holds a run, and {path} is a checkpoint of another: name a new directory with "
             "--trainer.default_root_dir."
         )
-    step, later = Manifest.read(path).step, Manifest.read(newest(run)[0]).step
+    step, later = Manifest.read(path).step, max(manifest.step for manifest in manifests(found).values())
     if step < later:
         rank_zero_info(
             f"Going back to step {step}: checkpoints of later steps, up to {later}, stay until the run saves the same "

@@ -6,6 +6,7 @@ say: file times are those of a copy where `rsync -r`, an object store or `unzip`
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,15 @@ def _written(checkpoint: Path) -> tuple[float, int, bool, str]:
     except UserError:
         return math.inf, 0, True, checkpoint.name
     return manifest.written, manifest.step, checkpoint.name != LAST, str(checkpoint)
+
+
+def manifests(checkpoints: Iterable[Path]) -> dict[Path, Manifest]:
+    """What the manifests of some checkpoints say, without those that are damaged."""
+    found = {}
+    for path in checkpoints:
+        with suppress(UserError):
+            found[path] = Manifest.read(path)
+    return found
 
 
 def newest(path: Path) -> tuple[Path, dict[Path, str]]:
@@ -115,11 +125,7 @@ def best_checkpoint(run: Path) -> BestCheckpoint | None:
         None where no checkpoint records such a figure: the run had no validation, or an earlier version wrote it.
     """
     found: list[tuple[BestCheckpoint, str]] = []
-    for path in run_checkpoints(run):
-        try:
-            manifest = Manifest.read(path)
-        except UserError:
-            continue  # a damaged one is no candidate, as where the newest is looked for
+    for path, manifest in manifests(run_checkpoints(run)).items():
         if (taken := manifest.monitored) and not math.isnan(taken["value"]):
             best = BestCheckpoint(path=path, step=manifest.step, name=taken["name"], value=taken["value"])
             found.append((best, taken["mode"]))
