@@ -5,6 +5,7 @@ All others do what Lightning's documentation says. A setting that would be taken
 
 from difflib import get_close_matches
 from math import isnan
+from string import Formatter
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,8 +19,10 @@ SHARES = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "lim
           "val_check_interval")  # fmt: skip
 """What Lightning takes a number of rows for, or a share of them."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-LEAST = {"accumulate_grad_batches": 1, "val_check_interval": 1, "log_every_n_steps": 0}
+LEAST = {"accumulate_grad_batches": 1, "val_check_interval": 1, "log_every_n_steps": 0, "num_sanity_val_steps": -1}
 """The least value of settings that Lightning takes any whole number for."""
+COUNTED = ("step", "epoch")
+"""What stands in file names beside figures."""
 VALIDATED = ("val/loss", "val/perplexity")
 """What a validation logs."""
 LOGGED = ("train/loss", "train/perplexity", "train/gradient_norm", "tokens", "tokens/s", "bad_steps/skipped")
@@ -47,9 +50,9 @@ def check_settings(settings: Namespace) -> None:
         UserError: Names the setting.
     """
     seed = settings["seed_everything"]
-    if isinstance(seed, bool) or not 0 <= seed < SEEDS:
+    if not 0 <= seed < SEEDS:
         raise UserError(
-            f"seed_everything is {str(seed).lower()}, but must be a whole number from 0 to {SEEDS - 1}: the order of "
+            f"seed_everything is {seed}, but must be a whole number from 0 to {SEEDS - 1}: the order of "
             "the data follows from it."
         )
     trainer = settings["trainer"]
@@ -71,6 +74,43 @@ def check_settings(settings: Namespace) -> None:
             "checkpoint.enable_version_counter doesn't work here, since a run that goes on writes over the names that "
             "it had: leave it out."
         )
+    if (filename := settings["checkpoint"]["filename"]) is not None:
+        check_filename(filename)
+
+
+def check_filename(filename: str) -> None:
+    """Refuses a recipe's `checkpoint.filename` that names no file beside the other checkpoints.
+
+    Raises:
+        UserError: Says what is wrong with it.
+    """
+    try:
+        parts = list(Formatter().parse(filename))
+        for _, name, form, _ in parts:
+            format(1 if name in COUNTED else 1.0, form or "")
+    except ValueError as error:
+        raise UserError(
+            f"checkpoint.filename is {filename!r}, whose braces can't be read ({error}): write names as in "
+            "{step}-{val/loss:.2f}."
+        ) from error
+    if any(name is not None and not name for _, name, *_ in parts):
+        raise UserError(f"checkpoint.filename is {filename!r}, with nothing in its braces: name a figure, or step.")
+    if any("/" in text for text, *_ in parts):
+        raise UserError(
+            f"checkpoint.filename is {filename!r}, which names a folder: checkpoints lie side by side, so that the "
+            "newest and the best are found."
+        )
+
+
+def check_limit(command: str, trainer: Namespace) -> None:
+    """Refuses `validate`, `test` or `predict` on no rows, which would say nothing.
+
+    Raises:
+        UserError: Names the setting.
+    """
+    name = f"limit_{command.removesuffix('idate')}_batches"
+    if command != "fit" and trainer[name] == 0:
+        raise UserError(f"trainer.{name} is {trainer[name]}, and nothing is left to {command}: leave it out.")
 
 
 def check_callbacks(named: Any) -> None:
@@ -109,7 +149,8 @@ def check_devices(trainer: Namespace) -> None:
 def check_monitors(trainer: pl.Trainer) -> None:
     """Refuses a `monitor` of checkpoints or callbacks that nothing logs, which Lightning tells when it first looks.
 
-    Where a callback that is neither Lightning's nor ours may log it, it is taken as it is.
+    And a file name of checkpoints with a figure that nothing logs, for which Lightning writes 0. Where a callback is
+    neither Lightning's nor ours, and may log it, it is taken as it is.
 
     Raises:
         UserError: Says what is near.
@@ -119,17 +160,29 @@ def check_monitors(trainer: pl.Trainer) -> None:
         return
     validated = getattr(trainer.datamodule, "patterns", {}).get("val") is not None  # type: ignore[attr-defined]
     for one in callbacks:
+        for _, figure, *_ in Formatter().parse(getattr(one, "filename", None) or ""):
+            if figure is not None and figure not in COUNTED and not may_be_logged(figure):
+                raise UserError(f"checkpoint.filename names {figure}, which is not logged: {near(figure)}")
         name = getattr(one, "monitor", None)
-        if not isinstance(name, str) or name in LOGGED or name.startswith(LOGGED_UNDER):
+        if not isinstance(name, str) or (name not in VALIDATED and may_be_logged(name)):
             continue
         setting = "checkpoint.monitor" if type(one).__name__ == "Checkpoints" else f"monitor of {type(one).__name__}"
         if name in VALIDATED and validated:
             continue
         if name in VALIDATED:
             raise UserError(f"{setting} is {name}, but there is no data.val to validate on: name its shards.")
-        near = get_close_matches(name.replace("_", "/", 1), {*LOGGED, *VALIDATED}, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"{', '.join((*VALIDATED, *LOGGED))} are."
-        raise UserError(f"{setting} is {name}, which is not logged: {hint}")
+        raise UserError(f"{setting} is {name}, which is not logged: {near(name)}")
+
+
+def may_be_logged(name: str) -> bool:
+    """Whether training or validation logs a figure of that name, or something under it."""
+    return name in (*VALIDATED, *LOGGED) or name.startswith(LOGGED_UNDER)
+
+
+def near(name: str) -> str:
+    """What to say of a figure that nothing logs: the one that was probably meant, or all."""
+    found = get_close_matches(name.replace("_", "/", 1), {*LOGGED, *VALIDATED}, n=1)
+    return f"did you mean {found[0]}?" if found else f"{', '.join((*VALIDATED, *LOGGED))} are."
 
 
 def check_trainer(trainer: pl.Trainer) -> None:
