@@ -45,7 +45,13 @@ from fuyu_e2e.training.hosts import Hosts
 from fuyu_e2e.training.intervals import set_intervals
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.launched import launched_processes
-from fuyu_e2e.training.lightning_settings import check_devices, check_limit, check_settings
+from fuyu_e2e.training.lightning_settings import (
+    check_devices,
+    check_limits,
+    check_plugins,
+    check_settings,
+    set_monitor,
+)
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.no_profiler import NoProfiler
 from fuyu_e2e.training.progress import progress
@@ -271,7 +277,8 @@ class FuyuCLI(LightningCLI):
             )
         if (command := self.config.get("subcommand")) is not None:
             check_devices(settings["trainer"])
-            check_limit(command, settings["trainer"])
+            check_limits(command, settings["trainer"])
+            set_monitor(settings)
             if command == "fit" and (said := set_intervals(settings)):
                 rank_zero_info(said)
             settings["ckpt_path"] = checkpoint_to_read(
@@ -312,6 +319,7 @@ class FuyuCLI(LightningCLI):
             root = settings["default_root_dir"]
             kwargs["logger"] = Curves(root, name="tensorboard", version="") if trains else False
         named, plugins = (_listed(settings[name]) for name in ("callbacks", "plugins"))
+        check_plugins(plugins)
         own_bar = settings["enable_progress_bar"] is False or any(isinstance(one, ProgressBar) for one in named)
         shown: list[pl.Callback] = [] if own_bar else [progress()]
         if settings["enable_model_summary"] is not False and not any(isinstance(one, ModelSummary) for one in named):

@@ -3,6 +3,7 @@
 All others do what Lightning's documentation says. A setting that would be taken and mean something else is refused.
 """
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from math import isnan
 from string import Formatter
@@ -10,9 +11,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.training.checkpoints import MONITOR
 from fuyu_e2e.training.strategies import check_strategy
 
 SHARES = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches",
@@ -102,15 +105,53 @@ def check_filename(filename: str) -> None:
         )
 
 
-def check_limit(command: str, trainer: Namespace) -> None:
-    """Refuses `validate`, `test` or `predict` on no rows, which would say nothing.
+def check_limits(command: str, trainer: Namespace) -> None:
+    """Refuses a command on no rows at all, which would do nothing and say nothing.
 
     Raises:
         UserError: Names the setting.
     """
-    name = f"limit_{command.removesuffix('idate')}_batches"
-    if command != "fit" and trainer[name] == 0:
-        raise UserError(f"trainer.{name} is {trainer[name]}, and nothing is left to {command}: leave it out.")
+    limits = {"fit": ("limit_train_batches", "max_epochs")}
+    for name in limits.get(command, (f"limit_{command.removesuffix('idate')}_batches",)):
+        if trainer[name] is not None and trainer[name] == 0:
+            raise UserError(f"trainer.{name} is {trainer[name]}, and nothing is left to {command}: leave it out.")
+
+
+def set_monitor(settings: Namespace) -> None:
+    """Names the figure of several best checkpoints where the recipe leaves it to us, for Lightning asks for its name.
+
+    Raises:
+        UserError: There is none; or its `mode` is said of the figure that is ours, of which less is better.
+    """
+    checkpoint = settings["checkpoint"]
+    if checkpoint["monitor"] is not None:
+        return
+    if checkpoint["mode"] == "max":
+        raise UserError(
+            f"checkpoint.mode is max, but no checkpoint.monitor says of what: the figure is {MONITOR}, the lower the "
+            "better, unless it names another."
+        )
+    if checkpoint["save_top_k"] > 1:
+        if settings["data"]["val"] is None:
+            raise UserError(
+                f"checkpoint.save_top_k is {checkpoint['save_top_k']}, but nothing tells the best: name the shards of "
+                "data.val, or a figure in checkpoint.monitor."
+            )
+        checkpoint["monitor"] = MONITOR
+
+
+def check_plugins(plugins: Iterable[Any]) -> None:
+    """Refuses another way to write checkpoints than ours.
+
+    Raises:
+        UserError: Names the plugin.
+    """
+    for one in plugins:
+        if isinstance(one, CheckpointIO):
+            raise UserError(
+                f"trainer.plugins names {type(one).__name__}, which doesn't work here: checkpoints are written with "
+                "checksums, in the background. Leave it out."
+            )
 
 
 def check_callbacks(named: Any) -> None:
@@ -200,9 +241,10 @@ def check_trainer(trainer: pl.Trainer) -> None:
             f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}."
         )
     for name, least in LEAST.items():
-        if isinstance(value := getattr(trainer, name), int) and value < least:
+        # A `val_check_interval` that is a time is none of Lightning's attributes.
+        if isinstance(value := getattr(trainer, name, None), int) and value < least:
             raise UserError(f"trainer.{name} is {value}, but must be at least {least}.")
-    epoch, interval = trainer.limit_train_batches, trainer.val_check_interval
+    epoch, interval = trainer.limit_train_batches, getattr(trainer, "val_check_interval", None)
     by_epochs = trainer.check_val_every_n_epoch is not None
     if by_epochs and isinstance(epoch, int) and isinstance(interval, int) and 0 < epoch < interval:
         raise UserError(
