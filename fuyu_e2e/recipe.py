@@ -25,14 +25,17 @@ from fuyu_e2e.allowed_imports import (
 )
 from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.checkpoint.description import Description
+from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, newest, run_checkpoints
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
-from fuyu_e2e.checkpoint.whole import UNFINISHED, is_whole, whole_checkpoints
+from fuyu_e2e.checkpoint.whole import UNFINISHED, Manifest, is_whole
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.during_training import EvaluationInTraining
+from fuyu_e2e.home import with_home
 from fuyu_e2e.model.attention_kernels import check_device
 from fuyu_e2e.run_directory import CHECKPOINTS
 from fuyu_e2e.setting_errors import SettingError, is_of_others, reason, recipes_of, sentence
+from fuyu_e2e.shards.sources import CACHE_FOLDER
 from fuyu_e2e.training.bad_steps import BadSteps
 from fuyu_e2e.training.checkpoint_guard import CheckpointGuard
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
@@ -186,7 +189,6 @@ class FuyuCLI(LightningCLI):
                         WritePredictions(),
                         CheckpointGuard(),
                         GarbageCollection(),
-                        LastCheckpoint(),
                         StopSignals(),
                         self.time_limit,
                         Ending(),
@@ -257,7 +259,8 @@ class FuyuCLI(LightningCLI):
                 command line may; or the checkpoint can't be read, or is missing.
         """
         try:
-            self.config = parser.parse_args(args)
+            # The cache that no one chose is in the home of whoever goes on with the run: its own code expands it.
+            self.config = with_home(parser.parse_args(args), but=(CACHE_FOLDER,))
             settings = self.config.get(str(self.config.get("subcommand")), self.config)
             for name in ("accelerator", "strategy", "profiler"):
                 if names_outside(value := settings["trainer"][name], [*ALLOWED, *self.allowed]):
@@ -293,7 +296,7 @@ class FuyuCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
             chain: list[BaseException] = []  # of causes, which jsonargparse lets run in a circle
             cause: BaseException | None = error
             while cause is not None and cause not in chain:
@@ -325,7 +328,7 @@ class FuyuCLI(LightningCLI):
         if settings["enable_model_summary"] is not False and not any(isinstance(one, ModelSummary) for one in named):
             shown.append(Summary())
             kwargs["enable_model_summary"] = False  # or Lightning says that it leaves its own out
-        kwargs["callbacks"] = [RandomState(), *named, *shown]
+        kwargs["callbacks"] = [RandomState(), LastCheckpoint(), *named, *shown]
         kwargs["plugins"] = [*plugins, BackgroundCheckpointIO()]
         if settings["profiler"] is None:
             kwargs["profiler"] = NoProfiler()
@@ -363,8 +366,8 @@ class FuyuCLI(LightningCLI):
 def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None:
     """What a command of Lightning's reads, by the checkpoint that was named for it.
 
-    `last` is the folder of the run's checkpoints, of which the newest that is right is read. The checkpoint is read
-    here once, before Lightning does, whose errors are tracebacks.
+    `last` is the newest checkpoint of the run that is right, `best` the one with the best figure; a directory names
+    the newest in it. The checkpoint is read here once, before Lightning does, whose errors are tracebacks.
 
     Args:
         command: `fit`, `validate`, `test` or `predict`.
@@ -376,24 +379,13 @@ def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None
 
     Raises:
         UserError: It can't be read; there is none, and without one the command would tell of random weights; or `fit`
-            would mix the files of a new run with those of the one in the directory.
+            would mix the files of another run with those of the one in the directory.
     """
-    folder = run / CHECKPOINTS
-    other = next((path for path in folder.glob("*.ckpt") if not path.name.startswith(UNFINISHED)), None)
+    found = run_checkpoints(run)
     if named == "last":
-        if whole_checkpoints(folder):
-            return str(folder)
-        if other is not None:
-            raise UserError(f"{other} has no manifest, and no other checkpoint there has: name one with --ckpt_path.")
-        if command != "fit":
-            raise UserError(
-                f"There is no checkpoint in {folder} to {command}: name one with --ckpt_path, or the directory of a "
-                "run that has one with --trainer.default_root_dir."
-            )
-        rank_zero_info(f"No checkpoint in {folder}: the run begins at step 0.")
-        return None
+        return str(run.absolute()) if found or _may_have_none(command, run) else None
     if not named:
-        if command == "fit" and other is not None:
+        if command == "fit" and (found or _without_manifest(run)):
             raise UserError(
                 f"{run} already holds a run: continue it with --ckpt_path last, or name another directory with "
                 "--trainer.default_root_dir."
@@ -404,13 +396,69 @@ def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None
             f"No checkpoint is named to {command}: say --ckpt_path last for the newest of {run}, or --ckpt_path "
             "CHECKPOINT for another."
         )
-    if not Path(named).is_file() and not is_whole(Path(named)):
+    path = _best(run) if named == "best" else Path(named)
+    if not path.is_file() and not is_whole(path) and not run_checkpoints(path):
         raise UserError(
-            f"--ckpt_path {named} is no checkpoint on this machine; `last` continues the run of "
-            "trainer.default_root_dir."
+            f"--ckpt_path {named} is no checkpoint on this machine, and no directory that holds one; `last` continues "
+            "the run of trainer.default_root_dir."
         )
-    Description.of(read_checkpoint(Path(named)), named)
-    return str(Path(named).absolute())  # Lightning takes what begins with http for a URL
+    path = path if path.is_file() or is_whole(path) else newest(path)[0]
+    Description.of(read_checkpoint(path), str(path))
+    if command == "fit":
+        _check_own(path, run, found)
+    return str(path.absolute())  # Lightning takes what begins with http for a URL
+
+
+def _may_have_none(command: str, run: Path) -> bool:
+    """Says that a run begins, where `fit` is to go on from the last checkpoint and there is none.
+
+    Raises:
+        UserError: There is one, but it can't be told when it was written; or the command can do nothing without one.
+    """
+    if other := _without_manifest(run):
+        raise UserError(f"{other} has no manifest, and no other checkpoint there has: name one with --ckpt_path.")
+    if command != "fit":
+        raise UserError(
+            f"There is no checkpoint in {run / CHECKPOINTS} to {command}: name one with --ckpt_path, or the directory "
+            "of a run that has one with --trainer.default_root_dir."
+        )
+    rank_zero_info(f"No checkpoint in {run / CHECKPOINTS}: the run begins at step 0.")
+    return False
+
+
+def _without_manifest(run: Path) -> Path | None:
+    """A checkpoint of the run as Lightning alone writes it, if there is one."""
+    found = (path for path in (run / CHECKPOINTS).glob("*.ckpt") if not path.name.startswith(UNFINISHED))
+    return next(found, None)
+
+
+def _best(run: Path) -> Path:
+    if (best := best_checkpoint(run)) is None:
+        raise UserError(
+            f"--ckpt_path best: no checkpoint of {run} records a figure that tells the best; `last` is the newest."
+        )
+    return best.path
+
+
+def _check_own(path: Path, run: Path, found: list[Path]) -> None:
+    """Says what becomes of later checkpoints where a run goes back to an earlier one.
+
+    Raises:
+        UserError: The run has checkpoints, and this is none of them.
+    """
+    if not found:
+        return
+    if path.resolve() not in {own.resolve() for own in found}:
+        raise UserError(
+            f"{run} already holds a run, and {path} is a checkpoint of another: name a new directory with "
+            "--trainer.default_root_dir."
+        )
+    step, later = Manifest.read(path).step, Manifest.read(newest(run)[0]).step
+    if step < later:
+        rank_zero_info(
+            f"Going back to step {step}: checkpoints of later steps, up to {later}, stay until the run saves the same "
+            "steps again."
+        )
 
 
 def _listed(value: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """The commands as a user runs them, and what they say of bad input: one sentence, exit code 2, no traceback."""
 
+import gzip
 import io
 import json
 import os
@@ -17,9 +18,13 @@ import webdataset
 from PIL import Image as Pillow
 
 from fuyu_e2e.checkpoint.loading import load_model
-from fuyu_e2e.checkpoint.training_files import best_checkpoint, find_checkpoint, read_checkpoint
+from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.cli import main
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.eval.shard_questions import read_shards
 from fuyu_e2e.shipped import shipped
+from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -354,6 +359,82 @@ def test_a_pattern_that_matches_nothing(run: Callable, tokenizer_file: Path) -> 
     fit = ("fit", "--config", recipe(), "--trainer.default_root_dir", "runs/none")
     refused(run(*fit, "--data.train", "nothing/*.tar"), "data.train: 'nothing/*.tar' matches no shard")
     refused(run(*fit), "data.train is not set")
+
+
+def test_compressed_shards_are_refused_wherever_they_are_named(
+    run: Callable, tokenizer_file: Path, folder: Path
+) -> None:
+    (folder / "packed").mkdir()
+    (folder / "packed" / "0.tar.gz").write_bytes(gzip.compress((folder / "shards" / "00000.tar").read_bytes()))
+    said = (
+        "packed/0.tar.gz can't be read sample by sample",
+        "unpack with `gunzip packed/0.tar.gz`, and name the .tar",
+    )
+    fit = ("fit", "--config", recipe(), "--trainer.default_root_dir", "runs/packed")
+    for named in ("packed/*.tar.gz", "packed/*.tar", "packed"):
+        refused(run(*fit, "--data.train", named), *said)
+        refused(run(*fit, "--data.train", "shards/00000.tar", "--data.val", named), *said)
+        refused(run("tokenizer", "train", "--shards", named, "--vocab-size", "300", "--out", "never.model"), *said)
+        for command in ("index", "verify", "stats"):
+            refused(run("shards", command, named), *said)
+        with pytest.raises(UserError, match="can't be read sample by sample"):
+            next(read_shards(named, Tally()))  # as `evaluate` does
+    refused(run("shards", "write", "packed/0.tar.gz", "--out", "never"), "unpack it with `tar xzf packed/0.tar.gz`")
+
+
+def test_a_path_of_any_command_may_begin_at_home(
+    run: Callable, tokenizer_file: Path, folder: Path, make_png: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a recipe, quotes and `--option=` leave it; no command makes a folder that is called `~`."""
+    home = folder / "home"
+    (home / "pictures").mkdir(parents=True)
+    for number in range(30):
+        (home / "pictures" / f"{number}.png").write_bytes(make_png(20, 30))
+        (home / "pictures" / f"{number}.txt").write_text(f"a picture of {number}")
+    monkeypatch.setenv("HOME", str(home))
+    shutil.copy(tokenizer_file, home / "t.model")
+    write = ("shards", "write", "~/pictures", "--out=~/shards", "--val-share", "0.2", "--processes", "1")
+    settings = {
+        "data": {"train": ["~/shards/train-*.tar"], "val": "~/shards/val-*.tar", "tokenizer": "~/t.model"},
+        "trainer": {"default_root_dir": "~/run", "max_steps": 2, "enable_progress_bar": False},
+    }
+    (home / "mine.yaml").write_text(json.dumps(settings))
+    commands = [
+        write,
+        ("shards", "index", "~/shards/*.tar", "--processes", "1"),
+        ("tokenizer", "train", "--shards", "~/shards/train-*.tar", "--vocab-size", "300", "--out", "~/own.model"),
+        ("fit", "--config", recipe(), "--config=~/mine.yaml"),
+        (
+            "fit",
+            "--config",
+            "~/run/config.yaml",
+            "--ckpt_path",
+            "~/run/checkpoints/last.ckpt",
+            "--trainer.max_steps",
+            "3",
+        ),
+        ("checkpoint", "verify", "~/run"),
+        ("export", "--checkpoint", "~/run", "--out=~/exported"),
+        (
+            "generate",
+            "--checkpoint=~/exported",
+            "--image",
+            "~/pictures/0.png",
+            "--prompt",
+            "~",
+            "--max-new-tokens",
+            "2",
+        ),
+        ("inspect", "--config=~/run/config.yaml", "--out=~/inspect.png"),
+    ]
+    for command in commands:
+        code, printed = run(*command)
+        assert code == 0, (command, printed)
+    assert {path.name for path in home.iterdir()} >= {"shards", "own.model", "run", "exported", "inspect.png"}
+    assert not list(folder.glob("*~*"))
+    saved = (home / "run" / "config.yaml").read_text()
+    assert f"default_root_dir: {home}/run\n" in saved
+    assert "cache_dir: ~/.cache/fuyu_e2e\n" in saved, "of whoever goes on with the run"
 
 
 def test_a_shard_that_is_not_a_tar(run: Callable, tokenizer_file: Path, folder: Path) -> None:

@@ -210,7 +210,7 @@ def save(checkpoint: dict[str, Any], place: Path) -> None:
         publish(folder, place, step=1, tokens_seen=0)
 
 
-@pytest.mark.parametrize("named", ["https://127.0.0.1:9/a.ckpt", "s3://bucket/a.ckpt", "hpc", "registry:a", "best"])
+@pytest.mark.parametrize("named", ["https://127.0.0.1:9/a.ckpt", "s3://bucket/a.ckpt", "hpc", "registry:a"])
 def test_a_checkpoint_that_is_not_on_this_machine_is_not_asked_for(named: str) -> None:
     with pytest.raises(UserError, match="is no checkpoint on this machine"):
         FuyuCLI(["fit", RECIPE, f"--ckpt_path={named}"])

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fuyu_e2e.checkpoint.description import SECTION, Description, Provenance
 from fuyu_e2e.checkpoint.folder import is_exported, read_folder
-from fuyu_e2e.checkpoint.training_files import WEIGHTS_PREFIX, find_checkpoint, read_checkpoint
+from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint
+from fuyu_e2e.checkpoint.training_files import WEIGHTS_PREFIX, read_checkpoint
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder

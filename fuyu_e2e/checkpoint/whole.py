@@ -106,31 +106,6 @@ def check(checkpoint: Path) -> None:
         raise UserError(f"The checkpoint {checkpoint} is damaged: {found[0]}. Name another one.")
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder that have a manifest, the one written last first; links are not followed."""
-    found = [
-        path
-        for path in folder.glob("*")
-        if is_whole(path) and not path.name.startswith(UNFINISHED) and not path.is_symlink()
-    ]
-    return sorted(found, key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, path.name), reverse=True)
-
-
-def newest(folder: Path) -> tuple[Path, dict[Path, str]]:
-    """The newest checkpoint of a folder in which every byte is right, and what is wrong with those passed over.
-
-    Raises:
-        UserError: There is none.
-    """
-    passed_over: dict[Path, str] = {}
-    for checkpoint in whole_checkpoints(folder):
-        if not (found := faults(checkpoint)):
-            return checkpoint, passed_over
-        passed_over[checkpoint] = found[0]
-    said = "".join(f"; {path.name}: {fault}" for path, fault in passed_over.items())
-    raise UserError(f"{folder} holds no checkpoint to go on from{said}.")
-
-
 def unfinished_place(target: Path) -> Path:
     """Where a checkpoint is filled that is to become `target`."""
     return target.parent / f"{UNFINISHED}{target.name}"
@@ -184,12 +159,17 @@ def publish(
 
 
 def link(checkpoint: Path, name: Path) -> None:
-    """Lets a name beside a checkpoint lead to it, if it is there; at no moment does the name lead nowhere."""
+    """Lets a name beside a checkpoint lead to it, if it is there; at no moment does the name lead nowhere.
+
+    Unless the name is a checkpoint itself, since a tool that follows links copied the run: that one gives way first.
+    """
     if not is_whole(checkpoint):
         return
     fresh = name.parent / f"{UNFINISHED}{name.name}"
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(os.path.relpath(checkpoint, name.parent))
+    if name.is_dir() and not name.is_symlink():
+        remove(name)
     fresh.replace(name)
 
 

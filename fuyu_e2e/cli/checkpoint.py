@@ -33,10 +33,11 @@ def checkpoint(args: Sequence[str]) -> int:
 
 def verify(path: Path) -> int:
     """Prints what is wrong with a checkpoint, or with each of a run's; 1 where anything is."""
-    from fuyu_e2e.checkpoint.whole import faults, is_whole, whole_checkpoints
+    from fuyu_e2e.checkpoint.run_checkpoints import run_checkpoints
+    from fuyu_e2e.checkpoint.whole import faults, is_whole
     from fuyu_e2e.shards.progress import Progress
 
-    found = [path] if is_whole(path) else [*whole_checkpoints(path), *whole_checkpoints(path / "checkpoints")]
+    found = [path] if is_whole(path) else run_checkpoints(path)
     if not found:
         raise UserError(f"{path} is no checkpoint with a manifest, and no run's directory with one.")
     damaged = False
@@ -51,7 +52,8 @@ def verify(path: Path) -> int:
 
 def consolidate(path: Path, out: Path) -> int:
     """Writes a checkpoint in one file, as a run whose weights are whole in each process would have."""
-    from fuyu_e2e.checkpoint.training_files import find_checkpoint, read_checkpoint, write_file
+    from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint
+    from fuyu_e2e.checkpoint.training_files import read_checkpoint, write_file
 
     if out.exists():
         raise UserError(f"{out} is already there: name another place.")
@@ -68,7 +70,7 @@ def info(path: Path) -> int:
     from rich.table import Table
 
     from fuyu_e2e.checkpoint.loading import read_model
-    from fuyu_e2e.checkpoint.training_files import find_checkpoint
+    from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint
     from fuyu_e2e.checkpoint.whole import Manifest, is_whole
     from fuyu_e2e.model.cost import cost
 

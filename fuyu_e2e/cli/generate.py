@@ -8,6 +8,7 @@ from fuyu_e2e.arguments import CommandParser, whole_number
 from fuyu_e2e.cli.prompting import PROMPT_HELP, add_max_new_tokens, add_model_and_images, prompt_parts
 from fuyu_e2e.cli.starting import starting
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.home import words_with_home
 
 MOST_SEED = 2**63 - 1
 """torch takes those of 64 bits."""
@@ -93,6 +94,6 @@ def _lines() -> Iterator[str]:
 
 def _paths(text: str) -> list[str]:
     try:
-        return shlex.split(text)
+        return words_with_home(shlex.split(text))
     except ValueError as error:
         raise UserError(f"{SET_IMAGES} {text} can't be read ({error}): quote names as in a shell.") from error

@@ -15,6 +15,7 @@ from fuyu_e2e.arguments import did_you_mean
 from fuyu_e2e.environment import set_defaults
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.exit_codes import WRONG_USE, of_signal
+from fuyu_e2e.home import words_with_home
 from fuyu_e2e.setting_errors import reason
 from fuyu_e2e.version import __version__
 
@@ -62,7 +63,7 @@ well, and returns the exit code."""
 def main() -> int:
     """Runs one command; what the user can mend ends with a sentence and its exit code instead of a traceback."""
     set_defaults()
-    name, *args = sys.argv[1:] or ["--help"]
+    name, *args = words_with_home(sys.argv[1:]) or ["--help"]
     if name == "--version":
         print(f"fuyu-e2e {__version__}")
         return 0

@@ -26,6 +26,7 @@ from fuyu_e2e.eval.formats import READERS as PUBLIC_READERS
 from fuyu_e2e.eval.metrics import METRICS
 from fuyu_e2e.eval.question import Question
 from fuyu_e2e.eval.shard_questions import read_shards
+from fuyu_e2e.home import with_home
 from fuyu_e2e.shards.sources import is_local
 from fuyu_e2e.shipped import shipped
 from fuyu_e2e.tally import Tally
@@ -144,7 +145,8 @@ def _checked(settings: Any, folder: Path, data: Mapping[str, str]) -> dict[str, 
             raise UserError(f"{name} is {value!r}, but must be {_called(kind)}")
     if (answer := settings.get("answer", "generate")) not in get_args(AnswerKind):
         raise UserError(f"answer is {answer!r}, but must be one of {', '.join(get_args(AnswerKind))}")
-    own = {name: str(folder / path) if is_local(path) else path for name, path in settings.get("data", {}).items()}
+    named = with_home(settings.get("data", {}))
+    own = {name: str(folder / path) if is_local(path) else path for name, path in named.items()}
     lists = {name: tuple(settings[name]) for name in ("metrics", "groups") if name in settings}
     return settings | lists | {"data": {**own, **data}}
 

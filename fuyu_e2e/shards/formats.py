@@ -1,9 +1,10 @@
 """From the members of a sample to documents, by their extensions alone.
 
 caption       jpg|jpeg|jpe|jfif|png|webp + txt, or + json with a "caption": img2dataset writes both; txt counts
-chat          json with "conversations" (LLaVA's), the images it speaks of beside it, or none
+chat          json with "conversations" (LLaVA's), "messages" or their list alone (as converters to Megatron-Energon
+              write it), the images it speaks of beside it, or none
 interleaved   json with "segments": [{"text": …} | {"image": extension of a member}, …]
-text          txt, or jsonl with one object a line that has a "text" or "conversations"
+text          txt, or jsonl with one object a line that has a "text", "conversations" or "messages"
 
 Text without an image is what was meant, never what is left of a sample whose image is missing, or of a kind that is
 not read. Several images come in the order of the JSON's list `image` or `images`, where it names the members; else in
@@ -27,10 +28,14 @@ TEXT_BYTES = 2**22
 """Bytes of text above which a document is left out: 4 MiB, for which sentencepiece takes 60 times as much memory."""
 PLACEHOLDER = "<image>"
 """Where an image stands in LLaVA's conversations."""
+IMAGE_KEYS = ("image", "images")
+"""Under which a JSON object names the images that its text speaks of."""
 UNREAD_PLACEHOLDERS = ("<video>", "<audio>")
 """Where LLaVA's conversations have what is not read."""
-MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+MEDIA_KEYS = (*IMAGE_KEYS, "video", "videos", "audio", "audios")
 """Under which a JSON object names what its text speaks of."""
+TURN_KEYS = (("from", "value"), ("role", "content"))
+"""Under which a turn names its speaker and what is said: LLaVA's, and those of chat templates."""
 SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assistant": True}
 """Whether what a speaker says carries loss."""
 
@@ -82,7 +87,7 @@ def document(sample: Sample) -> Document:
     elif "caption" in described:
         text = _string(described["caption"], "caption", where).strip()
     else:
-        raise UnusableSampleError("format-unknown", _only(sample, where))
+        raise UnusableSampleError("format-unknown", _only(sample, described, where))
     if not text:
         raise UnusableSampleError("caption-empty" if images else "text-empty", where)
     if len(images) > 1:
@@ -91,22 +96,39 @@ def document(sample: Sample) -> Document:
 
 
 def description(sample: Sample) -> dict[str, Any]:
-    """The JSON object beside the images of a sample; empty where it has none.
+    """The JSON object beside the images of a sample, its turns as `conversations`; empty where it has none.
 
     Raises:
-        UnusableSampleError: It is no JSON object.
+        UnusableSampleError: It is neither an object nor a list of turns.
     """
-    where = f"{sample.shard}: {sample.key}"
-    return _parse(sample.members["json"], where) if "json" in sample.members else {}
+    return _described(sample.members["json"], f"{sample.shard}: {sample.key}") if "json" in sample.members else {}
 
 
-def _only(sample: Sample, where: str) -> str:
-    """What a sample of no known format has, and what webdataset's rule makes of names with dots."""
+def _described(data: bytes, where: str) -> dict[str, Any]:
+    parsed = _parse(data, where)
+    if are_turns(parsed):
+        return {"conversations": parsed}
+    described = _object(parsed, where)
+    return {"conversations": described["messages"]} | described if are_turns(described.get("messages")) else described
+
+
+def are_turns(value: Any) -> bool:
+    """Whether a value of JSON is a list of turns, whoever speaks and whatever is said."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(turn, dict) and any(set(keys) <= turn.keys() for keys in TURN_KEYS) for turn in value)
+    )
+
+
+def _only(sample: Sample, described: dict[str, Any], where: str) -> str:
+    """What a sample of no known format has, its JSON too, and what webdataset's rule makes of names with dots."""
     names = sorted(sample.members)
     if not names:
         return f"{where} has no members"
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
-    said = f"{where} has only {shown}"
+    keys = f", whose json has only {', '.join(map(repr, list(described)[:8]))}" if described else ""
+    said = f"{where} has only {shown}{keys}"
     dotted = {name.rpartition(".")[0] for name in names if "." in name and last_extension(name) in (*IMAGES, *TEXTS)}
     if not dotted:
         return said
@@ -117,7 +139,7 @@ def _only(sample: Sample, where: str) -> str:
 
 def _in_order(images: dict[str, Image], described: dict[str, Any], sample: Sample) -> list[Image]:
     """The images in the order of the names that the JSON lists, or of their own."""
-    listed = next(filter(None, (_names(described.get(name)) for name in ("image", "images"))), [])
+    listed = next(filter(None, (_names(described.get(name)) for name in IMAGE_KEYS)), [])
     stem = PurePosixPath(sample.key).name.lower()
     members = {f"{stem}.{name}": image for name, image in images.items()} | images
     named = [members.get(PurePosixPath(name).name.lower()) for name in listed]
@@ -149,7 +171,7 @@ def _check_names_no_media(described: dict[str, Any], where: str) -> None:
 
 
 def _from_line(key: str, line: bytes, where: str) -> Document:
-    described = _parse(line, where)
+    described = _described(line, where)
     _check_names_no_media(described, where)
     if "conversations" in described:
         return Document(key, _chat(described["conversations"], [], where))
@@ -165,11 +187,14 @@ def _chat(turns: Any, images: list[Image], where: str) -> tuple[Segment, ...]:
         raise UnusableSampleError("chat-turns", f"{where}: conversations is no list of turns")
     said: list[tuple[str, bool]] = []
     for turn in turns:
-        speaker = turn.get("from") if isinstance(turn, dict) else None
+        given = turn if isinstance(turn, dict) else {}
+        # A row of a columnar file has all keys that any row has, and nulls under those that are not its own.
+        who, what = next((keys for keys in TURN_KEYS if given.get(keys[0]) is not None), TURN_KEYS[0])
+        speaker = given.get(who)
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise UnusableSampleError("chat-speaker", f"{where}: {speaker!r} is none of {', '.join(SPEAKERS)}")
-        said.append((_string(turn.get("value"), "value", where), SPEAKERS[speaker]))
-    if not any(loss for _, loss in said):
+        said.append((_string(given.get(what), what, where), SPEAKERS[speaker]))
+    if not any(loss and value.strip() for value, loss in said):
         raise UnusableSampleError("chat-no-answer", where)
     for unread in UNREAD_PLACEHOLDERS:
         if any(unread in value and not loss for value, loss in said):
@@ -212,11 +237,14 @@ def _interleaved(listed: Any, images: dict[str, Image], where: str) -> tuple[Seg
     return tuple(segments)
 
 
-def _parse(data: bytes, where: str) -> dict[str, Any]:
+def _parse(data: bytes, where: str) -> Any:
     try:
-        parsed = json.loads(_decode(data, where), parse_constant=_refuse)
+        return json.loads(_decode(data, where), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise UnusableSampleError("json-invalid", f"{where}: {error}") from error
+
+
+def _object(parsed: Any, where: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise UnusableSampleError("json-invalid", f"{where}: a {type(parsed).__name__} where an object is expected")
     return parsed

@@ -28,10 +28,11 @@ from fuyu_e2e.shards.sources import ShardCache, folder_of, is_local, name_of, re
 from fuyu_e2e.version import __version__
 
 NAME = "fuyu-manifest.json"
-VERSION = 2
+VERSION = 3
 """Goes up whenever other samples count as documents: manifests are made again, and runs go on under their own rules.
 
 1: until 29 November 2026. 2: halves of samples, links and kinds that are not read are no texts (see `formats`).
+3: since 30 November 2026. A JSON that is a list of turns is a conversation; `jpgs` and `videos` are not read.
 """
 _log = logging.getLogger(__name__)
 ASSUMED = ImagePolicy(patch_size=16)

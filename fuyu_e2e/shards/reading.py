@@ -10,6 +10,7 @@ such as the `._x` that macOS puts before each `x`.
 import io
 import os
 import re
+import shlex
 import tarfile
 from array import array
 from bisect import bisect_right
@@ -28,6 +29,8 @@ BLOCK = 512
 """Bytes of a tar block; an archive ends with two blocks of zeros."""
 RECORD = 20 * BLOCK
 """Bytes that writers fill an archive up to with zeros; a file of more zeros, and nothing else, was lost."""
+GZIP = b"\x1f\x8b"
+"""The first bytes of what gzip compressed."""
 SAMPLE_BYTES = 2**28
 """Bytes of a sample, headers included, above which it is not read: 256 MiB."""
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
@@ -247,6 +250,12 @@ def check_header(file: BinaryIO, name: str) -> None:
     header = file.read(RECORD + 1)
     if not header:
         raise UserError(f"The shard {name} is not a tar file but empty, 0 bytes: write it again, or leave it out.")
+    if header.startswith(GZIP):
+        quoted = shlex.quote(name)
+        remedy = f"unpack it with `gunzip < {quoted} > NEW.tar`, and name that"
+        if name.startswith("pipe:"):
+            remedy = "let its command end in `| gunzip`"
+        raise UserError(f"The shard {name} is not a tar file but one that gzip compressed: {remedy}.")
     if len(header) > RECORD or len(header) < 2 * BLOCK or header.strip(b"\0"):
         try:
             tarfile.TarInfo.frombuf(header[:BLOCK], "utf-8", "surrogateescape")

@@ -12,6 +12,7 @@ import hashlib
 import os
 import random
 import re
+import shlex
 import subprocess
 import tempfile
 import threading
@@ -19,7 +20,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ import fsspec
 from filelock import FileLock, Timeout
 
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.home import with_home
+from fuyu_e2e.shards.extensions import COMPRESSED
 
 CACHE_FOLDER = "~/.cache/fuyu_e2e"
 """Where shards from elsewhere are kept, unless somebody says otherwise."""
@@ -78,7 +81,8 @@ def expand_patterns(patterns: str | Sequence[str], *, allow_pipe: bool = False) 
     to a shard shows when it is fetched.
 
     Raises:
-        UserError: A pattern matches nothing, its scheme is not allowed, or its store can't be asked.
+        UserError: A pattern matches nothing or compressed shards, its scheme is not allowed, or its store can't be
+            asked.
     """
     shards: dict[str, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -97,6 +101,9 @@ def expand_patterns(patterns: str | Sequence[str], *, allow_pipe: bool = False) 
         except ValueError as error:
             raise UserError(f"{pattern!r} has braces that don't match ({error}): close each, or escape it.") from error
         found = sorted(shard for path in expanded for shard in _expand(path))
+        beside = [] if found else [other for path in expanded for other in _compressed_instead(path)]
+        if compressed := [shard for shard in [*found, *beside] if _is_compressed(shard)]:
+            raise UserError(_unpack(compressed))
         named = (path for path in expanded if is_local(path) and not glob.has_magic(path))
         gone = [path for path in named if not _local_path(path).exists()]
         if found and gone:
@@ -197,7 +204,7 @@ class ShardCache:
     @classmethod
     def at(cls, folder: str = CACHE_FOLDER, gigabytes: float = CACHE_GIGABYTES) -> "ShardCache":
         """A cache as users name it; `~` is their home."""
-        return cls(Path(folder).expanduser(), int(gigabytes * 1e9))
+        return cls(Path(with_home(folder)), int(gigabytes * 1e9))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_mine"}
@@ -595,11 +602,12 @@ def _expand(path: str) -> list[str]:
     if is_local(path):
         path = str(_local_path(path))
         if Path(path).is_dir():
-            return [str(shard) for shard in Path(path).glob("*.tar")]
+            return _shards_among(str(file) for file in Path(path).iterdir())
         if Path(path).exists():
             return [path]
         return glob.glob(path, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
-    pattern = f"{path}*.tar" if path.endswith("/") else path
+    in_folder = path.endswith("/")
+    pattern = f"{path}*" if in_folder else path
     if scheme in WEB:
         # Brackets in the host are an IPv6 address, and a question mark begins the query.
         if re.search(r"[*[]", _without_query(pattern).split("/", 3)[-1]):
@@ -614,11 +622,48 @@ def _expand(path: str) -> list[str]:
     try:
         store, within = _store(pattern, 30.0)
         store.invalidate_cache()
-        return [f"{scheme}://{host}/{name.partition('/')[2]}" for name in store.glob(within)]
+        found = [f"{scheme}://{host}/{name.partition('/')[2]}" for name in store.glob(within)]
+        return _shards_among(found) if in_folder else found
     except UserError:
         raise
     except Exception as error:  # each store's client has its own errors
         raise UserError(f"{path} can't be listed ({error}): check its address and your credentials.") from error
+
+
+def _shards_among(files: Iterable[str]) -> list[str]:
+    """The files of a folder that are shards, and those that would be, were they unpacked."""
+    named = set(files)
+    unpacked = {path: re.sub(r"[.](tar[.]gz|tgz)$", ".tar", path, flags=re.IGNORECASE) for path in named}
+    return [path for path in named if path.endswith(".tar") or (_is_compressed(path) and unpacked[path] not in named)]
+
+
+def _compressed_instead(path: str) -> list[str]:
+    """The compressed shards of this machine that have the names of uncompressed ones which are not there."""
+    if not is_local(path) or not path.endswith(".tar"):
+        return []
+    stem = str(_local_path(path)).removesuffix(".tar")
+    return sorted(found for end in COMPRESSED for found in glob.glob(stem + end, recursive=True))  # noqa: PTH207
+
+
+def _is_compressed(shard: str) -> bool:
+    return _scheme(shard) != "pipe" and name_of(shard).lower().endswith(COMPRESSED)
+
+
+def _unpack(shards: Sequence[str]) -> str:
+    """The sentence that refuses compressed shards, with the command that unpacks them."""
+    others = f" and {len(shards) - 1:,} more" if len(shards) > 1 else ""
+    said = f"{_shown(shards[0])}{others} can't be read sample by sample, being compressed: "
+    local = [_local_path(shard) for shard in shards if is_local(shard)]
+    if not local:
+        return said + f"download it, unpack it with `gunzip {shlex.quote(name_of(shards[0]))}`, and upload the .tar."
+    if len(local) <= 3:
+        named = [shlex.quote(str(path)) for path in local]
+    else:
+        ends = {
+            (str(path.parent), next(end for end in COMPRESSED if path.name.lower().endswith(end))) for path in local
+        }
+        named = [f"{shlex.quote(folder)}/*{end}" for folder, end in sorted(ends)]
+    return said + f"unpack with `gunzip {' '.join(named)}`, and name the .tar."
 
 
 def _check_scheme(url: str) -> None:

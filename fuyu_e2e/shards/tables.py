@@ -3,432 +3,82 @@
 A source is a reader, which knows the container, and a kind, which knows what one of its rows says:
 
 folder    rows of files with one stem               captions (x.jpg and x.txt), or text (x.txt)
-table     .csv, .tsv, .jsonl, .json, .parquet       captions (an image and a text column), chat (LLaVA's
-                                                    "conversations"), interleaved ("segments"), or text ("text")
+          rows of metadata files                    those of a table, whose images are files of the folder
+table     .csv, .tsv, .jsonl, .json, .parquet       captions (an image and a text column), chat ("conversations", as
+                                                    LLaVA's, or another list of turns), interleaved ("segments", or
+                                                    OBELICS' lists "images" and "texts"), or text ("text")
 
-Any table can hold any kind that its columns can express; the kind is told by the columns of the first row. A source is
+Any table can hold any kind that its columns can express; the kind is told by the columns of the first row. An image is
+a path, an image file's bytes, or both as {"bytes": …, "path": …}, which Hugging Face's datasets write. A source is
 read twice: once to plan, and once, row by row, where the plan says. So a reader hands out each row with its place (a
 byte offset, a row number, or file names), by which another process finds it again, and no row has to be kept.
 """
 
-import csv
-import json
-import mmap
-import os
-import re
-from abc import ABC, abstractmethod
-from bisect import bisect_left
+import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.shards.extensions import IMAGES, UNREAD, is_media
-from fuyu_e2e.shards.formats import MEDIA_KEYS, TEXT_BYTES
+from fuyu_e2e.shards.extensions import COMPRESSED
+from fuyu_e2e.shards.formats import IMAGE_KEYS, are_turns
+from fuyu_e2e.shards.kinds import (
+    Captions,
+    Chats,
+    Interleaved,
+    Kind,
+    Members,
+    PairedLists,
+    Pairs,
+    TextFiles,
+    Texts,
+    is_exchange,
+)
+from fuyu_e2e.shards.readers import (
+    FILE_NAMES,
+    Delimited,
+    Folder,
+    ImageFolder,
+    Lines,
+    Parquet,
+    Place,
+    Reader,
+    Row,
+    Table,
+    json_reader,
+    walk,
+)
+from fuyu_e2e.shards.values import extension_of, listed, names_media
 
 IMAGE_COLUMNS = ("image", "path", "filepath", "file", "image_path")
-"""Columns taken for image paths, in any case."""
+"""Columns taken for images, in any case, where none holds images that are no paths."""
 TEXT_COLUMNS = ("caption", "text", "title")
 """Columns taken for captions, in any case."""
 FORMS = (
-    "a folder of images with x.txt beside x.jpg, a folder of .txt files, or a .csv, .tsv, .jsonl, .json or .parquet "
-    'with an image and a text column, with "conversations" (LLaVA\'s), with "segments", or with "text"'
+    "a folder of images with x.txt beside x.jpg, or with a metadata.csv, .jsonl or .parquet that has file_name, a "
+    "folder of .txt files, or a .csv, .tsv, .jsonl, .json or .parquet "
+    'with an image and a text column, with "conversations" (LLaVA\'s), with "segments", with "images" and "texts", or '
+    'with "text"'
 )
 """What a source may be, for messages."""
-EXTRACT = "write each image into a file first, and its path into the table"
-"""What to do with images that are embedded in a table."""
-BATCH = 1024
-"""Rows of a Parquet file decoded at once."""
-
-_ELEMENT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
-"""What has to be seen of JSON to know where an element ends."""
-_BLANK = re.compile(rb"\s*+")
-_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-
-Place = int | bytes
-"""Where a row stands in its source, for its reader to find it again."""
-Row = dict[str, Any]
-Members = dict[str, bytes | Path]
-"""The members of a sample by extension; a path stands for a file that goes in as it is."""
-
-
-class Reader(ABC):
-    """The rows of a file or folder."""
-
-    @abstractmethod
-    def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
-        """Places and makers of all rows, or of those at `places`, which are in stored order.
-
-        A maker raises UnusableSampleError where its row is none.
-
-        Raises:
-            UserError: The source as a whole can't be read.
-        """
-
-    @abstractmethod
-    def file(self, place: Place) -> str:
-        """The file that the row at a place is of, for a person who looks for it."""
-
-
-@dataclass(frozen=True)
-class Folder(Reader):
-    """Images, sound, films and texts below a folder, one stem a row; hidden and all other files are no rows.
-
-    Links are followed, each folder once. What isn't read joins the row of a text that has nothing else, or is a row.
-    """
-
-    root: Path
-
-    def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
-        """One row `{"files": paths}` for each stem, folder by folder, in the order of their names."""
-        for place in self._places() if places is None else places:
-            yield place, partial(self._row, place)
-
-    def file(self, place: Place) -> str:
-        """The image of the row, or its first file where it has none, from the folder on."""
-        names = [os.fsdecode(name) for name in self._names(place)]
-        return next((name for name in names if _extension(name) != "txt"), names[0])
-
-    def _places(self) -> Iterator[bytes]:
-        def refuse(error: OSError) -> None:
-            raise UserError(f"The folder {error.filename} can't be read: {error.strerror}.") from error
-
-        seen: set[str] = set()
-        for folder, folders, files in os.walk(self.root, onerror=refuse, followlinks=True):
-            if (real := os.path.realpath(folder)) in seen:  # a link into a folder above it has no end
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            stems: dict[str, list[str]] = {}
-            unread: dict[str, list[str]] = {}
-            for name in sorted(files):
-                if not name.startswith("."):
-                    if _extension(name) in (*IMAGES, "txt"):
-                        stems.setdefault(Path(name).stem, []).append(name)
-                    elif _extension(name) in UNREAD:
-                        unread.setdefault(Path(name).stem, []).append(name)
-            below = Path(folder).relative_to(self.root)
-            for stem in sorted(stems.keys() | unread.keys()):
-                names = stems.get(stem, [])
-                if all(_extension(name) == "txt" for name in names):
-                    names = names + unread.get(stem, [])
-                yield b"\0".join(os.fsencode(below / name) for name in names)
-
-    def _row(self, place: Place) -> Row:
-        return {"files": [self.root / os.fsdecode(name) for name in self._names(place)]}
-
-    def _names(self, place: Place) -> list[bytes]:
-        assert isinstance(place, bytes)
-        return place.split(b"\0")
-
-
-@dataclass(frozen=True)
-class Lines(Reader):
-    """JSON Lines: one object a line, found again by its byte offset; blank lines are no rows."""
-
-    path: Path
-
-    def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
-        """One row for each line."""
-        with _open(self.path) as file:
-            for place in _offsets(file) if places is None else places:
-                file.seek(place)
-                if (line := _line(file)).strip():
-                    yield place, partial(_object, line)
-
-    def file(self, place: Place) -> str:
-        """The file itself."""
-        return str(self.path)
-
-
-@dataclass(frozen=True)
-class Elements(Reader):
-    """A JSON list of objects, found again by their byte offsets, so that the list need never be in memory."""
-
-    path: Path
-
-    def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
-        """One row for each element; a list that breaks off ends with a row that is none.
-
-        Raises:
-            UserError: Something stands behind the list.
-        """
-        with _open(self.path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            for place in self._places(text) if places is None else places:
-                end = _element_end(text, place)
-                # One byte more than is read of any text shows that it is too long.
-                yield place, partial(_object, text[place : min(end, place + TEXT_BYTES + 1)])
-
-    def file(self, place: Place) -> str:
-        """The file itself."""
-        return str(self.path)
-
-    def _places(self, text: mmap.mmap) -> Iterator[int]:
-        start = text.find(b"[") + 1
-        while True:
-            end = _element_end(text, start)
-            broken_off = end == len(text)
-            if broken_off or _blank_end(text, start) < end:
-                yield start
-            if broken_off:
-                return
-            start = end + 1
-            if text[end] in b"]}":
-                break
-        if _blank_end(text, start) < len(text):
-            raise UserError(
-                f"{self.path} goes on behind its list, at byte {start}: write one list, or one object a line."
-            )
-
-
-@dataclass(frozen=True)
-class Delimited(Reader):
-    """CSV or TSV with a header, its records found again by their byte offsets; empty lines are no rows.
-
-    A field may be quoted and hold line breaks (RFC 4180). A row that is none, as after a quote that nobody closes,
-    ends with its first line, so that it costs no other row.
-    """
-
-    path: Path
-    delimiter: str
-
-    def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
-        """One row for each record behind the header."""
-        with _open(self.path) as file:
-            header = self._record(file, None)
-            if isinstance(header, csv.Error):
-                raise UserError(f"The header of {self.path} is no line of a table: {header}.")
-            names = [name.removeprefix("\ufeff") for name in header or []]
-            for place in _offsets(file) if places is None else places:
-                file.seek(place)
-                record = self._record(file, len(names))
-                if record:
-                    yield place, partial(self._row, names, record)
-
-    def file(self, place: Place) -> str:
-        """The file itself."""
-        return str(self.path)
-
-    def _record(self, file: BinaryIO, fields: int | None) -> list[str] | csv.Error | None:
-        """The record at the file's position, expected to have `fields` fields."""
-        start = file.tell()
-        # Bytes that are not UTF-8 come back as they are, and are refused where the text is written.
-        lines = iter(lambda: _line(file).decode("utf-8", "surrogateescape"), "")
-        record: list[str] | csv.Error | None
-        try:
-            record = next(csv.reader(lines, delimiter=self.delimiter, strict=True), None)
-        except csv.Error as error:
-            record = error
-        if isinstance(record, csv.Error) or (record and fields is not None and len(record) != fields):
-            file.seek(start)
-            _line(file)
-        return record
-
-    def _row(self, names: list[str], record: list[str] | csv.Error) -> Row:
-        if isinstance(record, csv.Error):
-            raise UnusableSampleError("row-not-csv", str(record))
-        if len(record) != len(names):
-            raise UnusableSampleError("row-columns", f"{len(record)} fields under a header of {len(names)}")
-        return dict(zip(names, record, strict=True))
-
-
-@dataclass(frozen=True)
-class Parquet(Reader):
-    """A Parquet file, its rows found again by their numbers; only the row groups that hold them are read."""
-
-    path: Path
-    columns: tuple[str, ...] | None = None
-    """Those to read; all where None."""
-
-    def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
-        """One row for each row.
-
-        Raises:
-            UserError: pyarrow is missing, or can't read the file.
-        """
-        try:
-            import pyarrow as arrow
-            from pyarrow.parquet import ParquetFile
-        except ImportError as error:
-            raise UserError(
-                f"Reading {self.path} needs pyarrow: install it with pip install 'fuyu-e2e[parquet]'."
-            ) from error
-        try:
-            with ParquetFile(self.path) as file:
-                start = 0
-                for group in range(file.num_row_groups):
-                    stop = start + file.metadata.row_group(group).num_rows
-                    wanted = range(start, stop) if places is None else _between(places, start, stop)
-                    if wanted:
-                        yield from self._group(file, group, start, wanted)
-                    start = stop
-        except (arrow.ArrowException, OSError) as error:
-            raise UserError(f"{self.path} can't be read as Parquet: {str(error).splitlines()[0]}.") from error
-
-    def file(self, place: Place) -> str:
-        """The file itself."""
-        return str(self.path)
-
-    def _group(
-        self, file: Any, group: int, start: int, wanted: Sequence[int]
-    ) -> Iterator[tuple[Place, Callable[[], Row]]]:
-        for batch in file.iter_batches(BATCH, row_groups=[group], columns=self.columns and list(self.columns)):
-            for place in _between(wanted, start, start + batch.num_rows):
-                yield place, partial(self._row, batch, place - start)
-            start += batch.num_rows
-
-    def _row(self, batch: Any, index: int) -> Row:
-        try:
-            return {name: batch.column(name)[index].as_py() for name in batch.schema.names}
-        except UnicodeDecodeError as error:
-            raise UnusableSampleError("text-not-utf8", str(error)) from error
-
-
-class Kind(ABC):
-    """What the rows of a source say."""
-
-    @property
-    @abstractmethod
-    def columns(self) -> tuple[str, ...]:
-        """The columns it looks at."""
-
-    @abstractmethod
-    def members(self, row: Row) -> Members:
-        """The members that say in a shard what a row says.
-
-        Raises:
-            UnusableSampleError: The row can't be put that way. What the members then say is not looked at.
-        """
-
-
-@dataclass(frozen=True)
-class Pairs(Kind):
-    """Captions in files beside their images."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """None: a folder has no columns."""
-        return ()
-
-    def members(self, row: Row) -> Members:
-        """An image and its txt."""
-        files: list[Path] = row["files"]
-        texts = [path for path in files if _extension(path) == "txt"]
-        images = [path for path in files if path not in texts]
-        if images and _extension(images[0]) in UNREAD:
-            raise _not_read(images[0])
-        if not images:
-            raise UnusableSampleError("image-missing", f"no image beside {texts[0]}")
-        if not texts:
-            raise UnusableSampleError("caption-missing", f"no .txt beside {images[0]}")
-        if len(files) > 2:
-            raise UnusableSampleError("caption-of-several-images", ", ".join(path.name for path in files))
-        return {_extension(images[0]): images[0], "txt": texts[0]}
-
-
-@dataclass(frozen=True)
-class TextFiles(Kind):
-    """Files of text."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """None: a folder has no columns."""
-        return ()
-
-    def members(self, row: Row) -> Members:
-        """A txt."""
-        return {"txt": row["files"][0]}
-
-
-@dataclass(frozen=True)
-class Captions(Kind):
-    """An image and its caption in two columns."""
-
-    image_column: str
-    text_column: str
-    images: Path
-    """What relative paths start from."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The two."""
-        return (self.image_column, self.text_column)
-
-    def members(self, row: Row) -> Members:
-        """An image and its txt."""
-        path = _locate(self.images, row.get(self.image_column))
-        return {_extension(path): path, "txt": _text(row.get(self.text_column), self.text_column)}
-
-
-@dataclass(frozen=True)
-class Texts(Kind):
-    """Text in a column."""
-
-    text_column: str
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The one."""
-        return (self.text_column,)
-
-    def members(self, row: Row) -> Members:
-        """A txt."""
-        return {"txt": _text(row.get(self.text_column), self.text_column)}
-
-
-@dataclass(frozen=True)
-class Chats(Kind):
-    """LLaVA's conversations: `image` or `images` is a path, a list of paths, or absent."""
-
-    images: Path
-    """What relative paths start from."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """As LLaVA names them."""
-        return ("id", *MEDIA_KEYS, "conversations")
-
-    def members(self, row: Row) -> Members:
-        """The images in their order, and json with the conversation and the row's own id."""
-        named = {name: row[name] for name in MEDIA_KEYS if row.get(name)}
-        values = [value for name in ("image", "images") for value in _listed(named.pop(name, []))]
-        for name, value in named.items():
-            raise UnusableSampleError("image-extension", f"{name} {value!r} is not read")
-        paths = [_locate(self.images, value) for value in values]
-        members: Members = {_numbered(number, path): path for number, path in enumerate(paths)}
-        known_as = {} if row.get("id") is None else {"id": str(row["id"])}
-        return {**members, "json": _json({**known_as, "conversations": row.get("conversations")})}
-
-
-@dataclass(frozen=True)
-class Interleaved(Kind):
-    """Texts and images in any order: `segments`, each with a `text` (and a `loss`) or an `image`."""
-
-    images: Path
-    """What relative paths start from."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The one."""
-        return ("segments",)
-
-    def members(self, row: Row) -> Members:
-        """The images, and json whose segments name them by their extensions."""
-        segments = row.get("segments")
-        members: Members = {}
-        if isinstance(segments, list):
-            # Columnar files fill the keys that a segment lacks with nulls.
-            segments = [_without_nulls(segment) for segment in segments]
-            for number, segment in enumerate(segments):
-                if isinstance(segment, dict) and "image" in segment and "text" not in segment:
-                    path = _locate(self.images, segment["image"])
-                    name = _numbered(number, path)
-                    members[name] = path
-                    segments[number] = {"image": name}
-        return {**members, "json": _json({"segments": segments})}
+TABLES = ("csv", "tsv", "parquet", "jsonl", "ndjson", "json")
+"""Extensions of tables."""
+METADATA: dict[str, Callable[[Path], Table]] = {
+    "metadata.csv": partial(Delimited, delimiter=","),
+    "metadata.jsonl": Lines,
+    "metadata.parquet": Parquet,
+}
+"""Tables of the images in their folder, as Hugging Face's `imagefolder` reads them, and what reads them here."""
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""The splits that folders of these names are for Hugging Face's datasets."""
+TELLING = 1000
+"""Rows looked at for one that tells what a table's texts are."""
 
 
 @dataclass(frozen=True)
@@ -457,27 +107,65 @@ def open_source(
 
     Args:
         path: A file or a folder.
-        image_column: The column of image paths, where its name is none of `IMAGE_COLUMNS`.
-        text_column: The column of texts, where its name is none of `TEXT_COLUMNS`.
+        image_column: The column of images, where its name is none of `IMAGE_COLUMNS`.
+        text_column: The column of texts or of turns, where its name is none of `TEXT_COLUMNS`.
         images: The folder that relative image paths start from; by default the one that `path` lies in.
 
     Raises:
         UserError: It is of none of the forms, of several, or holds no row.
     """
     if path.is_dir():
-        if image_column or text_column or images:
+        tables = _metadata(path)
+        if images or (not tables and (image_column or text_column)):
             raise UserError(f"{path} is a folder: --image-column, --text-column and --images are for tables only.")
-        return _open_folder(path)
+        return _open_image_folder(path, tables, image_column, text_column) if tables else _open_folder(path)
     if not path.is_file():
         raise UserError(f"{path} is neither a file nor a folder: name {FORMS}.")
     if not path.stat().st_size:
         raise UserError(f"{path} is empty: name {FORMS}.")
     reader = _reader(path)
     row = _first_row(reader, path)
-    _check_no_embedded_images(row, path)
-    kind = _kind(row, path, image_column, text_column, images or path.parent)
+    kind = _kind(row, path, reader.image_columns(row), image_column, text_column, images or path.parent)
     if isinstance(reader, Parquet):
         reader = replace(reader, columns=tuple(name for name in kind.columns if name in row))
+    return RowSource(reader, kind)
+
+
+def _metadata(path: Path) -> tuple[Table, ...]:
+    """The metadata files in and below a folder that name its images."""
+    tables: list[Table] = []
+    for folder, files in walk(path):
+        there = [reader(folder / name) for name, reader in METADATA.items() if name in files]
+        here = [table for table in there if not _first_row(table, table.path).keys().isdisjoint(FILE_NAMES)]
+        if len(here) > 1:
+            names = " and ".join(table.path.name for table in here)
+            raise UserError(f"{folder} has {names}: move the one or the other out of it.")
+        tables += here
+    return tuple(tables)
+
+
+def _open_image_folder(
+    path: Path, tables: tuple[Table, ...], image_column: str | None, text_column: str | None
+) -> RowSource:
+    first = tables[0].path
+    folders = sorted({table.path.relative_to(path).parts[0] for table in tables})
+    splits = {SPLITS[folder]: path / folder for folder in folders if folder in SPLITS}
+    if len(splits) > 1:
+        raise UserError(
+            f"{path} holds the splits {', '.join(map(str, splits.values()))}, which would be mixed: write each with a "
+            "command of its own."
+        )
+    reader = ImageFolder(path, tables)
+    row = _first_row(reader, first)
+    named = image_column or _only([name for name in FILE_NAMES if name in row], first, "--image-column")
+    kind = _kind(row, first, reader.image_columns(row), named, text_column, path)
+    for table in tables[1:]:
+        others = _first_row(table, table.path)
+        if lacking := [name for name in kind.columns if name in row and name not in others]:
+            raise UserError(
+                f"{table.path} has no column {lacking[0]!r}, as {first} has: name their columns alike, or write each "
+                "folder with a command of its own."
+            )
     return RowSource(reader, kind)
 
 
@@ -485,11 +173,18 @@ def _open_folder(path: Path) -> RowSource:
     reader = Folder(path)
     extensions: set[str] = set()
     for _, make in reader.rows():
-        extensions |= {_extension(file) for file in make()["files"]}
+        extensions |= {extension_of(file) for file in make()["files"]}
         if "txt" in extensions and len(extensions) > 1:
             return RowSource(reader, Pairs())
     if "txt" not in extensions:
         held = "images, but no .txt beside them" if extensions else "neither images nor .txt files"
+        if strange := next((path / name for name in METADATA if (path / name).is_file()), None):
+            columns = ", ".join(map(repr, _first_row(_reader(strange), strange)))
+            held += f", and {strange.name} has no column file_name (it has {columns})"
+        elif tables := [
+            folder / name for folder, files in walk(path) for name in files if extension_of(name) in TABLES
+        ]:
+            raise UserError(f"The folder {path} holds {held}; it has tables: name one of them, as {tables[0]}.")
         raise UserError(f"The folder {path} holds {held}: name {FORMS}.")
     return RowSource(reader, TextFiles())
 
@@ -505,29 +200,61 @@ def _reader(path: Path) -> Reader:
         case ".jsonl" | ".ndjson":
             return Lines(path)
         case ".json":
-            with _open(path) as file:
-                return Elements(path) if file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" else Lines(path)
+            return json_reader(path)
+        case ".tar":
+            raise UserError(
+                f"{path} is a shard already, or holds files: unpack files with `tar xf {shlex.quote(str(path))}`."
+            )
+        case ".gz" | ".tgz":
+            how = "tar xzf" if path.name.lower().endswith(COMPRESSED) else "gunzip"
+            raise UserError(
+                f"{path} is compressed: unpack it with `{how} {shlex.quote(str(path))}`, and name what was in it."
+            )
     raise UserError(f"{path} has the extension of none of the forms: name {FORMS}.")
 
 
 def _first_row(reader: Reader, path: Path) -> Row:
-    for _, make in reader.rows():
+    """The first row; of one whose `texts` are all null, the first that shows what they are, if one soon does."""
+    first: Row | None = None
+    for number, (_, make) in enumerate(reader.rows()):
         try:
-            return make()
+            row = make()
         except UnusableSampleError:
             continue  # counted with all others once the rows are written
-    raise UserError(f"{path} holds no row that can be read: name {FORMS}.")
+        texts = row.get("texts")
+        if not isinstance(texts, list) or any(text is not None for text in texts):
+            return row
+        first = row if first is None else first
+        if number >= TELLING:
+            break
+    if first is None:
+        raise UserError(f"{path} holds no row that can be read: name {FORMS}.")
+    return first
 
 
-def _kind(row: Row, path: Path, image_column: str | None, text_column: str | None, images: Path) -> Kind:
-    has = [name for name in ("conversations", "segments") if name in row]
+def _kind(
+    row: Row,
+    path: Path,
+    embedded: Sequence[str],
+    image_column: str | None,
+    text_column: str | None,
+    images: Path,
+) -> Kind:
+    """What the rows of a table say, by its first one and the columns that hold images themselves."""
+    turns = _turns_column(row, path, text_column)
+    paired = turns != "texts" and all(isinstance(row.get(name), list) for name in ("images", "texts"))
+    has = [name for name in (turns, "segments" if "segments" in row else None, "texts" if paired else None) if name]
     if len(has) > 1:
         raise UserError(f"The first row of {path} has both {' and '.join(has)}: keep one; a source is {FORMS}.")
+    if turns:
+        return Chats(images, turns, _chat_image_columns(row, path, embedded, image_column))
     if has:
         if image_column or text_column:
-            raise UserError(f"{path} has {has[0]}: --image-column and --text-column are for captions and text only.")
-        return Chats(images) if has == ["conversations"] else Interleaved(images)
-    image = _column(row, path, image_column, IMAGE_COLUMNS, "--image-column")
+            raise UserError(f"{path} has {has[0]}: --image-column and --text-column are for other tables.")
+        if others := [name for name in embedded if not (paired and name == "images")]:
+            raise UserError(f"{path} holds images in {others[0]!r} beside its {has[0]}: leave one of the columns out.")
+        return PairedLists(images) if paired else Interleaved(images)
+    image = _image_column(row, path, embedded, image_column)
     if image is None:
         text = _column(row, path, text_column, ("text",), "--text-column")
         if text is not None:
@@ -544,154 +271,59 @@ def _kind(row: Row, path: Path, image_column: str | None, text_column: str | Non
     )
 
 
+def _turns_column(row: Row, path: Path, named: str | None) -> str | None:
+    if "conversations" in row and named in (None, "conversations"):
+        return "conversations"
+    found = [name for name, value in row.items() if _holds_turns(value) and named in (None, name)]
+    return _only(found, path, "--text-column")
+
+
+def _chat_image_columns(row: Row, path: Path, embedded: Sequence[str], named: str | None) -> tuple[str, ...]:
+    if named is None and set(embedded) <= set(IMAGE_KEYS):
+        return IMAGE_KEYS
+    found = [*embedded, *(name for name in IMAGE_KEYS if name in row and name not in embedded)]
+    column = _named(row, path, named, "--image-column") or _only(found, path, "--image-column")
+    return () if column is None else (column,)
+
+
+def _image_column(row: Row, path: Path, embedded: Sequence[str], named: str | None) -> str | None:
+    if named is None and embedded:
+        return _only(embedded, path, "--image-column")
+    known = (*IMAGE_COLUMNS, FILE_NAMES[0]) if names_media(row.get(FILE_NAMES[0])) else IMAGE_COLUMNS
+    return _column(row, path, named, known, "--image-column")
+
+
 def _column(row: Row, path: Path, named: str | None, known: Collection[str], option: str) -> str | None:
-    if named is not None:
-        if named not in row:
-            raise UserError(f"{option} {named} is no column of {path}: it has {', '.join(map(repr, row))}.")
-        return named
-    found = [name for name in row if name.lower() in known]
+    """The column that was named, else the only one with a known name, if there is one."""
+    return _named(row, path, named, option) or _only([name for name in row if name.lower() in known], path, option)
+
+
+def _named(row: Row, path: Path, named: str | None, option: str) -> str | None:
+    if named is not None and named not in row:
+        raise UserError(f"{option} {named} is no column of {path}: it has {', '.join(map(repr, row))}.")
+    return named
+
+
+def _only(found: Sequence[str], path: Path, option: str) -> str | None:
     if len(found) > 1:
         raise UserError(f"{path} has several columns to choose from ({', '.join(found)}): name one with {option}.")
     return found[0] if found else None
 
 
-def _check_no_embedded_images(row: Row, path: Path) -> None:
-    for name, value in row.items():
-        if any(map(_is_embedded, _listed(value))):
-            raise UserError(f"{path} holds images in {name!r}, not paths of them, which are not read: {EXTRACT}.")
-
-
 def _check_text_only(others: Row, path: Path) -> None:
     """Captions whose image column has an uncommon name would else go for text without a word."""
     for name, value in others.items():
-        first = next(iter(_listed(value)), None)
-        if isinstance(first, str) and is_media(_extension(first)) and not _REMOTE.match(first):
+        first = next(iter(listed(value)), None)
+        if isinstance(first, bytes):
+            raise UserError(
+                f"{path} holds bytes in {name!r}: say --image-column {name} if they are images, else leave it out."
+            )
+        if names_media(first):
             raise UserError(
                 f"{path} seems to name images in {name!r}: say so with --image-column {name}"
-                + (", one path a row." if isinstance(value, list) else ".")
+                + (", one image a row." if isinstance(value, list) else ".")
             )
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _is_embedded(value: Any) -> bool:
-    """Whether a value is an image as Hugging Face's datasets store it: bytes, or bytes and a path."""
-    return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
-
-
-def _locate(images: Path, value: Any) -> Path:
-    """The file that a row names: below `images`, or wherever an absolute path or `..` leads in a user's own table."""
-    if value is None or value == "":
-        raise UnusableSampleError("image-not-named")
-    if not isinstance(value, str):
-        hint = f", which holds the image itself: {EXTRACT}" if _is_embedded(value) else ""
-        raise UnusableSampleError("image-not-named", f"{type(value).__name__} where a path is expected{hint}")
-    if _REMOTE.match(value):
-        raise UnusableSampleError("image-remote", f"{value}: fetch images with img2dataset first, which writes shards")
-    path = images / value
-    if _extension(path) not in IMAGES:
-        raise _not_read(value)
-    return path
-
-
-def _not_read(image: Path | str) -> UnusableSampleError:
-    return UnusableSampleError("image-extension", f"{image}: read are {', '.join(IMAGES)}")
-
-
-def _extension(path: Path | str) -> str:
-    return Path(path).suffix[1:].lower()
-
-
-def _numbered(number: int, path: Path) -> str:
-    """The extension of one image among several; readers put them in the order of their names."""
-    return f"{number:05}.{_extension(path)}"
-
-
-def _text(value: Any, name: str) -> bytes:
-    if not isinstance(value, str | None):
-        raise UnusableSampleError("text-type", f"{name} is {type(value).__name__}, not text")
-    return _utf8(value or "")
-
-
-def _json(value: Any) -> bytes:
-    try:
-        return _utf8(json.dumps(value, ensure_ascii=False))
-    except TypeError as error:
-        raise UnusableSampleError("text-type", str(error)) from error
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, or bytes of a CSV that were not UTF-8
-        raise UnusableSampleError("text-not-utf8", str(error)) from error
-
-
-def _without_nulls(segment: Any) -> Any:
-    return {k: v for k, v in segment.items() if v is not None} if isinstance(segment, dict) else segment
-
-
-def _object(data: bytes) -> Row:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    if len(data) > TEXT_BYTES:
-        raise UnusableSampleError("text-too-long", f"a row of more than {TEXT_BYTES:,} bytes")
-    try:
-        parsed = json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
-    except UnicodeDecodeError as error:
-        raise UnusableSampleError("text-not-utf8", str(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise UnusableSampleError("row-not-json", str(error)) from error
-    if not isinstance(parsed, dict):
-        raise UnusableSampleError("row-not-json", f"a {type(parsed).__name__} where an object is expected")
-    return parsed
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}.") from error
-
-
-def _offsets(file: BinaryIO) -> Iterator[int]:
-    """Offsets up to the end of a file; whoever takes one reads what stands there before taking the next."""
-    place = -1
-    while (here := file.tell()) != place:
-        yield (place := here)
-
-
-def _line(file: BinaryIO) -> bytes:
-    """The next line, or as much of one as shows that it is longer than any text that is read."""
-    line = rest = file.readline(TEXT_BYTES + 1)
-    while len(rest) > TEXT_BYTES and not rest.endswith(b"\n"):
-        rest = file.readline(TEXT_BYTES + 1)
-    return line
-
-
-def _element_end(text: mmap.mmap, start: int) -> int:
-    """Where the list's element from `start` on ends: at a comma, at the list's end, or where the file breaks off."""
-    depth = 0
-    for match in _ELEMENT.finditer(text, start):
-        mark = text[match.start()]
-        if mark in b"[{":
-            depth += 1
-        elif mark in b",]}" and depth == 0:
-            return match.start()
-        elif mark in b"]}":
-            depth -= 1
-    return len(text)
-
-
-def _blank_end(text: mmap.mmap, start: int) -> int:
-    match = _BLANK.match(text, start)
-    assert match is not None
-    return match.end()
-
-
-def _between(places: Sequence[int], start: int, stop: int) -> Sequence[int]:
-    """The places from `start` up to `stop`, of places in order."""
-    return places[bisect_left(places, start) : bisect_left(places, stop)]
+def _holds_turns(value: Any) -> bool:
+    return are_turns(value) or (isinstance(value, list) and bool(value) and all(map(is_exchange, value)))

@@ -27,8 +27,8 @@ def write(args: Sequence[str]) -> int:
     )
     parser.add_argument("source", type=Path, metavar="SOURCE", help=f"{FORMS[0].upper()}{FORMS[1:]}.")
     parser.add_argument("--out", type=Path, required=True, help="The folder of the shards.")
-    parser.add_argument("--image-column", help="Column of image paths, where its name is not a common one.")
-    parser.add_argument("--text-column", help="Column of texts, where its name is not a common one.")
+    parser.add_argument("--image-column", help="Column of images, where its name is not a common one.")
+    parser.add_argument("--text-column", help="Column of texts or of turns, where its name is not a common one.")
     parser.add_argument("--images", type=Path, help="What relative image paths start from, if not the table's folder.")
     parser.add_argument(
         "--val-share", type=float, default=Settings.val_share, help="Rows for val (default: %(default)s)."

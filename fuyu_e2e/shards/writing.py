@@ -37,6 +37,7 @@ import numpy as np
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.exit_codes import of_signal
 from fuyu_e2e.image import ImagePolicy, check_image
+from fuyu_e2e.shards.extensions import TEXTS, is_media, last_extension
 from fuyu_e2e.shards.formats import TEXT_BYTES, document
 from fuyu_e2e.shards.parallel import deaf_to_interrupts
 from fuyu_e2e.shards.progress import Advance, Progress, add
@@ -109,7 +110,7 @@ class Example:
     """A row that was skipped."""
 
     row: int
-    """Its number in the source, from 0; headers and blank lines don't count."""
+    """Its number in its file, from 0; headers and blank lines don't count."""
     file: str
     detail: str
 
@@ -187,7 +188,10 @@ class WriteReport:
         said = []
         for reason, count in sorted(total.skipped.items(), key=lambda item: -item[1]):
             examples = total.examples[reason][:NAMED]
-            names = [each.file if of_files else f"row {each.row} of {each.file}" for each in examples]
+            names = [
+                each.file if of_files or is_media(last_extension(each.file)) else f"row {each.row} of {each.file}"
+                for each in examples
+            ]
             said.append(f"{reason} {count:,} ({', '.join(names)}{', …' if count > NAMED else ''})")
         return said
 
@@ -232,8 +236,8 @@ def write_shards(
     Args:
         source: A file or folder; `fuyu_e2e.shards.tables` lists the forms.
         out: The folder of the shards, made where there is none.
-        image_column: Column of image paths in a table, where its name is not a common one.
-        text_column: Column of texts in a table, where its name is not a common one.
+        image_column: Column of images in a table, where its name is not a common one.
+        text_column: Column of texts or of turns in a table, where its name is not a common one.
         images: What relative image paths in a table start from; by default the table's folder.
         settings: How rows are dealt out to shards.
         processes: Shards written at once; their bytes don't depend on it.
@@ -301,7 +305,7 @@ def _weigh(make: Callable[[], Members]) -> tuple[int, bytes]:
     try:
         for name, content in make().items():
             if isinstance(content, bytes):
-                length, said = len(content), content
+                length, said = len(content), content if name in TEXTS else blake2b(content, digest_size=16).digest()
             else:
                 found = _stat(name, content)
                 length, said = found.st_size, f"{found.st_size} {found.st_mtime_ns}".encode()
@@ -479,7 +483,7 @@ def _samples(source: RowSource, shard: Shard, outcome: Outcome, advance: Advance
             sample = Sample(f"{number:09}", file, _load(make()))
             document(sample)
         except UnusableSampleError as error:
-            outcome.skip(error, number, file)
+            outcome.skip(error, source.reader.row_number(place, number), file)
             continue
         outcome.written += 1
         yield sample
@@ -498,7 +502,9 @@ def _load(members: Members) -> dict[str, bytes]:
     """
     loaded, size = {}, 0
     for name, content in members.items():
-        loaded[name] = content if isinstance(content, bytes) else _read(name, content)
+        loaded[name] = _read(name, content) if isinstance(content, Path) else content
+        if isinstance(content, bytes) and name not in TEXTS:  # an image out of a table
+            check_image(content, LIMITS)
         size += _tar_bytes(len(loaded[name]))
         if size > SAMPLE_BYTES:
             raise UnusableSampleError("sample-too-many-bytes", f"more than {SAMPLE_BYTES:,} bytes")

@@ -16,7 +16,7 @@ from torch import Tensor
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.exit_codes import BAD_STEPS
-from fuyu_e2e.training.curves import tensorboard_of
+from fuyu_e2e.training.curves import shown_step, tensorboard_of
 from fuyu_e2e.training.module import FuyuModule, steps_between_logs
 
 MEMORY = 100
@@ -162,4 +162,4 @@ class BadSteps(Callback):
         rank_zero_info(f"\nStep {trainer.global_step} is skipped: {self._reason}. Samples: {shown}{more}.")
         if trainer.is_global_zero and (logger := tensorboard_of(trainer)) is not None:
             text = f"{self._reason}\n\n    " + "\n    ".join(keys)
-            logger.experiment.add_text("bad_steps/samples", text, trainer.global_step)
+            logger.experiment.add_text("bad_steps/samples", text, shown_step(trainer))

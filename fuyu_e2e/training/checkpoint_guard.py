@@ -7,9 +7,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.training.checkpoints import Checkpoints
 
-PATHS = ("best_model_path", "kth_best_model_path", "last_model_path", "newest")
-"""What a checkpoint calls those that ModelCheckpoint and Checkpoints delete once they have better ones."""
+PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
+"""What a checkpoint calls those that ModelCheckpoint deletes once it has better ones."""
 
 
 class CheckpointGuard(Callback):
@@ -37,15 +38,16 @@ class CheckpointGuard(Callback):
     ) -> None:
         """Forgets the checkpoints that are known from before, unless they lie where this run keeps its own.
 
-        ModelCheckpoint would delete them, folders and remote stores included, as soon as it saves.
+        ModelCheckpoint would delete them, folders and remote stores included, as soon as it saves. `Checkpoints` takes
+        no more than names, and needs no guard.
         """
         folders = [
             Path(callback.dirpath).resolve()
             for callback in trainer.checkpoint_callbacks
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None
         ]
-        for state in checkpoint["callbacks"].values():
-            if not isinstance(state, dict):
+        for key, state in checkpoint["callbacks"].items():
+            if key == Checkpoints.__name__ or not isinstance(state, dict):
                 continue
             kept = [state[name] for name in PATHS if state.get(name)] + list(state.get("best_k_models", ()))
             if not all(_lies_in(folders, path) for path in kept):

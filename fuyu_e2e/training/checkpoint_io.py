@@ -11,17 +11,16 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from fuyu_e2e.checkpoint.run_checkpoints import newest, run_checkpoints, written_last_first
 from fuyu_e2e.checkpoint.sharded_files import write_shards
 from fuyu_e2e.checkpoint.training_files import publish_checkpoint, read_checkpoint, write_file
 from fuyu_e2e.checkpoint.whole import (
     check,
     is_whole,
     link,
-    newest,
     remove,
     unfinished,
     unfinished_place,
-    whole_checkpoints,
 )
 from fuyu_e2e.errors import UserError
 
@@ -59,7 +58,7 @@ class WholeCheckpointIO(CheckpointIO):
         checkpoint = Path(path)
         if not checkpoint.exists() and not checkpoint.is_symlink():
             return
-        others = [other for other in whole_checkpoints(checkpoint.parent) if other.name != checkpoint.name]
+        others = [other for other in written_last_first([checkpoint.parent]) if other.name != checkpoint.name]
         if is_whole(checkpoint) and not others:
             return
         remove(checkpoint)
@@ -116,7 +115,7 @@ def resolve(path: Path) -> Path:
 
 
 def _resolve(path: Path) -> Path:
-    if not path.is_dir() or not (is_whole(path) or whole_checkpoints(path)):
+    if not path.is_dir() or not (is_whole(path) or run_checkpoints(path)):
         return path
     if is_whole(path):
         check(path)

@@ -12,7 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from fuyu_e2e.checkpoint.run_checkpoints import LAST, written_last_first
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
+from fuyu_e2e.training.curves import shown_step
 
 MONITOR = "val/loss"
 """What tells the best checkpoint where the recipe names no figure and there is validation data."""
@@ -177,14 +179,36 @@ class Checkpoints(ModelCheckpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning's, with the newest checkpoint, which is the one that this is saved in, and its step."""
-        return super().state_dict() | {"newest": self.newest, "step": self._step}
+        return super().state_dict() | {
+            "newest": self.newest,
+            "step": self._step,
+            "monitor": self.monitor,
+            "mode": self.mode,
+        }
+
+    @property
+    def state_key(self) -> str:
+        """One name, where Lightning's has the settings in it: a run that changes one still knows its checkpoints."""
+        return type(self).__name__
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up which checkpoints were kept, where the run's directory is still the same."""
-        super().load_state_dict(state_dict)
-        if self.dirpath == state_dict.get("dirpath", self.dirpath) and state_dict.get("newest"):
-            self.newest = self._last_checkpoint_saved = state_dict["newest"]
+        """Takes up which checkpoints were kept, by their names in the run's directory, wherever that lies now.
+
+        The best are forgotten where another figure tells them from here on; none of them is removed then.
+        """
+        here = {path.name: str(path) for path in written_last_first([Path(self.dirpath or ".")])}
+        if (newest := here.get(Path(state_dict["newest"]).name)) is not None:
+            self.newest = self._last_checkpoint_saved = newest
             self._step = self._last_global_step_saved = state_dict["step"]
+            if self.monitor is None:
+                self.best_model_path = newest
+        self.last_model_path = here.get(LAST, "")
+        if (self.monitor, self.mode) != (state_dict["monitor"], state_dict["mode"]):
+            return
+        kept = {Path(path).name: figure for path, figure in state_dict["best_k_models"].items()}
+        for name, figure in kept.items():
+            if name in here and self.save_top_k != 0:
+                self._take_among_best(here[name], figure)
 
     def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Lightning's, but links also where `save_top_k` is 0, for which Lightning writes a second checkpoint."""
@@ -210,7 +234,7 @@ class Checkpoints(ModelCheckpoint):
         writer = trainer.strategy.checkpoint_io
         if isinstance(writer, BackgroundCheckpointIO):
             for logger in trainer.loggers:
-                logger.log_metrics({"checkpoint/stall_seconds": writer.stall}, step=trainer.global_step)
+                logger.log_metrics({"checkpoint/stall_seconds": writer.stall}, step=shown_step(trainer))
 
 
 def checkpoints_of(trainer: pl.Trainer) -> Checkpoints | None:

@@ -16,6 +16,21 @@ def tensorboard_of(trainer: pl.Trainer) -> TensorBoardLogger | None:
     return next((one for one in trainer.loggers if isinstance(one, TensorBoardLogger)), None)
 
 
+def shown_step(trainer: pl.Trainer) -> int:
+    """Where curves have what belongs to the step that was done last: as Lightning, they count steps from 0."""
+    return trainer.global_step - 1
+
+
+def leave_out_later(trainer: pl.Trainer) -> None:
+    """Has TensorBoard show no points of steps that a run which goes on is about to do again, by `purge_step`.
+
+    They are there where the run was killed behind its last checkpoint, or goes back to an earlier one.
+    """
+    logger = tensorboard_of(trainer)
+    if trainer.is_global_zero and trainer.global_step and logger is not None:
+        logger.experiment.purge_step = trainer.global_step
+
+
 class Curves(TensorBoardLogger):
     """Lightning's TensorBoard logger, whose run goes on where its disk is full or fails.
 

@@ -7,8 +7,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info
 
-from fuyu_e2e.checkpoint.training_files import best_checkpoint
-from fuyu_e2e.checkpoint.whole import Manifest, whole_checkpoints
+from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, run_checkpoints
+from fuyu_e2e.checkpoint.whole import Manifest
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.training.checkpoints import checkpoints_of
@@ -63,7 +63,7 @@ def _places(trainer: pl.Trainer) -> list[str]:
     lines = [f"  run      {shown(Path(trainer.default_root_dir).absolute())}"]
     checkpoints = checkpoints_of(trainer)
     folder = Path(checkpoints.dirpath or ".") if checkpoints is not None else None
-    if folder is None or not (found := whole_checkpoints(folder)):
+    if folder is None or not (found := run_checkpoints(folder)):
         return [*lines, "  no checkpoint was written"]
     if best := best_checkpoint(folder):
         lines.append(f"  best     {best.name} {best.value:.4g} at step {best.step:,}: {shown(best.path)}")

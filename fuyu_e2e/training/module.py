@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,12 +27,19 @@ from fuyu_e2e.model.sharding import TENSOR, gather_weights, shard
 from fuyu_e2e.ranks import DataRank
 from fuyu_e2e.sequence import Prompt
 from fuyu_e2e.training.checkpoints import checkpoints_of
+from fuyu_e2e.training.curves import leave_out_later
 from fuyu_e2e.training.gradients import clamp_gradients, gradient_norm, scale_gradients, weights_of
 from fuyu_e2e.training.lightning_settings import check_monitors, check_trainer
 from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
 from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
-from fuyu_e2e.training.resume import go_back_to_last_step
-from fuyu_e2e.training.schedule import Schedule
+from fuyu_e2e.training.resume import (
+    compare_settings,
+    go_back_to_last_step,
+    take_settings_of_callbacks,
+    take_trained_weights,
+    training_settings,
+)
+from fuyu_e2e.training.schedule import Schedule, ScheduledRate
 
 
 def steps_between_logs(trainer: pl.Trainer) -> int:
@@ -242,11 +250,14 @@ class FuyuModule(pl.LightningModule):
             self.description.check_same(stored.description, self.weights)
             load_weights(self.decoder, stored.weights)
 
+    def on_train_start(self) -> None:
+        """Has the curves go on where the run does."""
+        leave_out_later(self.trainer)
+
     def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule over `trainer.max_steps`."""
         optimizer = build_optimizer(self.decoder, self.optimizer_config)
-        steps = self.trainer.max_steps
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, steps))
+        scheduler = ScheduledRate(optimizer, self.schedule, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
@@ -381,6 +392,7 @@ class FuyuModule(pl.LightningModule):
         checkpoints = checkpoints_of(self.trainer)
         checkpoint[SECTION] = self.description.section() | {
             "tokens_seen": self.tokens_seen,
+            "training": training_settings(self.optimizer_config, self.schedule, self.trainer.max_steps),
             "data": {source.name: source.digest for source in self.datamodule.stream_sources("train")},
             "documents": self.datamodule.document_kinds(),
             "validation": self.validated,
@@ -404,4 +416,13 @@ class FuyuModule(pl.LightningModule):
                     f"{source} holds weights alone (checkpoint.save_weights_only), and no run can go on from it: "
                     "begin a new one with them (model.weights)."
                 )
+            mine = training_settings(self.optimizer_config, self.schedule, self.trainer.max_steps)
+            compare_settings(mine, checkpoint[SECTION].get("training", mine), source)
+            if checkpoint["global_step"] >= self.trainer.max_steps:
+                rank_zero_info(
+                    f"Nothing is left to train: the checkpoint has {checkpoint['global_step']:,} steps, and "
+                    f"trainer.max_steps is {self.trainer.max_steps:,}."
+                )
+            take_trained_weights(checkpoint, self.trainer)
+            take_settings_of_callbacks(checkpoint, self.trainer)
             go_back_to_last_step(checkpoint, self.trainer)

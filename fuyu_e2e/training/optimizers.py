@@ -90,6 +90,13 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {})
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what is kept of each weight; a group's settings stay those that it was made with."""
+        own = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, settings in zip(self.param_groups, own, strict=True):
+            group.update(settings)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every weight that has a gradient; `closure` computes the loss and the gradients first."""

@@ -1,16 +1,69 @@
-"""Where a resumed run goes on: behind the last optimizer step that is in the weights, on any number of processes.
+"""How a resumed run goes on: behind the last optimizer step that is in the weights, with the settings it is given.
 
-Lightning counts micro-batches of a process, and goes on in the middle of a step whose gradients are lost. Data goes
-on behind the last whole step (see `fuyu_e2e.datamodule.RowLoader`), so Lightning's counts, and what the step had
-gathered, are put back to there.
+The settings are the recipe's, not the checkpoint's. Lightning counts micro-batches of a process, and goes on in the
+middle of a step whose gradients are lost. Data goes on behind the last whole step, on any number of processes (see
+`fuyu_e2e.datamodule.RowLoader`), so Lightning's counts, and what the step had gathered, are put back to there.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
 
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.ranks import DataRank
+from fuyu_e2e.training.optimizers import OptimizerConfig
+from fuyu_e2e.training.schedule import Schedule
+
+
+def training_settings(optimizer: OptimizerConfig, schedule: Schedule, steps: int) -> dict[str, Any]:
+    """The settings that decide how a step changes weights, by their names in a recipe, in primitives."""
+    settings = {f"model.optimizer.{name}": value for name, value in asdict(optimizer).items()}
+    settings |= {f"model.schedule.{name}": value for name, value in asdict(schedule).items()}
+    return settings | {"model.optimizer.betas": list(optimizer.betas), "trainer.max_steps": steps}
+
+
+def compare_settings(mine: dict[str, Any], theirs: dict[str, Any], source: str) -> None:
+    """Says which settings of the run, `mine`, hold from here on instead of those of the checkpoint `source`.
+
+    Raises:
+        UserError: It is of another optimizer, whose state means nothing to this one.
+    """
+    name = "model.optimizer.name"
+    if mine[name] != theirs[name]:
+        raise UserError(
+            f"{source} holds the state of {theirs[name]}, and {name} is {mine[name]}: go on with {theirs[name]}, or "
+            f"begin a new run with its weights (model.weights)."
+        )
+    changed = [f"{name} {value} ({theirs[name]} until now)" for name, value in mine.items() if value != theirs[name]]
+    if changed:
+        rank_zero_info(f"Going on with {', '.join(changed)}.")
+
+
+def take_settings_of_callbacks(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
+    """Changes a loaded checkpoint so that callbacks keep settings of their own that they would take from it.
+
+    Of Lightning's callbacks EarlyStopping alone keeps a setting among what it counts.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and (state := checkpoint["callbacks"].get(callback.state_key)):
+            state["patience"] = callback.patience
+
+
+def take_trained_weights(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
+    """Changes a loaded checkpoint of a run that averaged weights, for a run that no longer does.
+
+    Lightning's WeightAveraging stores the average in the place of the weights that the optimizer's state belongs to.
+    """
+    averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if "current_model_state" in checkpoint and not averages:
+        checkpoint["state_dict"] = checkpoint.pop("current_model_state")
+        rank_zero_info(
+            "Going on without the averaged weights of the checkpoint, since trainer.callbacks names no callback that "
+            "averages."
+        )
 
 
 def go_back_to_last_step(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:

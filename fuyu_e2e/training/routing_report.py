@@ -17,7 +17,7 @@ from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing import RoutingTrace, Threshold
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import Prompt
-from fuyu_e2e.training.curves import tensorboard_of
+from fuyu_e2e.training.curves import shown_step, tensorboard_of
 from fuyu_e2e.training.module import FuyuModule, steps_between_logs
 
 
@@ -95,7 +95,7 @@ class RoutingReport(Callback):
         choices = self._choose(decoder, self._prompts[: self.followed])
         if self._choices is not None:
             changed = (choices != self._choices).float().mean()
-            logger.experiment.add_scalar("val/routing/changed_choices", changed, trainer.global_step)
+            logger.experiment.add_scalar("val/routing/changed_choices", changed, shown_step(trainer))
         self._choices = choices
         tokenizer = pl_module.datamodule.tokenizer
         shown = [prompt.sequence for prompt in self._prompts[: self.maps]]

@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from fuyu_e2e.sequence import Prompt
-from fuyu_e2e.training.curves import tensorboard_of
+from fuyu_e2e.training.curves import shown_step, tensorboard_of
 from fuyu_e2e.training.module import FuyuModule
 
 
@@ -33,7 +33,7 @@ class SampleGenerations(Callback):
         texts = pl_module.continue_prompts(self._prompts, decoder)
         for index, (prompt, text) in enumerate(zip(self._prompts, texts, strict=True)):
             written = f"truth:\n\n    {prompt.truth}\n\ngenerated:\n\n    {text}"
-            logger.experiment.add_text(f"samples/{index}", written, trainer.global_step)
+            logger.experiment.add_text(f"samples/{index}", written, shown_step(trainer))
             for number, pixels in enumerate(prompt.sequence.unpadded_pictures):
                 logger.experiment.add_image(
                     f"samples/{index}/image{number}", torch.from_numpy(pixels), trainer.global_step, dataformats="HWC"

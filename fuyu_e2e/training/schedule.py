@@ -2,7 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from fuyu_e2e.errors import UserError
 
@@ -45,3 +48,31 @@ class Schedule:
         else:
             fallen = max(0.0, 1 - (1 - done) / self.decay) if self.decay else 0.0
         return 1 - (1 - self.final) * min(1.0, fallen)
+
+
+class ScheduledRate(LambdaLR):
+    """The learning rate of every group of an optimizer, `Schedule.factor` times the peak that the group was made with.
+
+    Its state is the number of steps alone: a run that goes on takes peaks and schedule from its own settings, where
+    torch would bring back those of the checkpoint.
+
+    Args:
+        optimizer: Its groups' `lr` are the peaks.
+        schedule: The rate over the run.
+        steps: Optimizer steps of the whole run.
+    """
+
+    def __init__(self, optimizer: Optimizer, schedule: Schedule, steps: int) -> None:
+        super().__init__(optimizer, lambda step: schedule.factor(step, steps))
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps were done."""
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up the number of steps, and sets the rate of the step that comes next."""
+        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        factors = [factor(self.last_epoch) for factor in self.lr_lambdas]
+        self._last_lr = [peak * factor for peak, factor in zip(self.base_lrs, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate

@@ -169,7 +169,7 @@ class Sharded(ModelParallelStrategy):
         assert self.lightning_module is not None
         shards.read_into({f"{WEIGHTS}{name}": tensor for name, tensor in self.lightning_module.state_dict().items()})
         for optimizer in self.optimizers:
-            _take_settings(optimizer, shards.optimizer_groups(rest))
+            shards.optimizer_groups(rest)  # refuses a state that can't be read; settings are the run's own
             wanted, names = {}, self._names()
             for weight in weights_of(optimizer):
                 prefix = f"{OPTIMIZER}{names[weight]}."
@@ -184,18 +184,12 @@ class Sharded(ModelParallelStrategy):
         for name, tensor in self.lightning_module.state_dict().items():
             copy_part(checkpoint["state_dict"][name], tensor)
         for optimizer, stored in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
-            _take_settings(optimizer, stored["param_groups"])
             weights = weights_of(optimizer)
             for number, kept in stored["state"].items():
                 for name, whole in kept.items():
                     own = _like(weights[number], whole.shape, whole.dtype)
                     copy_part(whole, own)
                     optimizer.state[weights[number]][name] = own
-
-
-def _take_settings(optimizer: Optimizer, stored: list[dict[str, Any]]) -> None:
-    for group, settings in zip(optimizer.param_groups, stored, strict=True):
-        group.update({name: value for name, value in settings.items() if name != "params"})
 
 
 def _like(weight: Tensor, size: torch.Size, dtype: torch.dtype | None) -> Tensor:

@@ -179,6 +179,7 @@ def test_a_run_a_file_and_a_sharded_checkpoint_hold_the_same(run: Path, tmp_path
     assert first.description.config == second.description.config
     assert first.weights.keys() == second.weights.keys()
     assert all(torch.equal(first.weights[name], tensor) for name, tensor in second.weights.items())
+    whole.unlink()
     assert read_model(tmp_path).source == sharded, "a run's directory is searched for sharded ones too"
 
 

@@ -11,17 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fuyu_e2e.checkpoint.training_files import best_checkpoint, find_checkpoint, read_checkpoint
+from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint, newest, run_checkpoints
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.checkpoint.whole import (
     FILE,
     MANIFEST,
     SEAL,
     Manifest,
     faults,
-    newest,
     publish,
     unfinished,
-    whole_checkpoints,
 )
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO, WholeCheckpointIO
@@ -121,7 +120,7 @@ def test_a_removal_never_takes_the_last_one(tmp_path: Path) -> None:
     assert first.exists()
     second = save(tmp_path, 2)
     writer.remove_checkpoint(first)
-    assert whole_checkpoints(tmp_path) == [second]
+    assert run_checkpoints(tmp_path) == [second]
     writer.remove_checkpoint(tmp_path / "never written.ckpt")
 
 

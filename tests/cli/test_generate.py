@@ -107,6 +107,12 @@ def test_prompts_are_read_until_the_input_ends_and_answered_as_one_alone_would_b
     assert len(loaded) == 1
 
 
+def test_images_of_the_input_may_lie_at_home(folder: Path, generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, expected, _ = generate("--image", "a.png", "--prompt", "What is it?", *ROOM)
+    monkeypatch.setenv("HOME", str(folder))
+    assert generate("--interactive", *ROOM, typed=":image ~/a.png\nWhat is it?\n") == (0, expected, "")
+
+
 def test_a_prompt_and_interactive_exclude_each_other(generate: Run) -> None:
     code, _, reported = generate("--prompt", "a", "--interactive")
     assert code == 2

@@ -14,12 +14,17 @@ from fuyu_e2e.tally import Tally
 GOOD = "format: shards\ndata: {shards: x.tar}\nmetrics: [accuracy]\n"
 
 
-def test_paths_are_relative_to_the_file_unless_the_command_names_them(tmp_path: Path) -> None:
+def test_paths_are_relative_to_the_file_unless_the_command_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(GOOD + "groups: [kind]\nmax_new_tokens: 5\n")
     task = load_task(str(file))
     assert (task.name, task.data, task.groups) == ("mine", {"shards": str(tmp_path / "x.tar")}, ("kind",))
     assert load_task(str(file), {"shards": "y.tar"}).data == {"shards": "y.tar"}
+    monkeypatch.setenv("HOME", "/home/ada")
+    file.write_text(GOOD.replace("x.tar", "~/x.tar"))
+    assert load_task(str(file)).data == {"shards": "/home/ada/x.tar"}
     file.write_text(GOOD.replace("x.tar", "https://host/x.tar"))
     assert load_task(str(file)).data == {"shards": "https://host/x.tar"}
 

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fuyu_e2e.document import Document, Image, Text
-from fuyu_e2e.shards.formats import TEXT_BYTES, read_documents
+from fuyu_e2e.errors import UnusableSampleError
+from fuyu_e2e.shards.formats import TEXT_BYTES, document, read_documents
+from fuyu_e2e.shards.reading import Sample
 from fuyu_e2e.tally import Tally
 
 Shard = Callable[[dict[str, bytes | str | dict | list]], Path]
@@ -119,6 +123,70 @@ def test_chat_images_stand_where_their_placeholders_stand(shard: Shard) -> None:
     assert found == [Document("7", expected)]
 
 
+TURNS = {
+    "LLaVA's, as Megatron-LM's and NeMo's converters for Energon write it": [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A cat."},
+    ],
+    "of a chat template": [
+        {"role": "user", "content": "<image>\nWhat is it?"},
+        {"role": "assistant", "content": "A cat."},
+    ],
+    "of both, filled up with nulls": [
+        {"from": "human", "value": "<image>\nWhat is it?", "role": None, "content": None},
+        {"from": None, "value": None, "role": "assistant", "content": "A cat."},
+    ],
+}
+
+
+@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+def test_a_list_of_turns_is_the_conversation_that_an_object_would_hold(shard: Shard, turns: list[dict]) -> None:
+    meant = [Document("7", (A, Text("What is it?", False), Text("A cat.")))]
+    assert read(shard({"7.jpg": A.data, "7.json": turns})) == meant
+    assert read(shard({"7.jpg": A.data, "7.json": {"conversations": turns}})) == meant
+    assert reasons(shard({"7.json": turns})) == {"chat-images": 1}, "its image is missing"
+    both = shard({"7.jpg": A.data, "7.json": turns, "7.txt": "a caption"})
+    assert read(both) == read(shard({"7.jpg": A.data, "7.json": {"conversations": turns}, "7.txt": "a caption"}))
+
+
+def test_images_pickled_into_one_member_are_not_missed_in_silence(shard: Shard) -> None:
+    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "I."}]
+    for name in ("jpgs", "videos"):
+        assert reasons(shard({f"7.{name}": b"pickled", "7.json": turns})) == {"image-extension": 1}
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=5)
+    | st.sampled_from(["human", "gpt", "<image>", "x.jpg"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["from", "value", "role", "content", "conversations", "segments", "text", "image", "images", "caption"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=5 * settings.default.max_examples)
+@given(parsed=JSON, image=st.booleans())
+def test_any_json_is_read_or_counted(parsed: Any, image: bool) -> None:
+    images = {"jpg": b"x"} if image else {}
+    said = ""
+    try:
+        assert document(Sample("7", "s.tar", {**images, "json": json.dumps(parsed).encode()})).key == "7"
+    except UnusableSampleError as error:
+        said = str(error)
+    assert not said or "s.tar: 7" in said
+
+
 def test_interleaved_images_and_text(shard: Shard) -> None:
     segments = [
         {"text": "one"},
@@ -174,6 +242,20 @@ def test_plain_text_and_lines_of_json(shard: Shard) -> None:
     assert [(document.key, document.answer) for document in found] == [("0/0", "a"), ("0/1", " b "), ("0/2", "c")]
 
 
+def test_a_json_of_unknown_keys_is_told_by_them(shard: Shard) -> None:
+    tally = Tally()
+    assert list(read_documents(shard({"0.jpg": b"x", "0.json": {"prompt": "?", "answer": "x"}}), tally)) == []
+    assert "0 has only jpg, json, whose json has only 'prompt', 'answer'" in tally.examples["format-unknown"]
+
+
+@pytest.mark.parametrize("name", ["0.json", "0.jsonl"])
+def test_messages_are_conversations(shard: Shard, name: str) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"},
+             {"role": "assistant", "content": "So."}]  # fmt: skip
+    [named], [known] = (read(shard({name: json.dumps({key: turns})})) for key in ("messages", "conversations"))
+    assert named.segments == known.segments == (Text("Be brief.", False), Text("Why?", False), Text("So."))
+
+
 def turn(speaker: object = "gpt", value: object = "a") -> dict:
     return {"conversations": [{"from": speaker, "value": value}]}
 
@@ -198,6 +280,10 @@ BAD = {
     "huge text": ({"0.txt": b"a" * (TEXT_BYTES + 1)}, "text-too-long"),
     "NaN": ({"0.json": '{"caption": "x", "score": NaN}', "0.jpg": b"x"}, "json-invalid"),
     "no object": ({"0.json": "[1]"}, "json-invalid"),
+    "list of turns and something else": ({"0.json": [*turn()["conversations"], 1]}, "json-invalid"),
+    "list of no turns": ({"0.jpg": b"x", "0.json": []}, "json-invalid"),
+    "turns without an answer": ({"0.jpg": b"x", "0.json": [{"role": "user", "content": "x"}]}, "chat-no-answer"),
+    "turn in parts": ({"0.json": [{"role": "assistant", "content": [{"type": "text", "text": "x"}]}]}, "json-type"),
     "deep nesting": ({"0.json": "[" * 100_000}, "json-invalid"),
     "broken JSON": ({"0.json": '{"caption": '}, "json-invalid"),
     "caption of another type": ({"0.json": {"caption": 3}, "0.jpg": b"x"}, "json-type"),
@@ -206,6 +292,13 @@ BAD = {
     "unknown speaker": ({"0.json": turn("robot")}, "chat-speaker"),
     "speaker of another type": ({"0.json": turn(["gpt"])}, "chat-speaker"),
     "chat without an answer": ({"0.json": turn("human")}, "chat-no-answer"),
+    "chat with an empty answer": (
+        {
+            "0.jpg": b"x",
+            "0.json": {"conversations": [turn("human", "?")["conversations"][0], turn(value=" ")["conversations"][0]]},
+        },
+        "chat-no-answer",
+    ),
     "turn without text": ({"0.json": turn(value=None)}, "json-type"),
     "more placeholders than images": ({"0.jpg": b"x", "0.json": turn(value="<image> <image>")}, "chat-images"),
     "segments of another type": ({"0.json": {"segments": "x"}}, "segments-list"),

@@ -1,6 +1,9 @@
 """Shards are read whole or reported; webdataset's silent losses are not silent here."""
 
+import gzip
 import io
+import re
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -39,6 +42,20 @@ def test_a_file_that_is_no_tar_is_named(tmp_path: Path, content: bytes) -> None:
         Shard(write(tmp_path / "bad.tar", content))
     with pytest.raises(UserError, match=r"gone\.tar can't be read"):
         Shard(tmp_path / "gone.tar")
+
+
+def test_a_compressed_file_is_refused_with_the_command_that_unpacks_it(tmp_path: Path) -> None:
+    plain, path = tar_bytes(TEN), tmp_path / "a b.tar"
+    write(path, gzip.compress(plain))
+    with pytest.raises(
+        UserError, match=r"not a tar file but one that gzip compressed: unpack it with `gunzip < "
+    ) as told:
+        Shard(path)
+    [command] = re.findall("`(.*)`", str(told.value))
+    subprocess.run(command.replace("NEW.tar", "new.tar"), shell=True, check=True, cwd=tmp_path)
+    assert (tmp_path / "new.tar").read_bytes() == plain
+    with pytest.raises(UserError, match=r"let its command end in `\| gunzip`"):
+        Shard(path, "pipe:cat x.tar.gz")
 
 
 def test_members_group_by_the_name_before_the_first_dot(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -219,6 +221,53 @@ def test_local_patterns_name_files_globs_braces_and_folders(tmp_path: Path) -> N
         expand_patterns([str(tmp_path), f"{tmp_path}/nothing-*.tar"])
     with pytest.raises(UserError, match=r"braces that don't match"):
         expand_patterns(f"{tmp_path}/a-{{0..2.tar")
+
+
+def test_compressed_shards_are_refused_with_the_command_that_unpacks_them(tmp_path: Path) -> None:
+    """Whatever names them: and the command, run by a shell, makes the same pattern read them."""
+    folder = tmp_path / "my shards"
+    folder.mkdir()
+
+    def pack(*names: str) -> None:
+        for file in folder.iterdir():
+            file.unlink()
+        for name in names:
+            with tarfile.open(folder / name, "w" if name.endswith(".tar") else "w:gz"):
+                pass
+
+    def unpacked_by(pattern: str) -> None:
+        with pytest.raises(
+            UserError, match=r"my shards/[a-e]\.\S+ (and \d more )?can't be read sample by.*compressed"
+        ) as told:
+            expand_patterns(pattern)
+        [command] = re.findall("`(.*)`", str(told.value))
+        assert command.startswith("gunzip ")
+        subprocess.run(command, shell=True, check=True)
+
+    for pattern in ("", "/*.tar", "/{a,b}.tar", "/?.tar"):
+        pack("a.tar.gz", "b.tgz")
+        unpacked_by(f"{folder}{pattern}")
+        assert [name_of(shard) for shard in expand_patterns(f"{folder}{pattern}")] == ["a.tar", "b.tar"]
+    for pattern in ("/a.tar.gz", "/*.gz"):
+        pack("a.tar.gz", "b.tgz", "c.tar")
+        unpacked_by(f"file://{folder}{pattern}")
+        assert [name_of(shard) for shard in expand_patterns(f"{folder}/[ac].tar")] == ["a.tar", "c.tar"]
+    pack("a.tar.gz", "b.tgz", "c.TAR.GZ", "d.tar.gz", "e.tar")
+    (folder / "c.TAR.GZ").unlink()
+    with tarfile.open(folder / "c.tgz", "w:gz"):
+        pass
+    unpacked_by(str(folder))
+    assert [name_of(shard) for shard in expand_patterns(str(folder))] == [f"{name}.tar" for name in "abcde"]
+    pack("a.tar", "a.tar.gz")  # as gunzip --keep leaves them
+    assert expand_patterns(str(folder)) == (str(folder / "a.tar"),)
+
+
+def test_compressed_shards_elsewhere_are_refused_before_they_are_fetched() -> None:
+    for url in ("https://host/a b.tar.gz?sig=key", "s3://bucket/{a,b}.tgz"):
+        with pytest.raises(UserError, match=r"download it, unpack it with `gunzip \S.*\.t\S+`, and upload") as told:
+            expand_patterns(url)
+        assert "key" not in str(told.value)
+    assert expand_patterns("pipe:gunzip -c a.tar.gz", allow_pipe=True) == ("pipe:gunzip -c a.tar.gz",)
 
 
 def test_urls_expand_without_being_asked_for() -> None:
@@ -782,6 +831,9 @@ def test_a_store_lists_gives_and_takes(bucket: str, cache: ShardCache) -> None:
     assert ShardCache(cache.folder, MEGABYTE).path(f"{bucket}/train/a-3.tar").read_bytes() == b"now with content"
     with pytest.raises(UserError, match="matches no shard"):
         expand_patterns(f"{bucket}/valid/*.tar")
+    assert write_bytes(f"{bucket}/train/a-4.tgz", b"")
+    with pytest.raises(UserError, match=r"a-4\.tgz can't be read .* download it, unpack it with `gunzip a-4\.tgz`"):
+        expand_patterns(f"{bucket}/train/")
     for number, shard in enumerate(shards):
         data = bytes([number]) * 1000
         assert cache.path(shard, 1000, sha256(data)).read_bytes() == data

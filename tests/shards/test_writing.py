@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from PIL import Image as Pillow
 from fuyu_e2e.document import Document, Image, Segment, Text
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.image import ImagePolicy, decode_image
-from fuyu_e2e.shards import tables, writing
+from fuyu_e2e.shards import readers, writing
 from fuyu_e2e.shards.formats import TEXT_BYTES, read_documents
 from fuyu_e2e.shards.sources import expand_patterns
 from fuyu_e2e.shards.tables import FORMS
@@ -183,6 +184,88 @@ def parquet_of_segments(root: Path, images: dict[str, Image]) -> tuple[Path, lis
     return parquet(root / "t.parquet", rows), meant
 
 
+def embedded(image: Image, path: str | None = "0.jpg") -> dict[str, Any]:
+    """An image as Hugging Face's datasets store it, under the name that it had elsewhere."""
+    return {"bytes": image.data, "path": path}
+
+
+def parquet_of_images(root: Path, images: dict[str, Image]) -> tuple[Path, list[list[Segment]]]:
+    rows: list[dict] = [{"image": embedded(image), "text": name, "path": "x"} for name, image in images.items()]
+    rows[1]["image"] = {"bytes": None, "path": list(images)[1]}
+    rows[2]["image"]["path"] = None
+    return parquet(root / "t.parquet", rows), [[image, Text(name)] for name, image in images.items()]
+
+
+def parquet_of_image_bytes(root: Path, images: dict[str, Image]) -> tuple[Path, list[list[Segment]]]:
+    rows = [{"picture": image.data, "caption": name, "hash": b"1234"} for name, image in images.items()]
+    return parquet(root / "t.parquet", rows), [[image, Text(name)] for name, image in images.items()]
+
+
+def parquet_of_lists_of_one_image(root: Path, images: dict[str, Image]) -> tuple[Path, list[list[Segment]]]:
+    rows = [{"images": [embedded(image)], "caption": name} for name, image in images.items()]
+    return parquet(root / "t.parquet", rows), [[image, Text(name)] for name, image in images.items()]
+
+
+def llava_onevision(root: Path, images: dict[str, Image]) -> tuple[Path, list[list[Segment]]]:
+    """The columns of lmms-lab/LLaVA-OneVision-Data, with an image in some of the rows only."""
+    image = images["pics/d.jpeg"]
+    rows = [
+        {"id": "0", "image": None, "conversations": turns("Who?", "I."), "data_source": "magpie"},
+        {"id": "1", "image": embedded(image), "conversations": turns("<image>\nWhat?", "Red."), "data_source": "ai2d"},
+        {"id": "2", "image": embedded(image), "conversations": turns("What?", "Red."), "data_source": "ai2d"},
+    ]
+    asked = [image, Text("What?", False), Text("Red.")]
+    return parquet(root / "t.parquet", rows), [[Text("Who?", False), Text("I.")], asked, asked]
+
+
+def cauldron(root: Path, images: dict[str, Image]) -> tuple[Path, list[list[Segment]]]:
+    """The columns of HuggingFaceM4/the_cauldron: all images come before the first question."""
+    said = [
+        {"user": "What?", "assistant": "Red.", "source": "x"},
+        {"user": "Sure?", "assistant": "Yes.", "source": "x"},
+    ]
+    rows = [
+        {"images": [embedded(image) for image in images.values()], "texts": said},
+        {"images": [embedded(images["pics/a.png"], None)], "texts": said[:1]},
+        {"images": [], "texts": said[1:]},
+    ]
+    sure = [Text("Sure?", False), Text("Yes.")]
+    return parquet(root / "t.parquet", rows), [
+        [*images.values(), Text("What?", False), Text("Red."), *sure],
+        [images["pics/a.png"], Text("What?", False), Text("Red.")],
+        sure,
+    ]
+
+
+def parquet_of_messages(root: Path, images: dict[str, Image]) -> tuple[Path, list[list[Segment]]]:
+    said = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "Red."}]
+    image = images["pics/a.png"]
+    rows = [{"messages": said, "shown": [embedded(image)]}]
+    return parquet(root / "t.parquet", rows), [[image, Text("What?", False), Text("Red.")]]
+
+
+def lines_of_paired_lists(root: Path, images: dict[str, Image]) -> tuple[Path, list[list[Segment]]]:
+    """The lists of HuggingFaceM4/OBELICS, with files in the place of addresses."""
+    (name, image), (other_name, other), *_ = images.items()
+    rows = [
+        {"images": [name], "texts": [None], "metadata": "[]", "general_metadata": "{}"},
+        {"images": [None, name, None, other_name], "texts": ["x", None, "y", None], "metadata": "[]"},
+    ]
+    return lines(root / "t.jsonl", rows), [[image], [Text("x"), image, Text("y"), other]]
+
+
+def parquet_of_paired_lists(root: Path, images: dict[str, Image]) -> tuple[Path, list[list[Segment]]]:
+    image = images["pics/a.png"]
+    rows = [{"images": [embedded(image), None, embedded(image)], "texts": [None, "x", None]}]
+    return parquet(root / "t.parquet", rows), [[image, Text("x"), image]]
+
+
+def parquet_of_segments_with_images(root: Path, images: dict[str, Image]) -> tuple[Path, list[list[Segment]]]:
+    image = images["pics/a.png"]
+    rows = [{"segments": [{"text": "x", "image": None}, {"text": None, "image": embedded(image)}]}]
+    return parquet(root / "t.parquet", rows), [[Text("x"), image]]
+
+
 def lines_of_text(root: Path, images: dict[str, Image]) -> tuple[Path, list[list[Segment]]]:
     rows = [{"text": f"text {number}", "title": "t", "url": "https://x/y.png"} for number in range(5)]
     return lines(root / "t.jsonl", rows), [[Text(f"text {number}")] for number in range(5)]
@@ -208,6 +291,15 @@ def parquet_of_text(root: Path, images: dict[str, Image]) -> tuple[Path, list[li
         parquet_of_llava,
         lines_of_segments,
         parquet_of_segments,
+        parquet_of_images,
+        parquet_of_image_bytes,
+        parquet_of_lists_of_one_image,
+        llava_onevision,
+        cauldron,
+        parquet_of_messages,
+        lines_of_paired_lists,
+        parquet_of_paired_lists,
+        parquet_of_segments_with_images,
         lines_of_text,
         parquet_of_text,
     ],
@@ -215,7 +307,7 @@ def parquet_of_text(root: Path, images: dict[str, Image]) -> tuple[Path, list[li
 def test_every_form_becomes_the_documents_meant(
     tmp_path: Path, images: dict[str, Image], form: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "BATCH", 2)  # several in a row group
+    monkeypatch.setattr(readers, "BATCH", 2)  # several in a row group
     source, meant = form(tmp_path, images)
     report = write_shards(source, tmp_path / "out", settings=ALL_TRAIN)
     documents = written(tmp_path / "out")
@@ -271,7 +363,7 @@ def bad_images(tmp_path: Path, images: dict[str, Image]) -> None:
 
 
 BAD_PATHS = {
-    "image-missing": ["nothing.png", "../nothing.png", "a\0b.png", "x" * 5_000 + ".png"],
+    "image-missing": ["nothing.png", "../nothing.png", "a\0b.png", "x" * 5_000 + ".png", ["a.png"]],
     "image-no-file": ["pipe.png", "folder.png"],
     "image-unreadable": ["junk.png", "gif.png", "cut.png"],
     "image-empty": ["empty.png"],
@@ -280,7 +372,8 @@ BAD_PATHS = {
     "image-too-many-bytes": ["fat.png"],
     "image-extension": ["a.tiff", "a"],
     "image-remote": ["https://example.org/a.png", "s3://bucket/a.png"],
-    "image-not-named": [None, "", 7, ["a.png"], {"bytes": "x"}],
+    "image-not-named": [None, "", 7, [], [None], {"bytes": "x"}, {"bytes": None, "path": None}, {"url": "a.png"}],
+    "caption-of-several-images": [["pics/a.png", "pics/a.png"]],
 }
 BAD_CAPTIONS = [
     *((reason, {"image": value, "text": "t"}) for reason, values in BAD_PATHS.items() for value in values),
@@ -333,7 +426,15 @@ def test_every_row_that_cannot_be_used_is_counted_by_its_reason(tmp_path: Path, 
                 ("json-type", {"conversations": [{"from": "gpt", "value": 5}]}),
                 ("image-extension", {"video": "a.mp4", "conversations": turns("?", "!")}),
                 ("image-extension", {"image": "a.tif", "conversations": turns("?", "!")}),
-                ("image-not-named", {"image": [{"path": "a.jpg"}], "conversations": turns("?", "!")}),
+                ("image-missing", {"image": [{"path": "a.jpg"}], "conversations": turns("?", "!")}),
+                ("image-not-named", {"image": [{"bytes": "a"}], "conversations": turns("?", "!")}),
+                (
+                    "chat-speaker",
+                    {"conversations": [{"user": "?", "assistant": "!"}, {"from": "robot", "value": "?"}]},
+                ),
+                ("json-type", {"conversations": [{"user": "?", "assistant": None}]}),
+                ("json-type", {"conversations": [{"user": None, "assistant": "!"}]}),
+                ("chat-images", {"image": "pics/a.png", "conversations": [{"user": "<image>" * 2, "assistant": "!"}]}),
                 ("image-missing", {"images": ["b.png"], "conversations": turns("?", "!")}),
                 ("image-remote", {"image": "http://x/a.jpg", "conversations": turns("<image>?", "!")}),
                 ("image-missing", {"image": ["pics/a.png", "b.png"], "conversations": turns("?", "!")}),
@@ -356,9 +457,25 @@ def test_every_row_that_cannot_be_used_is_counted_by_its_reason(tmp_path: Path, 
                 ("image-not-named", {"segments": [{"image": 5}]}),
             ],
         ),
+        (
+            {"images": [None, "pics/a.png"], "texts": ["x", None]},
+            [
+                ("segments-list", {"images": [], "texts": []}),
+                ("segments-list", {"images": ["pics/a.png"], "texts": [None, "x"]}),
+                ("segments-list", {"images": None, "texts": ["x"]}),
+                ("segments-list", {"images": "pics/a.png", "texts": ["x"]}),
+                ("segments-list", {"text": "x"}),
+                ("segments-kind", {"images": [None], "texts": [None]}),
+                ("segments-kind", {"images": ["pics/a.png"], "texts": ["x"]}),
+                ("segments-kind", {"images": [{"bytes": None, "path": None}], "texts": [None]}),
+                ("json-type", {"images": [None], "texts": [{"user": "x", "assistant": "y"}]}),
+                ("image-missing", {"images": [None, "b.png"], "texts": ["x", None]}),
+                ("image-remote", {"images": [None, "https://host/b.png"], "texts": ["x", None]}),
+            ],
+        ),
         ({"text": "x"}, [("text-empty", {"text": ""}), ("text-empty", {}), ("text-type", {"text": []})]),
     ],
-    ids=["chat", "interleaved", "text"],
+    ids=["chat", "interleaved", "paired lists", "text"],
 )
 def test_rows_of_other_kinds_are_counted_too(
     tmp_path: Path, images: dict[str, Image], good: dict, bad: list[tuple[str, dict]]
@@ -436,6 +553,111 @@ def test_an_image_of_a_kind_that_is_not_read_is_not_missing(tmp_path: Path, imag
         write_shards(tmp_path / "drawings", tmp_path / "none")
 
 
+# Hugging Face's `imagefolder`
+
+
+def described(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    """Writes a metadata file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    if path.suffix == ".csv":
+        return table(path, [list(rows[0]), *([str(value) for value in row.values()] for row in rows)])
+    return lines(path, rows) if path.suffix == ".jsonl" else parquet(path, rows)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+def test_a_folder_with_metadata_has_each_caption_beside_its_picture(
+    tmp_path: Path, images: dict[str, Image], name: str
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (tmp_path / "pics").rename(folder / "train")
+    in_folder = {name.replace("pics/", ""): image for name, image in images.items()}
+    below = {name: image for name, image in in_folder.items() if name.startswith("sub/")}
+    beside = {name: image for name, image in in_folder.items() if name not in below}
+    described(folder / "train", name, [{"file_name": each, "text": f"caption of {each}"} for each in beside])
+    rows = [{"file_name": each.removeprefix("sub/"), "text": f"caption of {each}"} for each in below]
+    described(folder / "train" / "sub", name, rows)
+    (folder / "train" / "LICENSE.txt").write_text("no caption")
+    meant = [(image, Text(f"caption of {each}")) for each, image in (beside | below).items()]
+    for source in (folder, folder / "train"):
+        report = write_shards(source, tmp_path / f"out-{source.name}", settings=ALL_TRAIN)
+        assert [document.segments for document in written(tmp_path / f"out-{source.name}")] == meant
+        assert report.read == report.total.written == len(images)
+    write_shards(folder, tmp_path / "split", settings=Settings(val_share=0.5, shard_megabytes=0.001))
+    parts = sorted(written(tmp_path / "split"), key=lambda document: document.key)
+    assert [document.segments for document in parts] == meant
+
+
+def test_pictures_in_no_metadata_and_metadata_without_a_picture_are_counted(
+    tmp_path: Path, images: dict[str, Image], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"file_name": "a.png", "text": "good"},
+        {"file_name": "gone.png", "text": "x"},
+        {"file_name": "a.png", "text": ""},
+    ]
+    described(tmp_path / "pics", "metadata.jsonl", rows)
+    described(tmp_path / "pics" / "sub", "metadata.jsonl", [{"file_name": "../d.jpeg", "text": "y"}, {"file_name": 5}])
+    (tmp_path / "pics" / "drawn.svg").write_text("<svg/>")
+    assert write(["pics", "--out", "out", "--val-share", "0", "--processes", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "8 read, 2 written (2 in 1 train, 0 in 0 val shards), 6 skipped" in said
+    assert "image-missing 1 (row 1 of pics/metadata.jsonl)" in said
+    assert "caption-empty 1 (row 2 of pics/metadata.jsonl)" in said
+    assert "image-not-named 1 (row 1 of pics/sub/metadata.jsonl)" in said
+    assert "caption-missing 2 (b c.PNG, sub/ä.v2.png)" in said
+    assert "image-extension 1 (drawn.svg)" in said
+
+
+def test_metadata_may_hold_turns_and_several_images(tmp_path: Path, images: dict[str, Image]) -> None:
+    said = turns("<image><image>Which?", "Both.")
+    described(tmp_path / "pics", "metadata.jsonl", [{"file_names": ["a.png", "d.jpeg"], "conversations": said}])
+    write_shards(tmp_path / "pics", tmp_path / "out", settings=ALL_TRAIN)
+    meant = (images["pics/a.png"], images["pics/d.jpeg"], Text("Which?", False), Text("Both."))
+    assert [document.segments for document in written(tmp_path / "out")] == [meant]
+
+
+def test_the_table_of_a_folder_may_be_named_itself(tmp_path: Path, images: dict[str, Image]) -> None:
+    source = described(tmp_path / "pics", "metadata.csv", [{"file_name": "a.png", "prompt": "x", "hash": "1"}])
+    with pytest.raises(UserError, match=r"no text column among 'file_name', 'prompt', 'hash': name it with"):
+        write_shards(tmp_path / "pics", tmp_path / "out", settings=ALL_TRAIN)
+    for number, named in enumerate((source, tmp_path / "pics")):
+        out = tmp_path / f"out-{number}"
+        write_shards(named, out, text_column="prompt", settings=ALL_TRAIN)
+        assert [document.segments for document in written(out)] == [(images["pics/a.png"], Text("x"))]
+
+
+def test_metadata_that_leaves_a_choice_is_refused(tmp_path: Path, images: dict[str, Image]) -> None:
+    good = [{"file_name": "a.png", "text": "x"}]
+
+    def refused(says: str, **options: Any) -> None:
+        with pytest.raises(UserError, match=says) as error:
+            write_shards(tmp_path / "pics", tmp_path / "out", **options)
+        assert_is_a_sentence(error.value)
+        assert not (tmp_path / "out").exists()
+
+    table(tmp_path / "pics" / "sub" / "t.csv", [["image", "text"]])
+    refused("no .txt beside them; it has tables: name one of them, as .*pics/sub/t.csv.$")
+    described(tmp_path / "pics", "metadata.csv", [{"image": "a.png", "text": "x"}])
+    refused(r"no .txt beside them, and metadata.csv has no column file_name \(it has 'image', 'text'\)")
+    described(tmp_path / "pics", "metadata.csv", good)
+    refused("are for tables only", images=tmp_path)
+    refused("--text-column nothing is no column of .*metadata.csv", text_column="nothing")
+    both = described(tmp_path / "pics", "metadata.jsonl", good)
+    refused("pics has metadata.csv and metadata.jsonl: move the one or the other out of it")
+    both.unlink()
+    (tmp_path / "pics" / "a.txt").write_text("another caption")
+    refused(r"captions in .*pics/metadata.csv and in .*pics/a.txt: move the one")
+    (tmp_path / "pics" / "a.txt").unlink()
+    described(tmp_path / "pics" / "sub", "metadata.csv", [{"file_name": "ä.v2.png", "caption": "x"}])
+    refused(r"sub/metadata.csv has no column 'text', as .*pics/metadata.csv has: name their columns alike")
+    for split in ("train", "validation"):
+        described(tmp_path / "pics" / split, "metadata.csv", [{"file_name": "../a.png", "text": "x"}])
+    refused(r"pics holds the splits .*pics/train, .*pics/validation, which would be mixed")
+
+
 def test_links_to_folders_are_followed_once(tmp_path: Path, images: dict[str, Image]) -> None:
     folder, meant = folder_of_captions(tmp_path, images)
     (tmp_path / "in").mkdir()
@@ -445,13 +667,195 @@ def test_links_to_folders_are_followed_once(tmp_path: Path, images: dict[str, Im
     assert report.total.written == len(meant)
 
 
-@pytest.mark.parametrize("embedded", [b"\x89PNG", {"bytes": b"\x89PNG", "path": None}])
-@pytest.mark.parametrize("column", ["image", "images", "picture"])
-def test_images_inside_a_table_are_refused_with_a_way_out(tmp_path: Path, column: str, embedded: Any) -> None:
-    rows = {"caption": ["x"], "text": ["x"], column: [[embedded]] if column == "images" else [embedded]}
-    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
-    with pytest.raises(UserError, match=f"holds images in '{column}'.*into a file first"):
-        write_shards(tmp_path / "t.parquet", tmp_path / "out", settings=ALL_TRAIN)
+def test_images_in_a_table_are_checked_as_those_in_files(tmp_path: Path, images: dict[str, Image]) -> None:
+    image, gif = images["pics/d.jpeg"], io.BytesIO()
+    Pillow.new("1", (4, 4)).save(gif, "GIF")
+    rows = [
+        {"image": embedded(image), "text": "good"},
+        {"image": embedded(Image(image.data[: len(image.data) // 2])), "text": "cut"},
+        {"image": embedded(Image(gif.getvalue())), "text": "of a kind that is not read"},
+        {"image": embedded(Image(b"")), "text": "empty"},
+        {"image": embedded(image) | {"bytes": None, "path": "nothing.png"}, "text": "named, but not there"},
+        {"image": {"bytes": None, "path": None}, "text": "none"},
+        {"image": embedded(Image(image.data + bytes(2**25))), "text": "too large"},
+        {"image": embedded(image), "text": ""},
+    ]
+    source = parquet(tmp_path / "t.parquet", rows)
+    report = write_shards(source, tmp_path / "out", settings=ALL_TRAIN)
+    rows_of = {reason: [each.row for each in listed] for reason, listed in report.total.examples.items()}
+    assert rows_of == {
+        "image-unreadable": [1, 2],
+        "image-empty": [3],
+        "image-missing": [4],
+        "image-not-named": [5],
+        "image-too-many-bytes": [6],
+        "caption-empty": [7],
+    }
+    assert "b'GIF8" in report.total.examples["image-unreadable"][1].detail
+    assert_adds_up(report, tmp_path / "out")
+    with tarfile.open(tmp_path / "out" / "train-00000.tar") as tar:
+        assert tar.getnames() == ["000000000.jpg", "000000000.txt"]
+    blue = io.BytesIO()
+    Pillow.new("RGB", (7, 3), "blue").save(blue, "JPEG")
+    assert len(blue.getvalue()) == len(image.data), "or the size alone would tell"
+    changed = [{**rows[0], "image": embedded(Image(blue.getvalue()))}, *rows[1:]]
+    with pytest.raises(UserError, match=r"fingerprint differ\): take an empty folder"):
+        write_shards(parquet(tmp_path / "t.parquet", changed), tmp_path / "out", settings=ALL_TRAIN)
+
+
+def test_a_column_of_images_counts_though_its_first_row_has_none(tmp_path: Path, images: dict[str, Image]) -> None:
+    rows = [{"picture": None, "text": "x"}, {"picture": embedded(images["pics/a.png"]), "text": "y"}]
+    report = write_shards(parquet(tmp_path / "t.parquet", rows), tmp_path / "out", settings=ALL_TRAIN)
+    assert report.total.skipped == {"image-not-named": 1}
+    assert [document.segments for document in written(tmp_path / "out")] == [(images["pics/a.png"], Text("y"))]
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "kind"),
+    [([], [{"user": "?", "assistant": "!"}], "Chats"), ([None], ["x"], "PairedLists")],
+)
+def test_a_row_without_texts_does_not_tell_what_others_are(
+    tmp_path: Path, images: list[Any], texts: list[Any], kind: str
+) -> None:
+    source = lines(tmp_path / "t.jsonl", [{"images": [], "texts": []}, {"images": images, "texts": texts}])
+    report = write_shards(source, tmp_path / "out", settings=ALL_TRAIN)
+    assert (report.kind, report.total.written) == (kind, 1)
+    assert sum(report.total.skipped.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"image": True, "mask": True, "text": "x"}, r"\(image, mask\): name one with --image-column"),
+        ({"image": True, "mask": True, "conversations": []}, r"\(image, mask\): name one with --image-column"),
+        ({"segments": [{"text": "x"}], "image": True}, "images in 'image' beside its segments: leave one"),
+        ({"images": ["a.png"], "texts": ["x"], "thumb": True}, "images in 'thumb' beside its texts: leave one"),
+        ({"image": True, "label": 3}, r"has images \(image\), but no text column among 'image', 'label': name it"),
+        ({"picture": b"GIF89a", "text": "x"}, "bytes in 'picture': say --image-column picture if they are images"),
+        (
+            {"a": [{"role": "user", "content": "x"}], "b": [{"user": "x", "assistant": "y"}]},
+            r"\(a, b\).*--text-column",
+        ),
+        ({"images": ["a.png"], "texts": "x", "captions": "y"}, "among 'images', 'texts', 'captions': name it"),
+    ],
+)
+def test_columns_that_leave_a_choice_are_refused(
+    tmp_path: Path, images: dict[str, Image], row: dict[str, Any], says: str
+) -> None:
+    image = embedded(images["pics/a.png"])
+    source = parquet(
+        tmp_path / "t.parquet", [{name: image if value is True else value for name, value in row.items()}]
+    )
+    with pytest.raises(UserError, match=says) as refused:
+        write_shards(source, tmp_path / "out", settings=ALL_TRAIN)
+    assert_is_a_sentence(refused.value)
+
+
+def test_a_choice_of_columns_can_be_made(tmp_path: Path, images: dict[str, Image]) -> None:
+    image, other = images["pics/a.png"], images["pics/d.jpeg"]
+    asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    row = {
+        "image": embedded(image),
+        "mask": embedded(other),
+        "conversations": turns("a", "b"),
+        "more": asked,
+        "text": "x",
+    }
+    source = parquet(tmp_path / "t.parquet", [row])
+    meant: dict[str, list[Segment]] = {
+        "conversations": [other, Text("a", False), Text("b")],
+        "more": [other, Text("?", False), Text("!")],
+        "text": [other, Text("x")],
+    }
+    for column, segments in meant.items():
+        out = tmp_path / column
+        write_shards(source, out, image_column="mask", text_column=column, settings=ALL_TRAIN)
+        assert [list(document.segments) for document in written(out)] == [segments]
+
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=4) | st.sampled_from(["pics/a.png", "<image>"])
+)
+NAMES = ["image", "images", "text", "texts", "conversations", "segments", "bytes", "path", "user", "assistant", "from"]
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*NAMES, "value"]), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=3 * settings.default.max_examples)
+@given(rows=st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=4), min_size=1, max_size=4))
+def test_any_rows_of_json_are_read_counted_or_refused(
+    tmp_path: Path, images: dict[str, Image], rows: list[dict]
+) -> None:
+    assert_read_counted_or_refused(tmp_path, lambda root: lines(root / "t.jsonl", rows), len(rows), images=tmp_path)
+
+
+@settings(max_examples=2 * settings.default.max_examples)
+@given(
+    rows=st.lists(
+        st.fixed_dictionaries({"file_name": VALUES}, optional={"file_names": VALUES, "text": VALUES, "texts": VALUES}),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_any_metadata_is_read_counted_or_refused(tmp_path: Path, rows: list[dict]) -> None:
+    def source(root: Path) -> Path:
+        described(root / "set" / "train", "metadata.jsonl", rows)
+        return root / "set"
+
+    assert_read_counted_or_refused(tmp_path, source, len(rows))
+
+
+@settings(max_examples=3 * settings.default.max_examples)
+@given(data=st.data())
+def test_any_rows_of_parquet_are_read_counted_or_refused(
+    tmp_path: Path, images: dict[str, Image], data: st.DataObject
+) -> None:
+    """Columns of every type that a layout of ours could take for its own."""
+    good = images["pics/a.png"].data
+    binary = st.none() | st.sampled_from([good, good[:40], b"", b"GIF89a", b"\xff\xd8\xff"])
+    text = st.none() | st.sampled_from(["", "x", "pics/a.png", "a.gif", "<image>x", "human", "gpt"])
+
+    def struct(**fields: tuple[Any, Any]) -> tuple[Any, Any]:
+        kinds = [(name, kind) for name, (kind, _) in fields.items()]
+        return pyarrow.struct(kinds), st.none() | st.fixed_dictionaries({name: of for name, (_, of) in fields.items()})
+
+    def listed(of: tuple[Any, Any]) -> tuple[Any, Any]:
+        return pyarrow.list_(of[0]), st.none() | st.lists(of[1], max_size=3)
+
+    strings, blobs = (pyarrow.string(), text), (pyarrow.binary(), binary)
+    image = struct(bytes=blobs, path=strings)
+    exchange, turn = struct(user=strings, assistant=strings), struct(**{"from": strings, "value": strings})
+    shapes = [strings, blobs, image, *map(listed, (strings, blobs, image, exchange, turn))]
+    shapes += [listed(struct(text=strings, image=image)), (pyarrow.int64(), st.integers(0, 9))]
+    names = data.draw(st.lists(st.sampled_from(NAMES[:6]), min_size=1, max_size=3, unique=True))
+    count = data.draw(st.integers(1, 3))
+    columns = {}
+    for name in names:
+        kind, values = shapes[data.draw(st.integers(0, len(shapes) - 1))]
+        columns[name] = pyarrow.array(data.draw(st.lists(values, min_size=count, max_size=count)), kind)
+
+    def source(root: Path) -> Path:
+        pyarrow.parquet.write_table(pyarrow.table(columns), root / "t.parquet")
+        return root / "t.parquet"
+
+    assert_read_counted_or_refused(tmp_path, source, count, images=tmp_path)
+
+
+def assert_read_counted_or_refused(
+    tmp_path: Path, source: Callable[[Path], Path], rows: int, images: Path | None = None
+) -> None:
+    root = tmp_path / f"{next(counter)}"
+    root.mkdir()
+    try:
+        report = write_shards(source(root), root / "out", images=images, settings=ALL_TRAIN)
+    except UserError as error:
+        assert_is_a_sentence(error)
+    else:
+        assert report.read == rows
+        assert_adds_up(report, root / "out")
 
 
 @pytest.mark.parametrize("value", ["a.png", "a.gif", "a.mp4", ["a.png", "b.png"]])
@@ -564,6 +968,10 @@ def assert_is_a_sentence(error: UserError) -> None:
     ("name", "content", "says"),
     [
         ("t.xlsx", b"x", FORMS),
+        ("t.tar", b"x", "is a shard already, or holds files: unpack files with `tar xf "),
+        ("t.tar.gz", b"x", "t.tar.gz is compressed: unpack it with `tar xzf "),
+        ("t.TGZ", b"x", "t.TGZ is compressed: unpack it with `tar xzf "),
+        ("t.jsonl.gz", b"x", "t.jsonl.gz is compressed: unpack it with `gunzip "),
         ("t.jsonl", b"", FORMS),
         ("t.jsonl", b"not json\n", FORMS),
         ("t.json", b"[]", FORMS),
@@ -614,6 +1022,7 @@ def test_a_folder_of_no_known_form_is_refused_in_a_sentence(tmp_path: Path, imag
 def test_wrong_settings_are_refused_in_a_sentence(tmp_path: Path, images: dict[str, Image]) -> None:
     captions = lines(tmp_path / "t.jsonl", [GOOD])
     chat = lines(tmp_path / "c.jsonl", [{"conversations": turns("?", "!")}])
+    segments = lines(tmp_path / "s.jsonl", [{"segments": [{"text": "x"}]}])
     (tmp_path / "file").write_text("")
     out = tmp_path / "out"
     wrong: list[tuple[str, Callable[[], object]]] = [
@@ -623,7 +1032,8 @@ def test_wrong_settings_are_refused_in_a_sentence(tmp_path: Path, images: dict[s
         ("--processes", lambda: write_shards(captions, out, processes=0)),
         ("--image-column nothing is no column", lambda: write_shards(captions, out, image_column="nothing")),
         ("--text-column nothing is no column", lambda: write_shards(captions, out, text_column="nothing")),
-        ("for captions and text only", lambda: write_shards(chat, out, text_column="conversations")),
+        ("for other tables", lambda: write_shards(segments, out, text_column="segments")),
+        ("--image-column nothing is no column", lambda: write_shards(chat, out, image_column="nothing")),
         ("for tables only", lambda: write_shards(tmp_path / "pics", out, text_column="text")),
         ("can't be written", lambda: write_shards(captions, tmp_path / "file" / "out")),
     ]

@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import Callback
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.checkpoint.description import SECTION
-from fuyu_e2e.checkpoint.training_files import best_checkpoint, read_checkpoint
+from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO, WholeCheckpointIO

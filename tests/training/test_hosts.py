@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from fuyu_e2e.checkpoint.run_checkpoints import newest
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
-from fuyu_e2e.checkpoint.whole import check, newest
+from fuyu_e2e.checkpoint.whole import check
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.recipe import FuyuCLI

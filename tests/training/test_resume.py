@@ -146,8 +146,8 @@ def test_other_data_is_refused_before_it_spoils_a_run(alone: Path, changed: dict
 
 
 def test_a_run_goes_on_under_the_rules_that_it_began_with(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fuyu_e2e.datamodule.VERSION", 3)
-    with pytest.raises(UserError, match=r"trained under rules 2 .* and these are rules 3: go on with the version"):
+    monkeypatch.setattr("fuyu_e2e.datamodule.VERSION", 4)
+    with pytest.raises(UserError, match=r"trained under rules 3 .* and these are rules 4: go on with the version"):
         runs.run(alone, "refused", 0, "boundary")
 
 

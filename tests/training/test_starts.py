@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fuyu_e2e.checkpoint.training_files import best_checkpoint, find_checkpoint, read_checkpoint
+from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.cli import main
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.estimate import estimated
@@ -490,3 +492,68 @@ def test_a_named_size_takes_the_tokenizers_vocabulary(command: Callable[..., tup
     assert code == 0, printed
     assert yaml.safe_load((folder / "named" / "config.yaml").read_text())["trainer"]["max_steps"] == 5
     assert read_checkpoint(folder / "named" / "checkpoints" / "last.ckpt")["global_step"] == 5
+
+
+def test_a_checkpoint_may_be_named_by_run_folder_or_figure(
+    command: Callable[..., tuple[int, str]], folder: Path, trained: str
+) -> None:
+    for number, named in enumerate(("run", "run/checkpoints", "run/checkpoints/last.ckpt")):
+        fork = ("--trainer.default_root_dir", f"fork{number}", "--trainer.max_steps", "5")
+        code, printed = command(*FIT[:3], *fork, "--ckpt_path", named)
+        assert code == 0, printed
+        assert read_checkpoint(find_checkpoint(folder / f"fork{number}"))["global_step"] == 5
+    best = best_checkpoint(folder / "run")
+    assert best is not None
+    code, printed = command("validate", *FIT[1:], "--ckpt_path", "best")
+    assert code == 0, printed
+    assert f"run/checkpoints/{best.path.name}" in printed
+    code, printed = command("validate", *FIT[1:3], "--ckpt_path", "best", "--trainer.default_root_dir", "typo")
+    assert code == 2, printed
+    assert "no checkpoint of typo records a figure that tells the best" in printed
+
+
+def test_a_run_goes_back_to_its_own_checkpoints_alone(
+    command: Callable[..., tuple[int, str]], folder: Path, trained: str
+) -> None:
+    """Those of a later step stay, and the run goes on from what it wrote last."""
+    back, other = folder / "back", folder / "other"
+    code, printed = command(*FIT[:3], "--trainer.default_root_dir", "back", "--checkpoint.save_top_k", "-1")
+    assert code == 0, printed
+    shutil.copytree(folder / "run", other)
+    shutil.rmtree(other / "checkpoints" / "last.ckpt", ignore_errors=True)
+    named = str(find_checkpoint(other))
+    before = everything(back)
+    code, printed = command(*FIT[:3], "--trainer.default_root_dir", "back", "--ckpt_path", named)
+    assert code == 2, printed
+    assert "back already holds a run, and " in printed
+    assert "is a checkpoint of another: name a new directory" in printed
+    assert everything(back) == before
+    [early] = (back / "checkpoints").glob("step=2*")
+    code, printed = command(*FIT[:3], "--trainer.default_root_dir", "back", "--ckpt_path", str(early),
+                            "--trainer.max_steps", "3")  # fmt: skip
+    assert code == 0, printed
+    assert "Going back to step 2: checkpoints of later steps, up to 4, stay until" in printed
+    assert {path.name.split("-")[0].removesuffix(".ckpt") for path in (back / "checkpoints").iterdir()} == {
+        "last", "step=2", "step=3", "step=4"}  # fmt: skip
+    assert read_checkpoint(find_checkpoint(back))["global_step"] == 3
+    code, printed = command(*FIT[:3], "--trainer.default_root_dir", "back", *LAST)
+    assert code == 0, printed
+    assert "Reading the checkpoint" in printed
+    assert "back/checkpoints/step=3" in printed
+    events = EventAccumulator(str(back / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3], "a step is shown once"
+
+
+def test_the_last_checkpoint_of_a_run_that_averages_has_the_trained_weights_too(
+    command: Callable[..., tuple[int, str]], folder: Path
+) -> None:
+    """Also where it is saved at the very end, when Lightning has put the average into the model."""
+    average = '{"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.5}}'
+    for name, callbacks in (("plain", "null"), ("averaging", average)):
+        fit = (*FIT[:3], "--trainer.default_root_dir", name, "--trainer.max_steps", "3")
+        code, printed = command(*fit, "--trainer.callbacks", callbacks)
+        assert code == 0, printed
+    plain, averaging = (read_checkpoint(find_checkpoint(folder / name)) for name in ("plain", "averaging"))
+    trained = averaging["current_model_state"]
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in plain["state_dict"].items())
+    assert any(not torch.equal(tensor, averaging["state_dict"][name]) for name, tensor in trained.items())

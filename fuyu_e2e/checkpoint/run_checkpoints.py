@@ -1,0 +1,130 @@
+"""What a run's checkpoints are, and which of them is the newest, the best, or the one that was named.
+
+Everything that looks for a checkpoint asks here. Their order is that in which they were written, as their manifests
+say: file times are those of a copy where `rsync -r`, an object store or `unzip` made one.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fuyu_e2e.checkpoint.sharded_files import is_sharded
+from fuyu_e2e.checkpoint.whole import MANIFEST, UNFINISHED, Manifest, faults, is_whole
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.run_directory import CHECKPOINTS, RECIPE
+
+SUFFIX = ".ckpt"
+LAST = f"last{SUFFIX}"
+"""The name that leads to the newest; a real checkpoint of that name is a copy of it."""
+
+
+def run_checkpoints(path: Path) -> list[Path]:
+    """The checkpoints of a run's directory, wherever in it they lie, or of a folder of checkpoints; the newest first.
+
+    Of a directory that is neither, but holds some further down, those of the folder with the newest.
+    """
+    below = {manifest.parent.parent for manifest in path.glob(f"**/*{SUFFIX}/{MANIFEST}")}
+    if (path / CHECKPOINTS).is_dir():
+        others = {recipe.parent for recipe in path.glob(f"**/{RECIPE}")} - {path}  # runs in a directory of this one
+        own = {folder for folder in below if not others & {folder, *folder.parents}}
+        return written_last_first([path / CHECKPOINTS, *own])  # the folder itself may be a link, which glob leaves out
+    if found := written_last_first([path]):
+        return found
+    each = [found for folder in below if (found := written_last_first([folder]))]
+    return max(each, key=lambda found: _written(found[0]), default=[])
+
+
+def written_last_first(folders: Iterable[Path]) -> list[Path]:
+    """The checkpoints with a manifest in some folders, by when they were written.
+
+    A link to one of them is not another one. Those whose manifest is damaged come first: any may be the newest.
+    """
+    found = {path for folder in folders for path in folder.glob(f"*{SUFFIX}") if is_whole(path)}
+    found = {path for path in found if not path.name.startswith(UNFINISHED)}
+    themselves = {path.resolve() for path in found if not path.is_symlink()}
+    found = {path for path in found if not path.is_symlink() or path.resolve() not in themselves}
+    return sorted(found, key=_written, reverse=True)
+
+
+def _written(checkpoint: Path) -> tuple[float, int, bool, str]:
+    try:
+        manifest = Manifest.read(checkpoint)
+    except UserError:
+        return math.inf, 0, True, checkpoint.name
+    return manifest.written, manifest.step, checkpoint.name != LAST, str(checkpoint)
+
+
+def newest(path: Path) -> tuple[Path, dict[Path, str]]:
+    """The newest of `run_checkpoints` in which every byte is right, and what is wrong with those passed over.
+
+    Raises:
+        UserError: There is none.
+    """
+    passed_over: dict[Path, str] = {}
+    for checkpoint in run_checkpoints(path):
+        if not (found := faults(checkpoint)):
+            return checkpoint, passed_over
+        passed_over[checkpoint] = found[0]
+    said = "".join(f"; {path.name}: {fault}" for path, fault in passed_over.items())
+    raise UserError(f"{path} holds no checkpoint to go on from{said}.")
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that `path` names: itself, or the newest one in a run's directory whose every byte is right.
+
+    Raises:
+        UserError: There is none, or there are several that only Lightning wrote, which don't say when that was.
+    """
+    path = Path(path)
+    if path.is_file() or is_sharded(path) or is_whole(path):
+        return path
+    if run_checkpoints(path):
+        return newest(path)[0]
+    found = sorted(file for file in path.glob(f"**/*{SUFFIX}") if not file.is_symlink())
+    if not found:
+        raise UserError(f"{path} is no checkpoint, and no directory that holds one (*{SUFFIX}).")
+    if len(found) > 1:
+        raise UserError(
+            f"{path} holds {len(found)} checkpoints without a manifest, {found[0].name} among them: name the one that "
+            "you mean."
+        )
+    return found[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestCheckpoint:
+    """The checkpoint of a run with the best figure."""
+
+    path: Path
+    step: int
+    """Optimizer steps."""
+    name: str
+    """The figure by which it is the best, as in TensorBoard: `val/loss`."""
+    value: float
+    """That figure of its own weights."""
+
+
+def best_checkpoint(run: Path) -> BestCheckpoint | None:
+    """The best checkpoint in a run's directory, by the figures that the checkpoints themselves record.
+
+    The newest one that records a figure says which figure counts, and whether less is better. Of equal ones the
+    earlier step is taken. Only manifests are read: weights are compared with their checksums when they are read.
+
+    Returns:
+        None where no checkpoint records such a figure: the run had no validation, or an earlier version wrote it.
+    """
+    found: list[tuple[BestCheckpoint, str]] = []
+    for path in run_checkpoints(run):
+        try:
+            manifest = Manifest.read(path)
+        except UserError:
+            continue  # a damaged one is no candidate, as where the newest is looked for
+        if (taken := manifest.monitored) and not math.isnan(taken["value"]):
+            best = BestCheckpoint(path=path, step=manifest.step, name=taken["name"], value=taken["value"])
+            found.append((best, taken["mode"]))
+    if not found:
+        return None
+    name, mode = found[0][0].name, found[0][1]
+    sign = 1 if mode == "min" else -1
+    return min((best for best, _ in found if best.name == name), key=lambda best: (sign * best.value, best.step))
