@@ -22,7 +22,8 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fuyu_e2e.checkpoint.training_files import find_checkpoint, read_checkpoint
+from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint
+from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.cli import main
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.recipe import FuyuCLI
