@@ -2,7 +2,6 @@
 
 import re
 import sys
-from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any, NoReturn
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
+from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.run_directory import run_of
-from fuyu_e2e.setting_errors import SettingError, follows
+from fuyu_e2e.setting_errors import SettingError, follows, groups_given
 
 OPTION = "--allow-imports"
 ALLOWED = (
@@ -50,8 +50,8 @@ class DeniedImportError(Exception):
 class RecipeParser(LightningArgumentParser):
     """Lightning's parser, which says of an import that was denied what was, and no more, and finds runs again.
 
-    Of a setting that follows from another, jsonargparse refuses a value on the command line, and passes over one in a
-    recipe.
+    Of a setting that follows from another, jsonargparse refuses a value under its own name on the command line, and
+    passes over one in a recipe or in a group (`--data '{"seed": 4}'`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -75,11 +75,19 @@ class RecipeParser(LightningArgumentParser):
                 raise SettingError(follows(target, source), self._option_string_actions)
         return settings
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parses; of a setting of ours, jsonargparse lets a denied import through as it was raised."""
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """Parses; jsonargparse lets a denied import of a setting of ours, and a file that is no text, pass as raised.
+
+        Raises:
+            SettingError: Something is wrong with the settings, or with a file that holds some.
+        """
+        for target, source in self._followed.items():
+            group, _, name = target.rpartition(".")
+            if any(given.get(name) is not None for given in groups_given(group, args)):
+                self.error(follows(target, source))
         try:
-            return super().parse_args(*args, **kwargs)
-        except ImportError as error:
+            return super().parse_args(args, *rest, **kwargs)
+        except (ImportError, UnicodeDecodeError) as error:
             self.error(str(error), error)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -113,7 +121,7 @@ def take_allowed(args: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         UserError: Something else than a package was named.
     """
-    parser = ArgumentParser(prog="fuyu-e2e", add_help=False, allow_abbrev=False)
+    parser = CommandParser(prog="fuyu-e2e fit", add_help=False)
     parser.add_argument(OPTION, action="append", default=[], metavar="PACKAGE[,PACKAGE]")
     options, rest = parser.parse_known_args(args)
     named = [name for value in options.allow_imports for name in value.split(",")]

@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -13,6 +13,24 @@ UNRECOGNIZED = "unrecognized arguments: "
 """How argparse and jsonargparse begin to name arguments that no option takes."""
 REQUIRED = "the following arguments are required: "
 """How argparse begins to name arguments that are missing."""
+NO_VALUE = "expected one argument"
+"""What argparse and jsonargparse say of an option without its value."""
+KINDS = {"int": "a whole number", "float": "a number"}
+"""How types are called."""
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of an option that takes a whole number of a range."""
+
+    def read(text: str) -> int:
+        value = int(text)
+        if value < least or (most is not None and value > most):
+            bounds = f"at least {least}" if most is None or value < least else f"at most {most}"
+            raise argparse.ArgumentTypeError(f"is {value}, but must be {bounds}")
+        return value
+
+    read.__name__ = "int"  # as argparse calls it where the text is no number
+    return read
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -50,6 +68,12 @@ class CommandParser(argparse.ArgumentParser):
             hint = did_you_mean(chosen[1], choices) or f"choose from {', '.join(choices)}."
             what = message.partition(":")[0].removeprefix("argument ")
             raise UserError(f"{what} can't be {chosen[1]!r}: {hint}")
+        if wrong := re.search(r"argument (\S+): invalid (int|float) value: (.*)", message):
+            raise UserError(f"{wrong[1]} is {wrong[3]}, but must be {KINDS[wrong[2]]}.")
+        if out_of_range := re.search(r"argument (\S+): (is .*)", message):
+            raise UserError(f"{out_of_range[1]} {out_of_range[2]}.")
+        if message.endswith(NO_VALUE):
+            raise UserError(without_value(message, f"{self.prog} --help"))
         raise UserError(f"{message}; {self.prog} --help tells more.")
 
 
@@ -62,6 +86,12 @@ def _options(parser: argparse.ArgumentParser) -> set[str]:
     return known
 
 
+def without_value(message: str, help_command: str) -> str:
+    """The sentence that refuses an option without its value, of what argparse or jsonargparse says."""
+    name = message.removeprefix("argument ").partition(":")[0].rpartition("/")[2]
+    return f"{name} needs a value: {help_command} says which."
+
+
 def unknown_option(arguments: str, known: Iterable[str], help_command: str) -> str:
     """The sentence that refuses an argument which no option takes.
 
@@ -72,6 +102,8 @@ def unknown_option(arguments: str, known: Iterable[str], help_command: str) -> s
     """
     name = arguments.split()[0].partition("=")[0]
     kind = "option" if name.startswith("-") else "argument"
+    if name.endswith((".yaml", ".yml")) and "--config" in known:
+        return f"There is no argument {name}: did you mean --config {name}?"
     hint = did_you_mean(name, known) or f"{help_command} lists all options."
     return f"There is no {kind} {name}: {hint}"
 

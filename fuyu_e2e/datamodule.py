@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,10 @@ class FuyuDataModule(pl.LightningDataModule):
         for name, value in (("budget", budget), ("lanes", lanes), ("shuffle", shuffle)):
             if value < 1:
                 raise UserError(f"data.{name} is {value}, but must be at least 1.")
+        if workers < 0:
+            raise UserError(f"data.workers is {workers}, but must be 0 (none) or above.")
+        if not 0 <= cache_gigabytes < inf:
+            raise UserError(f"data.cache_gigabytes is {cache_gigabytes}, but must be 0 or a number above.")
         self.tokenizer_path = Path(tokenizer)
         self.images = ImagePolicy(patch_size=patch_size, max_patches=max_patches, max_size=max_size)
         if train and mixture:

@@ -19,7 +19,7 @@ from fuyu_e2e.model.memory import Memory, Precision, memory
 from fuyu_e2e.own_options import add_estimate_options
 from fuyu_e2e.packing import Packer
 from fuyu_e2e.recipe import FuyuCLI
-from fuyu_e2e.setting_errors import recipes_of
+from fuyu_e2e.setting_errors import groups_given, recipes_of
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.training.device_limits import matmul_rate, named_peak
 
@@ -103,6 +103,7 @@ def estimated(args: Sequence[str]) -> Estimate:
     if cli.datamodule.tokenizer_path.is_file():  # else the size's own vocabulary, as nothing else is known
         cli.model.fit_vocabulary(cli.datamodule)
     settings, config = cli.config.trainer, cli.model.config
+    check_counts(settings, cli.config.rows_per_step)
     if not 0 < cli.config.mfu <= 1:
         raise UserError(f"--mfu is {cli.config.mfu}, but is a share: set it above 0 and at most 1.")
     named = cli.config.device
@@ -142,6 +143,26 @@ def estimated(args: Sequence[str]) -> Estimate:
         rate=named_peak(named, dtype) if named is not None else matmul_rate(here, dtype, rounds=3),
         mfu=cli.config.mfu,
     )
+
+
+def check_counts(trainer: Any, rows_per_step: int | None) -> None:
+    """Refuses counts that `fit` would refuse as it begins.
+
+    Raises:
+        UserError: Names the setting.
+    """
+    counts = {
+        "trainer.num_nodes": trainer.num_nodes,
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "rows_per_step": rows_per_step,
+    }
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}, but must be at least 1.")
+    devices = trainer.devices
+    listed = devices if isinstance(devices, list) else str(devices).strip(",").split(",")
+    if devices != "auto" and (str(devices) == "0" or not all(str(one).lstrip("-").isdigit() for one in listed)):
+        raise UserError(f"trainer.devices is {devices!r}, but must be at least 1, or auto.")
 
 
 def _row(data: FuyuDataModule, config: FuyuConfig) -> Row:
@@ -187,10 +208,11 @@ def _devices(asked: Any, where: str) -> int:
 
 
 def _says_precision(args: Sequence[str]) -> bool:
-    """Whether the command line or one of its recipes sets `trainer.precision`."""
+    """Whether the command line, by itself or in a group, or one of its recipes sets `trainer.precision`."""
     recipes = (yaml.safe_load(Path(path).read_text()) for path in recipes_of(args) if Path(path).is_file())
+    groups = [*groups_given("trainer", args), *(recipe.get("trainer") or {} for recipe in recipes)]
     return any(argument.startswith("--trainer.precision") for argument in args) or any(
-        "precision" in (recipe.get("trainer") or {}) for recipe in recipes
+        "precision" in group for group in groups
     )
 
 

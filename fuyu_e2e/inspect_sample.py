@@ -43,6 +43,8 @@ def inspect_sample(args: Sequence[str]) -> None:
     data: FuyuDataModule = cli.datamodule
     tally = Tally()
     index = cli.config.index
+    if index < 0:
+        raise UserError(f"--index is {index}, but must be at least 0, the first sample.")
     document = next(islice(data.documents("train", tally), index, None), None)
     if document is None:
         raise UserError(f"--index {index} is behind the last usable sample ({tally.summary()}).")

@@ -61,11 +61,13 @@ def run(options: Namespace) -> None:
     """Writes shards of composed digits, trains a tokenizer and a model on them, and scores what it reads.
 
     Raises:
-        UserError: The directory already holds a run.
+        UserError: The directory already holds a run, or the recipe is none.
     """
     place = Workplace(Path(options.out))
     if any(place.root.glob("checkpoints/*.ckpt")):
         raise UserError(f"{place.root} already holds a run: name another directory with --out, or remove it.")
+    settings = recipe_settings(place, options.recipe, options.seed, options.max_steps)
+    FuyuCLI(settings, run=False)  # what is wrong with the recipe is said before minutes of drawing
     console = Console(highlight=False)
     started_at = time.perf_counter()
 
@@ -74,7 +76,7 @@ def run(options: Namespace) -> None:
     console.print(f"{options.pictures:,} training pictures in {place.data} ({time.perf_counter() - started_at:.0f} s)")
 
     console.rule("2. Training")
-    cli = train(place, options.recipe, options.seed, options.max_steps)
+    cli = FuyuCLI(["fit", *settings])
 
     console.rule("3. Reading")
     model = load_model(place.root / "checkpoints" / "last.ckpt")
@@ -111,10 +113,19 @@ def documents(shards: Iterable[Path]) -> Iterable[Document]:
     return (document for shard in shards for document in read_documents(shard, Tally()))
 
 
-def train(place: Workplace, recipe: str, seed: int, max_steps: int | None) -> FuyuCLI:
-    """Trains as `fuyu-e2e fit` does, with a recipe that is a file or shipped."""
+def recipe_settings(place: Workplace, recipe: str, seed: int, max_steps: int | None) -> list[str]:
+    """What `fuyu-e2e fit` is told, with a recipe that is a file or shipped.
+
+    Raises:
+        UserError: It is neither.
+    """
+    path = Path(recipe)
+    try:
+        path = path if path.is_file() else shipped(recipe)
+    except UserError:
+        raise UserError(f"--recipe {recipe} is no file, and none of the shipped ones (recipes/*.yaml).") from None
     settings: dict[str, Any] = {
-        "config": recipe if Path(recipe).is_file() else shipped(recipe),
+        "config": path,
         "seed_everything": seed,
         "trainer.default_root_dir": place.root,
         "data.tokenizer": place.tokenizer,
@@ -124,7 +135,7 @@ def train(place: Workplace, recipe: str, seed: int, max_steps: int | None) -> Fu
     if max_steps is not None:
         settings["trainer.max_steps"] = max_steps
         settings["trainer.val_check_interval"] = max_steps
-    return FuyuCLI(["fit", *(f"--{name}={value}" for name, value in settings.items())])
+    return [f"--{name}={value}" for name, value in settings.items()]
 
 
 def export_model(place: Workplace) -> None:

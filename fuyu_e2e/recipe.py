@@ -1,7 +1,6 @@
 """From a recipe to a run: LightningCLI with our module, data and callbacks."""
 
 import json
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from fuyu_e2e.allowed_imports import (
     only_allowed_imports,
     take_allowed,
 )
+from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.checkpoint.description import Description
 from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, manifests, newest, run_checkpoints
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
@@ -32,6 +32,7 @@ from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.during_training import EvaluationInTraining
 from fuyu_e2e.home import with_home
+from fuyu_e2e.model.attention_kernels import check_device
 from fuyu_e2e.run_directory import CHECKPOINTS
 from fuyu_e2e.setting_errors import SettingError, is_of_others, reason, recipes_of, sentence
 from fuyu_e2e.shards.sources import CACHE_FOLDER
@@ -47,7 +48,13 @@ from fuyu_e2e.training.hosts import Hosts
 from fuyu_e2e.training.intervals import set_intervals
 from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.launched import launched_processes
-from fuyu_e2e.training.lightning_settings import check_devices, check_settings
+from fuyu_e2e.training.lightning_settings import (
+    check_devices,
+    check_limits,
+    check_plugins,
+    check_settings,
+    set_monitor,
+)
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.no_profiler import NoProfiler
 from fuyu_e2e.training.progress import progress
@@ -208,7 +215,7 @@ class FuyuCLI(LightningCLI):
         parser.link_arguments(
             "model.config", "data.patch_size", compute_fn=lambda config: config.patch_size, apply_on="instantiate"
         )
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.seed")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         # `last.ckpt` is a link to the newest; a run that goes on writes over the names that it had.
         parser.set_defaults({"checkpoint.save_last": "link", "checkpoint.enable_version_counter": False})
@@ -225,6 +232,15 @@ class FuyuCLI(LightningCLI):
         parser.add_lightning_class_args(EvaluationInTraining, "evaluate")
         parser.link_arguments(
             "trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: str(Path(root) / CHECKPOINTS)
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the seed, which is a number here: Lightning's `true` draws one, and a resumed run needs its own."""
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=self.seed_everything_default,
+            help="Seeds the weights, the order of the data, and all else that is drawn.",
         )
 
     @staticmethod
@@ -264,6 +280,8 @@ class FuyuCLI(LightningCLI):
             )
         if (command := self.config.get("subcommand")) is not None:
             check_devices(settings["trainer"])
+            check_limits(command, settings["trainer"])
+            set_monitor(settings)
             if command == "fit" and (said := set_intervals(settings)):
                 rank_zero_info(said)
             settings["ckpt_path"] = checkpoint_to_read(
@@ -304,6 +322,7 @@ class FuyuCLI(LightningCLI):
             root = settings["default_root_dir"]
             kwargs["logger"] = Curves(root, name="tensorboard", version="") if trains else False
         named, plugins = (_listed(settings[name]) for name in ("callbacks", "plugins"))
+        check_plugins(plugins)
         own_bar = settings["enable_progress_bar"] is False or any(isinstance(one, ProgressBar) for one in named)
         shown: list[pl.Callback] = [] if own_bar else [progress()]
         if settings["enable_model_summary"] is not False and not any(isinstance(one, ModelSummary) for one in named):
@@ -328,8 +347,10 @@ class FuyuCLI(LightningCLI):
         """Shares the rows of a step out.
 
         Raises:
-            UserError: They don't divide by the processes.
+            UserError: They don't divide by the processes; or attention can't be computed as asked here, which would be
+                told by the first step.
         """
+        check_device(self.model.attention, self.trainer.strategy.root_device)
         rows, strategy = self.config.fit.rows_per_step, self.trainer.strategy
         if rows is not None:
             sharing = strategy.tensor_parallel_size if isinstance(strategy, Sharded) else 1
@@ -454,6 +475,6 @@ def _where(path: str, args: Sequence[str]) -> str:
 
 
 def _allows_pipe(args: Sequence[str]) -> bool:
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = CommandParser(prog="fuyu-e2e fit", add_help=False)
     parser.add_argument("--data.allow_pipe", dest="allow_pipe", default="false")
     return yaml.safe_load(parser.parse_known_args(args)[0].allow_pipe) is True

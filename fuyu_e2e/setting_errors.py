@@ -8,14 +8,23 @@ import inspect
 import re
 import sys
 import traceback
-from argparse import ArgumentParser
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fuyu_e2e.arguments import UNRECOGNIZED, did_you_mean, unknown_option
+from fuyu_e2e.arguments import (
+    KINDS,
+    NO_VALUE,
+    REQUIRED,
+    UNRECOGNIZED,
+    CommandParser,
+    did_you_mean,
+    unknown_option,
+    without_value,
+)
 
 HELP = "fuyu-e2e fit --help"
 """The command that lists all settings."""
@@ -23,7 +32,14 @@ LONGEST = 300
 """Characters of a passed-on message."""
 
 
-TYPES = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
+TYPES = KINDS | {
+    "str": "text",
+    "bool": "true or false",
+    "NoneType": "null",
+    "tuple": "a list, as [a, b]",
+    "list": "a list, as [a, b]",
+    "dict": "names with a value each, as {a: b}",
+}
 """How types are called."""
 
 
@@ -49,10 +65,21 @@ def follows(target: str, source: str) -> str:
 
 def recipes_of(args: Sequence[str]) -> list[str]:
     """The recipes that a command line names."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = CommandParser(prog="fuyu-e2e fit", add_help=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     recipes: list[str] = parser.parse_known_args(args)[0].config
     return recipes
+
+
+def groups_given(group: str, args: Sequence[str]) -> list[dict[str, Any]]:
+    """What a command line gives as whole groups of settings, as `--data '{"workers": 2}'` or the file of one."""
+    parser = CommandParser(prog="fuyu-e2e fit", add_help=False)
+    parser.add_argument(f"--{group}", dest="given", action="append", default=[])
+    found = []
+    for text in parser.parse_known_args(args)[0].given:
+        with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # the parser says what is wrong with it
+            found.append(yaml.safe_load(text if text.startswith("{") else Path(text).read_text(encoding="utf-8")))
+    return [settings for settings in found if isinstance(settings, dict)]
 
 
 def sentence(error: SettingError, args: Sequence[str], classes: Collection[str]) -> str:
@@ -80,6 +107,14 @@ def sentence(error: SettingError, args: Sequence[str], classes: Collection[str])
             return f"The recipe {name} is no YAML{line}: {getattr(problem, 'problem', problem)}."
         if not isinstance(recipes[name], dict):
             return f"The recipe {name} holds no settings, as `trainer:` and below it `max_steps: 100` would be."
+    if message.startswith("'utf-8' codec"):
+        return f"{_no_text(args)} is no text in UTF-8: name a file of settings."
+    if message.endswith(NO_VALUE):
+        return without_value(message, HELP)
+    if message.startswith(REQUIRED):
+        missing = message.removeprefix(REQUIRED).split(", ")
+        names = " and ".join(re.sub(r"^(fit|validate|test|predict)\.", "", name) for name in missing)
+        return f"{names} {'is' if len(missing) == 1 else 'are'} not set: name a recipe that does with --config RECIPE."
     if message.startswith(UNRECOGNIZED):
         return unknown_option(message.removeprefix(UNRECOGNIZED), error.options, HELP)
     settings = [option.removeprefix("--") for option in error.options]
@@ -92,7 +127,14 @@ def sentence(error: SettingError, args: Sequence[str], classes: Collection[str])
     if unknown := re.match(r"(Subcommand|Group) '(.*?)' does not accept option '(.+?)'", message):
         group = unknown[2] if unknown[1] == "Group" else ""
         return _unknown(f"{group}.{unknown[3]}".strip("."), settings, args, recipes)
-    key = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
+    key, in_group = "", False
+    for part in re.findall(r'Parser key "([\w.]+)"', message):
+        within = part == key or part.startswith(f"{key}.")  # a group names its settings from the first name on
+        in_group = in_group or within
+        key = part if within else f"{key}.{part}".strip(".")
+    recipes = {} if in_group else recipes  # what a group on the command line holds stands in no recipe
+    if no_group := re.search(r'Unable to load config "(.*?)"', message):
+        return _no_settings(key, no_group[1], args, recipes)
     if unknown := re.search(r"Option '([\w.]+)' is not accepted", message):
         within = _settings_of(message[: unknown.start()], key) if key else settings
         return _unknown(f"{key}.{unknown[1]}".strip("."), within, args, recipes)
@@ -147,10 +189,11 @@ def _choices(message: str) -> str:
 
 def _unknown(name: str, settings: Collection[str], args: Sequence[str], recipes: dict[str, Any]) -> str:
     """Refuses a setting that there is none of."""
-    if _on_command_line(name, args):
+    if _given_as(name, args) == f"--{name}":
         return unknown_option(f"--{name}", [f"--{setting}" for setting in settings], HELP)
     hint = did_you_mean(name, settings) or f"{HELP} lists all settings."
-    return f"{_recipe_of(name, recipes) or 'The recipe'} sets {name}, which is no setting: {hint}"
+    source = _recipe_of(name, recipes) or _given_as(name, args) or "The recipe"
+    return f"{source} sets {name}, which is no setting: {hint}"
 
 
 def _settings_of(message: str, key: str) -> list[str]:
@@ -161,16 +204,45 @@ def _settings_of(message: str, key: str) -> list[str]:
     return [f"{key}.{setting}" for setting in inspect.signature(found).parameters] if found is not None else []
 
 
-def _on_command_line(key: str, args: Sequence[str]) -> bool:
-    return any(arg.partition("=")[0].removesuffix("+") == f"--{key}" for arg in args)
+def _no_settings(group: str, given: str, args: Sequence[str], recipes: dict[str, Any]) -> str:
+    """Refuses what stands in the place of a group of settings, and is neither those nor a file of them."""
+    if group == "checkpoint":
+        return (
+            f"--checkpoint is for settings of how checkpoints are kept, and {given!r} is none: name the checkpoint to "
+            "read with --ckpt_path."
+        )
+    return (
+        f"{_where(group, args, recipes)} is {given!r}, but must be a YAML file of such settings, or settings in "
+        f"braces: {HELP} lists them."
+    )
+
+
+def _no_text(args: Sequence[str]) -> str:
+    """The first file that a command line names and that can't be read as text."""
+    for name in (arg.rpartition("=")[2] for arg in args):
+        with suppress(OSError):
+            try:
+                Path(name).read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                return name
+    return "A file"
+
+
+def _given_as(key: str, args: Sequence[str]) -> str | None:
+    """The option of a command line that sets a setting: under its own name, or in a group that it stands in."""
+    given = {arg.partition("=")[0].removesuffix("+") for arg in args}
+    parts = key.split(".")
+    names = ["--" + ".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return next((name for name in names if name in given), None)
 
 
 def _where(key: str, args: Sequence[str], recipes: dict[str, Any]) -> str:
-    """A setting, and which recipe it stands in unless it stands on the command line."""
-    if _on_command_line(key, args):
-        return f"--{key}"
-    recipe = _recipe_of(key, recipes)
-    return f"{key} in {recipe}" if recipe else key
+    """A setting, and where it stands unless that is the command line under its own name."""
+    option = _given_as(key, args)
+    if option == f"--{key}":
+        return option
+    source = _recipe_of(key, recipes) or option
+    return f"{key} in {source}" if source else key
 
 
 def _recipe_of(key: str, recipes: dict[str, Any]) -> str | None:

@@ -4,8 +4,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pkgutil import resolve_name
 
+from fuyu_e2e.arguments import did_you_mean
 from fuyu_e2e.environment import set_defaults
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.exit_codes import WRONG_USE
 
 BENCHMARKS = {
     "mod": "fuyu_e2e.bench.mod:mod",
@@ -28,8 +30,9 @@ def main() -> int:
     set_defaults()
     name, *args = sys.argv[1:] or [""]
     if name not in BENCHMARKS:
-        print(f"usage: python -m fuyu_e2e.bench {{{','.join(BENCHMARKS)}}} [--help]", file=sys.stderr)
-        return 2
+        hint = did_you_mean(name, BENCHMARKS) or f"choose from {', '.join(BENCHMARKS)}."
+        print(f"fuyu_e2e.bench: There is no benchmark {name!r}: {hint}", file=sys.stderr)
+        return WRONG_USE
     benchmark: Callable[[Sequence[str]], None] = resolve_name(BENCHMARKS[name])
     try:
         benchmark(args)

@@ -3,9 +3,8 @@
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 
-from fuyu_e2e.arguments import CommandParser
+from fuyu_e2e.arguments import CommandParser, whole_number
 from fuyu_e2e.cli.starting import starting
-from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.task import BATCH_TOKENS
 
 
@@ -22,23 +21,22 @@ def evaluate(args: Sequence[str]) -> int:
         metavar="KEY=PATH",
         help="A file or folder of the task's data, in place of the task's own; may be given several times.",
     )
-    parser.add_argument("--limit", type=int, help="Ask the first N questions only.")
+    parser.add_argument("--limit", type=whole_number(1), help="Ask the first N questions only.")
     parser.add_argument("--out", help="Where the report goes (default: evaluate/TASK in the run's directory).")
     parser.add_argument(
         "--device", default="auto", help="What computes, as cpu or cuda:1 (default: CUDA where there is a GPU)."
     )
     parser.add_argument(
         "--batch-tokens",
-        type=int,
+        type=whole_number(1),
         default=BATCH_TOKENS,
         help="Tokens read and written at once, which memory bounds; a longer question is scored as wrong (default: "
         "%(default)s).",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Seeds the exchange of images and the intervals.")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="Seeds the exchange of images and the intervals."
+    )
     options = parser.parse_args(args)
-    for name in ("limit", "batch_tokens"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, but must be at least 1.")
 
     with starting():
         from fuyu_e2e.eval.checkpoint_scores import score_checkpoint

@@ -4,12 +4,14 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from fuyu_e2e.arguments import CommandParser
-from fuyu_e2e.cli.prompting import PROMPT_HELP, add_model_and_images, prompt_parts
+from fuyu_e2e.arguments import CommandParser, whole_number
+from fuyu_e2e.cli.prompting import PROMPT_HELP, add_max_new_tokens, add_model_and_images, prompt_parts
 from fuyu_e2e.cli.starting import starting
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.home import words_with_home
 
+MOST_SEED = 2**63 - 1
+"""torch takes those of 64 bits."""
 SET_IMAGES = ":image"
 INTERACTIVE_HELP = (
     "Load the model once and read prompts from standard input, one a line, until it ends. A line `:image a.png b.png` "
@@ -24,11 +26,11 @@ def generate(args: Sequence[str]) -> int:
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--prompt", default="", help=PROMPT_HELP)
     asked.add_argument("--interactive", action="store_true", help=INTERACTIVE_HELP)
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="Tokens written at most (default: 64).")
+    add_max_new_tokens(parser)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token.")
     parser.add_argument("--top-k", type=int, default=None, help="Draw from this many of the likeliest tokens.")
     parser.add_argument("--top-p", type=float, default=None, help="Draw from the likeliest that reach this share.")
-    parser.add_argument("--seed", type=int, default=0, help="Seeds the draws.")
+    parser.add_argument("--seed", type=whole_number(0, MOST_SEED), default=0, help="Seeds the draws.")
     options = parser.parse_args(args)
 
     with starting():

@@ -4,7 +4,11 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from fuyu_e2e.arguments import whole_number
+
 PROMPT_HELP = "The text after the images; empty asks for a caption."
+MOST_TOKENS = 2**31 - 1
+"""Positions that a document may have, as the decoder counts them."""
 
 
 def add_model_and_images(parser: ArgumentParser) -> None:
@@ -13,6 +17,16 @@ def add_model_and_images(parser: ArgumentParser) -> None:
     parser.add_argument("--image", action="append", default=[], help="An image file; may be given several times.")
     parser.add_argument(
         "--device", default="auto", help="What computes, as cpu or cuda:1 (default: CUDA where there is a GPU)."
+    )
+
+
+def add_max_new_tokens(parser: ArgumentParser) -> None:
+    """Adds how much is written at most."""
+    parser.add_argument(
+        "--max-new-tokens",
+        type=whole_number(1, MOST_TOKENS),
+        default=64,
+        help="Tokens written at most (default: %(default)s).",
     )
 
 

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
-from fuyu_e2e.arguments import CommandParser
+from fuyu_e2e.arguments import CommandParser, whole_number
 from fuyu_e2e.cli.starting import starting
+
+MOST_SEED = 2**32 - 1
+"""`fit` takes no larger one."""
 
 
 def quickstart(args: Sequence[str]) -> int:
@@ -15,12 +18,19 @@ def quickstart(args: Sequence[str]) -> int:
         default="recipes/quickstart.yaml",
         help="What to train; recipes/quickstart-mod.yaml has routed blocks (default: %(default)s).",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Seeds the training pictures, their order, the weights.")
-    parser.add_argument("--pictures", type=int, default=80_000, help="Training pictures (default: %(default)s).")
     parser.add_argument(
-        "--test-pictures", type=int, default=1_000, help="Pictures of each test (default: %(default)s)."
+        "--seed",
+        type=whole_number(0, MOST_SEED),
+        default=0,
+        help="Seeds the training pictures, their order, the weights.",
     )
-    parser.add_argument("--max-steps", type=int, help="Training steps, instead of the recipe's.")
+    parser.add_argument(
+        "--pictures", type=whole_number(1), default=80_000, help="Training pictures (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--test-pictures", type=whole_number(1), default=1_000, help="Pictures of each test (default: %(default)s)."
+    )
+    parser.add_argument("--max-steps", type=whole_number(1), help="Training steps, instead of the recipe's.")
     options = parser.parse_args(args)
 
     with starting():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fuyu_e2e.arguments import CommandParser
-from fuyu_e2e.cli.prompting import PROMPT_HELP, add_model_and_images, prompt_parts
+from fuyu_e2e.cli.prompting import PROMPT_HELP, add_max_new_tokens, add_model_and_images, prompt_parts
 from fuyu_e2e.cli.starting import starting
 
 
@@ -13,7 +13,7 @@ def routing(args: Sequence[str]) -> int:
     add_model_and_images(parser)
     parser.add_argument("--prompt", default="", help=PROMPT_HELP)
     parser.add_argument("--out", default="map.png", help="Where the picture goes (default: %(default)s).")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="Tokens written at most (default: 64).")
+    add_max_new_tokens(parser)
     options = parser.parse_args(args)
 
     with starting():

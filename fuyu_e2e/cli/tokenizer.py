@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fuyu_e2e.arguments import CommandParser
+from fuyu_e2e.arguments import CommandParser, whole_number
 from fuyu_e2e.errors import UserError
+
+MOST_TOKENS = 2**20
+"""More than any tokenizer has; what the text doesn't fill would be padding, and take a decoder's memory."""
 
 
 def tokenizer(args: Sequence[str]) -> int:
@@ -12,7 +15,12 @@ def tokenizer(args: Sequence[str]) -> int:
     parser = CommandParser(prog="fuyu-e2e tokenizer", description=tokenizer.__doc__)
     train = parser.add_subparsers(dest="action", required=True).add_parser("train", help="Train a new tokenizer.")
     train.add_argument("--shards", required=True, help="Path, glob or brace pattern of shards of any format.")
-    train.add_argument("--vocab-size", type=int, required=True, help="Tokens, special and byte tokens included.")
+    train.add_argument(
+        "--vocab-size",
+        type=whole_number(1, MOST_TOKENS),
+        required=True,
+        help="Tokens, special and byte tokens included.",
+    )
     train.add_argument("--out", required=True, help="The file to write.")
     options = parser.parse_args(args)
 

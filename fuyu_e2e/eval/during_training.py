@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from fuyu_e2e.arguments import did_you_mean
 from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.contact_sheet import draw_sheet
@@ -54,6 +55,9 @@ class EvaluationInTraining(Callback):
         for name, value in (("every_n_steps", every_n_steps), ("limit", limit), ("batch_tokens", batch_tokens)):
             if value < 1:
                 raise UserError(f"evaluate.{name} is {value}, but must be at least 1.")
+        if strange := next((name for name in data or {} if name not in tasks), None):
+            hint = did_you_mean(strange, tasks) or f"evaluate.tasks names {', '.join(tasks) or 'none'}."
+            raise UserError(f"evaluate.data is for the task {strange}, which is not evaluated: {hint}")
         self.tasks = tasks
         self.every_n_steps = every_n_steps
         self.limit = limit

@@ -23,6 +23,8 @@ from fuyu_e2e.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 2_048
 """Tokens of a dense decoder's prompts that are read at once."""
+COLDEST = 1e-30
+"""The lowest temperature that differs from greedy: below it, logits over it would be no numbers in 32 bits."""
 LOOK_EVERY = {"cpu": 1, "cuda": 8}
 """Steps after which a device is asked whether all sequences have ended: a GPU then has to finish all it has queued."""
 
@@ -61,9 +63,11 @@ def choose(
     logits_BV: Float[Tensor, "B V"], sampling: Sampling, generator: torch.Generator | None
 ) -> Int64[Tensor, " B"]:
     """Chooses one token for each row of logits."""
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return logits_BV.argmax(dim=-1)
-    logits_BV = logits_BV.float() / sampling.temperature
+    # Below the greatest, so that none is beyond what 32 bits hold.
+    logits_BV = logits_BV.float()
+    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None:
         kth = logits_BV.topk(min(sampling.top_k, logits_BV.shape[-1])).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth, float("-inf"))
@@ -100,7 +104,8 @@ def generate(
         The new tokens of each prompt, without the end of document.
 
     Raises:
-        UserError: The decoder is in training mode, or is routed and is to be compiled.
+        UserError: The decoder is in training mode, or is routed and is to be compiled; or there is no memory for so
+            many tokens.
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
@@ -111,7 +116,13 @@ def generate(
     if compiled:
         cache = compiled_cache(decoder, len(prompts), capacity)
     else:
-        cache = KeyValueCache(decoder.config, len(prompts), capacity, like=weight)
+        try:
+            cache = KeyValueCache(decoder.config, len(prompts), capacity, like=weight)
+        except RuntimeError as error:  # of torch: on a CPU it is nothing more
+            raise UserError(
+                f"There is no memory for the keys and values of {len(prompts):,} x {capacity:,} tokens: lower "
+                "max_new_tokens."
+            ) from error
     logits_BV = decoder.lm_head(prefill(decoder, batch, cache))
     look_every = LOOK_EVERY.get(weight.device.type, LOOK_EVERY["cuda"])
     written: list[Tensor] = []

@@ -50,8 +50,7 @@ def plan_attention(
     backend = _fastest(device, dtype) if backend == "auto" else backend
     if backend == "documents":
         return AttentionPlan.of(lengths, device)
-    if device.type != "cuda":
-        raise UserError(f"model.attention {backend} needs a CUDA device, and this is {device.type}: leave it at auto.")
+    check_device(backend, device)
     if backend == "flex":
         return FlexRow.of(lengths, device)
     if dtype not in (torch.bfloat16, torch.float16):
@@ -60,6 +59,16 @@ def plan_attention(
             "--trainer.precision bf16-mixed."
         )
     return VarlenRow.of(lengths, device, _varlen_kernel(backend))
+
+
+def check_device(backend: AttentionBackend, device: torch.device) -> None:
+    """Refuses a backend that is for GPUs on another device.
+
+    Raises:
+        UserError: It is.
+    """
+    if backend not in ("auto", "documents") and device.type != "cuda":
+        raise UserError(f"model.attention {backend} needs a CUDA device, and this is {device.type}: leave it at auto.")
 
 
 @cache

@@ -123,7 +123,7 @@ def _resolve(path: Path) -> Path:
     found, passed_over = newest(path)
     for bad, fault in passed_over.items():
         rank_zero_info(f"Passed over the checkpoint {bad}, which is damaged: {fault}.")
-    rank_zero_info(f"Going on from {found}.")
+    rank_zero_info(f"Reading the checkpoint {found}.")  # which may yet be refused
     return found
 
 

@@ -21,13 +21,18 @@ def set_intervals(settings: Namespace) -> str:
         What to say of it; empty where the recipe says all.
 
     Raises:
-        UserError: Checkpoints are asked for by epochs alone.
+        UserError: Checkpoints or validations are asked for by epochs that never end.
     """
     trainer, checkpoint = settings["trainer"], settings["checkpoint"]
     if any(isinstance(trainer[name], int) and trainer[name] for name in ("limit_train_batches", "overfit_batches")):
         return ""
     every = max(1, min(STEPS, trainer["max_steps"] // PARTS))
     validates = settings["data"]["val"] is not None and trainer["limit_val_batches"] != 0
+    if validates and (trainer["check_val_every_n_epoch"] or 1) > 1:
+        raise UserError(
+            f"trainer.check_val_every_n_epoch is {trainer['check_val_every_n_epoch']}, but training data are a stream "
+            "without epochs: set trainer.val_check_interval instead, or end epochs with trainer.limit_train_batches."
+        )
     steps, epochs, time = (
         checkpoint[name] for name in ("every_n_train_steps", "every_n_epochs", "train_time_interval")
     )

@@ -102,6 +102,8 @@ class FuyuModule(pl.LightningModule):
             self.config = replace(self.config, routing=routing)
         if not z_loss >= 0:
             raise UserError(f"model.z_loss is {z_loss}, but must be 0 or above.")
+        if max_new_tokens < 1:
+            raise UserError(f"model.max_new_tokens is {max_new_tokens}, but must be at least 1.")
         self.z_loss = z_loss
         self.activation_checkpointing: ActivationCheckpointing = activation_checkpointing
         self.compiles = compile

@@ -137,6 +137,10 @@ def test_sampling_follows_the_probabilities_and_the_seed() -> None:
         shares = torch.bincount(drawn, minlength=3) / len(drawn)
         torch.testing.assert_close(shares, (logits[0] / temperature).softmax(0), atol=0.015, rtol=0)
     assert (choose(logits, Sampling(), None) == 2).all()
+    for coldest in (1e-320, 1e-30, 1e-29):
+        assert (choose(logits, Sampling(temperature=coldest), torch.Generator()) == 2).all()
+    hottest = choose(logits, Sampling(temperature=1e300), torch.Generator().manual_seed(0))
+    assert len(hottest.unique()) == logits.shape[-1], "any token"
 
 
 def test_the_same_seed_writes_the_same_text(

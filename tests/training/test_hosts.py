@@ -220,7 +220,7 @@ def test_torchrun_goes_on_by_itself(
     assert f"host host1 ({network.addresses[1]}, node rank 1, rank 1) is lost" in log
     assert "exitcode: 5" in log
     assert log.count("Starting with 2 processes") == 1 + back
-    assert "Going on from" in log
+    assert "Reading the checkpoint" in log
 
     done = subprocess.run(fit("one", data.patterns["train"]), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

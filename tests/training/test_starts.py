@@ -257,7 +257,7 @@ REFUSED = {
     "--model.z_loss .nan": "model.z_loss is nan, but must be 0 or above",
     "--watchdog.limit .nan": "watchdog.limit is nan seconds, but must be above 0",
     "--trainer.default_root_dir recipe.yaml/run": "recipe.yaml/run can't be written (Not a directory): name another",
-    "--seed_everything true": "seed_everything is true, but must be a whole number",
+    "--seed_everything true": "seed_everything is 'True', but must be a whole number",
     "--seed_everything -1": "seed_everything is -1, but must be a whole number",
 }
 """What can't be had, and how the sentence begins that says so."""
@@ -423,7 +423,7 @@ def test_a_run_that_was_moved_is_found_by_its_recipe(
     shutil.copytree(moved, folder / "copied")
     code, printed = command("fit", "--config", "copied/config.yaml", *LAST, "--trainer.max_steps", "5")
     assert code == 0, printed
-    assert "Going on from copied/checkpoints/" in printed.replace(f"{folder}/", "")
+    assert "Reading the checkpoint copied/checkpoints/" in printed.replace(f"{folder}/", "")
     assert read_checkpoint(find_checkpoint(folder / "copied"))["global_step"] == 5
     assert yaml.safe_load((folder / "copied" / "config.yaml").read_text())["trainer"]["default_root_dir"] == "copied"
     code, printed = command("validate", *recipe, *LAST)
@@ -538,7 +538,7 @@ def test_a_run_goes_back_to_its_own_checkpoints_alone(
     assert read_checkpoint(find_checkpoint(back))["global_step"] == 3
     code, printed = command(*FIT[:3], "--trainer.default_root_dir", "back", *LAST)
     assert code == 0, printed
-    assert "Going on from" in printed
+    assert "Reading the checkpoint" in printed
     assert "back/checkpoints/step=3" in printed
     events = EventAccumulator(str(back / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3], "a step is shown once"
