@@ -789,31 +789,53 @@ VALUES = st.recursive(
 def test_any_rows_of_json_are_read_counted_or_refused(
     tmp_path: Path, images: dict[str, Image], rows: list[dict]
 ) -> None:
-    assert_read_counted_or_refused(tmp_path, lambda root: lines(root / "t.jsonl", rows), len(rows), images=tmp_path)
+    root = tmp_path / f"{next(counter)}"
+    root.mkdir()
+    try:
+        report = write_shards(lines(root / "t.jsonl", rows), root / "out", images=tmp_path, settings=ALL_TRAIN)
+    except UserError as error:
+        assert_is_a_sentence(error)
+    else:
+        assert report.read == len(rows)
+        assert_adds_up(report, root / "out")
 
 
-@settings(max_examples=2 * settings.default.max_examples)
-@given(
-    rows=st.lists(
-        st.fixed_dictionaries({"file_name": VALUES}, optional={"file_names": VALUES, "text": VALUES, "texts": VALUES}),
-        min_size=1,
-        max_size=4,
-    )
-)
-def test_any_metadata_is_read_counted_or_refused(tmp_path: Path, rows: list[dict]) -> None:
-    def source(root: Path) -> Path:
-        described(root / "set" / "train", "metadata.jsonl", rows)
-        return root / "set"
+ASKED = turns("<image>?", "!")
+GOOD_ROWS: list[dict[str, Any]] = [
+    {"image": "pics/a.png", "text": "x"},
+    {"image": "pics/a.png", "conversations": ASKED},
+    {"images": ["pics/a.png"], "texts": [{"user": "?", "assistant": "!"}]},
+    {"images": ["pics/a.png", None], "texts": [None, "x"]},
+    {"segments": [{"image": "pics/a.png"}, {"text": "x"}]},
+    {"text": "x"},
+]
 
-    assert_read_counted_or_refused(tmp_path, source, len(rows))
+
+@settings(max_examples=3 * settings.default.max_examples)
+@given(data=st.data(), good=st.sampled_from(GOOD_ROWS))
+def test_behind_a_good_row_any_row_of_json_is_read_or_counted(
+    tmp_path: Path, images: dict[str, Image], data: st.DataObject, good: dict[str, Any]
+) -> None:
+    """Alike or not, in each of the layouts, in a table and as the metadata of a folder."""
+    others = {name: VALUES | st.just(value) for name, value in good.items()}
+    rows = [good, *data.draw(st.lists(st.fixed_dictionaries({}, optional=others), min_size=1, max_size=4))]
+    root = tmp_path / f"{next(counter)}"
+    root.mkdir()
+    assert_read_or_counted(lines(root / "t.jsonl", rows), root / "out", len(rows), images=tmp_path)
+    if {"image", "text"} <= good.keys():
+        (root / "set" / "train" / "pics").mkdir(parents=True)
+        (root / "set" / "train" / "pics" / "a.png").write_bytes(images["pics/a.png"].data)
+        in_folder = [{("file_name" if name == "image" else name): row[name] for name in row} for row in rows]
+        described(root / "set" / "train", "metadata.jsonl", in_folder)
+        assert_read_or_counted(root / "set", root / "other", len(rows))
 
 
 @settings(max_examples=3 * settings.default.max_examples)
 @given(data=st.data())
-def test_any_rows_of_parquet_are_read_counted_or_refused(
+def test_behind_a_good_row_any_row_of_parquet_is_read_or_counted(
     tmp_path: Path, images: dict[str, Image], data: st.DataObject
 ) -> None:
-    """Columns of every type that a layout of ours could take for its own."""
+    """In each of the layouts that hold images themselves, with nulls, damage and other lengths anywhere."""
     good = images["pics/a.png"].data
     binary = st.none() | st.sampled_from([good, good[:40], b"", b"GIF89a", b"\xff\xd8\xff"])
     text = st.none() | st.sampled_from(["", "x", "pics/a.png", "a.gif", "<image>x", "human", "gpt"])
@@ -826,36 +848,34 @@ def test_any_rows_of_parquet_are_read_counted_or_refused(
         return pyarrow.list_(of[0]), st.none() | st.lists(of[1], max_size=3)
 
     strings, blobs = (pyarrow.string(), text), (pyarrow.binary(), binary)
-    image = struct(bytes=blobs, path=strings)
+    image, seen = struct(bytes=blobs, path=strings), embedded(images["pics/a.png"])
     exchange, turn = struct(user=strings, assistant=strings), struct(**{"from": strings, "value": strings})
-    shapes = [strings, blobs, image, *map(listed, (strings, blobs, image, exchange, turn))]
-    shapes += [listed(struct(text=strings, image=image)), (pyarrow.int64(), st.integers(0, 9))]
-    names = data.draw(st.lists(st.sampled_from(NAMES[:6]), min_size=1, max_size=3, unique=True))
-    count = data.draw(st.integers(1, 3))
-    columns = {}
-    for name in names:
-        kind, values = shapes[data.draw(st.integers(0, len(shapes) - 1))]
-        columns[name] = pyarrow.array(data.draw(st.lists(values, min_size=count, max_size=count)), kind)
-
-    def source(root: Path) -> Path:
-        pyarrow.parquet.write_table(pyarrow.table(columns), root / "t.parquet")
-        return root / "t.parquet"
-
-    assert_read_counted_or_refused(tmp_path, source, count, images=tmp_path)
-
-
-def assert_read_counted_or_refused(
-    tmp_path: Path, source: Callable[[Path], Path], rows: int, images: Path | None = None
-) -> None:
+    asked = [{"user": "?", "assistant": "!"}]
+    layouts: list[dict[str, tuple[tuple[Any, Any], Any]]] = [
+        {"image": (image, seen), "text": (strings, "x")},
+        {"picture": (blobs, good), "caption": (strings, "x")},
+        {"images": (listed(image), [seen]), "text": (strings, "x")},
+        {"image": (image, seen), "conversations": (listed(turn), ASKED)},
+        {"images": (listed(image), [seen]), "texts": (listed(exchange), asked)},
+        {"images": (listed(image), [seen, None]), "texts": (listed(strings), [None, "x"])},
+        {"segments": (listed(struct(text=strings, image=image)), [{"text": "x", "image": None}])},
+    ]
+    layout, count = data.draw(st.sampled_from(layouts)), data.draw(st.integers(1, 4))
+    columns = {
+        name: pyarrow.array([first, *data.draw(st.lists(values, min_size=count, max_size=count))], kind)
+        for name, ((kind, values), first) in layout.items()
+    }
     root = tmp_path / f"{next(counter)}"
     root.mkdir()
-    try:
-        report = write_shards(source(root), root / "out", images=images, settings=ALL_TRAIN)
-    except UserError as error:
-        assert_is_a_sentence(error)
-    else:
-        assert report.read == rows
-        assert_adds_up(report, root / "out")
+    pyarrow.parquet.write_table(pyarrow.table(columns), root / "t.parquet")
+    assert_read_or_counted(root / "t.parquet", root / "out", count + 1, images=tmp_path)
+
+
+def assert_read_or_counted(source: Path, out: Path, rows: int, images: Path | None = None) -> None:
+    report = write_shards(source, out, images=images, settings=ALL_TRAIN)
+    assert report.read == rows
+    assert report.total.written >= 1
+    assert_adds_up(report, out)
 
 
 @pytest.mark.parametrize("value", ["a.png", "a.gif", "a.mp4", ["a.png", "b.png"]])
