@@ -557,3 +557,16 @@ def test_the_last_checkpoint_of_a_run_that_averages_has_the_trained_weights_too(
     trained = averaging["current_model_state"]
     assert all(torch.equal(tensor, trained[name]) for name, tensor in plain["state_dict"].items())
     assert any(not torch.equal(tensor, averaging["state_dict"][name]) for name, tensor in trained.items())
+
+
+def test_a_job_of_a_cluster_that_lightning_cannot_place_is_refused_with_its_words(
+    command: Callable[..., tuple[int, str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = {"NTASKS": "4", "JOB_ID": "1", "PROCID": "0", "LOCALID": "0", "NODELIST": "a", "JOB_NAME": "train"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    code, printed = command(*FIT[:3], "--trainer.default_root_dir", "never")
+    assert code == 2, printed
+    assert "Traceback" not in printed
+    assert "Use --ntasks-per-node=4 instead" in printed
+    assert not (folder / "never").exists()
