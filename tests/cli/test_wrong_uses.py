@@ -91,6 +91,7 @@ USES = {
     # validate, test, predict
     "validate --config recipe.yaml --checkpoint run": "name the checkpoint to read with --ckpt_path",
     "predict --config recipe.yaml --checkpoint=run": "name the checkpoint to read with --ckpt_path",
+    "validate --config run/config.yaml": "No checkpoint is named to validate: say --ckpt_path last",
     "validate --config run/config.yaml --ckpt_path pictures": "--ckpt_path pictures is no checkpoint",
     "validate --config run/config.yaml --ckpt_path last --trainer.limit_val_batches 0": "nothing is left to validate",
     "test --config run/config.yaml --ckpt_path last": "data.test is not set",
@@ -175,7 +176,7 @@ USES = {
 IN_PROCESSES = {
     "xyz": "There is no command 'xyz'",
     f"{FIT} --data.train 'gone/*.tar'": "data.train: 'gone/*.tar' matches no shard",
-    "validate --config run/config.yaml": "No checkpoint is named to validate: say --ckpt_path last",
+    "shards stats train.tar --max-patches 0": "max_patches is 0, but must be at least 1",
     f"{GENERATE} --image gone.png": "gone.png, can't be read: No such file or directory",
     f"{EVALUATE} --limit 0": "--limit is 0, but must be at least 1",
     "export --checkpoint run --out never --to onnx": "--to can't be 'onnx'",
