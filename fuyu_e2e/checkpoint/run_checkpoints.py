@@ -10,8 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuyu_e2e.checkpoint.sharded_files import is_sharded
-from fuyu_e2e.checkpoint.whole import MANIFEST, UNFINISHED, Manifest, faults, is_whole
+from fuyu_e2e.checkpoint.whole import MANIFEST, UNFINISHED, Manifest, faults, is_sharded, is_whole
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.run_directory import CHECKPOINTS, RECIPE
 

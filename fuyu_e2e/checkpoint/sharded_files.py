@@ -22,21 +22,15 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from fuyu_e2e.checkpoint.whole import TABLE
 from fuyu_e2e.errors import UserError
 
-TABLE = ".metadata"
-"""The table of contents."""
 REST = "meta.pt"
 """All that is no tensor of weights or optimizer."""
 WEIGHTS, OPTIMIZER = "state_dict.", "optimizer."
 """What stands before the names of tensors."""
 GROUPS = "optimizer_groups"
 """The key in `REST` of the optimizer's settings."""
-
-
-def is_sharded(path: Path) -> bool:
-    """Whether a path is a checkpoint in shards."""
-    return (path / TABLE).is_file()
 
 
 def write_shards(checkpoint: dict[str, Any], place: Path, group: dist.ProcessGroup) -> None:

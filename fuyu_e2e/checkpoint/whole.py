@@ -28,6 +28,8 @@ MANIFEST = "manifest.json"
 SEAL = f"{MANIFEST}.sha256"
 FILE = "checkpoint.pt"
 """What a checkpoint that is not sharded lies in."""
+TABLE = ".metadata"
+"""The table of contents."""
 UNFINISHED = ".unfinished-"
 """How the names of directories begin that are being filled, or were when their process died."""
 
@@ -75,6 +77,11 @@ class Manifest:
 def is_whole(path: Path) -> bool:
     """Whether a path is a checkpoint with a manifest; its files are not looked at."""
     return (path / MANIFEST).is_file()
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a path is a checkpoint in shards."""
+    return (path / TABLE).is_file()
 
 
 def faults(checkpoint: Path) -> list[str]:

@@ -30,8 +30,9 @@ from torch.optim import Optimizer
 
 from fuyu_e2e.arguments import did_you_mean
 from fuyu_e2e.checkpoint.description import Description
-from fuyu_e2e.checkpoint.sharded_files import OPTIMIZER, WEIGHTS, ShardedFiles, is_sharded
+from fuyu_e2e.checkpoint.sharded_files import OPTIMIZER, WEIGHTS, ShardedFiles
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
+from fuyu_e2e.checkpoint.whole import is_sharded
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.sharding import MESH, copy_part
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO, ShardedCheckpointIO, resolve
