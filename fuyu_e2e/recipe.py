@@ -350,7 +350,6 @@ class FuyuCLI(LightningCLI):
             UserError: They don't divide by the processes; or attention can't be computed as asked here, which would be
                 told by the first step.
         """
-        check_device(self.model.attention, self.trainer.strategy.root_device)
         rows, strategy = self.config.fit.rows_per_step, self.trainer.strategy
         if rows is not None:
             sharing = strategy.tensor_parallel_size if isinstance(strategy, Sharded) else 1
@@ -361,6 +360,7 @@ class FuyuCLI(LightningCLI):
                     "their own."
                 )
             self.trainer.accumulate_grad_batches = rows // processes
+        check_device(self.model.attention, self.trainer.strategy.root_device)
 
 
 def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None:

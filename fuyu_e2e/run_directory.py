@@ -16,3 +16,10 @@ def run_of(recipe: Path) -> Path | None:
         None where the recipe is no run's own.
     """
     return recipe.parent if recipe.name == RECIPE and (recipe.parent / CHECKPOINTS).is_dir() else None
+
+
+def shown(path: str | Path) -> str:
+    """A path as a person types it: from the working directory on, where it lies in there."""
+    path = Path(path)
+    here = Path.cwd().resolve()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

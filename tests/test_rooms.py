@@ -21,7 +21,7 @@ FLOORS = [
     {"tokenizer", "image"},
     {"document", "batch", "shipped", "allowed_imports", "ranks", "own_options"},
     {"setting_errors"},
-    {"tally", "arguments", "run_directory"},
+    {"tally", "arguments", "run_directory", "home"},
     {"errors", "version"},
     {"exit_codes", "environment"},
 ]

@@ -194,7 +194,7 @@ def _chat(turns: Any, images: list[Image], where: str) -> tuple[Segment, ...]:
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise UnusableSampleError("chat-speaker", f"{where}: {speaker!r} is none of {', '.join(SPEAKERS)}")
         said.append((_string(given.get(what), what, where), SPEAKERS[speaker]))
-    if not any(loss and value.strip() for value, loss in said):
+    if not any(loss for _, loss in said):
         raise UnusableSampleError("chat-no-answer", where)
     for unread in UNREAD_PLACEHOLDERS:
         if any(unread in value and not loss for value, loss in said):

@@ -23,6 +23,7 @@ from fuyu_e2e.checkpoint.whole import (
     unfinished_place,
 )
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.run_directory import shown
 
 
 class WholeCheckpointIO(CheckpointIO):
@@ -122,8 +123,8 @@ def _resolve(path: Path) -> Path:
         return path
     found, passed_over = newest(path)
     for bad, fault in passed_over.items():
-        rank_zero_info(f"Passed over the checkpoint {bad}, which is damaged: {fault}.")
-    rank_zero_info(f"Reading the checkpoint {found}.")  # which may yet be refused
+        rank_zero_info(f"Passed over the checkpoint {shown(bad)}, which is damaged: {fault}.")
+    rank_zero_info(f"Reading the checkpoint {shown(found)}.")  # which may yet be refused
     return found
 
 

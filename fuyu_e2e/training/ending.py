@@ -10,11 +10,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, run_checkpoints
 from fuyu_e2e.checkpoint.whole import Manifest
 from fuyu_e2e.datamodule import FuyuDataModule
+from fuyu_e2e.run_directory import shown
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.training.checkpoints import checkpoints_of
 from fuyu_e2e.training.data_report import DataReport
 from fuyu_e2e.training.module import FuyuModule
-from fuyu_e2e.training.step_lines import short_count, shown
+from fuyu_e2e.training.step_lines import short_count
 
 
 class Ending(Callback):

@@ -22,10 +22,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from fuyu_e2e.exit_codes import STOP_SIGNALS, of_signal
 from fuyu_e2e.ranks import anywhere, in_step
-from fuyu_e2e.run_directory import RECIPE
+from fuyu_e2e.run_directory import RECIPE, shown
 from fuyu_e2e.training.last_checkpoint import save_last
 from fuyu_e2e.training.module import FuyuModule
-from fuyu_e2e.training.step_lines import shown
 
 STORE_KEY = "fuyu_e2e/stop"
 """What a rank sets in the process group's store when it hears a signal during validation."""

@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
+from fuyu_e2e.run_directory import shown
 from fuyu_e2e.training.checkpoints import checkpoints_of
 from fuyu_e2e.training.module import FuyuModule, steps_between_logs
 from fuyu_e2e.training.throughput import throughput_of
@@ -116,13 +116,6 @@ def _position(trainer: pl.Trainer) -> str:
 def figures(validated: Mapping[str, float]) -> list[str]:
     """The loss and perplexity among a validation's figures, each as `val/loss 1.234`."""
     return [f"{name} {validated[name]:.4g}" for name in ("val/loss", "val/perplexity") if name in validated]
-
-
-def shown(path: str | Path) -> str:
-    """A path as a person types it: from the working directory on, where it lies in there."""
-    path = Path(path)
-    here = Path.cwd().resolve()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def short_count(count: float) -> str:

@@ -292,13 +292,6 @@ BAD = {
     "unknown speaker": ({"0.json": turn("robot")}, "chat-speaker"),
     "speaker of another type": ({"0.json": turn(["gpt"])}, "chat-speaker"),
     "chat without an answer": ({"0.json": turn("human")}, "chat-no-answer"),
-    "chat with an empty answer": (
-        {
-            "0.jpg": b"x",
-            "0.json": {"conversations": [turn("human", "?")["conversations"][0], turn(value=" ")["conversations"][0]]},
-        },
-        "chat-no-answer",
-    ),
     "turn without text": ({"0.json": turn(value=None)}, "json-type"),
     "more placeholders than images": ({"0.jpg": b"x", "0.json": turn(value="<image> <image>")}, "chat-images"),
     "segments of another type": ({"0.json": {"segments": "x"}}, "segments-list"),
