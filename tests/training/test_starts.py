@@ -9,6 +9,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.estimate import estimated
 from fuyu_e2e.exit_codes import TIME_OVER
 from fuyu_e2e.model.config import named_size
+from fuyu_e2e.recipe import SaveRecipe
 from fuyu_e2e.tokenizer import Tokenizer
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.signals import Stopped
@@ -570,3 +572,10 @@ def test_a_job_of_a_cluster_that_lightning_cannot_place_is_refused_with_its_word
     assert "Traceback" not in printed
     assert "Use --ntasks-per-node=4 instead" in printed
     assert not (folder / "never").exists()
+
+
+def test_each_process_ends_where_the_first_cannot_write_the_recipe() -> None:
+    """None of the others waits for it: it says what was wrong before they meet again."""
+    others = SimpleNamespace(is_global_zero=False, strategy=SimpleNamespace(broadcast=lambda own: own or "closed"))
+    with pytest.raises(UserError, match="closed"):
+        SaveRecipe.on_train_start(object.__new__(SaveRecipe), others, None)  # type: ignore[arg-type]
