@@ -9,9 +9,9 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -574,8 +574,10 @@ def test_a_job_of_a_cluster_that_lightning_cannot_place_is_refused_with_its_word
     assert not (folder / "never").exists()
 
 
-def test_each_process_ends_where_the_first_cannot_write_the_recipe() -> None:
+def test_each_process_ends_where_the_first_cannot_write_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     """None of the others waits for it: it says what was wrong before they meet again."""
-    others = SimpleNamespace(is_global_zero=False, strategy=SimpleNamespace(broadcast=lambda own: own or "closed"))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    monkeypatch.setattr(type(trainer.strategy), "is_global_zero", False)
+    monkeypatch.setattr(trainer.strategy, "broadcast", lambda own: own or "closed")
     with pytest.raises(UserError, match="closed"):
-        SaveRecipe.on_train_start(object.__new__(SaveRecipe), others, None)  # type: ignore[arg-type]
+        SaveRecipe.on_train_start(object.__new__(SaveRecipe), trainer, pl.LightningModule())
