@@ -461,8 +461,9 @@ class RowLoader(DataLoader):
             )
         for name, value in self.rows.identity.items():
             if value != (said := state["data"][name]):
+                setting = "data.seed (seed_everything)" if name == "seed" else f"data.{name}"
                 raise UserError(
-                    f"The checkpoint was trained on other data: data.{name} is not what it was"
+                    f"The checkpoint was trained on other data: {setting} is not what it was"
                     + (f" ({said} there, {value} here)" if not isinstance(value, dict) else "")
                     + ". Give the run the same shards and settings, so that it goes on where it stopped."
                 )

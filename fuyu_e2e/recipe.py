@@ -25,7 +25,7 @@ from fuyu_e2e.allowed_imports import (
 )
 from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.checkpoint.description import Description
-from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, manifests, newest, run_checkpoints
+from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint, manifests, run_checkpoints
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.checkpoint.whole import UNFINISHED, Manifest, is_whole
 from fuyu_e2e.datamodule import FuyuDataModule
@@ -33,7 +33,7 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.during_training import EvaluationInTraining
 from fuyu_e2e.home import with_home
 from fuyu_e2e.model.attention_kernels import check_device
-from fuyu_e2e.run_directory import CHECKPOINTS
+from fuyu_e2e.run_directory import CHECKPOINTS, shown
 from fuyu_e2e.setting_errors import SettingError, is_of_others, reason, recipes_of, sentence
 from fuyu_e2e.shards.sources import CACHE_FOLDER
 from fuyu_e2e.training.bad_steps import BadSteps
@@ -402,7 +402,7 @@ def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None
             f"--ckpt_path {named} is no checkpoint on this machine, and no directory that holds one; `last` continues "
             "the run of trainer.default_root_dir."
         )
-    path = path if path.is_file() or is_whole(path) else newest(path)[0]
+    path = find_checkpoint(path)
     Description.of(read_checkpoint(path), str(path))
     if command == "fit":
         _check_own(path, run, found)
@@ -437,6 +437,7 @@ def _best(run: Path) -> Path:
         raise UserError(
             f"--ckpt_path best: no checkpoint of {run} records a figure that tells the best; `last` is the newest."
         )
+    rank_zero_info(f"The best checkpoint of {run} by {best.name} ({best.value:.6g}): {shown(best.path)}")
     return best.path
 
 
@@ -456,8 +457,8 @@ def _check_own(path: Path, run: Path, found: list[Path]) -> None:
     step, later = Manifest.read(path).step, max(manifest.step for manifest in manifests(found).values())
     if step < later:
         rank_zero_info(
-            f"Going back to step {step}: checkpoints of later steps, up to {later}, stay until the run saves the same "
-            "steps again."
+            f"Going back to step {step}: checkpoints of later steps, up to {later}, stay, and count among the best: "
+            "remove those that are not to."
         )
 
 

@@ -4,6 +4,7 @@ Everything that looks for a checkpoint asks here. Their order is that in which t
 say: file times are those of a copy where `rsync -r`, an object store or `unzip` made one.
 """
 
+import logging
 import math
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,7 +13,9 @@ from pathlib import Path
 
 from fuyu_e2e.checkpoint.whole import MANIFEST, UNFINISHED, Manifest, faults, is_sharded, is_whole
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.run_directory import CHECKPOINTS, RECIPE
+from fuyu_e2e.run_directory import CHECKPOINTS, RECIPE, shown
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = ".ckpt"
 LAST = f"last{SUFFIX}"
@@ -82,6 +85,8 @@ def newest(path: Path) -> tuple[Path, dict[Path, str]]:
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint that `path` names: itself, or the newest one in a run's directory whose every byte is right.
 
+    Warns of those that it passes over, since they are damaged.
+
     Raises:
         UserError: There is none, or there are several that only Lightning wrote, which don't say when that was.
     """
@@ -89,7 +94,10 @@ def find_checkpoint(path: str | Path) -> Path:
     if path.is_file() or is_sharded(path) or is_whole(path):
         return path
     if run_checkpoints(path):
-        return newest(path)[0]
+        chosen, passed_over = newest(path)
+        for bad, fault in passed_over.items():
+            logger.warning("Passed over the checkpoint %s, which is damaged: %s.", shown(bad), fault)
+        return chosen
     found = sorted(file for file in path.glob(f"**/*{SUFFIX}") if not file.is_symlink())
     if not found:
         raise UserError(f"{path} is no checkpoint, and no directory that holds one (*{SUFFIX}).")

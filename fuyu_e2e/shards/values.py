@@ -12,8 +12,8 @@ REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def listed(value: Any) -> list[Any]:
-    """The values of a list, or the only one; none of null."""
-    return value if isinstance(value, list) else [] if is_null(value) else [value]
+    """The values of a list, or the only one; none of null, but an image both of whose parts are null is one."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def is_null(value: Any) -> bool:

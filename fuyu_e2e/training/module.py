@@ -260,6 +260,13 @@ class FuyuModule(pl.LightningModule):
         scheduler = ScheduledRate(optimizer, self.schedule, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Has curves count optimizer steps.
+
+        Lightning counts one too many where a run goes on from a checkpoint that was saved behind its last batch.
+        """
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The summed loss of one micro-batch, its gradient still to be divided by the step's supervised tokens."""
         self.decoder.progress = self._progress_after(0)
@@ -392,7 +399,7 @@ class FuyuModule(pl.LightningModule):
         checkpoints = checkpoints_of(self.trainer)
         checkpoint[SECTION] = self.description.section() | {
             "tokens_seen": self.tokens_seen,
-            "training": training_settings(self.optimizer_config, self.schedule, self.trainer.max_steps),
+            "training": training_settings(self.optimizer_config, self.schedule, self.trainer),
             "data": {source.name: source.digest for source in self.datamodule.stream_sources("train")},
             "documents": self.datamodule.document_kinds(),
             "validation": self.validated,
@@ -416,7 +423,7 @@ class FuyuModule(pl.LightningModule):
                     f"{source} holds weights alone (checkpoint.save_weights_only), and no run can go on from it: "
                     "begin a new one with them (model.weights)."
                 )
-            mine = training_settings(self.optimizer_config, self.schedule, self.trainer.max_steps)
+            mine = training_settings(self.optimizer_config, self.schedule, self.trainer)
             compare_settings(mine, checkpoint[SECTION].get("training", mine), source)
             if checkpoint["global_step"] >= self.trainer.max_steps:
                 rank_zero_info(

@@ -17,12 +17,20 @@ from fuyu_e2e.ranks import DataRank
 from fuyu_e2e.training.optimizers import OptimizerConfig
 from fuyu_e2e.training.schedule import Schedule
 
+ROWS = "rows of a step (processes x trainer.accumulate_grad_batches)"
+"""The name of what no single setting says."""
 
-def training_settings(optimizer: OptimizerConfig, schedule: Schedule, steps: int) -> dict[str, Any]:
+
+def training_settings(optimizer: OptimizerConfig, schedule: Schedule, trainer: pl.Trainer) -> dict[str, Any]:
     """The settings that decide how a step changes weights, by their names in a recipe, in primitives."""
     settings = {f"model.optimizer.{name}": value for name, value in asdict(optimizer).items()}
     settings |= {f"model.schedule.{name}": value for name, value in asdict(schedule).items()}
-    return settings | {"model.optimizer.betas": list(optimizer.betas), "trainer.max_steps": steps}
+    rows = DataRank.of(trainer).size * trainer.accumulate_grad_batches
+    return settings | {
+        "model.optimizer.betas": list(optimizer.betas),
+        "trainer.max_steps": trainer.max_steps,
+        ROWS: rows,
+    }
 
 
 def compare_settings(mine: dict[str, Any], theirs: dict[str, Any], source: str) -> None:
@@ -49,6 +57,10 @@ def take_settings_of_callbacks(checkpoint: dict[str, Any], trainer: pl.Trainer) 
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EarlyStopping) and (state := checkpoint["callbacks"].get(callback.state_key)):
+            if state["patience"] != callback.patience:
+                rank_zero_info(
+                    f"Going on with EarlyStopping's patience {callback.patience} ({state['patience']} before)."
+                )
             state["patience"] = callback.patience
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint, newest, run_checkpoints
-from fuyu_e2e.checkpoint.whole import MANIFEST, faults, link
+from fuyu_e2e.checkpoint.whole import FILE, MANIFEST, faults, link
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.checkpoint_io import WholeCheckpointIO
 
@@ -94,6 +94,13 @@ def test_a_checkpoint_whose_manifest_is_damaged_is_named_wherever_it_stood(run: 
     found, passed_over = newest(run)
     assert found.name == "step=11.ckpt"
     assert "another checksum" in passed_over[bad]
+
+
+def test_who_looks_for_a_checkpoint_hears_which_were_passed_over(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bad = run / "checkpoints" / "step=11.ckpt"
+    (bad / FILE).write_bytes(b"x")
+    assert find_checkpoint(run).name == "step=10.ckpt"
+    assert f"Passed over the checkpoint {bad}, which is damaged: {FILE} has 1 bytes instead of" in caplog.text
 
 
 def test_those_that_a_recipe_keeps_elsewhere_in_the_run_are_the_runs_but_those_of_another_run_are_not(

@@ -50,12 +50,13 @@ def fit(config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_pa
     """Trains in a directory, from its newest checkpoint on if it has one; gives what each step was done with."""
 
     def fit(name: str, steps: int, optimizer: OptimizerConfig = BEFORE, schedule: Schedule = Schedule(),
-            callbacks: tuple[Callback, ...] = (), **kept: Any) -> Groups:  # fmt: skip
+            callbacks: tuple[Callback, ...] = (), rows: int = 1, **kept: Any) -> Groups:  # fmt: skip
         torch.manual_seed(3)
         groups, folder = Groups(), tmp_path / name / "checkpoints"
         pl.Trainer(
             accelerator="cpu",
             max_steps=steps,
+            accumulate_grad_batches=rows,
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -149,13 +150,22 @@ def test_a_run_that_has_all_its_steps_says_so(
     assert f"Nothing is left to train: the checkpoint has 2 steps, and trainer.max_steps is {steps}." in caplog.text
 
 
-def test_patience_is_that_given(fit: Callable[..., Groups]) -> None:
+def test_a_step_of_more_rows_is_told(fit: Callable[..., Groups], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    fit("run", 2)
+    fit("run", 3, rows=2)
+    assert "rows of a step (processes x trainer.accumulate_grad_batches) 2 (1 until now)" in caplog.text
+
+
+def test_patience_is_that_given(fit: Callable[..., Groups], caplog: pytest.LogCaptureFixture) -> None:
     """It stops the run at the first step that is no better, where the run before it would have gone on."""
+    caplog.set_level("INFO")
     falling = {"monitor": "train/loss", "mode": "max", "check_on_train_epoch_end": True}
     fit("run", 2, callbacks=(EarlyStopping(**falling, patience=50),))
     stopping = EarlyStopping(**falling, patience=1)
     fit("run", 4, callbacks=(stopping,))
     assert stopping.patience == 1
+    assert "Going on with EarlyStopping's patience 1 (50 before)." in caplog.text
 
 
 def test_a_run_keeps_its_best_where_a_setting_of_checkpoints_changes(

@@ -508,7 +508,7 @@ def test_a_checkpoint_may_be_named_by_run_folder_or_figure(
     assert best is not None
     code, printed = command("validate", *FIT[1:], "--ckpt_path", "best")
     assert code == 0, printed
-    assert f"run/checkpoints/{best.path.name}" in printed
+    assert f"The best checkpoint of run by val/loss ({best.value:.6g}): run/checkpoints/{best.path.name}" in printed
     code, printed = command("validate", *FIT[1:3], "--ckpt_path", "best", "--trainer.default_root_dir", "typo")
     assert code == 2, printed
     assert "no checkpoint of typo records a figure that tells the best" in printed
@@ -534,7 +534,7 @@ def test_a_run_goes_back_to_its_own_checkpoints_alone(
     code, printed = command(*FIT[:3], "--trainer.default_root_dir", "back", "--ckpt_path", str(early),
                             "--trainer.max_steps", "3")  # fmt: skip
     assert code == 0, printed
-    assert "Going back to step 2: checkpoints of later steps, up to 4, stay until" in printed
+    assert "Going back to step 2: checkpoints of later steps, up to 4, stay, and count among the best" in printed
     assert {path.name.split("-")[0].removesuffix(".ckpt") for path in (back / "checkpoints").iterdir()} == {
         "last", "step=2", "step=3", "step=4"}  # fmt: skip
     assert read_checkpoint(find_checkpoint(back))["global_step"] == 3
@@ -581,3 +581,16 @@ def test_each_process_ends_where_the_first_cannot_write_the_recipe(monkeypatch: 
     monkeypatch.setattr(trainer.strategy, "broadcast", lambda own: own or "closed")
     with pytest.raises(UserError, match="closed"):
         SaveRecipe.on_train_start(object.__new__(SaveRecipe), trainer, pl.LightningModule())
+
+
+def test_a_run_that_goes_on_from_its_end_shows_each_step_once(
+    command: Callable[..., tuple[int, str]], folder: Path
+) -> None:
+    """Lightning alone leaves one out behind a checkpoint that was saved after the last batch."""
+    fit = (*FIT[:3], "--trainer.default_root_dir", "ended", "--data.val", "null", *LAST)
+    for steps in ("3", "4", "6"):
+        code, printed = command(*fit, "--trainer.max_steps", steps)
+        assert code == 0, printed
+    events = EventAccumulator(str(folder / "ended" / "tensorboard")).Reload()
+    for name in ("train/loss", "lr/adamw"):
+        assert [event.step for event in events.Scalars(name)] == [0, 1, 2, 3, 4, 5]
