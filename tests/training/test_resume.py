@@ -132,7 +132,7 @@ def test_a_run_may_stop_on_two_processes_and_go_on_in_one(alone: Path, together:
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"seed": 1}, r"other data: data\.seed is not what it was \(0 there, 1 here\)"),
+        ({"seed": 1}, r"other data: data\.seed \(seed_everything\) is not what it was \(0 there, 1 here\)"),
         ({"lanes": 6}, r"data\.lanes is not what it was"),
         ({"budget": 128}, r"data\.budget is not what it was"),
         ({"train": "{folder}/[01].tar"}, r"data\.train is not what it was"),
