@@ -383,7 +383,10 @@ def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None
     """
     found = run_checkpoints(run)
     if named == "last":
-        return str(run.absolute()) if found or _may_have_none(command, run) else None
+        if found:
+            return str(run.absolute())
+        _begin_instead(command, run)
+        return None
     if not named:
         if command == "fit" and (found or _without_manifest(run)):
             raise UserError(
@@ -409,7 +412,7 @@ def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None
     return str(path.absolute())  # Lightning takes what begins with http for a URL
 
 
-def _may_have_none(command: str, run: Path) -> bool:
+def _begin_instead(command: str, run: Path) -> None:
     """Says that a run begins, where `fit` is to go on from the last checkpoint and there is none.
 
     Raises:
@@ -423,7 +426,6 @@ def _may_have_none(command: str, run: Path) -> bool:
             "of a run that has one with --trainer.default_root_dir."
         )
     rank_zero_info(f"No checkpoint in {run / CHECKPOINTS}: the run begins at step 0.")
-    return False
 
 
 def _without_manifest(run: Path) -> Path | None:
