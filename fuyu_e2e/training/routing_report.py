@@ -103,7 +103,7 @@ class RoutingReport(Callback):
         for number, (sequence, continuation) in enumerate(zip(shown, written, strict=True)):
             picture = depth_map(token_depth(decoder, sequence, continuation), tokenizer)
             logger.experiment.add_image(
-                f"routing/{number}", np.asarray(picture), trainer.global_step, dataformats="HWC"
+                f"routing/{number}", np.asarray(picture), shown_step(trainer), dataformats="HWC"
             )
 
     @staticmethod

@@ -36,5 +36,5 @@ class SampleGenerations(Callback):
             logger.experiment.add_text(f"samples/{index}", written, shown_step(trainer))
             for number, pixels in enumerate(prompt.sequence.unpadded_pictures):
                 logger.experiment.add_image(
-                    f"samples/{index}/image{number}", torch.from_numpy(pixels), trainer.global_step, dataformats="HWC"
+                    f"samples/{index}/image{number}", torch.from_numpy(pixels), shown_step(trainer), dataformats="HWC"
                 )

@@ -142,6 +142,8 @@ def test_a_run_says_where_it_is_what_it_did_and_what_is_next(trained: str, folde
     assert "2 blocks of width 32" in trained
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("val/loss")] == [1, 3], "every second step of two micro-batches"
+    for of_a_validation in (events.Tensors("samples/0/text_summary"), events.Images("samples/0/image0")):
+        assert [event.step for event in of_a_validation] == [1, 3], "where the figures of that validation are"
 
 
 LAST = ("--ckpt_path", "last")
