@@ -132,7 +132,7 @@ def sentence(error: SettingError, args: Sequence[str], classes: Collection[str])
         within = part == key or part.startswith(f"{key}.")  # a group names its settings from the first name on
         in_group = in_group or within
         key = part if within else f"{key}.{part}".strip(".")
-    recipes = {} if in_group else recipes  # what a group on the command line holds stands in no recipe
+    recipes = {} if in_group else recipes  # what a group on the command line holds is in no recipe
     if no_group := re.search(r'Unable to load config "(.*?)"', message):
         return _no_settings(key, no_group[1], args, recipes)
     if unknown := re.search(r"Option '([\w.]+)' is not accepted", message):
@@ -205,7 +205,7 @@ def _settings_of(message: str, key: str) -> list[str]:
 
 
 def _no_settings(group: str, given: str, args: Sequence[str], recipes: dict[str, Any]) -> str:
-    """Refuses what stands in the place of a group of settings, and is neither those nor a file of them."""
+    """Refuses what is given in place of a group of settings, and is neither those nor a file of them."""
     if group == "checkpoint":
         return (
             f"--checkpoint is for settings of how checkpoints are kept, and {given!r} is none: name the checkpoint to "
@@ -229,7 +229,7 @@ def _no_text(args: Sequence[str]) -> str:
 
 
 def _given_as(key: str, args: Sequence[str]) -> str | None:
-    """The option of a command line that sets a setting: under its own name, or in a group that it stands in."""
+    """The option of a command line that sets a setting: under its own name, or in a group that holds it."""
     given = {arg.partition("=")[0].removesuffix("+") for arg in args}
     parts = key.split(".")
     names = ["--" + ".".join(parts[:length]) for length in range(len(parts), 0, -1)]
@@ -237,7 +237,7 @@ def _given_as(key: str, args: Sequence[str]) -> str | None:
 
 
 def _where(key: str, args: Sequence[str], recipes: dict[str, Any]) -> str:
-    """A setting, and where it stands unless that is the command line under its own name."""
+    """A setting, and where it is set unless that is the command line under its own name."""
     option = _given_as(key, args)
     if option == f"--{key}":
         return option

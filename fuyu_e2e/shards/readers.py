@@ -135,7 +135,7 @@ class Elements(Reader):
         """One row for each element; a list that breaks off ends with a row that is none.
 
         Raises:
-            UserError: Something stands behind the list.
+            UserError: Something follows the list.
         """
         with _open(self.path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
             for place in self._places(text) if places is None else places:

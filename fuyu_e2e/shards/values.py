@@ -48,5 +48,5 @@ def not_read(image: Path | str) -> UnusableSampleError:
 
 
 def extension_of(path: Path | str) -> str:
-    """What stands behind the last dot of a file's name, in lower case; empty where there is none."""
+    """What follows the last dot of a file's name, in lower case; empty where there is none."""
     return Path(path).suffix[1:].lower()

@@ -11,7 +11,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from fuyu_e2e.checkpoint.run_checkpoints import newest, run_checkpoints, written_last_first
+from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint, run_checkpoints, written_last_first
 from fuyu_e2e.checkpoint.sharded_files import write_shards
 from fuyu_e2e.checkpoint.training_files import publish_checkpoint, read_checkpoint, write_file
 from fuyu_e2e.checkpoint.whole import (
@@ -116,14 +116,12 @@ def resolve(path: Path) -> Path:
 
 
 def _resolve(path: Path) -> Path:
-    if not path.is_dir() or not (is_whole(path) or run_checkpoints(path)):
-        return path
     if is_whole(path):
         check(path)
         return path
-    found, passed_over = newest(path)
-    for bad, fault in passed_over.items():
-        rank_zero_info(f"Passed over the checkpoint {shown(bad)}, which is damaged: {fault}.")
+    if not path.is_dir() or not run_checkpoints(path):
+        return path
+    found = find_checkpoint(path)
     rank_zero_info(f"Reading the checkpoint {shown(found)}.")  # which may yet be refused
     return found
 

@@ -24,7 +24,7 @@ def shown_step(trainer: pl.Trainer) -> int:
 def leave_out_later(trainer: pl.Trainer) -> None:
     """Has TensorBoard show no points of steps that a run which goes on is about to do again, by `purge_step`.
 
-    They are there where the run was killed behind its last checkpoint, or goes back to an earlier one.
+    They are there where the run was killed after its last checkpoint, or goes back to an earlier one.
     """
     logger = tensorboard_of(trainer)
     if trainer.is_global_zero and trainer.global_step and logger is not None:

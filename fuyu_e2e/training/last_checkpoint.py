@@ -11,7 +11,7 @@ from fuyu_e2e.training.checkpoints import checkpoints_of
 class LastCheckpoint(Callback):
     """Leaves a checkpoint of a run that is done, where its `Checkpoints` keeps its files.
 
-    Stands before callbacks that change weights in the end: WeightAveraging puts the average in the place of those that
+    Comes before callbacks that change weights in the end: WeightAveraging puts the average in the place of those that
     a run goes on with.
     """
 

@@ -25,7 +25,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 LEAST = {"accumulate_grad_batches": 1, "val_check_interval": 1, "log_every_n_steps": 0, "num_sanity_val_steps": -1}
 """The least value of settings that Lightning takes any whole number for."""
 COUNTED = ("step", "epoch")
-"""What stands in file names beside figures."""
+"""What file names may hold besides figures."""
 VALIDATED = ("val/loss", "val/perplexity")
 """What a validation logs."""
 LOGGED = ("train/loss", "train/perplexity", "train/gradient_norm", "tokens", "tokens/s", "bad_steps/skipped")

@@ -263,7 +263,7 @@ class FuyuModule(pl.LightningModule):
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
         """Has curves count optimizer steps.
 
-        Lightning counts one too many where a run goes on from a checkpoint that was saved behind its last batch.
+        Lightning counts one too many where a run goes on from a checkpoint that was saved after its last batch.
         """
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 

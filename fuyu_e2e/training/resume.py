@@ -1,7 +1,7 @@
-"""How a resumed run goes on: behind the last optimizer step that is in the weights, with the settings it is given.
+"""How a resumed run goes on: after the last optimizer step that is in the weights, with the settings it is given.
 
 The settings are the recipe's, not the checkpoint's. Lightning counts micro-batches of a process, and goes on in the
-middle of a step whose gradients are lost. Data goes on behind the last whole step, on any number of processes (see
+middle of a step whose gradients are lost. Data goes on after the last whole step, on any number of processes (see
 `fuyu_e2e.datamodule.RowLoader`), so Lightning's counts, and what the step had gathered, are put back to there.
 """
 
