@@ -15,6 +15,11 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.training.gradients import local
 
+MUON_BYTES = 2**28
+"""Bytes of float32 matrices that a device orthogonalizes at once, or one matrix where that is larger: work for a GPU
+also where matrices are small. Beside weights, gradients and momenta, three times as much is in memory on a GPU, and
+five times on a CPU."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -114,18 +119,22 @@ class MuonAdamW(torch.optim.Optimizer):
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight] = {
-                    "step": torch.tensor(0.0),
+                    "step": torch.zeros((), device=weight.device),
                     "exp_avg": torch.zeros_like(weight),
                     "exp_avg_sq": torch.zeros_like(weight),
                 }
-        states = [self.state[weight] for weight in weights]
+        own, states = [local(weight) for weight in weights], [self.state[weight] for weight in weights]
+        for state in states:
+            # The fused kernel counts steps on the device, and torch leaves those of a checkpoint where they were.
+            state["step"] = state["step"].to(own[0].device)
         adamw(
-            [local(weight) for weight in weights],
+            own,
             _gradients(weights),
             [local(state["exp_avg"]) for state in states],
             [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
+            fused=own[0].is_cuda,  # faster on a CPU too, but rounded otherwise: its losses are recorded
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -143,15 +152,22 @@ class MuonAdamW(torch.optim.Optimizer):
             placements = weight.placements if isinstance(weight, DTensor) else None
             by_shape.setdefault((weight.shape, placements), []).append(weight)
         for (shape, _), alike in by_shape.items():
-            gradients, own = _gradients(alike), [local(weight) for weight in alike]
-            momenta = [local(self.state[weight]["momentum"]) for weight in alike]
-            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
-            first = alike[0]
-            updates = _orthogonalize_parts(nesterov, first) if isinstance(first, DTensor) else orthogonalize(nesterov)
-            torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
-            scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            torch._foreach_add_(own, list(updates.to(own[0].dtype).unbind()), alpha=-group["lr"] * scale)
+            # Each device orthogonalizes its share of the matrices as wholes.
+            devices = alike[0].device_mesh.size() if isinstance(alike[0], DTensor) else 1
+            at_once = devices * max(1, MUON_BYTES // (4 * shape.numel()))
+            for start in range(0, len(alike), at_once):
+                self._step_muon_alike(group, alike[start : start + at_once])
+
+    def _step_muon_alike(self, group: dict[str, Any], weights: list[Tensor]) -> None:
+        """Updates matrices of one shape, which lie over the devices in one way."""
+        first, own = weights[0], [local(weight) for weight in weights]
+        gradients, momenta = _gradients(weights), [local(self.state[weight]["momentum"]) for weight in weights]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
+        updates = _orthogonalize_parts(nesterov, first) if isinstance(first, DTensor) else orthogonalize(nesterov)
+        torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
+        scale = max(1.0, first.shape[0] / first.shape[1]) ** 0.5
+        torch._foreach_add_(own, list(updates.to(own[0].dtype).unbind()), alpha=-group["lr"] * scale)
 
 
 def _gradients(weights: list[Tensor]) -> list[Tensor]:
@@ -194,5 +210,5 @@ def orthogonalize(matrices: Float[Tensor, "n rows cols"], iterations: int = 5) -
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x

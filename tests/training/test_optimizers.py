@@ -1,10 +1,18 @@
 """Which weights decay, who updates them, and what the updates are."""
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.training import optimizers as optimizers_module
 from fuyu_e2e.training.optimizers import MuonAdamW, OptimizerConfig, build_optimizer, orthogonalize
 from fuyu_e2e.training.schedule import Schedule
 
@@ -12,6 +20,38 @@ from fuyu_e2e.training.schedule import Schedule
 def names(decoder: Decoder, group: dict) -> set[str]:
     held = {id(weight) for weight in group["params"]}
     return {name for name, weight in decoder.named_parameters() if id(weight) in held}
+
+
+ADAMW = {"kind": "adamw", "lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8}
+MUON = {"kind": "muon", "lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
+
+
+class Watched(TorchDispatchMode):
+    """Knows which operations ran, and the most bytes that tensors made by them took at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+        self.peak = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations.append(str(func))
+        given = {id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in {*given, *self._alive}:
+                self._alive[id(storage)] = storage.nbytes()
+                weakref.finalize(storage, self._alive.pop, id(storage))
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return result
+
+
+def with_gradients(count: int, shape: tuple[int, int], device: str) -> list[torch.nn.Parameter]:
+    weights = [torch.nn.Parameter(torch.randn(shape, device=device)) for _ in range(count)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    return weights
 
 
 def test_only_matrices_decay_and_muon_takes_those_of_the_blocks(decoder: Decoder) -> None:
@@ -29,9 +69,9 @@ def test_only_matrices_decay_and_muon_takes_those_of_the_blocks(decoder: Decoder
 def test_adamw_updates_are_torchs() -> None:
     ours, theirs = (torch.nn.Linear(7, 5) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    options = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8}
+    options = {name: value for name, value in ADAMW.items() if name != "kind"}
     optimizers = [
-        MuonAdamW([{"params": list(ours.parameters()), "kind": "adamw", **options}]),
+        MuonAdamW([{"params": list(ours.parameters()), **ADAMW}]),
         torch.optim.AdamW(theirs.parameters(), **options),
     ]
     for _ in range(5):
@@ -44,12 +84,28 @@ def test_adamw_updates_are_torchs() -> None:
     torch.testing.assert_close(ours.bias, theirs.bias)
 
 
+@pytest.mark.parametrize("counted_on", ["cpu", "cuda:0"])
+def test_adamw_is_fused_on_a_gpu_and_goes_on_there_from_any_device(counted_on: str) -> None:
+    with FakeTensorMode():
+        weights = with_gradients(2, (4, 4), "cuda")
+        optimizer = MuonAdamW([{"params": weights, **ADAMW}])
+        optimizer.step()
+        saved = optimizer.state_dict()
+        for kept in saved["state"].values():
+            kept["step"] = kept["step"].to(counted_on)
+        optimizer.load_state_dict(saved)
+        with Watched() as watched:
+            optimizer.step()
+    assert watched.operations.count("aten._fused_adamw_.default") == 1
+    assert {kept.device.type for weight in weights for kept in optimizer.state[weight].values()} == {"cuda"}
+
+
 @pytest.mark.parametrize("shape", [(12, 12), (24, 8), (8, 24)])
 def test_muon_updates_are_torchs_up_to_its_bfloat16(shape: tuple[int, int]) -> None:
     ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
-    options = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
+    options = {name: value for name, value in MUON.items() if name != "kind"}
     optimizers = [
-        MuonAdamW([{"params": [ours], "kind": "muon", **options}]),
+        MuonAdamW([{"params": [ours], **MUON}]),
         torch.optim.Muon([theirs], nesterov=True, **options),
     ]
     for step in range(4):
@@ -59,6 +115,33 @@ def test_muon_updates_are_torchs_up_to_its_bfloat16(shape: tuple[int, int]) -> N
             optimizer.step()
     assert (ours - 1).abs().mean() > 0.005
     torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(2_048, 2_048), (1_024, 4_096), (4_096, 1_024)])
+@pytest.mark.parametrize(("device", "copies"), [("cuda", 3), ("cpu", 5)])
+def test_muon_takes_no_more_memory_for_more_matrices(shape: tuple[int, int], device: str, copies: int) -> None:
+    with FakeTensorMode():  # 64 matrices of 16 MiB, where MUON_BYTES is 256 MiB
+        optimizer = MuonAdamW([{"params": with_gradients(64, shape, device), **MUON}])
+        optimizer.step()  # makes the momenta
+        with Watched() as watched:
+            optimizer.step()
+    assert optimizers_module.MUON_BYTES <= watched.peak <= copies * optimizers_module.MUON_BYTES
+
+
+def test_muon_updates_matrices_in_parts_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for most in (2**28, 2 * 4 * 24 * 40):
+        monkeypatch.setattr(optimizers_module, "MUON_BYTES", most)
+        torch.manual_seed(0)
+        weights = with_gradients(5, (24, 40), "cpu")
+        optimizer = MuonAdamW([{"params": weights, **MUON}])
+        with Watched() as watched:
+            optimizer.step()
+            optimizer.step()
+        found.append((weights, watched.operations.count("aten.stack.default")))
+    (together, once), (parted, often) = found
+    assert (once, often) == (2, 6)
+    torch.testing.assert_close(parted, together, rtol=0, atol=0)
 
 
 def test_orthogonalized_matrices_keep_their_directions() -> None:
