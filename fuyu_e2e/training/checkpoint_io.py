@@ -6,10 +6,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint, run_checkpoints, written_last_first
 from fuyu_e2e.checkpoint.sharded_files import write_shards
@@ -24,6 +27,7 @@ from fuyu_e2e.checkpoint.whole import (
 )
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.run_directory import shown
+from fuyu_e2e.training.gradients import local
 
 
 class WholeCheckpointIO(CheckpointIO):
@@ -133,22 +137,62 @@ def _warn_of_a_fault(work: Callable[..., None], *arguments: Any) -> None:
         rank_zero_warn(f"Checkpoints are as they were, for one could not be linked or removed ({error}).")
 
 
+def _copy_to_host(state: Any) -> tuple[Any, list[torch.cuda.Event]]:
+    """A copy of a state in the host's memory, and what its readers have to wait for first, where GPUs copy it.
+
+    Copies are queued on the streams that training computes on: the host doesn't wait, and no later step changes a
+    tensor before it is copied.
+    """
+    devices: set[torch.device] = set()
+
+    def copy(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if not tensor.is_cuda:
+            return tensor.clone()
+        devices.add(tensor.device)
+        # Pinned, or the host would wait for the copy; torch keeps the room for the next checkpoint.
+        copied = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        local(copied).copy_(local(tensor), non_blocking=True)
+        return copied
+
+    copied = apply_to_collection(state, Tensor, copy)
+    return copied, [torch.cuda.current_stream(device).record_event() for device in devices]
+
+
 class BackgroundCheckpointIO(AsyncCheckpointIO):
     """Lightning's writing in a thread, with removals in their turn, so that none comes before its successor is there.
 
+    What waits to be written lies in the host's memory. Lightning would keep it on the GPU: 8 to 12 bytes a weight.
+
     Attributes:
-        stall: Seconds for which the last save held up training: copying the state, not writing it.
+        stall: Seconds for which the last save held up the process: copying the state, not writing it. A GPU copies
+            after that, before it goes on with training.
     """
 
     def __init__(self, checkpoint_io: CheckpointIO | None = None) -> None:
         super().__init__(checkpoint_io or WholeCheckpointIO())
         self.stall = 0.0
 
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Copies the state, and has it written while training goes on."""
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Copies the state, and has it written while training goes on; raises what an earlier writing raised."""
         started_at = time.perf_counter()
-        super().save_checkpoint(*args, **kwargs)
+        self._ensure_setup()
+        assert self._executor is not None
+        self._executor.submit(self._write, *_copy_to_host(checkpoint), path, storage_options)
+        if self._error:
+            raise self._error
         self.stall = time.perf_counter() - started_at
+
+    def _write(
+        self, checkpoint: dict[str, Any], copies: list[torch.cuda.Event], path: Any, storage_options: Any
+    ) -> None:
+        assert self.checkpoint_io is not None
+        try:
+            for copy in copies:
+                copy.synchronize()
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+        except BaseException as error:  # to be raised where training saves next, or ends
+            self._error = error
 
     def remove_checkpoint(self, path: Any) -> None:
         """Removes a checkpoint once all that was to be written before is written."""

@@ -124,10 +124,7 @@ class Sharded(ModelParallelStrategy):
         optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         names = self._names()
         return {
-            "state": {
-                names[weight]: {name: tensor.cpu() for name, tensor in kept.items()}
-                for weight, kept in optimizer.state.items()
-            },
+            "state": {names[weight]: dict(kept) for weight, kept in optimizer.state.items()},
             "param_groups": [
                 group | {"params": [names[weight] for weight in group["params"]]} for group in optimizer.param_groups
             ],

@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint, newest, run_checkpoints
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
@@ -136,6 +139,31 @@ def test_what_is_written_in_the_background_is_the_state_of_the_moment(tmp_path: 
     read = writer.load_checkpoint(tmp_path / "last.ckpt")
     assert (read["weight"] == 3).all()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step=3.ckpt"]
+
+
+def test_what_waits_to_be_written_is_in_the_memory_of_the_host(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    happened: list[str] = []
+    stream, event = MagicMock(), MagicMock(spec=torch.cuda.Event)
+    stream.record_event.side_effect = lambda: happened.append("queued") or event
+    event.synchronize.side_effect = lambda: happened.append("copied")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    class Writer(WholeCheckpointIO):
+        def save_checkpoint(self, checkpoint: dict, path: object, storage_options: object = None) -> None:
+            happened.append("written")
+            held.extend(tree_leaves(checkpoint))
+
+    held: list[torch.Tensor] = []
+    writer = BackgroundCheckpointIO(Writer())
+    with FakeTensorMode():
+        weight = torch.nn.Parameter(torch.empty(3, device="cuda"))
+        state = {0: {"step": torch.zeros((), device="cuda"), "exp_avg": torch.empty(3, device="cuda")}}
+        writer.save_checkpoint({"state_dict": {"weight": weight}, "optimizer_states": [{"state": state}]}, tmp_path)
+        writer.teardown()
+    assert happened == ["queued", "copied", "written"]
+    assert [(tensor.device.type, tensor.requires_grad) for tensor in held] == 3 * [("cpu", False)]
 
 
 def test_a_full_disk_costs_one_checkpoint_and_a_warning(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.sharding import _check_heads
 from fuyu_e2e.training.module import FuyuModule
+from fuyu_e2e.training.optimizers import MuonAdamW
 from fuyu_e2e.training.strategies import Sharded, check_strategy
 
 SCRIPT = Path(__file__).with_name("sharded_runs.py")
@@ -214,6 +216,21 @@ def test_heads_that_cannot_be_shared_out_are_refused(config: FuyuConfig) -> None
     with pytest.raises(UserError, match="2 kv_heads, which 4 tensor"):
         _check_heads(config, 4)
     _check_heads(config, 2)
+
+
+def test_what_the_optimizer_keeps_is_left_to_who_copies_checkpoints() -> None:
+    """A copy to the host for each tensor would make it wait for each."""
+    layer = torch.nn.Linear(2, 2)
+    optimizer = MuonAdamW([{"params": [layer.weight], "kind": "muon", "lr": 0.1, "momentum": 0.9, "weight_decay": 0}])
+    strategy = Sharded()
+    strategy._lightning_module = layer  # type: ignore[assignment]
+    with FakeTensorMode():
+        momentum = torch.empty(2, 2, device="cuda")
+    optimizer.state[layer.weight]["momentum"] = momentum
+    state = strategy.optimizer_state(optimizer)["state"]
+    assert state["weight"]["momentum"] is momentum
+    optimizer.state[layer.weight]["momentum"] = None
+    assert state["weight"]["momentum"] is momentum
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
