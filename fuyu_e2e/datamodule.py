@@ -263,7 +263,7 @@ class FuyuDataModule(pl.LightningDataModule):
 
     def _loader(self, split: str, settled: Callable[[], int] | None = None) -> "RowLoader":
         rows = RowDataset(self.stream(split), self._place.rank, self._place.size)
-        pin = torch.cuda.is_available()
+        pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         # Training rows have no end. Of others, one process may have a row more than the next.
         ends = split != "train"
         anyone = partial(anywhere, self.trainer) if self.trainer and ends and in_step(self.trainer) else None

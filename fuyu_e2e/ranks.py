@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,13 @@ def in_step(trainer: pl.Trainer) -> bool:
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in its place; Lightning's own has them all wait for each other first."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def anywhere(trainer: pl.Trainer, here: bool) -> bool:
     """Whether something is so on any process; all of them ask at once."""
-    count = torch.tensor(float(here), device=trainer.strategy.root_device)
-    return bool(trainer.strategy.reduce(count, reduce_op="sum") > 0)
+    return bool(sum_over_ranks(torch.tensor(float(here), device=trainer.strategy.root_device)) > 0)

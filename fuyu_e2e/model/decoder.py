@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -219,18 +219,16 @@ class Decoder(nn.Module):
                 assert trace.layout is not None
                 thresholds[routed.block].observe(routed, trace.layout)
 
-    def forget_observed(self) -> None:
-        """Drops the scores counted since the last update, of a step that is skipped."""
-        for rule in self._thresholds.values():
-            rule.counts.zero_()
-
     @torch.no_grad()
-    def update_thresholds(self, progress: Progress, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Sets the thresholds that hold from the next step on.
+    def update_thresholds(
+        self, progress: Progress, reduce: Callable[[Tensor], Tensor], skip: Bool[Tensor, ""] | None = None
+    ) -> None:
+        """Sets the thresholds that hold from the next step on, from the scores observed since the last update.
 
         Args:
             progress: Of the next step.
             reduce: Sums counts over all ranks.
+            skip: Whether to drop these scores instead, and leave all as it is; known to the device alone.
         """
         rules = list(self._thresholds.values())
         if not rules:
@@ -239,7 +237,7 @@ class Decoder(nn.Module):
         counts = reduce(torch.cat([rule.counts for rule in rules]))
         dense = progress.dense(self.config.routing)
         for rule, own in zip(rules, counts.split([len(rule.counts) for rule in rules]), strict=True):
-            rule.update(own, dense)
+            rule.update(own, dense, skip)
 
 
 def _keeps(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:

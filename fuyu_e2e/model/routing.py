@@ -325,27 +325,31 @@ class Threshold(Rule):
         counted = layout.real.long()
         self.counts.view(-1).scatter_add_(0, self._group(layout) * BINS + bins, counted)
 
-    def update(self, counts: Int64[Tensor, "groups bins"], dense: float) -> None:
+    def update(self, counts: Int64[Tensor, "groups bins"], dense: float, skip: Bool[Tensor, ""] | None = None) -> None:
         """Sets the thresholds for the next step.
 
         Args:
             counts: The step's scores by bin, over all ranks.
             dense: 1 while all tokens are to pass, falling to 0 as the share is annealed.
+            skip: Whether to leave all as it is instead.
         """
-        self.history.mul_(MEMORY).add_(counts)
+        history = self.history * MEMORY + counts
         self.counts.zero_()
         asked = [self.shares.patches, self.shares.others] if self.split else [self.shares.patches]
-        shares = torch.tensor([annealed(share, dense) for share in asked], dtype=torch.float64)
-        total = self.history.sum(dim=1, dtype=torch.float64)
-        passing = total * shares.to(total.device, non_blocking=True)
-        above = self.history.double().flip(1).cumsum(1).flip(1)
+        total = history.sum(dim=1, dtype=torch.float64)
+        passing = torch.stack([group * annealed(share, dense) for group, share in zip(total, asked, strict=True)])
+        above = history.double().flip(1).cumsum(1).flip(1)
         # The last bin with enough scores from its lower edge on holds the threshold, on a line between its edges.
         bins = ((above >= passing[:, None]).sum(dim=1) - 1).clamp(0, BINS - 1)
-        inside = self.history.double().gather(1, bins[:, None])[:, 0]
+        inside = history.double().gather(1, bins[:, None])[:, 0]
         surplus = above.gather(1, bins[:, None])[:, 0] - passing
         edge = (bins + (surplus / inside.clamp(min=1e-12)).clamp(0, 1)) * (2 * LIMIT / BINS) - LIMIT
         threshold = torch.where(passing >= total, -math.inf, edge.clamp(max=LIMIT * (1 - 2 / BINS))).float()
-        self.threshold.copy_(torch.where(total > 0, threshold, self.threshold))
+        threshold = torch.where(total > 0, threshold, self.threshold)
+        if skip is not None:
+            history, threshold = torch.where(skip, self.history, history), torch.where(skip, self.threshold, threshold)
+        self.history.copy_(history)
+        self.threshold.copy_(threshold)
 
 
 class TopK(Rule):

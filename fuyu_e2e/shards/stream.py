@@ -64,6 +64,10 @@ class StreamRow:
     lane: int
     state: LaneState
 
+    def pin_memory(self) -> "StreamRow":
+        """The same row with its batch in page-locked memory, as torch's loader asks for."""
+        return replace(self, batch=self.batch.pin_memory())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:

@@ -3,6 +3,7 @@
 One such update puts NaN into every weight, or throws a run back by days, and the run goes on as if all were well.
 """
 
+import sys
 from dataclasses import asdict, dataclass
 from math import isfinite, sqrt
 from typing import Any
@@ -16,8 +17,9 @@ from torch import Tensor
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.exit_codes import BAD_STEPS
-from fuyu_e2e.training.curves import shown_step, tensorboard_of
+from fuyu_e2e.training.curves import tensorboard_of
 from fuyu_e2e.training.module import FuyuModule, steps_between_logs
+from fuyu_e2e.training.step import StepFigures
 
 MEMORY = 100
 """Steps that running figures are over; so many good ones are seen before any is out of line."""
@@ -46,9 +48,9 @@ class Running:
         self.mean += part * away
         self.variance = (1 - part) * (self.variance + part * away * away)
 
-    def far(self, value: float, deviations: float) -> bool:
-        """Whether a value is more than `deviations` standard deviations above the mean."""
-        return self.count == MEMORY and value > self.mean + deviations * sqrt(self.variance)
+    def limit(self, deviations: float) -> float:
+        """The value `deviations` standard deviations above the mean; until that is known the greatest finite one."""
+        return self.mean + deviations * sqrt(self.variance) if self.count == MEMORY else sys.float_info.max
 
 
 class BadSteps(Callback):
@@ -78,12 +80,15 @@ class BadSteps(Callback):
         """Steps skipped so far, those before a resume among them."""
         self._streak = 0
         self._running = {"loss": Running(), "gradient norm": Running()}
-        self._reason = ""
-        self._rows: list[tuple[tuple[str, ...], Tensor]] = []
+        self._rows: dict[int, list[tuple[tuple[str, ...], Tensor]]] = {}
+        """Of each step that isn't judged yet."""
         self._keys: tuple[str, ...] = ()
+        self._module: FuyuModule | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The counts and running figures, in primitives."""
+        if self._module is not None:
+            self._module.read_step()
         running = {name: asdict(figures) for name, figures in self._running.items()}
         return {"skipped": self.skipped, "streak": self._streak, "running": running}
 
@@ -95,23 +100,48 @@ class BadSteps(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Has the module ask in each step."""
         assert isinstance(pl_module, FuyuModule)
-        pl_module.guard = self.is_bad
+        self._module = pl_module
+        pl_module.guard = self
 
-    def is_bad(self, loss: float, gradient_norm: float) -> bool:
-        """Whether the step with these figures, the same on all ranks, is to be skipped."""
-        self._reason = self._why(loss, gradient_norm)
-        if not self._reason:
-            self._running["loss"].add(loss)
-            self._running["gradient norm"].add(gradient_norm)
-        return bool(self._reason)
+    def limits(self) -> tuple[float, float]:
+        """The greatest loss and gradient norm of a good step."""
+        loss, norm = (
+            sys.float_info.max if self.deviations is None else running.limit(self.deviations)
+            for running in self._running.values()
+        )
+        return loss, norm
 
-    def _why(self, loss: float, gradient_norm: float) -> str:
-        for (name, running), value in zip(self._running.items(), (loss, gradient_norm), strict=True):
-            if not isfinite(value):
+    def judge(self, figures: StepFigures) -> None:
+        """Counts a step, and reports it where it was skipped.
+
+        Raises:
+            TooManyBadStepsError: It was one too many in a row.
+        """
+        rows = self._rows.pop(figures.step, [])
+        found = {"loss": figures.loss, "gradient norm": figures.gradient_norm}
+        if not figures.skipped:
+            self._streak = 0
+            for name, running in self._running.items():
+                running.add(found[name])
+            return
+        self._streak += 1
+        self.skipped += 1
+        reason = self._why(found)
+        self._report(figures.step, reason, rows)
+        if self._streak >= self.in_a_row:
+            raise TooManyBadStepsError(
+                f"{self._streak} steps in a row were skipped, the last because {reason}: weights are those of "
+                f"step {figures.step - self._streak}, and checkpoints are from there or before. Lower the "
+                "learning rate or look at the samples named, and go on with --ckpt_path last."
+            )
+
+    def _why(self, found: dict[str, float]) -> str:
+        for (name, running), limit in zip(self._running.items(), self.limits(), strict=True):
+            if not isfinite(value := found[name]):
                 return f"its {name} is {value}"
-            if self.deviations is not None and running.far(value, self.deviations):
+            if value > limit:
                 return f"its {name} is {value:.4g}, {running.mean:.4g} ± {sqrt(running.variance):.2g} until now"
-        return ""
+        raise AssertionError("no figure of a skipped step is out of line")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins with no rows of a step."""
@@ -125,32 +155,17 @@ class BadSteps(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Keeps the row's own loss beside them, unread, so that no host waits for it."""
-        self._rows.append((self._keys, loss.detach()))
+        self._rows.setdefault(trainer.global_step + 1, []).append((self._keys, loss.detach()))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Reports a skipped step.
-
-        Raises:
-            TooManyBadStepsError: It was one too many in a row.
-        """
-        if trainer.fit_loop.epoch_loop._should_accumulate():
-            return
-        self._streak = self._streak + 1 if self._reason else 0
-        if self._reason:
-            self.skipped += 1
-            self._report(trainer)
-        self._rows.clear()
-        if trainer.global_step % steps_between_logs(trainer) == 0:
+        """Logs how many were skipped."""
+        if not trainer.fit_loop.epoch_loop._should_accumulate() and (
+            trainer.global_step % steps_between_logs(trainer) == 0
+        ):
             pl_module.log("bad_steps/skipped", float(self.skipped))
-        if self._streak >= self.in_a_row:
-            raise TooManyBadStepsError(
-                f"{self._streak} steps in a row were skipped, the last because {self._reason}: weights are those of "
-                f"step {trainer.global_step - self._streak}, and checkpoints are from there or before. Lower the "
-                "learning rate or look at the samples named, and go on with --ckpt_path last."
-            )
 
-    def _report(self, trainer: pl.Trainer) -> None:
-        rows: list[Any] = [[(keys, bool(loss.isfinite())) for keys, loss in self._rows]]
+    def _report(self, step: int, reason: str, own_rows: list[tuple[tuple[str, ...], Tensor]]) -> None:
+        rows: list[Any] = [[(keys, bool(loss.isfinite())) for keys, loss in own_rows]]
         if dist.is_initialized():
             own, rows = rows[0], [None] * dist.get_world_size()
             dist.all_gather_object(rows, own)
@@ -159,7 +174,9 @@ class BadSteps(Callback):
         keys = [key for row_keys, _ in odd or every for key in row_keys]
         more = f" and {len(keys) - KEYS_SHOWN} more" if len(keys) > KEYS_SHOWN else ""
         shown = ", ".join(keys[:KEYS_SHOWN])
-        rank_zero_info(f"\nStep {trainer.global_step} is skipped: {self._reason}. Samples: {shown}{more}.")
+        rank_zero_info(f"\nStep {step} is skipped: {reason}. Samples: {shown}{more}.")
+        assert self._module is not None
+        trainer = self._module.trainer
         if trainer.is_global_zero and (logger := tensorboard_of(trainer)) is not None:
-            text = f"{self._reason}\n\n    " + "\n    ".join(keys)
-            logger.experiment.add_text("bad_steps/samples", text, shown_step(trainer))
+            text = f"{reason}\n\n    " + "\n    ".join(keys)
+            logger.experiment.add_text("bad_steps/samples", text, step - 1)  # curves count steps from 0

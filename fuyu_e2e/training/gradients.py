@@ -3,11 +3,11 @@
 torch works on the shards of one mesh at a time: tensor parallelism with FSDP2 around it leaves weights on two.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
-import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -38,19 +38,24 @@ def _by_spread(weights: Iterable[nn.Parameter]) -> dict[Spread | None, list[Tens
     return groups
 
 
-def gradient_norm(weights: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
-    """The Euclidean norm over all gradients of `weights`, whole where they are sharded; 0 where there are none."""
-    norms = []
+def squared_norm_part(weights: Sequence[nn.Parameter], processes: int) -> Float64[Tensor, ""]:
+    """This process's part of the squared norm over all gradients of `weights`: over all processes they add up to it.
+
+    Where several have the same gradients, each gives its share of them.
+
+    Args:
+        weights: Whole or in shards; 0 comes of those without a gradient.
+        processes: How many there are.
+    """
+    device = local(weights[0]).device
+    squares = torch.zeros((), dtype=torch.float64, device=device)
     for spread, gradients in _by_spread(weights).items():
-        norm = torch.nn.utils.get_total_norm(gradients)
+        parts = 1
         if spread is not None:
             mesh, dimensions = spread
-            square = norm.square()
-            for dimension in dimensions:
-                dist.all_reduce(square, group=mesh.get_group(dimension))
-            norm = square.sqrt()
-        norms.append(norm)
-    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
+            parts = math.prod(mesh.size(dimension) for dimension in dimensions)
+        squares = squares + torch.nn.utils.get_total_norm(gradients).double().square() * (parts / processes)
+    return squares
 
 
 def clamp_gradients(weights: Iterable[nn.Parameter], limit: float) -> None:

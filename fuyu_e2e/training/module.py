@@ -1,6 +1,5 @@
 """The LightningModule: loss, optimizer, logging, and what goes into a checkpoint."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -24,14 +23,14 @@ from fuyu_e2e.model.decoder import ActivationCheckpointing, Decoder
 from fuyu_e2e.model.float8 import use_float8
 from fuyu_e2e.model.routing import Progress, RoutingTrace
 from fuyu_e2e.model.sharding import TENSOR, gather_weights, shard
-from fuyu_e2e.ranks import DataRank
+from fuyu_e2e.ranks import DataRank, sum_over_ranks
 from fuyu_e2e.sequence import Prompt
 from fuyu_e2e.training.checkpoints import checkpoints_of
 from fuyu_e2e.training.curves import leave_out_later
-from fuyu_e2e.training.gradients import clamp_gradients, gradient_norm, scale_gradients, weights_of
+from fuyu_e2e.training.gradients import clamp_gradients, scale_gradients, squared_norm_part, weights_of
 from fuyu_e2e.training.lightning_settings import check_monitors, check_trainer
 from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
-from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
+from fuyu_e2e.training.optimizers import MuonAdamW, OptimizerConfig, build_optimizer
 from fuyu_e2e.training.resume import (
     compare_settings,
     go_back_to_last_step,
@@ -40,16 +39,12 @@ from fuyu_e2e.training.resume import (
     training_settings,
 )
 from fuyu_e2e.training.schedule import Schedule, ScheduledRate
+from fuyu_e2e.training.step import Guard, PendingStep, StepFigures, StepSums, queues
 
 
 def steps_between_logs(trainer: pl.Trainer) -> int:
     """The trainer's `log_every_n_steps`, which Lightning sets without declaring it; for 0 more than a run has."""
     return trainer.log_every_n_steps or trainer.max_steps + 1  # type: ignore[attr-defined]
-
-
-def never_bad(loss: float, gradient_norm: float) -> bool:
-    """Skips no step; a function with a name, for strategies that send the module to other processes."""
-    return False
 
 
 class FuyuModule(pl.LightningModule):
@@ -125,14 +120,16 @@ class FuyuModule(pl.LightningModule):
         """What happened at routed blocks in the last batch."""
         self.votes: dict[str, bool] = {}
         """What callbacks of this rank have to say to the others in each step, by the same names on all ranks; set in
-        their `on_before_optimizer_step`."""
-        self.voted: set[str] = set()
-        """What any rank said in the last step."""
-        self.guard: Callable[[float, float], bool] = never_bad
-        """Whether a step is to be skipped, by its mean loss and its gradient norm, which all ranks give alike."""
-        self.step_loss: float | None = None
-        """The mean loss of the last step, over all ranks; read once, for all who show it or judge by it."""
-        self._step_totals: list[Tensor] = []
+        their `on_before_optimizer_step`, and heard by all ranks in the same step (`figures.votes`)."""
+        self.beside: dict[str, Tensor] = {}
+        """Single numbers of the device that callbacks of this rank want on the host, read with the figures of the step
+        (`figures.beside`); set in their `on_before_optimizer_step`, for one step."""
+        self.guard: Guard | None = None
+        """What tells which steps are bad; without one none is skipped."""
+        self.figures: StepFigures | None = None
+        """Of the last step of this start that was read: on a GPU, mostly the one before the last that was done."""
+        self._sums = StepSums()
+        self._pending: PendingStep | None = None
         self._gradient_norm: Tensor
 
     @classmethod
@@ -253,6 +250,8 @@ class FuyuModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Has the curves go on where the run does."""
         leave_out_later(self.trainer)
+        self._sums.clear()
+        self.figures = self._pending = None
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule over `trainer.max_steps`."""
@@ -273,8 +272,7 @@ class FuyuModule(pl.LightningModule):
         self.trace = RoutingTrace()
         loss, z_loss = self.decoder.loss_and_z(batch, self.trace, with_z=self.z_loss > 0)
         self.decoder.observe(self.trace)
-        counts = loss.new_tensor([batch.targets.numel(), sum(batch.document_lengths)])
-        self._step_totals.append(torch.cat((loss.detach()[None], counts)).double())
+        self._sums.add(loss, batch)
         beside = self.z_loss * z_loss + self.trace.auxiliary * batch.targets.numel()
         # Undoes the division by the number of micro-batches that Lightning is about to do.
         return (loss + beside) * self.trainer.accumulate_grad_batches
@@ -284,42 +282,67 @@ class FuyuModule(pl.LightningModule):
         return Progress(step, step / self.trainer.max_steps)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divides the gradient by the supervised tokens of the whole step, skips it where it is bad, and logs it.
+        """Divides the gradient by the supervised tokens of the whole step, and has a bad one change nothing.
 
-        A skipped step leaves no gradient, and the optimizer touches nothing that has none. It is a step all the same
-        to the data, the learning rate and `global_step`.
+        A skipped step is a step all the same to the data, the learning rate and `global_step`. The host reads nothing
+        of this step here, unless it is to be shown, but what the step before came to.
         """
-        copies = DataRank.of(self.trainer).copies
-        totals = torch.stack(self._step_totals).sum(dim=0)
-        self._step_totals.clear()
-        totals = torch.cat((totals, totals.new_tensor(list(self.votes.values()))))
-        loss, supervised, tokens, *votes = self.trainer.strategy.reduce(totals, reduce_op="sum").unbind()
-        self.voted = {name for name, count in zip(self.votes, votes, strict=True) if count}
+        self.read_step()
+        assert isinstance(optimizer, MuonAdamW)
+        weights, ranks, copies = weights_of(optimizer), self.trainer.world_size, DataRank.of(self.trainer).copies
+        sums = self._sums.over_ranks(squared_norm_part(weights, ranks), self.votes)
+        self._sums.clear()
+        loss, squares, supervised, *_ = sums.unbind()
         # Gradients are averaged over the ranks that see different rows; their sum is wanted. Where several see the
         # same rows, all that is counted here is counted as many times.
-        weights = weights_of(optimizer)
-        scale_gradients(weights, (self.trainer.world_size / supervised.clamp(min=1)).float())
-        mean = (loss / supervised.clamp(min=1)).float()
-        # A sum, since a maximum may lose what isn't a number: one rank's is then every rank's.
-        norms = self.trainer.strategy.reduce(gradient_norm(weights), reduce_op="sum")
-        self._gradient_norm = norms / self.trainer.world_size
-        self.step_loss = float(mean)
-        if self.guard(self.step_loss, float(self._gradient_norm)):
-            self.zero_grad(set_to_none=True)
-            self.decoder.forget_observed()
-        else:
-            self.decoder.update_thresholds(
-                self._progress_after(1), lambda counts: self.trainer.strategy.reduce(counts, reduce_op="sum") // copies
-            )
-        self.tokens_seen += int(tokens) // copies
-        self.log("train/loss", mean, prog_bar=True)
-        if (self.trainer.global_step + 1) % steps_between_logs(self.trainer) == 0:
-            self._log_step(mean, optimizer)
+        factor = ranks / supervised.clamp(min=1)
+        scale_gradients(weights, factor.float())
+        mean, norm = loss / supervised.clamp(min=1), squares.sqrt() * factor
+        self._gradient_norm = norm.float()
+        bad = torch.zeros_like(mean, dtype=torch.bool)
+        if self.guard is not None:
+            greatest_loss, greatest_norm = self.guard.limits()
+            bad = ~((mean <= greatest_loss) & (norm <= greatest_norm))  # what is no number is below no limit
+            optimizer.found_inf = bad.float()
+        self.decoder.update_thresholds(
+            self._progress_after(1), lambda counts: sum_over_ranks(counts) // copies, skip=bad
+        )
+        step = self.trainer.global_step + 1
+        self._pending = PendingStep(step, sums, bad, votes=self.votes, beside=self.beside, ranks=ranks, copies=copies)
+        self.beside = {}
+        shown = step % steps_between_logs(self.trainer) == 0 or step == self.trainer.max_steps or self.figures is None
+        if shown or not queues(self.device):
+            self.read_step()
+        assert self.figures is not None
+        self.log("train/loss", self.figures.loss, prog_bar=True)
+        if step % steps_between_logs(self.trainer) == 0:
+            self._log_step(self.figures, optimizer)
 
-    def _log_step(self, mean: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    def read_step(self) -> None:
+        """Reads what the last step came to, unless that is done; all ranks call it at the same point.
+
+        Raises:
+            UserError: The guard ends the run.
+        """
+        if self._pending is None:
+            return
+        self.figures, self._pending = self._pending.read(), None
+        self.tokens_seen += self.figures.tokens
+        if self.guard is not None:
+            self.guard.judge(self.figures)
+
+    def on_train_end(self) -> None:
+        """Reads the last step of a run that ends before `trainer.max_steps`."""
+        self.read_step()
+
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        """Lightning's, but a number stays on the host: Lightning copies it to the device and reads it back."""
+        super().log(name, torch.tensor(value) if isinstance(value, float) else value, *args, **options)
+
+    def _log_step(self, figures: StepFigures, optimizer: torch.optim.Optimizer) -> None:
         """Gives Lightning what it is to write: a figure takes it time, also where it writes none."""
-        self.log("train/perplexity", mean.exp())
-        self.log("train/gradient_norm", self._gradient_norm)
+        self.log("train/perplexity", torch.tensor(figures.loss).exp())
+        self.log("train/gradient_norm", figures.gradient_norm)
         self.log("tokens", float(self.tokens_seen))
         for group in optimizer.param_groups:
             self.log(f"lr/{group['kind']}", group["lr"])
@@ -396,6 +419,7 @@ class FuyuModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the checkpoint says about itself."""
+        self.read_step()
         checkpoints = checkpoints_of(self.trainer)
         checkpoint[SECTION] = self.description.section() | {
             "tokens_seen": self.tokens_seen,

@@ -94,6 +94,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {})
+        self.found_inf: Float[Tensor, ""] | None = None
+        """1 where the next step is to change nothing but 0, by the name that torch's fused optimizers have for it: it
+        is known to the device alone. None is 0."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what is kept of each weight; a group's settings stay those that it was made with."""
@@ -134,7 +137,8 @@ class MuonAdamW(torch.optim.Optimizer):
             [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
-            fused=own[0].is_cuda,  # faster on a CPU too, but rounded otherwise: its losses are recorded
+            fused=True,
+            found_inf=self.found_inf,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -162,12 +166,18 @@ class MuonAdamW(torch.optim.Optimizer):
         """Updates matrices of one shape, which lie over the devices in one way."""
         first, own = weights[0], [local(weight) for weight in weights]
         gradients, momenta = _gradients(weights), [local(self.state[weight]["momentum"]) for weight in weights]
+        rate: float | Tensor = group["lr"]
+        if self.found_inf is not None:
+            rate = rate * (1 - self.found_inf.double())
+            skip = self.found_inf > 0
+            # A momentum that moves towards itself stays where it is.
+            gradients = [torch.where(skip, *pair) for pair in zip(momenta, gradients, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
         updates = _orthogonalize_parts(nesterov, first) if isinstance(first, DTensor) else orthogonalize(nesterov)
-        torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
-        scale = max(1.0, first.shape[0] / first.shape[1]) ** 0.5
-        torch._foreach_add_(own, list(updates.to(own[0].dtype).unbind()), alpha=-group["lr"] * scale)
+        torch._foreach_mul_(own, 1 - rate * group["weight_decay"])
+        updates = updates.to(own[0].dtype) * (rate * max(1.0, first.shape[0] / first.shape[1]) ** 0.5)
+        torch._foreach_sub_(own, list(updates.unbind()))
 
 
 def _gradients(weights: list[Tensor]) -> list[Tensor]:

@@ -25,7 +25,7 @@ def progress() -> ProgressBar:
 class Progress(RichProgressBar):
     """Lightning's bar, counting optimizer steps, with figures as a person reads them, drawn as often as one looks.
 
-    It reads nothing from the device in a step: the loss is what the step read itself.
+    It reads nothing from the device: the loss is that of the last step that the module read.
     """
 
     def __init__(self) -> None:
@@ -101,8 +101,8 @@ class Progress(RichProgressBar):
             known = trainer.progress_bar_metrics
             return {name: f"{known[name]:.3f}" for name in ("val/loss", "test/loss") if name in known}
         shown: dict[str, int | str | float | dict[str, float]] = {}
-        if pl_module.step_loss is not None:
-            shown["train/loss"] = f"{pl_module.step_loss:.3f}"
+        if pl_module.figures is not None:
+            shown["train/loss"] = f"{pl_module.figures.loss:.3f}"
         if self._validation_loss is not None:
             shown["val/loss"] = f"{self._validation_loss:.3f}"
         shown["tokens"] = short_count(float(pl_module.tokens_seen))

@@ -40,24 +40,35 @@ class RoutingReport(Callback):
         self._prompts: list[Prompt] | None = None
         self._choices: Tensor | None = None
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
-    ) -> None:
-        """Counts a batch, and logs at every `log_every_n_steps`-th step."""
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Counts a batch."""
         assert isinstance(pl_module, FuyuModule)
-        if pl_module.config.routing is None:
+        if pl_module.config.routing is not None:
+            self._training.add(pl_module.trace)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Has the figures read with those of every `log_every_n_steps`-th step, and begins anew."""
+        assert isinstance(pl_module, FuyuModule)
+        if pl_module.config.routing is None or (trainer.global_step + 1) % steps_between_logs(trainer):
             return
-        self._training.add(pl_module.trace)
-        if trainer.fit_loop.epoch_loop._should_accumulate() or trainer.global_step % steps_between_logs(trainer):
-            return
-        for name, value in self._training.figures("routing").items():
-            pl_module.log(name, value)
+        pl_module.beside |= self._training.figures("routing")
         for block in pl_module.decoder.blocks:
             if isinstance(block, RoutedBlock) and isinstance(block.rule, Threshold):
                 for group, threshold in enumerate(block.rule.threshold.unbind()):
                     name = f"routing/block{block.rule.block}/threshold"
-                    pl_module.log(name if not group else f"{name}_of_others", threshold)
+                    pl_module.beside[name if not group else f"{name}_of_others"] = threshold
         self._training = _Sums()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Logs them."""
+        assert isinstance(pl_module, FuyuModule)
+        if trainer.fit_loop.epoch_loop._should_accumulate() or trainer.global_step % steps_between_logs(trainer):
+            return
+        assert pl_module.figures is not None
+        for name, value in pl_module.figures.beside.items():
+            pl_module.log(name, value)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Counts anew."""

@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from fuyu_e2e.exit_codes import STOP_SIGNALS, of_signal
-from fuyu_e2e.ranks import anywhere, in_step
+from fuyu_e2e.ranks import anywhere, in_step, sum_over_ranks
 from fuyu_e2e.run_directory import RECIPE, shown
 from fuyu_e2e.training.last_checkpoint import save_last
 from fuyu_e2e.training.module import FuyuModule
@@ -75,9 +75,7 @@ class StopSignals(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes over the signals while training runs."""
-        assert isinstance(pl_module, FuyuModule)
         self._heard = None
-        pl_module.voted = set()
         self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
 
     def on_before_optimizer_step(
@@ -88,14 +86,16 @@ class StopSignals(Callback):
         pl_module.votes |= {number.name: self._heard == number for number in STOP_SIGNALS}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Stops behind the step in which a rank had heard a signal.
+        """Stops behind the step in which a rank had heard a signal, on GPUs mostly the one that follows.
 
         Raises:
             Stopped: On all ranks.
         """
         assert isinstance(pl_module, FuyuModule)
+        if pl_module.figures is None or trainer.fit_loop.epoch_loop._should_accumulate():
+            return
         for number in STOP_SIGNALS:
-            if number.name in pl_module.voted:
+            if number.name in pl_module.figures.votes:
                 stop(trainer, number.name, of_signal(number))
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -128,7 +128,7 @@ class StopSignals(Callback):
         if not self._previous:
             return
         heard = torch.tensor([self._heard == number for number in STOP_SIGNALS], device=pl_module.device).double()
-        for number, count in zip(STOP_SIGNALS, trainer.strategy.reduce(heard, reduce_op="sum"), strict=True):
+        for number, count in zip(STOP_SIGNALS, sum_over_ranks(heard).tolist(), strict=True):
             if count:
                 stop(trainer, number.name, of_signal(number))
 

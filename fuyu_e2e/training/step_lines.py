@@ -69,7 +69,8 @@ class StepLines(ProgressBar):
 
     def _step(self, trainer: pl.Trainer, pl_module: FuyuModule, now: float) -> list[str]:
         step = trainer.global_step
-        parts = [_position(trainer), f"loss {pl_module.step_loss:.3g}"]
+        assert pl_module.figures is not None
+        parts = [_position(trainer), f"loss {pl_module.figures.loss:.3g}"]
         throughput = throughput_of(trainer)
         if throughput is not None and throughput.rate:
             parts.append(f"{short_count(throughput.rate)} tokens/s")

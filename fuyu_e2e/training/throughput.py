@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -110,9 +111,11 @@ class Throughput(Callback):
         window = self._window
         seconds = (window.seconds, window.alone, window.waited)
         own = [*(part / window.steps for part in seconds), _peak_memory(pl_module.device)]
-        gathered = pl_module.all_gather(torch.tensor(own, device=pl_module.device))
-        assert isinstance(gathered, Tensor)
-        by_figure = gathered.view(-1, len(own)).T.tolist()
+        by_rank: list[Any] = [own]
+        if dist.is_initialized():
+            by_rank = [None] * dist.get_world_size()
+            dist.all_gather_object(by_rank, own)
+        by_figure = list(zip(*by_rank, strict=True))
         names = ("step_seconds", "seconds_before_backward", "data_wait_seconds", "memory_gib")
         for name, values in zip(names, by_figure, strict=True):
             for rank, value in enumerate(values):

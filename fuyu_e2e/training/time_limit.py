@@ -69,5 +69,7 @@ class TimeLimit(Callback):
             Stopped: On all ranks, where steps are left.
         """
         assert isinstance(pl_module, FuyuModule)
-        if VOTE in pl_module.voted and trainer.global_step < trainer.max_steps:
+        if pl_module.figures is None or trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        if VOTE in pl_module.figures.votes and trainer.global_step < trainer.max_steps:
             stop(trainer, f"The time of this start (trainer.max_time, {self.seconds:,.0f} s) is over", TIME_OVER)

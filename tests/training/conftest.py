@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import fuyu_e2e.training.module
+
 SCRIPT = Path(__file__).with_name("guarded_runs.py")
 
 
@@ -32,3 +34,9 @@ def guarded_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tupl
         return folder, json.loads((folder / "results.json").read_text())
 
     return run
+
+
+@pytest.fixture
+def read_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a run read its steps as on a GPU: each when the next one is queued behind it, unless it is to be shown."""
+    monkeypatch.setattr(fuyu_e2e.training.module, "queues", lambda device: True)

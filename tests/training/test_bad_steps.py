@@ -23,6 +23,7 @@ from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.training.bad_steps import BadSteps, TooManyBadStepsError
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
+from fuyu_e2e.training.step import StepFigures
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -74,9 +75,8 @@ def fit(config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_pa
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
-            log_every_n_steps=1,
             callbacks=[guard, plant],
-            **{"logger": False, "gradient_clip_val": 1.0} | settings,
+            **{"logger": False, "gradient_clip_val": 1.0, "log_every_n_steps": 1} | settings,
         )
         trainer.fit(module, question_data())
         return trainer
@@ -108,10 +108,12 @@ def test_a_skipped_step_changes_nothing_but_is_a_step(
     assert all(key in told[1] for key in plant.keys[6])
 
 
-def test_a_step_without_a_gradient_before_it_leaves_no_optimizer_state(fit: Callable[..., pl.Trainer]) -> None:
+def test_a_skipped_first_step_leaves_the_optimizers_state_as_new(fit: Callable[..., pl.Trainer]) -> None:
     plant = Plant(0)
     fit(plant, BadSteps())
-    assert not [name for name in plant.left[0] if name.endswith((".step", ".momentum", ".exp_avg"))]
+    kept = [value for name, value in plant.left[0].items() if name.endswith((".step", ".momentum", ".exp_avg"))]
+    assert kept
+    assert not any(value.any() for value in kept)
     [counter, *_] = [value for name, value in plant.left[-1].items() if name.endswith(".step")]
     assert counter == 5
 
@@ -124,10 +126,53 @@ def test_too_many_in_a_row_end_the_run_with_a_sentence(fit: Callable[..., pl.Tra
     assert same(plant.left[2], plant.left[-1])
 
 
-def test_what_is_far_out_of_line_is_skipped_where_asked() -> None:
-    def judged(guard: BadSteps, loss: float = 2.0, norm: float = 1.0) -> bool:
-        return guard.is_bad(loss, norm)
+def test_steps_that_are_read_late_are_judged_alike(
+    fit: Callable[..., pl.Trainer], caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> None:
+    """Bad ones change nothing, though the host doesn't know of them yet."""
+    runs = []
+    for late in (False, True):
+        if late:
+            request.getfixturevalue("read_late")
+        plant, guard = Plant(1, 3, 4), BadSteps()
+        with caplog.at_level("INFO"):
+            trainer = fit(plant, guard, log_every_n_steps=50)
+        told = [line for line in caplog.messages if " is skipped: its gradient norm is nan. Samples: " in line]
+        caplog.clear()
+        runs.append((plant.left, plant.lr, guard.state_dict(), told, trainer.lightning_module.tokens_seen))
+    for once, late in zip(runs[0][0], runs[1][0], strict=True):
+        assert same(once, late)
+    assert runs[0][1:] == runs[1][1:]
+    assert len(runs[1][3]) == 3
 
+
+@pytest.mark.usefixtures("read_late")
+def test_too_many_that_are_read_late_end_the_run_before_another_step_is_done(fit: Callable[..., pl.Trainer]) -> None:
+    plant = Plant(1, 2)
+    with pytest.raises(TooManyBadStepsError, match=r"2 steps in a row were skipped, .* weights are those of step 1,"):
+        fit(plant, BadSteps(in_a_row=2), log_every_n_steps=50)
+    assert len(plant.left) == 3
+    assert same(plant.left[0], plant.left[-1])
+
+
+def judged(guard: BadSteps, loss: float = 2.0, norm: float = 1.0) -> bool:
+    """Whether a guard calls a step bad, of which it hears then."""
+    greatest_loss, greatest_norm = guard.limits()
+    bad = not (loss <= greatest_loss and norm <= greatest_norm)
+    guard.judge(
+        StepFigures(step=1, loss=loss, gradient_norm=norm, tokens=9, skipped=bad, votes=frozenset(), beside={})
+    )
+    return bad
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards that belong to no run, and report nothing."""
+    monkeypatch.setattr(BadSteps, "_report", lambda *_: None)
+
+
+@pytest.mark.usefixtures("silent")
+def test_what_is_far_out_of_line_is_skipped_where_asked() -> None:
     guard, lenient = BadSteps(deviations=6.0), BadSteps()
     steps = [(2.0 + 0.1 * math.sin(step), 1.0 + 0.2 * math.cos(3 * step)) for step in range(100)]
     assert not any(judged(guard, *step) or judged(lenient, *step) for step in [(9.0, 9.0), *steps * 8])
@@ -142,13 +187,14 @@ def test_what_is_far_out_of_line_is_skipped_where_asked() -> None:
     assert not any(judged(early, loss=loss) for loss in (2.0, 2.0, 50.0)), "too early to tell"
 
 
+@pytest.mark.usefixtures("silent")
 def test_a_resumed_guard_goes_on_where_it_was() -> None:
     guard, resumed = BadSteps(deviations=6.0), BadSteps(deviations=6.0)
     for step in range(150):
-        guard.is_bad(2 + math.sin(step), 1.0)
+        judged(guard, 2 + math.sin(step), 1.0)
     resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     assert resumed.state_dict() == guard.state_dict()
-    assert resumed.is_bad(30.0, 1.0)
+    assert judged(resumed, 30.0, 1.0)
 
 
 @pytest.mark.parametrize(("setting", "value"), [("in_a_row", 0), ("deviations", 0.0)])

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from fuyu_e2e.training.gradients import gradient_norm, scale_gradients
+from fuyu_e2e.training.gradients import scale_gradients, squared_norm_part
 
 
 def weights() -> list[nn.Parameter]:
@@ -18,6 +18,10 @@ def weights() -> list[nn.Parameter]:
     for weight in made[:3]:
         weight.grad = torch.randn(weight.shape, generator=generator)
     return made
+
+
+def gradient_norm(weights: list[nn.Parameter], processes: int = 1) -> torch.Tensor:
+    return squared_norm_part(weights, processes).sqrt().float()
 
 
 @pytest.fixture
@@ -31,6 +35,10 @@ def test_the_norm_is_torchs_bit_for_bit() -> None:
     """A run's weights must not depend on which of the two took it."""
     assert torch.equal(gradient_norm(weights()), nn.utils.clip_grad_norm_(weights(), 1.0))
     assert gradient_norm([nn.Parameter(torch.zeros(3))]) == 0
+
+
+def test_parts_of_copies_add_up_to_the_whole() -> None:
+    torch.testing.assert_close(4 * squared_norm_part(weights(), 4), squared_norm_part(weights(), 1))
 
 
 def test_shards_on_several_meshes_count_as_whole_tensors(process_group: None) -> None:

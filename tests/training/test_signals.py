@@ -115,6 +115,20 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
         assert torch.equal(weight, resumed.decoder.state_dict()[name]), name
 
 
+@pytest.mark.usefixtures("read_late")
+def test_a_signal_that_is_heard_late_stops_the_run_behind_the_next_whole_step(
+    fit: Callable[..., FuyuModule], tmp_path: Path
+) -> None:
+    whole = fit("whole", log_every_n_steps=50)
+    with pytest.raises(Stopped):
+        fit("stopped", Send(signal.SIGTERM, 2), num_sanity_val_steps=0, log_every_n_steps=50)
+    assert step(tmp_path / "stopped") == 3
+    resumed = fit("resumed", resume="stopped", log_every_n_steps=50)
+    for name, weight in whole.decoder.state_dict().items():
+        assert torch.equal(weight, resumed.decoder.state_dict()[name]), name
+    assert whole.tokens_seen == resumed.tokens_seen
+
+
 def test_a_second_ctrl_c_is_not_held_back(fit: Callable[..., FuyuModule]) -> None:
     class Twice(Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:

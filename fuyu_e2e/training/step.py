@@ -1,0 +1,146 @@
+"""What an optimizer step has in common over all processes: summed once, and read by the host once, a step late.
+
+A host that reads a number from a GPU waits until the GPU has done all its work, and the GPU then waits until the host
+has handed out more. So whether a step is bad is decided on the device, and what it came to is read when the next one's
+work is already queued behind it.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.ranks import sum_over_ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFigures:
+    """What a step came to, the same on all ranks."""
+
+    step: int
+    """Optimizer steps done with this one."""
+    loss: float
+    """The mean over the step's supervised tokens, in nats."""
+    gradient_norm: float
+    """Of the gradient of that mean, before it is clipped."""
+    tokens: int
+    """Tokens of documents in its rows, over all ranks; padding doesn't count."""
+    skipped: bool
+    """Whether it was bad, and changed nothing."""
+    votes: frozenset[str]
+    """What callbacks of any rank said in it."""
+    beside: Mapping[str, float]
+    """What callbacks of this rank wanted to know beside that, by name."""
+
+
+class Guard(Protocol):
+    """Tells which steps are bad."""
+
+    def limits(self) -> tuple[float, float]:
+        """The greatest loss and gradient norm of a good step, both finite: the device compares with these."""
+
+    def judge(self, figures: StepFigures) -> None:
+        """Hears what each step came to, on all ranks at the same point, before the limits of the next are asked for.
+
+        Raises:
+            UserError: The run is to end.
+        """
+
+
+class StepSums:
+    """Adds up the micro-batches of one step of this process; counts stay on the host, where they are known."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begins a step."""
+        self._loss: Tensor | None = None
+        self._supervised = self._tokens = 0
+
+    def add(self, loss: Float[Tensor, ""], batch: PackedBatch) -> None:
+        """Counts a micro-batch, whose summed loss this is."""
+        self._loss = loss.detach().double() if self._loss is None else self._loss + loss.detach()
+        self._supervised += batch.targets.numel()
+        self._tokens += sum(batch.document_lengths)
+
+    def over_ranks(self, squared_norm: Float64[Tensor, ""], votes: Mapping[str, bool]) -> Float64[Tensor, " sums"]:
+        """The sums over all ranks, by one collective.
+
+        Args:
+            squared_norm: This process's part of the squared norm of the gradient of the summed loss.
+            votes: By the same names in the same order on all ranks.
+
+        Returns:
+            Loss, squared norm, supervised tokens, tokens, and how many ranks voted for each; on the device.
+        """
+        assert self._loss is not None
+        counts = host_numbers([self._supervised, self._tokens, *map(int, votes.values())], self._loss.device)
+        return sum_over_ranks(torch.cat((torch.stack((self._loss, squared_norm)), counts)))
+
+
+def queues(device: torch.device) -> bool:
+    """Whether a device works behind the host's back, so that a read waits for what is queued."""
+    return device.type != "cpu"
+
+
+def host_numbers(numbers: Sequence[int], device: torch.device) -> Float64[Tensor, " n"]:
+    """Numbers of the host on a device, for whose copy the host doesn't wait: it is from page-locked memory."""
+    return torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+class PendingStep:
+    """A step whose figures are on their way to the host.
+
+    Args:
+        step: Optimizer steps done with it.
+        sums: What `StepSums.over_ranks` gave.
+        bad: Whether it changes nothing.
+        votes: The names that were voted on.
+        beside: Single numbers of the device to be read with it, by name.
+        ranks: How many there are.
+        copies: Ranks that see the same rows.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        sums: Float64[Tensor, " sums"],
+        bad: Bool[Tensor, ""],
+        *,
+        votes: Iterable[str],
+        beside: Mapping[str, Tensor],
+        ranks: int,
+        copies: int,
+    ) -> None:
+        self._step, self._votes, self._beside = step, tuple(votes), tuple(beside)
+        self._ranks, self._copies = ranks, copies
+        self._numbers = torch.cat((bad.double()[None], sums, *(number.double()[None] for number in beside.values())))
+        self._copied: torch.cuda.Event | None = None
+        if sums.is_cuda:
+            on_host = torch.empty_like(self._numbers, device="cpu", pin_memory=True)
+            self._numbers = on_host.copy_(self._numbers, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> StepFigures:
+        """The figures, for which the host waits until the device has come to where they were copied."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        bad, loss, squares, supervised, tokens, *more = self._numbers.tolist()
+        votes, beside = more[: len(self._votes)], more[len(self._votes) :]
+        supervised = max(1.0, supervised)
+        return StepFigures(
+            step=self._step,
+            loss=loss / supervised,
+            gradient_norm=math.sqrt(squares) * self._ranks / supervised,
+            tokens=int(tokens) // self._copies,
+            skipped=bool(bad),
+            votes=frozenset(name for name, count in zip(self._votes, votes, strict=True) if count),
+            beside=dict(zip(self._beside, beside, strict=True)),
+        )
