@@ -4,16 +4,19 @@ There is no GPU here. The real trainer runs with its weights and rows on torch's
 so that whatever the host wants to know of it is a copy that can be counted; it is told 0.
 """
 
+import os
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -26,6 +29,7 @@ from fuyu_e2e.training.curves import Curves
 from fuyu_e2e.training.data_report import DataReport
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
+from fuyu_e2e.training.progress import Progress
 from fuyu_e2e.training.random_state import RandomState
 from fuyu_e2e.training.routing_report import RoutingReport
 from fuyu_e2e.training.signals import StopSignals
@@ -79,12 +83,12 @@ class Waits(TorchDispatchMode):
         return operation(*args, **kwargs)
 
     def _here(self) -> tuple[int, str]:
-        known = [
-            frame
-            for frame in traceback.extract_stack()
-            if "fuyu_e2e/" in frame.filename or "/lightning/" in frame.filename
+        places = [
+            f"{Path(frame.filename).name}:{frame.lineno}"
+            for frame in reversed(traceback.extract_stack())
+            if "/fuyu_e2e/" in frame.filename or "/lightning/" in frame.filename
         ]
-        return self.step, " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(known[-3:]))
+        return self.step, " < ".join(places[:3])
 
 
 class CountSteps(Callback):
@@ -115,9 +119,7 @@ def waits_of(
     def waits_of(routing: RoutingConfig | None = None, **optimizer: Any) -> Waits:
         waits = Waits()
         module = FuyuModule(config, optimizer=OptimizerConfig(**optimizer), routing=routing)
-        named: list[Callback] = (
-            [DataReport(), Throughput(), RoutingReport()] if routing else [DataReport(), Throughput()]
-        )
+        shown: list[Callback] = [RoutingReport(), Progress()] if routing else [StepLines()]
         trainer = pl.Trainer(
             accelerator=NoAccelerator(),
             strategy=SingleDeviceStrategy(device=DEVICE),
@@ -129,8 +131,8 @@ def waits_of(
             log_every_n_steps=5,
             gradient_clip_val=1.0,
             logger=Curves(tmp_path, name="", version=""),
-            callbacks=[CountSteps(waits), RandomState(), *named, BadSteps(deviations=6.0), TimeLimit("00:01:00:00"),
-                       StepLines(), StopSignals()],
+            callbacks=[CountSteps(waits), RandomState(), DataReport(), Throughput(), BadSteps(deviations=6.0),
+                       TimeLimit("00:01:00:00"), *shown, StopSignals()],
         )  # fmt: skip
         with waits:
             trainer.fit(module, question_data())
@@ -149,3 +151,37 @@ def test_a_step_is_read_once_and_nothing_is_copied_that_is_waited_for(
     in_steps = {place: count for place, count in waits.reads.items() if place[0]}
     assert sum(in_steps.values()) == 10, in_steps
     assert not any(step for step, _ in waits.copies), waits.copies
+
+
+def test_ranks_wait_for_each_other_once_a_step(
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the gradients, which DDP sums itself: one sum, and no barrier before it."""
+    called = Counter[tuple[int, str]]()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        strategy="ddp",
+        devices=1,
+        max_steps=4,
+        accumulate_grad_batches=2,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+        callbacks=[RandomState(), DataReport(), Throughput(), BadSteps(), StopSignals()],
+    )
+    for name in ("all_reduce", "barrier", "all_gather_object", "broadcast_object_list"):
+
+        def count(*args: Any, name: str = name, original: Any = getattr(dist, name), **options: Any) -> Any:
+            called[trainer.global_step, name] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(dist, name, count)
+    with patch.dict(os.environ):  # Lightning leaves there where ranks meet
+        try:
+            trainer.fit(FuyuModule(config), question_data())
+        finally:
+            dist.destroy_process_group()
+    assert {place: times for place, times in called.items() if 0 < place[0] < 4} == {
+        (step, "all_reduce"): 1 for step in (1, 2, 3)
+    }
