@@ -14,11 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.sharding import _check_heads
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import MuonAdamW
@@ -216,6 +219,24 @@ def test_heads_that_cannot_be_shared_out_are_refused(config: FuyuConfig) -> None
     with pytest.raises(UserError, match="2 kv_heads, which 4 tensor"):
         _check_heads(config, 4)
     _check_heads(config, 2)
+
+
+@pytest.mark.parametrize("name", ["one device", "ddp", "fsdp2"])
+def test_a_seed_draws_the_same_weights_whatever_device_a_strategy_makes_them_on(name: str, config: FuyuConfig) -> None:
+    torch.manual_seed(0)
+    expected = Decoder(config).state_dict()
+    # Draws nothing, in the place of a GPU.
+    device = torch.device("meta")
+    strategies: dict[str, Strategy] = {
+        "one device": SingleDeviceStrategy(device),
+        "ddp": DDPStrategy(parallel_devices=[device], cluster_environment=LightningEnvironment()),
+        "fsdp2": Sharded(),
+    }
+    torch.manual_seed(0)
+    module = FuyuModule(config)
+    with strategies[name].tensor_init_context():
+        module.configure_model()
+    torch.testing.assert_close(module.decoder.state_dict(), expected, rtol=0, atol=0)
 
 
 def test_what_the_optimizer_keeps_is_left_to_who_copies_checkpoints() -> None:
