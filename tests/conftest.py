@@ -25,10 +25,13 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 from PIL import Image as Pillow
+from torch.nn.modules.module import register_module_forward_hook
 
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.eval import checkpoint_scores
 from fuyu_e2e.image import ImagePolicy
+from fuyu_e2e.inference import device
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing import Progress as TrainingProgress
@@ -236,6 +239,18 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float | None, flo
 
     monkeypatch.setattr(Progress, "__exit__", end)
     return found
+
+
+@pytest.fixture
+def in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[torch.dtype]]:
+    """Lets commands take the CPU for a device that multiplies in bfloat16; gives the types of what layers give."""
+    monkeypatch.setattr(device, "product_type", lambda _: torch.bfloat16)
+    monkeypatch.setattr(checkpoint_scores, "product_type", lambda _: torch.bfloat16)
+    found: set[torch.dtype] = set()
+    with register_module_forward_hook(
+        lambda layer, _, output: found.add(output.dtype) if isinstance(layer, torch.nn.Linear) else None
+    ):
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Sequence
 
 from fuyu_e2e.arguments import CommandParser, whole_number
+from fuyu_e2e.cli.prompting import DEVICE_HELP
 from fuyu_e2e.cli.starting import starting
 from fuyu_e2e.eval.task import BATCH_TOKENS
 
@@ -23,9 +24,7 @@ def evaluate(args: Sequence[str]) -> int:
     )
     parser.add_argument("--limit", type=whole_number(1), help="Ask the first N questions only.")
     parser.add_argument("--out", help="Where the report goes (default: evaluate/TASK in the run's directory).")
-    parser.add_argument(
-        "--device", default="auto", help="What computes, as cpu or cuda:1 (default: CUDA where there is a GPU)."
-    )
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     parser.add_argument(
         "--batch-tokens",
         type=whole_number(1),

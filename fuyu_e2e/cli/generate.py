@@ -35,13 +35,14 @@ def generate(args: Sequence[str]) -> int:
 
     with starting():
         from fuyu_e2e.checkpoint.loading import load_model
-        from fuyu_e2e.inference.device import find_device
+        from fuyu_e2e.inference.device import autocast, find_device
         from fuyu_e2e.inference.generation import Sampling
         from fuyu_e2e.inference.generation import generate as generate_ids
         from fuyu_e2e.processor import Processor
 
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
-    model = load_model(options.checkpoint, find_device(options.device))
+    device = find_device(options.device)
+    model = load_model(options.checkpoint, device)
     processor = Processor(model.builder)
 
     def answer(images: Sequence[str], text: str) -> str:
@@ -54,10 +55,11 @@ def generate(args: Sequence[str]) -> int:
         )
         return processor.decode(written)
 
-    if options.interactive:
-        answer_lines(answer, options.image)
-    else:
-        print(answer(options.image, options.prompt))
+    with autocast(device):
+        if options.interactive:
+            answer_lines(answer, options.image)
+        else:
+            print(answer(options.image, options.prompt))
     return 0
 
 

@@ -7,6 +7,10 @@ from pathlib import Path
 from fuyu_e2e.arguments import whole_number
 
 PROMPT_HELP = "The text after the images; empty asks for a caption."
+DEVICE_HELP = (
+    "What computes, as cpu or cuda:1 (default: CUDA where there is a GPU). Products are in bfloat16 on a GPU that has "
+    "it, in float32 elsewhere."
+)
 MOST_TOKENS = 2**31 - 1
 """Positions that a document may have, as the decoder counts them."""
 
@@ -15,9 +19,7 @@ def add_model_and_images(parser: ArgumentParser) -> None:
     """Adds which model, where it computes, and the images of the prompt."""
     parser.add_argument("--checkpoint", required=True, help="A checkpoint, a run's directory, or an exported folder.")
     parser.add_argument("--image", action="append", default=[], help="An image file; may be given several times.")
-    parser.add_argument(
-        "--device", default="auto", help="What computes, as cpu or cuda:1 (default: CUDA where there is a GPU)."
-    )
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
 
 
 def add_max_new_tokens(parser: ArgumentParser) -> None:

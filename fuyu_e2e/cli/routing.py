@@ -20,15 +20,17 @@ def routing(args: Sequence[str]) -> int:
         from fuyu_e2e.checkpoint.loading import load_model
         from fuyu_e2e.inference.depth import token_depth
         from fuyu_e2e.inference.depth_map import depth_map
-        from fuyu_e2e.inference.device import find_device
+        from fuyu_e2e.inference.device import autocast, find_device
         from fuyu_e2e.inference.generation import generate
         from fuyu_e2e.processor import Processor
 
-    model = load_model(options.checkpoint, find_device(options.device))
+    device = find_device(options.device)
+    model = load_model(options.checkpoint, device)
     prompt = Processor(model.builder)(*prompt_parts(options.image, options.prompt))
     eos_id = model.tokenizer.eos_id
-    [written] = generate(model.decoder, [prompt], max_new_tokens=options.max_new_tokens, eos_id=eos_id)
-    depth = token_depth(model.decoder, prompt, written)
+    with autocast(device):
+        [written] = generate(model.decoder, [prompt], max_new_tokens=options.max_new_tokens, eos_id=eos_id)
+        depth = token_depth(model.decoder, prompt, written)
     depth_map(depth, model.tokenizer).save(options.out)
     print(f"{model.tokenizer.decode(written)}\n\nShare of the {len(depth.blocks)} routed blocks that tokens passed:")
     for name, share in depth.shares.items():

@@ -17,7 +17,7 @@ from fuyu_e2e.eval.evaluation import evaluate as evaluate_task
 from fuyu_e2e.eval.report import print_report, write_report
 from fuyu_e2e.eval.scores import score
 from fuyu_e2e.eval.task import load_task
-from fuyu_e2e.inference.device import find_device
+from fuyu_e2e.inference.device import autocast, find_device, product_type
 from fuyu_e2e.shards.progress import Progress
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.version import __version__
@@ -36,7 +36,7 @@ def score_checkpoint(options: Namespace) -> None:
     console = Console(highlight=False)
     started_at = time.perf_counter()
     read = Tally()
-    with Progress(f"Asking {task.name}", unit="questions") as progress:
+    with Progress(f"Asking {task.name}", unit="questions") as progress, autocast(device):
         evaluation = evaluate_task(
             model,
             task,
@@ -63,6 +63,7 @@ def score_checkpoint(options: Namespace) -> None:
         "limit": options.limit,
         "seconds": round(time.perf_counter() - started_at, 1),
         "device": str(device),
+        "products": str(product_type(device)).removeprefix("torch."),
         "versions": {
             "fuyu-e2e": __version__,
             "torch": torch.__version__,

@@ -29,9 +29,9 @@ class EvaluationInTraining(Callback):
     """Evaluates tasks every so many steps, on the first process while the others wait; training is as without.
 
     Logs `eval/TASK/METRIC`, the same by group and blind, `eval/TASK/unusable`, which is how many questions are wrong
-    since they can't be used, and contact sheets of right and wrong answers. The time that
-    it takes counts for `watchdog.limit`, and ends a run on several GPUs where it exceeds the 10 minutes that NCCL
-    waits: the limit is there to keep it short.
+    since they can't be used, and contact sheets of right and wrong answers. The model computes in the run's precision.
+    The time that it takes counts for `watchdog.limit`, and ends a run of several processes where it exceeds the 30
+    minutes that collectives wait: the limit is there to keep it short.
 
     Args:
         tasks: Task files, or names of shipped ones; none evaluates nothing.
@@ -103,7 +103,8 @@ class EvaluationInTraining(Callback):
         model = TrainedModel(decoder.eval(), pl_module.datamodule.builder, trainer.global_step)
         try:
             for task, questions in self._asked:
-                evaluation = evaluate(model, task, questions, batch_tokens=self.batch_tokens)
+                with trainer.precision_plugin.forward_context():
+                    evaluation = evaluate(model, task, questions, batch_tokens=self.batch_tokens)
                 self._log(trainer, evaluation, score(evaluation, intervals=False))
         finally:
             decoder.train(training)

@@ -23,6 +23,12 @@ GROWTH = 8
 """A full cache of a routed block grows by this fraction of its places: seldom copied, and never much too large."""
 
 
+def cached_type(weight: Tensor) -> torch.dtype:
+    """The type of keys and values: autocast's where that is on, as products read them in it, else the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 @dataclass(frozen=True)
 class DenseBlockCache:
     """Keys and values of one dense block, those of each sequence from place 0 on.
@@ -43,7 +49,7 @@ class DenseBlockCache:
     def write(self, rows: Int64[Tensor, " nG"], keys: Float[Tensor, "n G K"], values: Float[Tensor, "n G K"]) -> None:
         """Stores tokens at the places that `rows_of` gives."""
         for store, new in ((self.keys, keys), (self.values, values)):
-            # Under autocast, keys and values come in other types than weights.
+            # Norms and rotations under autocast leave keys in float32.
             store.view(-1, store.shape[-1]).index_copy_(0, rows, new.flatten(0, 1).to(store.dtype))
 
     def attend(
@@ -93,14 +99,13 @@ class RoutedBlockCache:
         place = torch.arange(len(sequence), device=sequence.device) - (counts.cumsum(0) - counts)[sequence]
         place = place + self.lengths[sequence]
         self.lengths = self.lengths + counts
-        if self.longest == 0:  # under autocast, keys and values come in other types than weights
-            self.keys, self.values = self.keys.to(keys.dtype), self.values.to(values.dtype)
         self.longest = int(self.lengths.max())
         if (more := self.longest - self.keys.shape[1]) > 0:
             more += self.longest // GROWTH
             self.keys, self.values = (F.pad(part, (0, 0, 0, 0, 0, more)) for part in (self.keys, self.values))
-        self.keys[sequence, place] = keys
-        self.values[sequence, place] = values
+        # Norms and rotations under autocast leave keys in float32.
+        self.keys[sequence, place] = keys.to(self.keys.dtype)
+        self.values[sequence, place] = values.to(self.values.dtype)
 
     def attend(self, sequence: Int64[Tensor, " n"], queries: Float[Tensor, "n H K"]) -> Float[Tensor, "n H K"]:
         """Attention of one token of each of some sequences to all cached ones of its own."""
@@ -123,10 +128,11 @@ class KeyValueCache:
         config: Of the decoder.
         sequences: How many are cached.
         capacity: Tokens of the longest that there will be.
-        like: A tensor of the type and device of keys and values.
+        like: A weight of the decoder. Keys and values lie on its device, in its `cached_type`.
     """
 
     def __init__(self, config: FuyuConfig, sequences: int, capacity: int, like: Tensor) -> None:
+        like = like.new_empty(0, dtype=cached_type(like))
         self.blocks = [
             RoutedBlockCache(config, sequences, like)
             if layer in config.routed

@@ -1,4 +1,4 @@
-"""The device that a command computes on."""
+"""The device that a command computes on, and the type of its products."""
 
 import torch
 
@@ -25,3 +25,17 @@ def find_device(named: str) -> torch.device:
             f"--device {named} can't be used on this machine, which has {there}: name one of these, or leave it out."
         ) from error
     return device
+
+
+def product_type(device: torch.device) -> torch.dtype:
+    """The type in which a command multiplies on a device: bfloat16 on GPUs that have it, float32 elsewhere."""
+    if device.type != "cuda":
+        return torch.float32
+    with torch.cuda.device(device):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """A context in which products on a device are of its `product_type`. Weights are converted once in it."""
+    dtype = product_type(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -1,8 +1,9 @@
 """A run on several hosts ends with the name of the one that is lost, also where nothing says that it is.
 
 A host whose processes are killed closes its connections, and collectives fail at once. One whose network or power is
-gone says nothing: collectives of the others wait for the process group's timeout, 10 minutes with NCCL, 30 with gloo.
-So each host tells in the process group's store, every few seconds, that it is there, and all listen.
+gone says nothing: collectives of the others wait for their group's timeout, the 30 minutes that Lightning sets, or 10
+where NCCL carries the parts of a sharded model. So each host tells in the process group's store, every few seconds,
+that it is there, and all listen.
 """
 
 import os

@@ -214,7 +214,10 @@ class FuyuModule(pl.LightningModule):
             UserError: Weights in parts are to be averaged, or the device has no float8 products.
         """
         if not hasattr(self, "decoder"):
-            self.decoder = Decoder(self.config)
+            # Strategies differ in the device that they have weights made on. GPUs draw others than CPUs, and than GPUs
+            # of another size; a seed means the same weights everywhere, and the strategy moves them.
+            with torch.device("cpu"):
+                self.decoder = Decoder(self.config)
             self.decoder.activation_checkpointing = self.activation_checkpointing
             self.decoder.attention = self.attention
             # Each rank counts the scores of its own rows; DDP would overwrite them with those of the first.

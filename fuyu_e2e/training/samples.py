@@ -12,6 +12,8 @@ from fuyu_e2e.training.module import FuyuModule
 class SampleGenerations(Callback):
     """Continues the first validation documents at each validation, and logs images and texts to TensorBoard.
 
+    In the run's precision, as validation.
+
     Args:
         count: How many documents.
     """
@@ -30,7 +32,8 @@ class SampleGenerations(Callback):
             return
         if self._prompts is None:
             self._prompts = pl_module.datamodule.validation_prompts(self.count)
-        texts = pl_module.continue_prompts(self._prompts, decoder)
+        with trainer.precision_plugin.forward_context():
+            texts = pl_module.continue_prompts(self._prompts, decoder)
         for index, (prompt, text) in enumerate(zip(self._prompts, texts, strict=True)):
             written = f"truth:\n\n    {prompt.truth}\n\ngenerated:\n\n    {text}"
             logger.experiment.add_text(f"samples/{index}", written, shown_step(trainer))

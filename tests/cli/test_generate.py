@@ -3,6 +3,7 @@
 import io
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,7 @@ from fuyu_e2e.checkpoint.loading import StoredModel
 from fuyu_e2e.cli import main
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.folders import export_own
-from fuyu_e2e.inference.device import find_device
-from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.inference.device import find_device, product_type
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.sequence import SequenceBuilder
 
@@ -26,15 +26,16 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def folder(
     tmp_path_factory: pytest.TempPathFactory,
-    config: FuyuConfig,
     decoder: Decoder,
+    routed_decoder: Callable[..., Decoder],
     builder: SequenceBuilder,
     make_png: Callable[..., bytes],
 ) -> Path:
-    """A working folder with a model, two pictures and a file that is none."""
+    """A working folder with a model, a routed one, two pictures and a file that is none."""
     folder = tmp_path_factory.mktemp("work")
-    description = Description(config, builder.tokenizer, builder.images)
-    export_own(StoredModel(folder, description, dict(decoder.state_dict()), Provenance(step=7)), folder / "model")
+    for name, model in (("model", decoder), ("routed", routed_decoder(share=0.3, skipped="keys"))):
+        description = Description(model.config, builder.tokenizer, builder.images)
+        export_own(StoredModel(folder, description, dict(model.state_dict()), Provenance(step=7)), folder / name)
     for name, seed in (("a.png", 1), ("b b.png", 2)):
         (folder / name).write_bytes(make_png(9, 14, seed=seed))
     (folder / "broken.png").write_bytes(b"no picture")
@@ -64,6 +65,18 @@ def test_an_image_that_can_not_be_read_is_named(name: str, generate: Run) -> Non
     assert (code, printed) == (2, "")
     [sentence] = reported.splitlines()
     assert sentence.startswith(f"fuyu-e2e: Part 2 of the prompt, {name}, can't be ")
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("command", ["generate", "routing"])
+def test_products_are_of_the_type_of_the_device(
+    command: str, folder: Path, in_bfloat16: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    arguments = ["--checkpoint", "routed" if command == "routing" else "model", "--image", "a.png", *ROOM]
+    monkeypatch.setattr(sys, "argv", ["fuyu-e2e", command, *arguments])
+    assert main() == 0
+    assert in_bfloat16 == {torch.bfloat16}
 
 
 def test_an_empty_prompt_asks_for_a_caption(folder: Path, generate: Run) -> None:
@@ -134,3 +147,11 @@ def test_the_device_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatc
     assert find_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="--device abacus"):
         find_device("abacus")
+
+
+def test_products_are_in_bfloat16_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert product_type(torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    for has_it, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
+        assert product_type(torch.device("cuda:1")) == expected

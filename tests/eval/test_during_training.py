@@ -10,13 +10,17 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.modules.module import register_module_forward_hook
 
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.eval import during_training
 from fuyu_e2e.eval.during_training import EvaluationInTraining
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.training import module
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.random_state import RandomState
+from fuyu_e2e.training.samples import SampleGenerations
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -42,7 +46,7 @@ def fit(config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_pa
     """Trains four steps of two micro-batches; gives the weights, and what was drawn at random behind them."""
 
     def fit(
-        *callbacks: pl.Callback, routed: bool = False
+        *callbacks: pl.Callback, routed: bool = False, val: str | None = None, **settings: Any
     ) -> tuple[dict[str, torch.Tensor], tuple[float, float], bool]:
         torch.manual_seed(3)
         np.random.seed(3)
@@ -55,11 +59,12 @@ def fit(config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_pa
             enable_model_summary=False,
             enable_checkpointing=False,
             callbacks=[RandomState(), *callbacks],
+            **settings,
         )
-        module = FuyuModule(config, routing=RoutingConfig(blocks=(1,)) if routed else None)
-        trainer.fit(module, question_data())
-        weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-        return weights, (float(torch.rand(())), float(np.random.rand())), module.decoder.training
+        trained = FuyuModule(config, routing=RoutingConfig(blocks=(1,)) if routed else None)
+        trainer.fit(trained, question_data(val=val))
+        weights = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+        return weights, (float(torch.rand(())), float(np.random.rand())), trained.decoder.training
 
     return fit
 
@@ -70,6 +75,29 @@ def test_training_is_bitwise_as_without(fit: Callable[..., Any], task: str, rout
     assert without[0].keys() == with_it[0].keys()
     assert all(torch.equal(tensor, with_it[0][name]) for name, tensor in without[0].items())
     assert without[1:] == with_it[1:]
+
+
+def test_samples_and_answers_are_computed_in_the_precision_of_the_run(
+    fit: Callable[..., Any], task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, set[torch.dtype]] = {"samples": set(), "answers": set()}
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            hook = register_module_forward_hook(
+                lambda layer, _, output: found[name].add(output.dtype) if isinstance(layer, torch.nn.Linear) else None
+            )
+            with hook:
+                return function(*arguments, **settings)
+
+        return call
+
+    monkeypatch.setattr(module, "continue_texts", watched("samples", module.continue_texts))
+    monkeypatch.setattr(during_training, "evaluate", watched("answers", during_training.evaluate))
+    evaluation = EvaluationInTraining((task,), every_n_steps=4, limit=2)
+    settings = {"precision": "bf16-mixed", "val_check_interval": 8, "check_val_every_n_epoch": None}
+    fit(evaluation, SampleGenerations(1), val=str(tmp_path / "val.tar"), **settings)
+    assert found == {"samples": {torch.bfloat16}, "answers": {torch.bfloat16}}
 
 
 def test_figures_and_pictures_are_logged_at_their_steps(fit: Callable[..., Any], task: str, tmp_path: Path) -> None:

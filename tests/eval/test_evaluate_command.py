@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fuyu_e2e.cli import main
 from fuyu_e2e.eval.checkpoint_scores import run_folder
@@ -82,6 +83,7 @@ def test_a_public_format_is_scored_with_no_code(
         "scored_as_wrong": {"image-unreadable": 2},
         "examples": results["runs"]["image"]["examples"],
     }
+    assert (results["device"], results["products"]) == ("cpu", "float32")
     scores = results["metrics"]["vqa_accuracy"]
     assert 0 <= scores["all"]["interval"][0] <= scores["all"]["value"] <= scores["all"]["interval"][1] <= 1
     assert scores["groups"]["answer_type"]["number"]["questions"] == 2
@@ -90,13 +92,15 @@ def test_a_public_format_is_scored_with_no_code(
     assert list((tmp_path / "report" / "pictures").glob("*.png"))
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_a_report_goes_beside_the_run_and_holds_the_first_questions(
-    run: Callable[..., Any], vqav2: list[str], exported: Path
+    run: Callable[..., Any], vqav2: list[str], exported: Path, in_bfloat16: set[torch.dtype]
 ) -> None:
     code, printed = run("--checkpoint", str(exported), "--task", "vqav2", *vqav2, "--limit", "3")
     assert code == 0, printed
     results = json.loads((exported / "evaluate" / "vqav2" / "results.json").read_text())
-    assert (results["questions"], results["limit"]) == (3, 3)
+    assert (results["questions"], results["limit"], results["products"]) == (3, 3, "bfloat16")
+    assert in_bfloat16 == {torch.bfloat16}
     assert run_folder(Path("runs/a/checkpoints/last.ckpt")) == Path("runs/a")
 
 

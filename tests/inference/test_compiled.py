@@ -5,9 +5,11 @@ import sys
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from fuyu_e2e.document import Document, Text
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.inference.compiled import compiled_cache
 from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.sequence import SequenceBuilder
@@ -64,3 +66,10 @@ def test_a_routed_decoder_is_not_compiled(routed_decoder: Callable[..., Decoder]
     prompt = builder.prompt(Document("key", (Text("What is it?", loss=False),)))
     with pytest.raises(UserError, match="compiled=False"):
         generate(routed_decoder(share=0.4), [prompt], max_new_tokens=1, eos_id=-1, compiled=True)
+
+
+def test_under_autocast_the_cache_of_the_last_call_is_taken_again(decoder: Decoder) -> None:
+    """Else a CUDA graph would be recorded anew in each call."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled_cache(decoder, 2, 100) is compiled_cache(decoder, 2, 100)
+    assert compiled_cache(decoder, 2, 100).dense[0].keys.dtype == torch.float32

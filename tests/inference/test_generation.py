@@ -18,6 +18,7 @@ from fuyu_e2e.inference.generation import (
     Sampling,
     choose,
     continue_texts,
+    decode_step,
     generate,
     prefill,
 )
@@ -247,6 +248,34 @@ def test_cached_decoding_chooses_the_tokens_of_the_training_forward(
     assert total > 1_200
     # Random weights leave many scores near a threshold, where bfloat16 rounds either way.
     assert same == total if dtype == torch.float32 else same >= 0.99 * total, same / total
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("routed", [False, True])
+def test_under_autocast_a_cache_is_in_its_type_and_gives_the_uncached_logits(
+    routed: bool,
+    decoder: Decoder,
+    routed_decoder: Callable[..., Decoder],
+    builder: SequenceBuilder,
+    random_document: RandomDocument,
+) -> None:
+    if routed:  # everything passes, since where a score is rounded over the threshold, logits are others
+        decoder = routed_decoder(share=1.0, skipped="keys", slack=0.0)
+    sequence = builder.build(random_document(2))
+    start = max(span.stop for span in sequence.images) + 1
+    prompt = sequence.cut(start) or replace(sequence, tokens=sequence.tokens[:start], loss=sequence.loss[:start])
+    exact = decoder(pack_row([sequence]))[start - 1 :]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = decoder(pack_row([sequence]))[start - 1 :]
+        cache = KeyValueCache(decoder.config, 1, len(sequence), like=decoder.embed_tokens.weight)
+        states = [prefill(decoder, pack_row([prompt]), cache)]
+        states += [decode_step(decoder, torch.tensor([token]), cache) for token in sequence.tokens[start:].tolist()]
+        found = decoder.lm_head(torch.cat(states))
+    assert {part.dtype for block in cache.blocks for part in (block.keys, block.values)} == {torch.bfloat16}
+    rounding = (expected - exact).abs().max()
+    assert 0 < rounding < 0.05 * exact.abs().max()
+    assert (found - expected).abs().max() < 2 * rounding
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 """Under every strategy a run is the run of one process, and goes on under any other, on any number of processes."""
 
+import atexit
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,16 +15,23 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.eval.during_training import EvaluationInTraining
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.sharding import _check_heads
+from fuyu_e2e.training import hosts
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import MuonAdamW
 from fuyu_e2e.training.strategies import Sharded, check_strategy
+from fuyu_e2e.training.watchdog import Watchdog
 
 SCRIPT = Path(__file__).with_name("sharded_runs.py")
 STRATEGIES: dict[str, tuple[int, Any]] = {
@@ -216,6 +225,47 @@ def test_heads_that_cannot_be_shared_out_are_refused(config: FuyuConfig) -> None
     with pytest.raises(UserError, match="2 kv_heads, which 4 tensor"):
         _check_heads(config, 4)
     _check_heads(config, 2)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "hsdp", "tensor_parallel"])
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_processes_wait_for_each_other_as_long_as_is_said(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch, repository: Path
+) -> None:
+    """The first one evaluates while the others wait in a barrier of all."""
+    asked: list[timedelta] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, timeout, **__: asked.append(timeout))
+    monkeypatch.setattr(atexit, "register", lambda _: None)
+    strategy = StrategyRegistry.get(name)
+    strategy.parallel_devices = [torch.device("cpu")]
+    strategy.cluster_environment = LightningEnvironment()
+    strategy.accelerator = CPUAccelerator()
+    strategy._process_group_backend = backend
+    with patch.dict(os.environ):
+        strategy.setup_distributed() if name == "ddp" else strategy._setup_distributed()
+    [timeout] = asked
+    said = f"{timeout // timedelta(minutes=1)} minutes"
+    for text in (hosts.__doc__, EvaluationInTraining.__doc__, (repository / "docs" / "evaluation.md").read_text()):
+        assert said in " ".join((text or "").split())
+    assert timeout.total_seconds() < (Watchdog().limit or 0)
+
+
+@pytest.mark.parametrize("name", ["one device", "ddp", "fsdp2"])
+def test_a_seed_draws_the_same_weights_whatever_device_a_strategy_makes_them_on(name: str, config: FuyuConfig) -> None:
+    torch.manual_seed(0)
+    expected = Decoder(config).state_dict()
+    # Draws nothing, in the place of a GPU.
+    device = torch.device("meta")
+    strategies: dict[str, Strategy] = {
+        "one device": SingleDeviceStrategy(device),
+        "ddp": DDPStrategy(parallel_devices=[device], cluster_environment=LightningEnvironment()),
+        "fsdp2": Sharded(),
+    }
+    torch.manual_seed(0)
+    module = FuyuModule(config)
+    with strategies[name].tensor_init_context():
+        module.configure_model()
+    torch.testing.assert_close(module.decoder.state_dict(), expected, rtol=0, atol=0)
 
 
 def test_what_the_optimizer_keeps_is_left_to_who_copies_checkpoints() -> None:
