@@ -18,9 +18,13 @@ RECIPES = sorted(shipped("recipes").glob("*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
+def first_line(recipe: Path) -> str:
+    return recipe.read_text().splitlines()[0]
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_opens_with_what_it_shows_and_builds(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = recipe.read_text().splitlines()[0]
+    first = first_line(recipe)
     assert first.startswith("# ")
     assert any(hardware in first for hardware in ("CPU", "GPU"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -30,6 +34,15 @@ def test_a_recipe_opens_with_what_it_shows_and_builds(recipe: Path, monkeypatch:
     assert scales_alike(cli.datamodule.images), "what it trains could not be exported to transformers"
     with torch.device("meta"):
         assert sum(weight.numel() for weight in Decoder(cli.model.config).parameters()) > 1e5
+
+
+def test_recipes_for_gpus_have_long_rows_and_compile() -> None:
+    """The host takes as long to start a short row's kernels as a fast GPU to compute them."""
+    recipes = {recipe.stem: yaml.safe_load(recipe.read_text()) for recipe in RECIPES if "GPU" in first_line(recipe)}
+    assert "captions" in recipes
+    for name, recipe in recipes.items():
+        assert 16_384 <= recipe["data"]["budget"] <= 32_768, name
+        assert recipe["model"]["compile"] is True, name
 
 
 def test_the_recipe_for_captions_validates_each_checkpoint() -> None:

@@ -11,25 +11,31 @@ from lightning.fabric.utilities.throughput import _CUDA_FLOPS, get_available_flo
 
 from fuyu_e2e.errors import UserError
 
-WITH_SPARSITY = ("h200", "h100 nvl")
-"""Cards of which Lightning's table has the rates of sparse products, twice those of dense ones."""
+_H200_NVL = {torch.float32: 60e12, "tfloat32": 417.5e12, torch.bfloat16: 835.5e12, torch.float16: 835.5e12}
+CARDS: dict[str, Any] = _CUDA_FLOPS | {
+    "h200 sxm1": {torch.float32: 67e12, "tfloat32": 494.5e12, torch.bfloat16: 989.5e12, torch.float16: 989.5e12},
+    "h200 nvl1": _H200_NVL,
+    "h100 nvl": _H200_NVL,
+}
+"""Operations per second of cards by type, of dense products. Three are from NVIDIA's data sheets, halved where these
+say "with sparsity": Lightning's table has them with it, rounded, or for a pair of cards, and may be mended."""
 
 
 def named_peak(name: str, dtype: torch.dtype) -> float:
-    """Operations per second of a card at its peak, dense, by its name in Lightning's table.
+    """Operations per second of a card at its peak, dense, by its name in `CARDS`.
 
     Raises:
         UserError: No card, or more than one, has that name, or the card has no such numbers.
     """
     asked = name.lower().replace("-", " ").replace("_", " ")
-    found = [card for card in _CUDA_FLOPS if card == asked] or [card for card in _CUDA_FLOPS if asked in card]
+    found = [card for card in CARDS if card == asked] or [card for card in CARDS if asked in card]
     if len(found) != 1:
-        problem = f"could be {', '.join(found)}" if found else f"is unknown; the cards are {', '.join(_CUDA_FLOPS)}"
+        problem = f"could be {', '.join(found)}" if found else f"is unknown; the cards are {', '.join(CARDS)}"
         raise UserError(f"--device {name} {problem}.")
-    rates = _CUDA_FLOPS[found[0]]
+    rates = CARDS[found[0]]
     if dtype not in rates:
         raise UserError(f"--device {name} does no {str(dtype).removeprefix('torch.')}: choose trainer.precision.")
-    return _dense(found[0], dtype)
+    return float(rates[dtype])
 
 
 def known_peak(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -38,17 +44,11 @@ def known_peak(device: torch.device, dtype: torch.dtype) -> float | None:
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     kind = "tfloat32" if tf32 else dtype
     if "h200" in name:  # its driver's name has none of the endings that Lightning looks for
-        return _dense("h200 nvl1" if "nvl" in name else "h200 sxm1", kind)
+        return float(CARDS["h200 nvl1" if "nvl" in name else "h200 sxm1"][kind])
     if "h100 nvl" in name:
-        return _dense("h100 nvl", kind)
+        return float(CARDS["h100 nvl"][kind])
     stated = get_available_flops(device, dtype)
     return None if stated is None else float(stated)
-
-
-def _dense(card: str, kind: torch.dtype | str) -> float:
-    """The rate of a card in Lightning's table, without sparsity."""
-    sparse = card.startswith(WITH_SPARSITY) and kind in (torch.bfloat16, torch.float16, "tfloat32")
-    return _CUDA_FLOPS[card][kind] / (2 if sparse else 1)
 
 
 def peak_rate(device: str, dtype: torch.dtype) -> tuple[float, str]:
