@@ -29,6 +29,7 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import cost, decode_step_flops
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.packing import pack_row
+from fuyu_e2e.training.optimizers import MuonAdamW
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 TINY = FuyuConfig(vocab_size=64, patch_size=4, layers=2, width=32, heads=2, kv_heads=1, head_size=16, feed_forward=64)
@@ -86,6 +87,12 @@ def test_contenders_have_the_same_weights_and_the_same_loss() -> None:
     losses = {name: float(trainees[name].forward(trainees[name].batches[0]).detach()) for name in whole}
     assert len(losses) == 3
     assert list(losses.values()) == pytest.approx([losses["ours"]] * 3, rel=1e-5)
+    assert isinstance(trainees["ours"].optimizer, MuonAdamW), "the trainer's own"
+    assert all(group["fused"] for group in trainees["transformers, sdpa"].optimizer.param_groups)
+    settings = ("lr", "betas", "weight_decay", "eps")
+    ours, theirs = ([[group[name] for name in settings] for group in trainees[name].optimizer.param_groups]
+                    for name in ("ours", "transformers, sdpa"))  # fmt: skip
+    assert ours == theirs
     trainees["ours"].epoch()
     assert float(trainees["ours"].forward(trainees["ours"].batches[0]).detach()) < losses["ours"], "it is trained"
 
