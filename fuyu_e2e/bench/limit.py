@@ -93,7 +93,7 @@ def limit(args: Sequence[str]) -> None:
     console.print(f"products {rate / 1e12:.4g} Tflop/s, copies {bandwidth / 1e9:.4g} GB/s")
     console.print(_table(shares))
     with TemporaryDirectory() as folder:
-        _prepare(Path(folder))
+        prepare(Path(folder))
         parts = _profile(Path(folder), device, options.steps)
         figures.keep(milliseconds_by_part={name: round(value, 3) for name, value in parts.items()})
         overhead = _overhead(Path(folder), device, options.steps, options.rounds)
@@ -144,15 +144,22 @@ def _decoding(size: str, device: str, rounds: int, compiled: bool) -> list[dict[
     return found
 
 
-def _prepare(folder: Path) -> None:
+def prepare(folder: Path) -> None:
     """The quickstart's shards and tokenizer."""
     train = write_shards(folder, split="train", count=PICTURES, seed=0, most_digits=4, processes=1)
     texts = (text for document in read_documents(train[0], Tally()) for text in document.texts)
     train_tokenizer(texts, VOCAB_SIZE).save(folder / "tokenizer.model")
 
 
-def _run(folder: Path, device: str, steps: int) -> FuyuCLI:
-    """The quickstart as the command line builds it, with all its callbacks; on a GPU of 125m's shape."""
+def quickstart_run(folder: Path, device: str, steps: int, further: Sequence[str] = ()) -> FuyuCLI:
+    """The quickstart as the command line builds it, with all its callbacks; on a GPU of 125m's shape.
+
+    Args:
+        folder: That of `prepare`.
+        device: `cpu` or `cuda`.
+        steps: Of the run.
+        further: Options of the command line.
+    """
     settings: dict[str, Any] = {
         "config": shipped("recipes/quickstart.yaml"),
         "trainer.max_steps": steps,
@@ -164,12 +171,12 @@ def _run(folder: Path, device: str, steps: int) -> FuyuCLI:
     if device == "cuda":
         larger = {"layers": 12, "width": 768, "heads": 12, "kv_heads": 4, "head_size": 64, "feed_forward": 2_048}
         settings |= {f"model.decoder.{name}": value for name, value in larger.items()} | {"data.budget": 16_384}
-    return FuyuCLI([f"--{name}={value}" for name, value in settings.items()], run=False)
+    return FuyuCLI([*(f"--{name}={value}" for name, value in settings.items()), *further], run=False)
 
 
 def _profile(folder: Path, device: str, steps: int) -> dict[str, float]:
     """Of the quickstart's training, its rows read as they are needed, in the process itself."""
-    run = _run(folder, device, steps)
+    run = quickstart_run(folder, device, steps)
     decoder = new_decoder(run.model.config, device).train()
     optimizer = build_optimizer(decoder, run.model.optimizer_config)
     rows = (row.batch for row in run.datamodule.stream("train").rows())
@@ -184,7 +191,7 @@ def _update(decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
 
 def _overhead(folder: Path, device: str, steps: int, rounds: int) -> dict[str, float]:
     """A step of the real trainer beside one of a bare loop, over the same rows, in turn."""
-    stream = _run(folder, device, steps).datamodule.stream("train")
+    stream = quickstart_run(folder, device, steps).datamodule.stream("train")
     rows = [row.batch for row in islice(stream.rows(), steps)]
     trainer, bare = [], []
     for _ in range(rounds):
@@ -225,7 +232,7 @@ def _now() -> float:
 
 
 def _trainer_seconds(folder: Path, device: str, rows: list[PackedBatch]) -> float:
-    run = _run(folder, device, len(rows))
+    run = quickstart_run(folder, device, len(rows))
     clock = _Clock()
     run.trainer.callbacks.append(clock)  # type: ignore[attr-defined]
     run.datamodule.train_dataloader = partial(DataLoader, Rows(rows), batch_size=None)
@@ -239,7 +246,7 @@ def _trainer_seconds(folder: Path, device: str, rows: list[PackedBatch]) -> floa
 
 
 def _bare_seconds(folder: Path, device: str, rows: list[PackedBatch]) -> float:
-    run = _run(folder, device, len(rows))
+    run = quickstart_run(folder, device, len(rows))
     decoder = new_decoder(run.model.config, device).train()
     optimizer = build_optimizer(decoder, run.model.optimizer_config)
     started_at = 0.0
