@@ -81,7 +81,7 @@ FULL = (
 """What is right, then what waits and what is compiled anew, then how fast it is: four calls of ten minutes."""
 REDUCED = (
     Step("tests", TESTS, 150),
-    script("steps", 120),
+    script("steps", 150),
     script("waits", 90),
     script("graphs", 60),
     bench("train", 90, "--rounds", "1", "--budget", "512", "--contenders", "transformers, sdpa", "ours"),
