@@ -18,6 +18,7 @@ import fuyu_e2e.bench.limit as bench_limit
 import fuyu_e2e.bench.profile_parts as bench_parts
 import fuyu_e2e.bench.scale as bench_scale
 import fuyu_e2e.bench.train as bench_train
+from fuyu_e2e.bench.decoders import new_decoder
 from fuyu_e2e.bench.documents import EOS, NEWLINE, PATCH, histogram, mixture
 from fuyu_e2e.bench.own_process import peak_memory
 from fuyu_e2e.bench.profile_parts import PARTS
@@ -77,6 +78,15 @@ def test_grouped_by_length_the_same_documents_need_less_padding() -> None:
     assert ours < theirs
     sizes = [sum(map(len, batch)) for batch in grouped]
     assert max(sizes) < 1.6 * min(sizes)
+
+
+def test_new_decoders_are_alike_and_drawn_where_they_run() -> None:
+    one, other = new_decoder(TINY, "cpu"), new_decoder(TINY, "cpu")
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    torch.manual_seed(0)
+    torch.testing.assert_close(Decoder(TINY).state_dict(), one.state_dict(), rtol=0, atol=0)
+    assert {tensor.device.type for tensor in new_decoder(TINY, "meta").state_dict().values()} == {"meta"}
 
 
 def test_contenders_have_the_same_weights_and_the_same_loss() -> None:
