@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from fuyu_e2e.bench.decoders import new_decoder
 from fuyu_e2e.bench.documents import BOS, FIRST_WORD, NEWLINE, PATCH
-from fuyu_e2e.bench.measure import alternate, environment, write_json
+from fuyu_e2e.bench.measure import Figures, alternate, environment
 from fuyu_e2e.bench.stock import require_transformers, stock_model
 from fuyu_e2e.inference.generation import generate as generate_ours
 from fuyu_e2e.model.block import Block
@@ -60,16 +61,18 @@ def generate(args: Sequence[str]) -> None:
     results: list[dict[str, Any]] = []
     bandwidth = copy_bandwidth(options.device)
     transformers = require_transformers()
+    about = {"transformers": transformers.__version__, "new_tokens": options.new_tokens, "rounds": options.rounds,
+             "copy_gigabytes_per_second": round(bandwidth / 1e9, 2)}  # fmt: skip
+    figures = Figures(options.out, environment(options.device) | about)
     for size in sizes:
         decoder = random_decoder(sized(size), options.device)
         stock = stock_model(decoder).eval()
         for batch in options.batches:
             found = _measure(decoder, stock, batch, bandwidth, options)
             results += [{"size": size, "prompts": batch, **result} for result in found]
+            figures.keep(results=results)
             console.print(f"{size}, {batch} prompts: done")
-    write_json(options.out, {**environment(options.device), "transformers": transformers.__version__,
-                             "new_tokens": options.new_tokens, "rounds": options.rounds,
-                             "copy_gigabytes_per_second": round(bandwidth / 1e9, 2), "results": results})  # fmt: skip
+    figures.end()
     console.print(_table(results))
 
 
@@ -83,14 +86,13 @@ def sized(size: str) -> FuyuConfig:
 @torch.no_grad()
 def random_decoder(config: FuyuConfig, device: str) -> Decoder:
     """A decoder whose every block says something, ready to generate."""
-    torch.manual_seed(0)
-    decoder = Decoder(config)
+    decoder = new_decoder(config, device)
     for block in decoder.blocks:
         assert isinstance(block, Block)
         for projection in (block.attention.o_proj, block.mlp.down_proj):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
     nn.init.normal_(decoder.lm_head.weight, std=0.5)
-    return decoder.to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval()
+    return decoder.to(torch.bfloat16 if device == "cuda" else torch.float32).eval()
 
 
 def random_prompts(config: FuyuConfig, count: int) -> list[TokenSequence]:

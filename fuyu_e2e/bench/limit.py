@@ -25,9 +25,10 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.bench.decoders import new_decoder
 from fuyu_e2e.bench.generate import NEVER, bytes_of_step, random_decoder, random_prompts, sized
 from fuyu_e2e.bench.isoflop import Rows
-from fuyu_e2e.bench.measure import alternate, environment, write_json
+from fuyu_e2e.bench.measure import Figures, alternate, environment
 from fuyu_e2e.bench.plots import draw_picture
 from fuyu_e2e.bench.profile_parts import profile_parts
 from fuyu_e2e.bench.train import CASES, build
@@ -72,31 +73,34 @@ def limit(args: Sequence[str]) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rate, bandwidth = matmul_rate(device, dtype), copy_bandwidth(device)
     console = Console(highlight=False)
-    shares = [_training(size, device, options.rounds) for size in options.sizes]
+    figures = Figures(options.out, environment(device))
+    shares: list[dict[str, Any]] = []
+
+    def keep(found: Sequence[dict[str, Any]]) -> None:
+        shares.extend(found)
+        for share in shares:
+            share["of_matmul_rate"] = round(share["flops"] / share["seconds"] / rate, 4)
+            share["of_bandwidth"] = round(share["least_bytes"] / share["seconds"] / bandwidth, 4)
+        limits = {"matmul_flops_per_second": round(rate), "copy_bytes_per_second": round(bandwidth)}
+        figures.keep(**limits, shares=shares)
+
+    for size in options.sizes:
+        keep([_training(size, device, options.rounds)])
     for size in options.decoders:
-        shares += _decoding(size, device, options.rounds, compiled=not options.eager)
+        keep(_decoding(size, device, options.rounds, compiled=not options.eager))
     rate, bandwidth = max(rate, matmul_rate(device, dtype)), max(bandwidth, copy_bandwidth(device))
+    keep([])
     console.print(f"products {rate / 1e12:.4g} Tflop/s, copies {bandwidth / 1e9:.4g} GB/s")
-    for share in shares:
-        share["of_matmul_rate"] = round(share["flops"] / share["seconds"] / rate, 4)
-        share["of_bandwidth"] = round(share["least_bytes"] / share["seconds"] / bandwidth, 4)
     console.print(_table(shares))
     with TemporaryDirectory() as folder:
-        _prepare(Path(folder))
+        prepare(Path(folder))
         parts = _profile(Path(folder), device, options.steps)
+        figures.keep(milliseconds_by_part={name: round(value, 3) for name, value in parts.items()})
         overhead = _overhead(Path(folder), device, options.steps, options.rounds)
     whole = sum(parts.values())
     console.print("a step by part: " + ", ".join(f"{name} {value / whole:.1%}" for name, value in parts.items()))
     console.print(f"Lightning with all callbacks takes {overhead['overhead']:.1%} more than a bare loop")
-    result = {
-        **environment(device),
-        "matmul_flops_per_second": round(rate),
-        "copy_bytes_per_second": round(bandwidth),
-        "shares": shares,
-        "milliseconds_by_part": {name: round(value, 3) for name, value in parts.items()},
-        "lightning": overhead,
-    }
-    write_json(options.out, result)
+    figures.end(lightning=overhead)
     draw_picture(options.out.with_suffix(".png"), 2, partial(_draw, shares, parts))
 
 
@@ -140,15 +144,22 @@ def _decoding(size: str, device: str, rounds: int, compiled: bool) -> list[dict[
     return found
 
 
-def _prepare(folder: Path) -> None:
+def prepare(folder: Path) -> None:
     """The quickstart's shards and tokenizer."""
     train = write_shards(folder, split="train", count=PICTURES, seed=0, most_digits=4, processes=1)
     texts = (text for document in read_documents(train[0], Tally()) for text in document.texts)
     train_tokenizer(texts, VOCAB_SIZE).save(folder / "tokenizer.model")
 
 
-def _run(folder: Path, device: str, steps: int) -> FuyuCLI:
-    """The quickstart as the command line builds it, with all its callbacks; on a GPU of 125m's shape."""
+def quickstart_run(folder: Path, device: str, steps: int, further: Sequence[str] = ()) -> FuyuCLI:
+    """The quickstart as the command line builds it, with all its callbacks; on a GPU of 125m's shape.
+
+    Args:
+        folder: That of `prepare`.
+        device: `cpu` or `cuda`.
+        steps: Of the run.
+        further: Options of the command line.
+    """
     settings: dict[str, Any] = {
         "config": shipped("recipes/quickstart.yaml"),
         "trainer.max_steps": steps,
@@ -160,13 +171,13 @@ def _run(folder: Path, device: str, steps: int) -> FuyuCLI:
     if device == "cuda":
         larger = {"layers": 12, "width": 768, "heads": 12, "kv_heads": 4, "head_size": 64, "feed_forward": 2_048}
         settings |= {f"model.decoder.{name}": value for name, value in larger.items()} | {"data.budget": 16_384}
-    return FuyuCLI([f"--{name}={value}" for name, value in settings.items()], run=False)
+    return FuyuCLI([*(f"--{name}={value}" for name, value in settings.items()), *further], run=False)
 
 
 def _profile(folder: Path, device: str, steps: int) -> dict[str, float]:
     """Of the quickstart's training, its rows read as they are needed, in the process itself."""
-    run = _run(folder, device, steps)
-    decoder = Decoder(run.model.config).to(device).train()
+    run = quickstart_run(folder, device, steps)
+    decoder = new_decoder(run.model.config, device).train()
     optimizer = build_optimizer(decoder, run.model.optimizer_config)
     rows = (row.batch for row in run.datamodule.stream("train").rows())
     return profile_parts(decoder, rows, partial(_update, decoder, optimizer), steps, device)
@@ -180,7 +191,7 @@ def _update(decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
 
 def _overhead(folder: Path, device: str, steps: int, rounds: int) -> dict[str, float]:
     """A step of the real trainer beside one of a bare loop, over the same rows, in turn."""
-    stream = _run(folder, device, steps).datamodule.stream("train")
+    stream = quickstart_run(folder, device, steps).datamodule.stream("train")
     rows = [row.batch for row in islice(stream.rows(), steps)]
     trainer, bare = [], []
     for _ in range(rounds):
@@ -221,7 +232,7 @@ def _now() -> float:
 
 
 def _trainer_seconds(folder: Path, device: str, rows: list[PackedBatch]) -> float:
-    run = _run(folder, device, len(rows))
+    run = quickstart_run(folder, device, len(rows))
     clock = _Clock()
     run.trainer.callbacks.append(clock)  # type: ignore[attr-defined]
     run.datamodule.train_dataloader = partial(DataLoader, Rows(rows), batch_size=None)
@@ -235,8 +246,8 @@ def _trainer_seconds(folder: Path, device: str, rows: list[PackedBatch]) -> floa
 
 
 def _bare_seconds(folder: Path, device: str, rows: list[PackedBatch]) -> float:
-    run = _run(folder, device, len(rows))
-    decoder = Decoder(run.model.config).to(device).train()
+    run = quickstart_run(folder, device, len(rows))
+    decoder = new_decoder(run.model.config, device).train()
     optimizer = build_optimizer(decoder, run.model.optimizer_config)
     started_at = 0.0
     for number, row in enumerate(DataLoader(Rows(rows), batch_size=None)):

@@ -15,8 +15,16 @@ import torch
 from fuyu_e2e.version import __version__
 
 
-def alternate(contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, float]:
-    """The median seconds of each contender, all run in turn so that a machine's moods hit them alike."""
+def alternate(
+    contenders: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 2,
+    keep: Callable[[dict[str, float]], None] = lambda medians: None,
+) -> dict[str, float]:
+    """The median seconds of each contender, all run in turn so that a machine's moods hit them alike.
+
+    `keep` gets the medians so far after each timed round.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(warm_up + rounds):
         for name, run in contenders.items():
@@ -26,6 +34,8 @@ def alternate(contenders: Mapping[str, Callable[[], Any]], rounds: int, warm_up:
                 torch.cuda.synchronize()
             if round_ >= warm_up:
                 seconds[name].append(time.perf_counter() - started_at)
+        if round_ >= warm_up:
+            keep({name: statistics.median(times) for name, times in seconds.items()})
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -43,6 +53,33 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes figures, for people and programs."""
+    """Writes figures, for people and programs; at no time does half a file stand there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+class Figures:
+    """A benchmark's figures, written as they come: one that is cut off leaves those that it had.
+
+    `complete` says in the file whether the benchmark came to its end.
+
+    Args:
+        path: The file, replaced by the first figures.
+        about: What stands beside them all.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self._path = path
+        self._content = dict(about)
+
+    def keep(self, **found: Any) -> None:
+        """Writes figures by their names, beside those that were written before."""
+        self._content |= found
+        write_json(self._path, {"complete": False, **self._content})
+
+    def end(self, **found: Any) -> None:
+        """Writes the last figures: there are no more to come."""
+        self._content |= found
+        write_json(self._path, {"complete": True, **self._content})

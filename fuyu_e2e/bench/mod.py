@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.bench.measure import alternate, environment, write_json
+from fuyu_e2e.bench.measure import Figures, alternate, environment
 from fuyu_e2e.inference.cache import KeyValueCache
 from fuyu_e2e.inference.generation import decode_step, prefill
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
@@ -36,15 +36,17 @@ def mod(args: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("bench-mod.json"))
     options = parser.parse_args(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    about = {"layers": options.layers, "share": options.share, "document": options.document}
+    figures = Figures(options.out, environment(device) | about)
     results: list[dict[str, Any]] = []
     console = Console(highlight=False)
     for width in options.widths:
         for length in options.lengths:
             for mode in options.modes:
                 results += _measure(width, length, mode, device, options)
+                figures.keep(results=results)
                 console.print(f"width {width}, {length} tokens, {mode}: done")
-    write_json(options.out, {**environment(device), "layers": options.layers, "share": options.share,
-                             "document": options.document, "results": results})  # fmt: skip
+    figures.end()
     console.print(_table(results))
 
 
@@ -92,9 +94,10 @@ def _measure(width: int, length: int, mode: str, device: str, options: Any) -> l
         "nothing": RoutingConfig(share=options.share, blocks=blocks, explore=0.0),
         "keys": RoutingConfig(share=options.share, blocks=blocks, explore=0.0, skipped="keys"),
     }
-    decoders = {name: Decoder(_config(width, options.layers, routing)) for name, routing in routings.items()}
+    with torch.device(device):
+        decoders = {name: Decoder(_config(width, options.layers, routing)) for name, routing in routings.items()}
     for decoder in decoders.values():
-        decoder.to(device).train()
+        decoder.train()
         _settle(decoder, row)
         if mode == "compiled":
             for block in decoder.blocks:

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,14 +23,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.bench.decoders import new_decoder
 from fuyu_e2e.bench.documents import draw
-from fuyu_e2e.bench.measure import alternate, environment, write_json
+from fuyu_e2e.bench.measure import Figures, alternate, environment
 from fuyu_e2e.bench.own_process import peak_memory
 from fuyu_e2e.bench.plots import draw_picture
 from fuyu_e2e.eval.digits import VOCAB_SIZE, write_shards
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import cost
-from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.shipped import shipped
@@ -80,9 +80,8 @@ class Step:
     """A training step that can be run again and again."""
 
     def __init__(self, point: Point, device: str) -> None:
-        torch.manual_seed(0)
         self.device = device
-        self.decoder = Decoder(point.config).to(device).train()
+        self.decoder = new_decoder(point.config, device).train()
         self.batch = point.batch().to(device)
         self.optimizer = torch.optim.AdamW(self.decoder.parameters(), lr=1e-5, fused=True)
 
@@ -128,15 +127,19 @@ def scale(args: Sequence[str]) -> None:
         "widths": {width: Point(_wide(width), 2_048 if device == "cpu" else 8_192, 15) for width in options.widths},
     }
     console = Console(highlight=False)
+    figures = Figures(options.out, {**environment(device), "rounds": options.rounds})
     found: dict[str, Any] = {}
     for part, varied in points.items():
         if part in options.parts:
-            found[part] = _measure(varied, device, options.rounds)
+            for known in _measure(varied, device, options.rounds):
+                found[part] = known
+                figures.keep(**found)
             console.print(_table(part, found[part]))
     if "processes" in options.parts:
         found["processes"] = _processes(options.processes, options.steps, device)
+        figures.keep(**found)
         console.print(_table("processes", found["processes"]))
-    write_json(options.out, {**environment(device), "rounds": options.rounds, **found})
+    figures.end()
     draw_picture(options.out.with_suffix(".png"), len(found), partial(_draw, found))
 
 
@@ -153,13 +156,19 @@ def _wide(width: int) -> FuyuConfig:
     )
 
 
-def _measure(varied: dict[int, Point], device: str, rounds: int) -> list[dict[str, Any]]:
-    memory = {name: peak_memory(run_twice, point, device) for name, point in varied.items()}
-    # With next to no row, what the model itself takes.
-    least = {
-        config: peak_memory(run_twice, Point(config, 1, 1), device)
-        for config in dict.fromkeys(point.config for point in varied.values())
-    }
+def _measure(varied: dict[int, Point], device: str, rounds: int) -> Iterator[list[dict[str, Any]]]:
+    """What is known of each point: of more and more points their memory, at last of all their speed too."""
+    memory: dict[int, int] = {}
+    least: dict[FuyuConfig, int] = {}
+    for name, point in varied.items():
+        memory[name] = peak_memory(run_twice, point, device)
+        if point.config not in least:
+            # With next to no row, what the model itself takes.
+            least[point.config] = peak_memory(run_twice, Point(point.config, 1, 1), device)
+        yield [
+            {"value": known, "bytes_per_token": _bytes_per_token(varied[known], memory[known], least)}
+            for known in memory
+        ]
     seconds = alternate({str(name): Step(point, device) for name, point in varied.items()}, rounds, warm_up=1)
     results = []
     for name, point in varied.items():
@@ -178,12 +187,16 @@ def _measure(varied: dict[int, Point], device: str, rounds: int) -> list[dict[st
                 "document": batch.document_lengths[0],
                 "parameters": counted.parameters,
                 "microseconds_per_token": round(seconds[str(name)] / tokens * 1e6, 3),
-                "bytes_per_token": round((memory[name] - least[point.config]) / tokens),
+                "bytes_per_token": _bytes_per_token(point, memory[name], least),
                 "training_flops_per_token": round(counted.training_flops_per_token),
                 "flops_per_second": round(counted.training_flops / seconds[str(name)]),
             }
         )
-    return results
+    yield results
+
+
+def _bytes_per_token(point: Point, memory: int, least: Mapping[FuyuConfig, int]) -> int:
+    return round((memory - least[point.config]) / len(point.batch().tokens))
 
 
 def _processes(counts: Sequence[int], steps: int, device: str) -> list[dict[str, Any]]:

@@ -1,17 +1,13 @@
 """transformers' `FuyuForCausalLM` as a contender: the same weights, and documents as its users batch them."""
 
-import json
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fuyu_e2e.bench.documents import BOS, EOS, PATCH
-from fuyu_e2e.checkpoint.tensor_files import write_weights
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.transformers import stock_inputs, to_transformers, transformers_config
 from fuyu_e2e.model.decoder import Decoder
@@ -45,10 +41,15 @@ def stock_model(decoder: Decoder, attention: str = "sdpa") -> Any:
     transformers = require_transformers()
     weight = decoder.embed_tokens.weight
     config = transformers_config(decoder.config, patch_id=PATCH, bos_id=BOS, eos_id=EOS, dtype=weight.dtype)
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        write_weights(to_transformers(decoder.state_dict(), decoder.config), Path(folder))
-        model = transformers.FuyuForCausalLM.from_pretrained(folder, dtype=weight.dtype, attn_implementation=attention)
+    # Copies, or it would take the decoder's own; and not by way of a file, which for `3b` has 12 GB.
+    weights = {name: tensor.clone() for name, tensor in to_transformers(decoder.state_dict(), decoder.config).items()}
+    model = transformers.FuyuForCausalLM.from_pretrained(
+        None,
+        config=transformers.FuyuConfig(**config),
+        state_dict=weights,
+        dtype=weight.dtype,
+        attn_implementation=attention,
+    )
     assert model.config.text_config._attn_implementation == attention
     return model.to(weight.device)
 

@@ -1,5 +1,7 @@
 """What a training step costs beside transformers': the same weights, documents and AdamW; forward, backward, update.
 
+The update of ours is that of the trainer's own optimizer, of transformers' that of torch's fused AdamW.
+
 Both train on the same mixture of captions, questions and text with images of many sizes. Ours reads a packed row,
 transformers the row's documents as one batch padded on the left, or, grouped by length, all rows' documents sorted and
 cut into as many batches. Only documents' own tokens count; batches lie ready on the device.
@@ -16,8 +18,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from fuyu_e2e.bench.decoders import new_decoder
 from fuyu_e2e.bench.documents import histogram, mixture
-from fuyu_e2e.bench.measure import alternate, environment, write_json
+from fuyu_e2e.bench.measure import Figures, alternate, environment
 from fuyu_e2e.bench.own_process import peak_memory
 from fuyu_e2e.bench.stock import grouped_by_length, require_transformers, stock_model, stock_training_batch
 from fuyu_e2e.bench.train_report import report
@@ -29,7 +32,10 @@ from fuyu_e2e.model.memory import memory
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import TokenSequence
 from fuyu_e2e.training.device_limits import peak_rate
+from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
 
+ADAMW = OptimizerConfig(lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
+"""Of all contenders."""
 SMALL = FuyuConfig(
     vocab_size=4_096, patch_size=16, layers=4, width=256, heads=4, kv_heads=2, head_size=64, feed_forward=768
 )
@@ -141,12 +147,17 @@ def train(args: Sequence[str]) -> None:
         "rounds": options.rounds,
     }
     console = Console(highlight=False)
+    figures = Figures(options.out, about)
     cases: list[dict[str, Any]] = []
     for size in options.sizes:
         case = CASES[size] if options.budget is None else replace(CASES[size], budget=options.budget)
-        cases.append(_measure(case, options.contenders, options.rounds, device, peak))
+
+        def keep(case: dict[str, Any]) -> None:
+            figures.keep(cases=[*cases, case])
+
+        cases.append(_measure(case, options.contenders, options.rounds, device, peak, keep))
         console.print(f"{size}: done")
-        write_json(options.out, about | {"cases": cases})
+    figures.end(cases=cases)
     report(cases, options.out.with_suffix(".png"))
 
 
@@ -160,7 +171,15 @@ def available() -> list[str]:
     ]
 
 
-def _measure(case: Case, names: Sequence[str], rounds: int, device: str, peak: float) -> dict[str, Any]:
+def _measure(
+    case: Case,
+    names: Sequence[str],
+    rounds: int,
+    device: str,
+    peak: float,
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Memory of each contender, then its speed; `keep` gets what is known so far, again and again."""
     documents = case.documents
     rows = [pack_row(row, case.budget) for row in documents]
     lengths = [length for row in rows for length in row.document_lengths]
@@ -169,10 +188,54 @@ def _measure(case: Case, names: Sequence[str], rounds: int, device: str, peak: f
         cost(case.config, document_lengths=row.document_lengths, patches=len(row.patches), targets=len(row.targets))
         for row in rows
     ]
-    found = {name: _remember(partial(peak_memory, run_once, case, name, device)) for name in names}
     apart = device == "cuda" and _together(case, rows[0], names) > torch.cuda.mem_get_info()[1]
+    memories: dict[str, int | str] = {}
     seconds: dict[str, float | str] = {}
     losses: dict[str, float] = {}
+
+    def known() -> dict[str, Any]:
+        best = min((s for n, s in seconds.items() if isinstance(s, float) and not CONTENDERS[n].ours), default=None)
+        results: list[dict[str, Any]] = []
+        for name in names:
+            took = seconds.get(name)
+            if isinstance(took, str):
+                results.append({"contender": name, "failed": took})
+            elif took is None:
+                results.append({"contender": name, "peak_memory_bytes": memories.get(name)})
+            else:
+                results.append(
+                    {
+                        "contender": name,
+                        "seconds_per_step": round(took / len(rows), 5),
+                        "tokens_per_second": round(tokens / took, 1),
+                        "images_per_second": round(images / took, 2),
+                        "mfu": round(sum(row.training_flops for row in flops) / took / peak, 4),
+                        "peak_memory_bytes": memories[name],
+                        "times_as_fast": round(best / took, 3) if best is not None else None,
+                        "padding": round(1 - tokens / _padded(documents, CONTENDERS[name], case.budget), 4),
+                        "first_loss": round(losses[name], 6),
+                    }
+                )
+        return {
+            "size": case.size,
+            "parameters": flops[0].parameters,
+            "row_tokens": case.budget,
+            "rows": case.rows,
+            "tokens": tokens,
+            "images": images,
+            "document_lengths": histogram(lengths),
+            "training_flops_per_token": round(sum(row.training_flops for row in flops) / tokens),
+            "alternating": not apart,
+            "results": results,
+        }
+
+    def keep_speeds(medians: dict[str, float]) -> None:
+        seconds.update(medians)
+        keep(known())
+
+    for name in names:
+        memories[name] = _remember(partial(peak_memory, run_once, case, name, device))
+        keep(known())
     for group in [[name] for name in names] if apart else [list(names)]:
         torch.compiler.reset()
         trainees = build(case, group, device)
@@ -183,42 +246,11 @@ def _measure(case: Case, names: Sequence[str], rounds: int, device: str, peak: f
             else:
                 losses[name] = first
         running = {name: trainees[name].epoch for name in group if name in losses}
-        seconds |= alternate(running, rounds, warm_up=2)
+        seconds |= alternate(running, rounds, warm_up=2, keep=keep_speeds)
         trainees.clear()
         running.clear()
         torch.cuda.empty_cache()
-    best = min((s for n, s in seconds.items() if isinstance(s, float) and not CONTENDERS[n].ours), default=None)
-    results: list[dict[str, Any]] = []
-    for name in names:
-        took = seconds[name]
-        if isinstance(took, str):
-            results.append({"contender": name, "failed": took})
-            continue
-        results.append(
-            {
-                "contender": name,
-                "seconds_per_step": round(took / len(rows), 5),
-                "tokens_per_second": round(tokens / took, 1),
-                "images_per_second": round(images / took, 2),
-                "mfu": round(sum(row.training_flops for row in flops) / took / peak, 4),
-                "peak_memory_bytes": found[name],
-                "times_as_fast": round(best / took, 3) if best is not None else None,
-                "padding": round(1 - tokens / _padded(documents, CONTENDERS[name], case.budget), 4),
-                "first_loss": round(losses[name], 6),
-            }
-        )
-    return {
-        "size": case.size,
-        "parameters": flops[0].parameters,
-        "row_tokens": case.budget,
-        "rows": case.rows,
-        "tokens": tokens,
-        "images": images,
-        "document_lengths": histogram(lengths),
-        "training_flops_per_token": round(sum(row.training_flops for row in flops) / tokens),
-        "alternating": not apart,
-        "results": results,
-    }
+    return known()
 
 
 def _remember(run: Callable[[], Any]) -> Any:
@@ -254,29 +286,25 @@ def _padded(documents: list[list[TokenSequence]], contender: Contender, budget: 
 
 def build(case: Case, names: Sequence[str], device: str) -> dict[str, Trainee]:
     """Contenders with the same new weights; transformers' share one model, ours have one each."""
-    torch.manual_seed(0)
-    decoder = Decoder(case.config)
     documents = case.documents
     trainees: dict[str, Trainee] = {}
     stock = None
     for name in names:
         contender = CONTENDERS[name]
         if contender.ours:
-            own = Decoder(case.config)
-            own.load_state_dict(decoder.state_dict())
-            own = own.to(device).train()
+            own = new_decoder(case.config, device).train()
             if contender.fp8:
                 use_float8(own, torch.device(device))
             if contender.compiled:
                 for block in own.blocks:
                     block.compile()
             batches: list[Any] = [pack_row(row, case.budget).to(device) for row in documents]
-            trainees[name] = Trainee(batches, _OurLoss(own), _adamw(own), device)
+            trainees[name] = Trainee(batches, _OurLoss(own), build_optimizer(own, ADAMW), device)
         else:
             if stock is None:
-                stock = stock_model(decoder).to(device).train()
+                stock = stock_model(new_decoder(case.config, device)).train()
                 compiled = torch.compile(stock, dynamic=True)  # once for batches of all shapes
-                optimizer = _adamw(stock)
+                optimizer = _fused_adamw(stock)
             padded = grouped_by_length(documents) if contender.grouped else documents
             batches = [stock_training_batch(batch, device) for batch in padded]
             trainees[name] = Trainee(
@@ -307,12 +335,12 @@ class _TheirLoss:
         return self.run(**batch, use_cache=False).loss
 
 
-def _adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """The same for all: fused, decay on matrices alone."""
+def _fused_adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """Torch's own with the settings that ours has: decay on matrices alone."""
     matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
     vectors = [weight for weight in model.parameters() if weight.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.95), fused=True)
+    groups = [{"params": matrices, "weight_decay": ADAMW.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=ADAMW.lr, betas=ADAMW.betas, fused=True)
 
 
 def run_once(case: Case, name: str, device: str) -> None:

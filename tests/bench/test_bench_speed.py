@@ -18,6 +18,7 @@ import fuyu_e2e.bench.limit as bench_limit
 import fuyu_e2e.bench.profile_parts as bench_parts
 import fuyu_e2e.bench.scale as bench_scale
 import fuyu_e2e.bench.train as bench_train
+from fuyu_e2e.bench.decoders import new_decoder
 from fuyu_e2e.bench.documents import EOS, NEWLINE, PATCH, histogram, mixture
 from fuyu_e2e.bench.own_process import peak_memory
 from fuyu_e2e.bench.profile_parts import PARTS
@@ -29,6 +30,7 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import cost, decode_step_flops
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.packing import pack_row
+from fuyu_e2e.training.optimizers import MuonAdamW
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 TINY = FuyuConfig(vocab_size=64, patch_size=4, layers=2, width=32, heads=2, kv_heads=1, head_size=16, feed_forward=64)
@@ -78,6 +80,15 @@ def test_grouped_by_length_the_same_documents_need_less_padding() -> None:
     assert max(sizes) < 1.6 * min(sizes)
 
 
+def test_new_decoders_are_alike_and_drawn_where_they_run() -> None:
+    one, other = new_decoder(TINY, "cpu"), new_decoder(TINY, "cpu")
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    torch.manual_seed(0)
+    torch.testing.assert_close(Decoder(TINY).state_dict(), one.state_dict(), rtol=0, atol=0)
+    assert {tensor.device.type for tensor in new_decoder(TINY, "meta").state_dict().values()} == {"meta"}
+
+
 def test_contenders_have_the_same_weights_and_the_same_loss() -> None:
     pytest.importorskip("transformers", reason="needs the extra `transformers`")
     eager = [name for name, contender in CONTENDERS.items() if not contender.compiled and "flash" not in name]
@@ -86,6 +97,12 @@ def test_contenders_have_the_same_weights_and_the_same_loss() -> None:
     losses = {name: float(trainees[name].forward(trainees[name].batches[0]).detach()) for name in whole}
     assert len(losses) == 3
     assert list(losses.values()) == pytest.approx([losses["ours"]] * 3, rel=1e-5)
+    assert isinstance(trainees["ours"].optimizer, MuonAdamW), "the trainer's own"
+    assert all(group["fused"] for group in trainees["transformers, sdpa"].optimizer.param_groups)
+    settings = ("lr", "betas", "weight_decay", "eps")
+    ours, theirs = ([[group[name] for name in settings] for group in trainees[name].optimizer.param_groups]
+                    for name in ("ours", "transformers, sdpa"))  # fmt: skip
+    assert ours == theirs
     trainees["ours"].epoch()
     assert float(trainees["ours"].forward(trainees["ours"].batches[0]).detach()) < losses["ours"], "it is trained"
 

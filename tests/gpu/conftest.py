@@ -1,9 +1,46 @@
-"""Where the tests of this folder run."""
+"""Where the tests of this folder run, and a file of what came of them."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from fuyu_e2e.bench.measure import Figures
+
+REASON = 2_000
+"""Letters that are kept of why a test failed."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--outcomes", type=Path, help="A JSON of what came of each test, written as they end.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if out := config.getoption("--outcomes", None):
+        config.pluginmanager.register(Outcomes(out))
+
+
+class Outcomes:
+    """A plugin of pytest that writes how many tests passed, and why others were skipped or failed."""
+
+    def __init__(self, out: Path) -> None:
+        self._figures = Figures(out, {})
+        self._found: dict[str, Any] = {"passed": 0, "skipped": {}, "failed": {}}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._found["failed"][report.nodeid] = report.longreprtext[-REASON:]
+        elif report.skipped:
+            # A skipped test's is where, and why.
+            self._found["skipped"][report.nodeid] = report.longrepr[-1] if report.longrepr else ""
+        elif report.when == "call":
+            self._found["passed"] += 1
+        self._figures.keep(**self._found)
+
+    def pytest_sessionfinish(self) -> None:
+        self._figures.end(**self._found)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.float8 import has_float8, use_float8
 from fuyu_e2e.packing import pack_row
+from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,16 +121,22 @@ def test_every_kernel_of_attention_gives_the_reference(backend: str, kv_heads: i
         torch.testing.assert_close(mine.float(), theirs.float(), rtol=4 * tolerance, atol=8 * tolerance)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_host_never_waits_for_a_training_step(
-    compiled: bool, speaking: Decoder, row: PackedBatch, device: str, request: pytest.FixtureRequest
+    compiled: bool,
+    name: Literal["adamw", "muon"],
+    speaking: Decoder,
+    row: PackedBatch,
+    device: str,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """Forward, backward and update, with everything that a step of `bench train` does."""
+    """Forward, backward and the update of the trainer's own optimizer."""
     if device == "cpu":
         pytest.skip("needs a CUDA device")
     if compiled:
         request.getfixturevalue("without_hook")
-    optimizer = torch.optim.AdamW(speaking.parameters(), fused=True)
+    optimizer = build_optimizer(speaking, OptimizerConfig(name=name))
     if compiled:
         for block in speaking.blocks:
             block.compile()
