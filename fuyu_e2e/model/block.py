@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fuyu_e2e.model.attention import Attend, RowAttention, rotate
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.recomputation import ActivationCheckpointing, recomputing
 from fuyu_e2e.model.routing import Layout, Routed, build_rule, gather_passing
 
 Rotary = tuple[Float[Tensor, "T 1 R"], Float[Tensor, "T 1 R"]]
@@ -98,7 +99,18 @@ class Block(nn.Module):
 class DenseBlock(Block):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`, for every token."""
 
-    def forward(self, x_TD: Float[Tensor, "T D"], rotary: Rotary, attend: Attend, layer: int) -> Float[Tensor, "T D"]:
+    def forward(
+        self,
+        x_TD: Float[Tensor, "T D"],
+        rotary: Rotary,
+        attend: Attend,
+        layer: int,
+        *,
+        recompute: ActivationCheckpointing = "none",
+    ) -> Float[Tensor, "T D"]:
+        return recomputing(recompute, self._update, x_TD, rotary, attend, layer)
+
+    def _update(self, x_TD: Float[Tensor, "T D"], rotary: Rotary, attend: Attend, layer: int) -> Float[Tensor, "T D"]:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotary, attend, layer)
         return x_TD + self.mlp(self.mlp_norm(x_TD))
 
@@ -117,6 +129,19 @@ class RoutedBlock(Block):
         self.rule = build_rule(config, layer)
 
     def forward(
+        self,
+        x_TD: Float[Tensor, "T D"],
+        rotary: Rotary,
+        attend: RowAttention,
+        layer: int,
+        layout: Layout,
+        capacity: int | None,
+        *,
+        recompute: ActivationCheckpointing = "none",
+    ) -> tuple[Float[Tensor, "T D"], Routed]:
+        return recomputing(recompute, self._update, x_TD, rotary, attend, layer, layout, capacity)
+
+    def _update(
         self,
         x_TD: Float[Tensor, "T D"],
         rotary: Rotary,
