@@ -49,9 +49,13 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "C D"]:
         """Attention of the tokens at `asking`, or of all, to all that `attend` shows them."""
         x_CD, rotary_C = (x_TD, rotary) if asking is None else (x_TD.index_select(0, asking), turns_at(rotary, asking))
-        q_CHK = rotate(self.q_norm(self.q_proj(x_CD).unflatten(-1, (-1, self.head_size))), *rotary_C)
-        k_TGK = rotate(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_size))), *rotary)
         v_TGK = self.v_proj(x_TD).unflatten(-1, (-1, self.head_size))
+        # Under autocast, products come in bfloat16: a norm is one kernel only of what has the type of its weight, and
+        # attention takes three of one type.
+        norms = self.q_norm.weight.dtype
+        q_CHK = rotate(self.q_norm(self.q_proj(x_CD).unflatten(-1, (-1, self.head_size)).to(norms)), *rotary_C)
+        k_TGK = rotate(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_size)).to(norms)), *rotary)
+        q_CHK, k_TGK = q_CHK.to(v_TGK.dtype), k_TGK.to(v_TGK.dtype)
         return self.o_proj(attend(layer, q_CHK, k_TGK, v_TGK).flatten(-2))
 
 

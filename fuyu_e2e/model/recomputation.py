@@ -6,7 +6,7 @@ graphs of a block that attends by documents, which are never compiled: there `se
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -26,17 +26,16 @@ EXPENSIVE = {
 }
 """Operations that `selective` keeps the results of; by name, for not every version of torch has each."""
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def recomputing(kind: ActivationCheckpointing, run: Callable[P, R], *inputs: P.args, **named: P.kwargs) -> R:
+def recomputing(kind: ActivationCheckpointing, run: Callable[..., R], *inputs: Any) -> R:
     """What `run` gives, of whose activations the backward pass computes those of that kind anew."""
     if kind == "none":
-        return run(*inputs, **named)
+        return run(*inputs)
     if kind == "full":
-        return checkpoint(run, *inputs, use_reentrant=False, **named)
-    return checkpoint(run, *inputs, use_reentrant=False, context_fn=_contexts, **named)
+        return checkpoint(run, *inputs, use_reentrant=False)
+    return checkpoint(run, *inputs, use_reentrant=False, context_fn=_contexts)
 
 
 def _contexts() -> tuple[Any, Any]:
