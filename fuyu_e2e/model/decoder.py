@@ -11,6 +11,8 @@
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from fuyu_e2e.model.attention import Attend, RowAttention, rotary
 from fuyu_e2e.model.attention_kernels import AttentionBackend, plan_attention
 from fuyu_e2e.model.block import Block, DenseBlock, RoutedBlock, build_norm
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.graphs import noticing_too_many
 from fuyu_e2e.model.recomputation import ActivationCheckpointing
 from fuyu_e2e.model.routing import Layout, Progress, RoutingTrace, Scorer, Threshold
 
@@ -122,8 +125,9 @@ class Decoder(nn.Module):
             if isinstance(block, RoutedBlock):
                 assert trace is not None
                 assert trace.layout is not None
-                capacity = block.rule.capacity(trace.layout) if self.training else None
-                x_TD, routed = block(x_TD, turns, attend, layer, trace.layout, capacity, recompute=recompute)
+                layout = replace(trace.layout, block=torch.full_like(trace.layout.block, layer))
+                capacity = block.rule.capacity(layout) if self.training else None
+                x_TD, routed = block(x_TD, turns, attend, layer, layout, capacity, recompute=recompute)
                 trace.blocks.append(routed)
             else:
                 x_TD = block(x_TD, turns, attend, layer, recompute=recompute)
@@ -138,7 +142,9 @@ class Decoder(nn.Module):
         if self.config.routing is not None:
             trace.layout = Layout.of(batch, self.config, self.progress, self.training)
         x_TD = self.embed(batch.tokens, batch.patches, batch.patch_positions)
-        return self.hidden(x_TD, batch.positions, plan, trace)
+        compiled = any(block._compiled_call_impl is not None for block in self.blocks)
+        with noticing_too_many() if compiled else nullcontext():
+            return self.hidden(x_TD, batch.positions, plan, trace)
 
     def forward(self, batch: PackedBatch, trace: RoutingTrace | None = None) -> Float[Tensor, "T V"]:
         """Logits of the next token at every position; what happens at routed blocks goes to `trace`."""
