@@ -5,7 +5,6 @@ at the smallest power of two that holds all sequences. So a decoder is compiled 
 each room, and in it for each power of two that its sequences are in on the way.
 """
 
-from contextlib import AbstractContextManager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,8 +18,6 @@ from fuyu_e2e.model.decoder import Decoder
 
 SMALLEST = 128
 """Places looked at at least: fewer would save less than compiling once more costs."""
-GRAPHS = 64
-"""Graphs kept at most, of all decoders of a process: prompts of many lengths soon reach torch's own limit of 8."""
 
 _caches: WeakKeyDictionary[Decoder, KeyValueCache] = WeakKeyDictionary()
 """The cache of each decoder's last call: a CUDA graph writes where it wrote when it was recorded."""
@@ -58,13 +55,11 @@ def compiled_cache(decoder: Decoder, sequences: int, capacity: int) -> KeyValueC
     return cache
 
 
-def many_graphs() -> AbstractContextManager[None]:
-    """A context in which `compiled_step` is called: entered once for many steps, since entering takes its time."""
-    return torch._dynamo.config.patch(recompile_limit=GRAPHS)
-
-
 def compiled_step(decoder: Decoder, tokens: Int64[Tensor, " B"], cache: KeyValueCache) -> Float[Tensor, "B V"]:
-    """Reads one more token of each sequence, and gives the logits of the next, which hold until the next call."""
+    """Reads one more token of each sequence, and gives the logits of the next, which hold until the next call.
+
+    Called within `many_graphs`.
+    """
     places = _bucket(cache.longest + 1)
     keys, values = [block.keys for block in cache.dense], [block.values for block in cache.dense]
     runs = _packed[decoder].decoder if PackedDecoder.serves(decoder) else decoder

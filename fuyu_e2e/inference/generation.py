@@ -1,10 +1,11 @@
 """Continuing prompts: many at once, each with images of its own sizes."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import DecodeStep, KeyValueCache, Prefill
-from fuyu_e2e.inference.compiled import compiled_cache, compiled_step, many_graphs
+from fuyu_e2e.inference.compiled import compiled_cache, compiled_step
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.graphs import many_graphs
 from fuyu_e2e.model.routing import Layout, RoutingTrace
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import Prompt, TokenSequence
@@ -170,7 +172,8 @@ def prefill(
             batch.tokens[start:stop], batch.patches[first:end], batch.patch_positions[first:end] - start
         )
         attend = Prefill(cache, batch.document_lengths, start, stop)
-        hidden_TD = decoder.hidden(x_TD, batch.positions[start:stop], attend, trace)
+        with _uncompiled():
+            hidden_TD = decoder.hidden(x_TD, batch.positions[start:stop], attend, trace)
         within = torch.from_numpy(lasts[(start <= lasts) & (lasts < stop)] - start)
         states.append(hidden_TD.index_select(0, within.to(hidden_TD.device)))
     return torch.cat(states)
@@ -186,7 +189,13 @@ def decode_step(
     trace = trace or RoutingTrace()
     if decoder.config.routing is not None:
         trace.layout = Layout.of_new_tokens(positions)
-    return decoder.hidden(decoder.embed_tokens(tokens), positions, step, trace)
+    with _uncompiled():
+        return decoder.hidden(decoder.embed_tokens(tokens), positions, step, trace)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Keeps away from blocks that are compiled for training: a graph for each length would soon be too many."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def continue_texts(

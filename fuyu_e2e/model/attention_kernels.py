@@ -147,8 +147,7 @@ class VarlenRow(RowAttention):
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
         """Causal attention of every token to the tokens of its own document up to itself."""
-        # Norms and rotations under autocast leave queries and keys in float32.
-        return self.kernel(queries.to(values.dtype), keys.to(values.dtype), values, self.starts, self.longest)
+        return self.kernel(queries, keys, values, self.starts, self.longest)
 
     def among(self, passing: Passing) -> Attend:
         """The attention of passing tokens to each other; what only fills the capacity is one more document."""
@@ -191,8 +190,8 @@ class FlexRow(RowAttention):
         """Attention of every query to the keys that it sees."""
         flex: Any = _compiled_flex() if queries.is_cuda else flex_attention
         attended = flex(
-            queries.to(values.dtype).transpose(0, 1)[None],
-            keys.to(values.dtype).transpose(0, 1)[None],
+            queries.transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
             values.transpose(0, 1)[None],
             block_mask=self.mask,
             enable_gqa=queries.shape[1] != keys.shape[1],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fuyu_e2e.model.attention import Attend, RowAttention, rotate
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.recomputation import ActivationCheckpointing, recomputing
 from fuyu_e2e.model.routing import Layout, Routed, build_rule, gather_passing
 
 Rotary = tuple[Float[Tensor, "T 1 R"], Float[Tensor, "T 1 R"]]
@@ -48,9 +49,13 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "C D"]:
         """Attention of the tokens at `asking`, or of all, to all that `attend` shows them."""
         x_CD, rotary_C = (x_TD, rotary) if asking is None else (x_TD.index_select(0, asking), turns_at(rotary, asking))
-        q_CHK = rotate(self.q_norm(self.q_proj(x_CD).unflatten(-1, (-1, self.head_size))), *rotary_C)
-        k_TGK = rotate(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_size))), *rotary)
         v_TGK = self.v_proj(x_TD).unflatten(-1, (-1, self.head_size))
+        # Under autocast, products come in bfloat16: a norm is one kernel only of what has the type of its weight, and
+        # attention takes three of one type.
+        norms = self.q_norm.weight.dtype
+        q_CHK = rotate(self.q_norm(self.q_proj(x_CD).unflatten(-1, (-1, self.head_size)).to(norms)), *rotary_C)
+        k_TGK = rotate(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_size)).to(norms)), *rotary)
+        q_CHK, k_TGK = q_CHK.to(v_TGK.dtype), k_TGK.to(v_TGK.dtype)
         return self.o_proj(attend(layer, q_CHK, k_TGK, v_TGK).flatten(-2))
 
 
@@ -98,7 +103,18 @@ class Block(nn.Module):
 class DenseBlock(Block):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`, for every token."""
 
-    def forward(self, x_TD: Float[Tensor, "T D"], rotary: Rotary, attend: Attend, layer: int) -> Float[Tensor, "T D"]:
+    def forward(
+        self,
+        x_TD: Float[Tensor, "T D"],
+        rotary: Rotary,
+        attend: Attend,
+        layer: int,
+        *,
+        recompute: ActivationCheckpointing = "none",
+    ) -> Float[Tensor, "T D"]:
+        return recomputing(recompute, self._update, x_TD, rotary, attend, layer)
+
+    def _update(self, x_TD: Float[Tensor, "T D"], rotary: Rotary, attend: Attend, layer: int) -> Float[Tensor, "T D"]:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotary, attend, layer)
         return x_TD + self.mlp(self.mlp_norm(x_TD))
 
@@ -117,6 +133,19 @@ class RoutedBlock(Block):
         self.rule = build_rule(config, layer)
 
     def forward(
+        self,
+        x_TD: Float[Tensor, "T D"],
+        rotary: Rotary,
+        attend: RowAttention,
+        layer: int,
+        layout: Layout,
+        capacity: int | None,
+        *,
+        recompute: ActivationCheckpointing = "none",
+    ) -> tuple[Float[Tensor, "T D"], Routed]:
+        return recomputing(recompute, self._update, x_TD, rotary, attend, layer, layout, capacity)
+
+    def _update(
         self,
         x_TD: Float[Tensor, "T D"],
         rotary: Rotary,

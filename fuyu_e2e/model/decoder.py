@@ -11,38 +11,28 @@
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.model.attention import Attend, RowAttention, rotary
 from fuyu_e2e.model.attention_kernels import AttentionBackend, plan_attention
 from fuyu_e2e.model.block import Block, DenseBlock, RoutedBlock, build_norm
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.graphs import noticing_too_many
+from fuyu_e2e.model.recomputation import ActivationCheckpointing
 from fuyu_e2e.model.routing import Layout, Progress, RoutingTrace, Scorer, Threshold
 
 PATCH_GAIN = 3.0
 """Brings patches of usual contrast, about a third of the range of values, to the scale of token embeddings."""
 LOSS_CHUNK = 2_048
 """Positions whose logits are in memory at once while the loss is computed."""
-ActivationCheckpointing = Literal["none", "selective", "full"]
-"""What of a block's activations the backward pass computes anew: nothing, all but products and attention, or all."""
-EXPENSIVE = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_mm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}
-"""Operations that `selective` keeps the results of."""
 
 
 class Decoder(nn.Module):
@@ -66,7 +56,7 @@ class Decoder(nn.Module):
         self.attention: AttentionBackend = "auto"
         """What computes the attention of packed rows."""
         self.activation_checkpointing: ActivationCheckpointing = "none"
-        """For memory (Chen et al. 2016, arXiv 1604.06174): what is computed, and what comes of it, stays the same."""
+        """For memory: what is computed, and what comes of it, stays the same."""
         self.initialize()
 
     @torch.no_grad()
@@ -130,24 +120,18 @@ class Decoder(nn.Module):
             trace: With the layout of the row where some blocks are routed; what happens there is added to it.
         """
         turns = rotary(positions, self.config.rotary_size, self.config.rope_theta)
+        recompute = self.activation_checkpointing if torch.is_grad_enabled() else "none"
         for layer, block in enumerate(self.blocks):
             if isinstance(block, RoutedBlock):
                 assert trace is not None
                 assert trace.layout is not None
-                capacity = block.rule.capacity(trace.layout) if self.training else None
-                x_TD, routed = self._run(block, x_TD, turns, attend, layer, trace.layout, capacity)
+                layout = replace(trace.layout, block=torch.full_like(trace.layout.block, layer))
+                capacity = block.rule.capacity(layout) if self.training else None
+                x_TD, routed = block(x_TD, turns, attend, layer, layout, capacity, recompute=recompute)
                 trace.blocks.append(routed)
             else:
-                x_TD = self._run(block, x_TD, turns, attend, layer)
+                x_TD = block(x_TD, turns, attend, layer, recompute=recompute)
         return self.norm(x_TD)
-
-    def _run(self, block: nn.Module, *inputs: Any) -> Any:
-        if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
-            return block(*inputs)
-        if self.activation_checkpointing == "full":
-            return checkpoint(block, *inputs, use_reentrant=False)
-        keep = partial(create_selective_checkpoint_contexts, _keeps)
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=keep)
 
     def _encode(self, batch: PackedBatch, trace: RoutingTrace | None) -> Float[Tensor, "T D"]:
         device = batch.tokens.device
@@ -158,7 +142,9 @@ class Decoder(nn.Module):
         if self.config.routing is not None:
             trace.layout = Layout.of(batch, self.config, self.progress, self.training)
         x_TD = self.embed(batch.tokens, batch.patches, batch.patch_positions)
-        return self.hidden(x_TD, batch.positions, plan, trace)
+        compiled = any(block._compiled_call_impl is not None for block in self.blocks)
+        with noticing_too_many() if compiled else nullcontext():
+            return self.hidden(x_TD, batch.positions, plan, trace)
 
     def forward(self, batch: PackedBatch, trace: RoutingTrace | None = None) -> Float[Tensor, "T V"]:
         """Logits of the next token at every position; what happens at routed blocks goes to `trace`."""
@@ -238,7 +224,3 @@ class Decoder(nn.Module):
         dense = progress.dense(self.config.routing)
         for rule, own in zip(rules, counts.split([len(rule.counts) for rule in rules]), strict=True):
             rule.update(own, dense, skip)
-
-
-def _keeps(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE

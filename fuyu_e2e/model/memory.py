@@ -107,8 +107,8 @@ def _block_bytes(config: FuyuConfig, work: int, size: int) -> int:
     if config.dialect == "fuyu":
         inputs = 4 if work < size else 2  # every product casts its input anew
         return (
-            work * (2 * config.feed_forward + attention + queries + keys + inputs * width)
-            + size * 2 * width
+            work * (2 * config.feed_forward + attention + inputs * width)
+            + size * (2 * width + queries + keys)
             + 4 * (2 * heads + 4 + config.heads)
         )
     inputs = 5 if work < size else 2

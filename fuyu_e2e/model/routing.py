@@ -89,6 +89,8 @@ class Layout:
     """1 while all tokens pass, falling to 0 as the share is annealed."""
     dense_part: float
     """The same on the host."""
+    block: Int64[Tensor, ""]
+    """The number of the block that is asked, 0 until one is; on the device, or each would be compiled for its own."""
 
     @classmethod
     def of(cls, batch: PackedBatch, config: FuyuConfig, progress: Progress, training: bool) -> "Layout":
@@ -123,6 +125,7 @@ class Layout:
             explore=torch.full((), explore, device=device),
             dense=torch.full((), dense, device=device),
             dense_part=dense,
+            block=torch.zeros((), dtype=torch.int64, device=device),
         )
 
     @classmethod
@@ -141,6 +144,7 @@ class Layout:
             explore=torch.zeros((), device=positions.device),
             dense=torch.zeros((), device=positions.device),
             dense_part=0.0,
+            block=torch.zeros((), dtype=torch.int64, device=positions.device),
         )
 
 
@@ -310,8 +314,8 @@ class Threshold(Rule):
         scores = self.scorer(x_TD)
         passes = scores.detach() > self.threshold.index_select(0, self._group(layout))
         share = self._annealed_shares(layout)
-        explored = _uniform(layout, self.block, 0) < layout.explore
-        passes = torch.where(explored, _uniform(layout, self.block, 1) < share, passes)
+        explored = _uniform(layout, 0) < layout.explore
+        passes = torch.where(explored, _uniform(layout, 1) < share, passes)
         return Choice((passes | self._exempt(layout)) & layout.real, gate(scores), scores)
 
     def _group(self, layout: Layout) -> Int64[Tensor, " T"]:
@@ -431,7 +435,7 @@ class Random(Rule):
 
     def choose(self, x_TD: Float[Tensor, "T D"], layout: Layout, capacity: int | None) -> Choice:
         """Draws for each token by itself."""
-        passes = _uniform(layout, self.block, 1) < self._annealed_shares(layout)
+        passes = _uniform(layout, 1) < self._annealed_shares(layout)
         return Choice((passes | self._exempt(layout)) & layout.real, torch.ones_like(x_TD[:, 0], dtype=torch.float32))
 
 
@@ -463,9 +467,9 @@ def _document_seed(key: str, step: int) -> int:
     return (zlib.crc32(key.encode()) << 31) + step
 
 
-def _uniform(layout: Layout, block: int, draw: int) -> Float[Tensor, " T"]:
+def _uniform(layout: Layout, draw: int) -> Float[Tensor, " T"]:
     """A number in [0, 1) for each token that depends on its document, its position, the step and the block alone."""
-    salt = ((2 * block + draw + 1) * _MIX[2] + 2**63) % 2**64 - 2**63
+    salt = (2 * layout.block + draw + 1) * _MIX[2]
     x = layout.seed * _MIX[0] + layout.positions * _MIX[1] + salt
     for shift, factor in ((30, _MIX[1]), (27, _MIX[2])):
         x = (x ^ (x >> shift)) * factor

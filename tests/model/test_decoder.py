@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.document import Document
-from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
@@ -173,3 +174,38 @@ def test_every_weight_of_a_new_model_can_learn(
         decoder.loss(batch).backward()
         optimizer.step()
     assert not [name for name, weight in decoder.named_parameters() if not weight.grad.abs().sum() > 0]
+
+
+@pytest.mark.parametrize("precision", ["mixed", "true"])
+@pytest.mark.parametrize("dialect", [{}, {"dialect": "fuyu", "kv_heads": 4}], ids=["qwen3", "fuyu"])
+@pytest.mark.parametrize("routing", [None, RoutingConfig(blocks=(1,), skipped="keys")], ids=["dense", "routed"])
+def test_norms_and_attention_in_bfloat16_take_one_type(
+    routing: RoutingConfig | None,
+    dialect: dict,
+    precision: str,
+    config: FuyuConfig,
+    builder: SequenceBuilder,
+    random_document: RandomDocument,
+) -> None:
+    """A GPU has one kernel for a norm only where its input has the type of its weight, and one type in attention."""
+    torch.manual_seed(0)
+    decoder = Decoder(replace(config, routing=routing, **dialect))
+    decoder = decoder.bfloat16() if precision == "true" else decoder
+    norms: list[bool] = []
+    types: list[set[torch.dtype]] = []
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.RMSNorm | torch.nn.LayerNorm):
+            module.register_forward_pre_hook(lambda norm, given: norms.append(given[0].dtype == norm.weight.dtype))
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def look(*inputs: torch.Tensor, **settings: Any) -> torch.Tensor:
+        types.append({tensor.dtype for tensor in inputs})
+        return attend(*inputs, **settings)
+
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=precision == "mixed"):
+        patch.setattr("torch.nn.functional.scaled_dot_product_attention", look)
+        decoder.loss(pack_row([builder.build(random_document(seed)) for seed in range(9)]))
+    assert len(norms) == 4 * config.layers + 1
+    assert all(norms)
+    assert types
+    assert all(found == {torch.bfloat16} for found in types)

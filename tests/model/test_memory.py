@@ -41,7 +41,6 @@ def estimated(config: FuyuConfig, batch: PackedBatch, **settings: Any) -> Memory
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.filterwarnings("ignore:Mismatch dtype:UserWarning")
 def test_activations_are_what_the_forward_pass_saves(dialect: str, precision: str) -> None:
     config, batch = DIALECTS[dialect], row(SMALL, 1_024)
     decoder = Decoder(config)
