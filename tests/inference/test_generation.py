@@ -106,7 +106,7 @@ def test_a_row_read_in_pieces_leaves_what_the_whole_row_leaves(
     def read(piece: int) -> tuple[torch.Tensor, KeyValueCache]:
         cache = KeyValueCache(decoder.config, len(seeds), longest + 1, like=torch.zeros(1))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(generation, "PREFILL_TOKENS", piece)
+            patch.setitem(generation.PREFILL_TOKENS, "cpu", piece)
             return prefill(decoder, row, cache), cache
 
     (whole, one), (pieces, many) = read(len(row.tokens)), read(tokens)
