@@ -4,6 +4,8 @@ Both are pure functions: the cache goes in and comes out, as a list of keys and 
 block, of the shape (sequences, key/value heads, capacity, head size).
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch.export import ExportedProgram
 
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import DecodeStep, DenseBlockCache, KeyValueCache, Prefill
+from fuyu_e2e.model.attention_plans import AttentionPlan
 from fuyu_e2e.model.decoder import Decoder
 
 Outputs = tuple[Tensor, list[Tensor], list[Tensor]]
@@ -90,7 +93,8 @@ class _Prefill(nn.Module):
         x_TD = self.decoder.embed(tokens, patches, patch_positions)
         cache = KeyValueCache(self.decoder.config, 1, self.capacity, like=x_TD)
         positions = torch.arange(length, device=tokens.device)
-        hidden_TD = self.decoder.hidden(x_TD, positions, Prefill(cache, (length,), 0, length))
+        plan = partial(AttentionPlan.of, device=x_TD.device)
+        hidden_TD = self.decoder.hidden(x_TD, positions, Prefill(cache, (length,), 0, length, plan))
         return self.decoder.lm_head(hidden_TD[-1:]), *_stores(cache)
 
 

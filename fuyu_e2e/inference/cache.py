@@ -5,7 +5,7 @@ compiled. A routed block remembers those that passed it, or every token where sk
 how many that will be is not known before, so its room grows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from fuyu_e2e.model.attention import Attend, Passing, RowAttention
 from fuyu_e2e.model.attention_plans import AttentionPlan
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.device_copy import to_device
 
 GROWTH = 8
 """A full cache of a routed block grows by this fraction of its places: seldom copied, and never much too large."""
@@ -161,6 +162,11 @@ class KeyValueCache:
         self.lengths = torch.zeros_like(self.lengths)
         self.longest = 0
 
+    def begin(self, document_lengths: tuple[int, ...]) -> None:
+        """Counts the tokens of prompts, which are then written by `Prefill`."""
+        self.lengths = to_device(torch.tensor(document_lengths), self.lengths.device)
+        self.longest = max(document_lengths)
+
     def advance(self) -> None:
         """Counts one more token of each sequence."""
         self.lengths = self.lengths + 1
@@ -178,9 +184,17 @@ class Prefill(RowAttention):
         document_lengths: Tokens of each prompt of the whole row, in the order of the cache's sequences.
         start: Where the piece begins in the row.
         stop: Where it ends.
+        plan: The attention of documents of some lengths in a row, the piece's own.
     """
 
-    def __init__(self, cache: KeyValueCache, document_lengths: tuple[int, ...], start: int, stop: int) -> None:
+    def __init__(
+        self,
+        cache: KeyValueCache,
+        document_lengths: tuple[int, ...],
+        start: int,
+        stop: int,
+        plan: Callable[[tuple[int, ...]], RowAttention],
+    ) -> None:
         self.cache = cache
         device = cache.lengths.device
         ends = np.cumsum(document_lengths)
@@ -194,13 +208,12 @@ class Prefill(RowAttention):
         self.continued = int(inside[self.first]) if self.known else 0
         """Its tokens in this piece, if there were any before."""
         lengths = [int(length) for length in inside[members]]
-        self.plan = AttentionPlan.of(tuple(lengths[1:] if self.known else lengths), device)
+        others = tuple(lengths[1:] if self.known else lengths)
+        self.plan = plan(others) if others else AttentionPlan.of((), device)
         document = np.repeat(members, lengths)
         places = np.arange(start, stop) - np.repeat(starts[members], lengths)
-        self.document, within = torch.from_numpy(np.stack((document, places))).to(device, non_blocking=True)
+        self.document, within = to_device(torch.from_numpy(np.stack((document, places))), device)
         self.rows = rows_of(self.document, within, cache.dense[0])
-        cache.lengths = torch.tensor(document_lengths, device=device)
-        cache.longest = max(document_lengths)
 
     def __call__(
         self,

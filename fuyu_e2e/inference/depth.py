@@ -68,7 +68,7 @@ def token_depth(decoder: Decoder, sequence: TokenSequence, continuation: list[in
     if decoder.config.routing is None:
         raise UserError("The model is dense: every token passes every block, so there is no depth to show.")
     weight = decoder.embed_tokens.weight
-    batch = pack_row([sequence]).to(weight.device)
+    batch = pack_row([sequence])
     cache = KeyValueCache(decoder.config, 1, len(sequence) + len(continuation), like=weight)
     traces = [RoutingTrace() for _ in range(1 + len(continuation))]
     prefill(decoder, batch, cache, traces[0])

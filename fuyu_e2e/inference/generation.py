@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from math import inf
 from typing import Any
@@ -16,15 +17,17 @@ from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import DecodeStep, KeyValueCache, Prefill
 from fuyu_e2e.inference.compiled import compiled_cache, compiled_step
+from fuyu_e2e.model.attention_kernels import AttentionBackend
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.device_copy import to_device
 from fuyu_e2e.model.graphs import many_graphs
 from fuyu_e2e.model.routing import Layout, RoutingTrace
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import Prompt, TokenSequence
 from fuyu_e2e.tokenizer import Tokenizer
 
-PREFILL_TOKENS = 2_048
-"""Tokens of a dense decoder's prompts that are read at once."""
+PREFILL_TOKENS = {"cpu": 2_048, "cuda": 16_384}
+"""Tokens of a dense decoder's prompts that are read at once: a GPU's host is busy as long with few as with many."""
 COLDEST = 1e-30
 """The lowest temperature that differs from greedy: below it, logits over it would be no numbers in 32 bits."""
 LOOK_EVERY = {"cpu": 1, "cuda": 8}
@@ -112,7 +115,7 @@ def generate(
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
     weight = decoder.embed_tokens.weight
-    batch = pack_row(list(prompts)).to(weight.device)
+    batch = pack_row(list(prompts))
     generator = torch.Generator(weight.device).manual_seed(sampling.seed)
     capacity = max(batch.document_lengths) + max_new_tokens
     if compiled:
@@ -147,7 +150,7 @@ def generate(
 def prefill(
     decoder: Decoder, batch: PackedBatch, cache: KeyValueCache, trace: RoutingTrace | None = None
 ) -> Float[Tensor, "B D"]:
-    """Reads a packed row of prompts into an empty cache, and gives the last state of each prompt.
+    """Reads a packed row of prompts, best on the host, into an empty cache, and gives the last state of each prompt.
 
     A dense decoder reads `PREFILL_TOKENS` at a time, so that a long row takes no more memory than its cache. A routed
     one reads the row at once: rules may look at whole images.
@@ -159,23 +162,30 @@ def prefill(
         raise UserError("The decoder is in training mode, in which it can't generate: call decoder.eval() first.")
     trace = trace or RoutingTrace()
     length = sum(batch.document_lengths)
-    step = PREFILL_TOKENS
+    device = decoder.embed_tokens.weight.device
+    step = PREFILL_TOKENS.get(device.type, PREFILL_TOKENS["cuda"])
     if decoder.config.routing is not None:
-        trace.layout = Layout.of(batch, decoder.config, decoder.progress, training=False)
         step = length
     bounds = [*range(0, length, step), length]
     patches = torch.searchsorted(batch.patch_positions, torch.tensor(bounds, device=batch.tokens.device)).tolist()
+    batch = batch.to(device)
+    if decoder.config.routing is not None:
+        trace.layout = Layout.of(batch, decoder.config, decoder.progress, training=False)
+    # Whatever else was chosen for training may not serve the type that is generated in, or only once it is compiled.
+    backend: AttentionBackend = "documents" if decoder.attention == "documents" else "auto"
+    plan = partial(decoder.plan, device=device, backend=backend)
+    cache.begin(batch.document_lengths)
     lasts = np.cumsum(batch.document_lengths) - 1
     states = []
     for (start, stop), (first, end) in zip(pairwise(bounds), pairwise(patches), strict=True):
         x_TD = decoder.embed(
             batch.tokens[start:stop], batch.patches[first:end], batch.patch_positions[first:end] - start
         )
-        attend = Prefill(cache, batch.document_lengths, start, stop)
+        attend = Prefill(cache, batch.document_lengths, start, stop, plan)
         with _uncompiled():
             hidden_TD = decoder.hidden(x_TD, batch.positions[start:stop], attend, trace)
         within = torch.from_numpy(lasts[(start <= lasts) & (lasts < stop)] - start)
-        states.append(hidden_TD.index_select(0, within.to(hidden_TD.device)))
+        states.append(hidden_TD.index_select(0, to_device(within, device)))
     return torch.cat(states)
 
 

@@ -26,6 +26,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.attention import Attend, Passing, RowAttention
 from fuyu_e2e.model.attention_plans import AttentionPlan, MaskedAttention
+from fuyu_e2e.model.device_copy import to_device
 
 AttentionBackend = Literal["auto", "documents", "varlen", "flash", "flex"]
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
@@ -33,8 +34,17 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 "D+1", the longest one's length or more) to outputs "T H K"."""
 
 
+HEAD_STEP, LARGEST_HEAD = 8, 256
+"""FlashAttention takes heads whose size is a multiple of the first, up to the second."""
+
+
 def plan_attention(
-    lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype, backend: AttentionBackend = "auto"
+    lengths: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: AttentionBackend = "auto",
+    *,
+    head_size: int,
 ) -> RowAttention:
     """The attention of a row of documents with these lengths, laid end to end.
 
@@ -43,11 +53,12 @@ def plan_attention(
         device: Where the row is.
         dtype: What products are computed in.
         backend: Which way; `auto` takes what is fastest there.
+        head_size: Values of a head.
 
     Raises:
-        UserError: The backend doesn't serve this device or type.
+        UserError: The backend doesn't serve this device, type or size of a head.
     """
-    backend = _fastest(device, dtype) if backend == "auto" else backend
+    backend = _fastest(device, dtype, head_size) if backend == "auto" else backend
     if backend == "documents":
         return AttentionPlan.of(lengths, device)
     check_device(backend, device)
@@ -57,6 +68,11 @@ def plan_attention(
         raise UserError(
             f"model.attention {backend} works in bfloat16 or float16, and this is {dtype}: leave it at auto, or say "
             "--trainer.precision bf16-mixed."
+        )
+    if not _fits(head_size):
+        raise UserError(
+            f"model.attention {backend} needs heads of a multiple of {HEAD_STEP} values, {LARGEST_HEAD} at most, and "
+            f"decoder.head_size is {head_size}: leave it at auto, or change head_size."
         )
     return VarlenRow.of(lengths, device, _varlen_kernel(backend))
 
@@ -72,22 +88,37 @@ def check_device(backend: AttentionBackend, device: torch.device) -> None:
 
 
 @cache
-def _fastest(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+def _fastest(device: torch.device, dtype: torch.dtype, head_size: int) -> AttentionBackend:
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or not _fits(head_size):
         return "documents"
     if torch.cuda.get_device_capability(device) < (8, 0):  # FlashAttention 2 begins with Ampere
         return "documents"
-    return "flash" if find_spec("flash_attn") else "varlen" if find_spec("torch.nn.attention.varlen") else "documents"
+    return "flash" if _flash_attention() else "varlen" if find_spec("torch.nn.attention.varlen") else "documents"
+
+
+def _fits(head_size: int) -> bool:
+    return head_size % HEAD_STEP == 0 and head_size <= LARGEST_HEAD
+
+
+@cache
+def _flash_attention() -> Callable[..., Tensor] | None:
+    """The kernel of the flash_attn package; a package of that name may hold only newer kernels, or fail to load."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
 
 
 @cache
 def _varlen_kernel(backend: str) -> Kernel:
     if backend == "flash":
-        if not find_spec("flash_attn"):
-            raise UserError("model.attention flash needs the flash_attn package: install it, or leave it at auto.")
-        from flash_attn import flash_attn_varlen_func
-
-        return partial(_flash, flash_attn_varlen_func)
+        if (kernel := _flash_attention()) is None:
+            raise UserError(
+                "model.attention flash needs flash_attn_varlen_func of the flash_attn package, version 2: install it, "
+                "or leave it at auto."
+            )
+        return partial(_flash, kernel)
     if not find_spec("torch.nn.attention.varlen"):
         raise UserError(f"model.attention varlen needs torch 2.10 or newer, and this is {torch.__version__}.")
     from torch.nn.attention.varlen import varlen_attn
@@ -126,18 +157,16 @@ class VarlenRow(RowAttention):
     starts: Int[Tensor, " bounds"]
     """Where each document starts, and where the last ends: int32."""
     longest: int
-    """Tokens of the longest, rounded up to a power of two: a compiled step is made anew for each."""
+    """Tokens of the longest, rounded up to a power of two; a compiled block takes any from the second on."""
     document: Int64[Tensor, " T"]
     """For each token, the number of its document."""
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device, kernel: Kernel) -> "VarlenRow":
         """Plans a row of documents with these lengths."""
-        counts = torch.tensor(lengths, dtype=torch.int64)
-        starts = F.pad(counts.cumsum(0), (1, 0)).int()
-        document = torch.arange(len(lengths)).repeat_interleave(counts)
+        starts = _starts(lengths, device)
         longest = 1 << (max(lengths) - 1).bit_length()
-        return cls(kernel, starts.to(device, non_blocking=True), longest, document.to(device, non_blocking=True))
+        return cls(kernel, starts, longest, _documents(starts, sum(lengths)))
 
     def __call__(
         self,
@@ -147,6 +176,8 @@ class VarlenRow(RowAttention):
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
         """Causal attention of every token to the tokens of its own document up to itself."""
+        if not len(queries):  # no token passes a routed block
+            return queries
         return self.kernel(queries, keys, values, self.starts, self.longest)
 
     def among(self, passing: Passing) -> Attend:
@@ -175,8 +206,7 @@ class FlexRow(RowAttention):
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device) -> "FlexRow":
         """Plans a row of documents with these lengths."""
-        counts = torch.tensor(lengths, dtype=torch.int64)
-        document = torch.arange(len(lengths)).repeat_interleave(counts).to(device, non_blocking=True)
+        document = _documents(_starts(lengths, device), sum(lengths))
         order = torch.arange(len(document), device=device)
         return cls(_block_mask(document, order, document, order), document)
 
@@ -209,6 +239,17 @@ class FlexRow(RowAttention):
         order = torch.arange(len(self.document), device=self.document.device)
         own = self.document.index_select(0, passing.index)
         return FlexRow(_block_mask(own, passing.index, self.document, order), self.document)
+
+
+def _starts(lengths: tuple[int, ...], device: torch.device) -> Int[Tensor, " bounds"]:
+    """Where documents of these lengths start, and where the last ends."""
+    return to_device(F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0)).int(), device)
+
+
+def _documents(starts: Int[Tensor, " bounds"], length: int) -> Int64[Tensor, " T"]:
+    """For each of `length` tokens, the number of its document; found on the device, so that little is copied there."""
+    order = torch.arange(length, dtype=starts.dtype, device=starts.device)
+    return torch.searchsorted(starts, order, right=True) - 1
 
 
 @cache

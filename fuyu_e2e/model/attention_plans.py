@@ -8,6 +8,7 @@ nothing, those that pass are planned like a row of their own; elsewhere `MaskedA
 the price of the square of a routed block's capacity, so that the host never waits.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,18 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fuyu_e2e.model.attention import Attend, Passing, RowAttention
+from fuyu_e2e.model.device_copy import to_device
 
 LENGTH_STEP = 16
 """Documents are padded to a multiple of this many tokens, which bounds the number of groups and of kernel calls."""
+
+
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of a GPU, the first that serves computes the documents of a group. cuDNN's, which torch would try first on Hopper,
+is made anew for each shape, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class AttentionPlan(RowAttention):
             gather.append(places.ravel())
             base += places.size
         document = np.repeat(np.arange(len(lengths)), lengths)
-        index = torch.from_numpy(np.concatenate([*gather, scatter, document])).to(device, non_blocking=True)
+        index = to_device(torch.from_numpy(np.concatenate([*gather, scatter, document])), device)
         return cls(tuple(lengths.tolist()), tuple(groups), *index.split([base, len(scatter), len(document)]))
 
     @torch.compiler.disable
@@ -83,7 +91,8 @@ class AttentionPlan(RowAttention):
                 .transpose(1, 2)
                 .split([heads, kv_heads, kv_heads], dim=1)
             )
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
+            with sdpa_kernel(KERNELS, set_priority=True) if q.is_cuda else nullcontext():
+                attended = shared_attention(q, k, v, is_causal=True)
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, self.scatter)
 
@@ -210,11 +219,32 @@ class MaskedAttention:
         values: Float[Tensor, "S G K"],
     ) -> Float[Tensor, "C H K"]:
         """Attention of every query to the keys that it sees."""
-        attended = F.scaled_dot_product_attention(
+        attended = shared_attention(
             queries.transpose(0, 1)[None],
             keys.transpose(0, 1)[None],
             values.transpose(0, 1)[None],
             attn_mask=self.seen,
-            enable_gqa=queries.shape[1] != keys.shape[1],
         )
         return attended[0].transpose(0, 1)
+
+
+def shared_attention(
+    queries: Float[Tensor, "B H Q K"],
+    keys: Float[Tensor, "B G S K"],
+    values: Float[Tensor, "B G S K"],
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Float[Tensor, "B H Q K"]:
+    """torch's scaled dot product, where several heads of queries may share one of keys and values."""
+    shares = queries.shape[1] // keys.shape[1]
+    if shares > 1 and queries.is_cuda and (attn_mask is not None or queries.dtype == torch.float32):
+        # A GPU's kernel for masks and float32 knows no sharing: torch would take the slow way through all scores.
+        keys, values = keys.repeat_interleave(shares, dim=1), values.repeat_interleave(shares, dim=1)
+    return F.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        enable_gqa=queries.shape[1] != keys.shape[1],
+    )

@@ -133,11 +133,18 @@ class Decoder(nn.Module):
                 x_TD = block(x_TD, turns, attend, layer, recompute=recompute)
         return self.norm(x_TD)
 
-    def _encode(self, batch: PackedBatch, trace: RoutingTrace | None) -> Float[Tensor, "T D"]:
-        device = batch.tokens.device
+    def plan(self, lengths: tuple[int, ...], device: torch.device, backend: AttentionBackend) -> RowAttention:
+        """The attention of a row of documents with these lengths, in the type that products are computed in.
+
+        Raises:
+            UserError: The backend doesn't serve this device, type or size of a head.
+        """
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.embed_tokens.weight.dtype
-        plan = plan_attention((*batch.document_lengths, batch.padding), device, dtype, self.attention)
+        return plan_attention(lengths, device, dtype, backend, head_size=self.config.head_size)
+
+    def _encode(self, batch: PackedBatch, trace: RoutingTrace | None) -> Float[Tensor, "T D"]:
+        plan = self.plan((*batch.document_lengths, batch.padding), batch.tokens.device, self.attention)
         trace = RoutingTrace() if trace is None else trace
         if self.config.routing is not None:
             trace.layout = Layout.of(batch, self.config, self.progress, self.training)

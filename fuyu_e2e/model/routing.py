@@ -27,6 +27,7 @@ from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.attention import Passing
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig, annealed
+from fuyu_e2e.model.device_copy import to_device
 
 LIMIT = 8.0
 """Bound of a score, so that one histogram holds them all."""
@@ -104,23 +105,24 @@ class Layout:
             (batch.newline_positions, Kind.NEWLINE),
         ):
             kind.index_fill_(0, positions, int(which))
-        seed = torch.zeros(length, dtype=torch.int64)
-        if training:
-            documents = torch.tensor([_document_seed(key, progress.step) for key in batch.keys], dtype=torch.int64)
-            if len(documents) == len(batch.document_lengths):
-                repeated = documents.repeat_interleave(torch.tensor(batch.document_lengths, dtype=torch.int64))
-                seed[: len(repeated)] = repeated
-        sizes = torch.tensor(batch.image_patches, dtype=torch.int64)
+        seed = torch.zeros(length, dtype=torch.int64, device=device)
+        if training and len(batch.keys) == len(batch.document_lengths):
+            seeds = [*(_document_seed(key, progress.step) for key in batch.keys), 0]
+            counts = [*batch.document_lengths, batch.padding]
+            documents = to_device(torch.tensor([seeds, counts], dtype=torch.int64), device)
+            seed = documents[0].repeat_interleave(documents[1], output_size=length)
+        sizes = to_device(torch.tensor(batch.image_patches, dtype=torch.int64), device)
+        images = torch.arange(len(sizes), device=device)
         dense = progress.dense(config.routing) if training else 0.0
         explore = config.routing.explore * (1 - progress.done) if training else 0.0
         return cls(
             kind=kind,
             positions=batch.positions,
             real=torch.arange(length, device=device) < length - batch.padding,
-            seed=seed.to(device, non_blocking=True),
+            seed=seed,
             patch_positions=batch.patch_positions,
-            patch_image=torch.arange(len(sizes)).repeat_interleave(sizes).to(device, non_blocking=True),
-            image_sizes=sizes.to(device, non_blocking=True),
+            patch_image=images.repeat_interleave(sizes, output_size=sum(batch.image_patches)),
+            image_sizes=sizes,
             image_patches=batch.image_patches,
             explore=torch.full((), explore, device=device),
             dense=torch.full((), dense, device=device),

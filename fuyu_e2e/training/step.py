@@ -6,7 +6,7 @@ work is already queued behind it.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.model.device_copy import to_device
 from fuyu_e2e.ranks import sum_over_ranks
 
 
@@ -80,18 +81,14 @@ class StepSums:
             Loss, squared norm, supervised tokens, tokens, and how many ranks voted for each; on the device.
         """
         assert self._loss is not None
-        counts = host_numbers([self._supervised, self._tokens, *map(int, votes.values())], self._loss.device)
-        return sum_over_ranks(torch.cat((torch.stack((self._loss, squared_norm)), counts)))
+        counts = torch.tensor([self._supervised, self._tokens, *votes.values()], dtype=torch.float64)
+        own = torch.stack((self._loss, squared_norm))
+        return sum_over_ranks(torch.cat((own, to_device(counts, own.device))))
 
 
 def queues(device: torch.device) -> bool:
     """Whether a device works behind the host's back, so that a read waits for what is queued."""
     return device.type != "cpu"
-
-
-def host_numbers(numbers: Sequence[int], device: torch.device) -> Float64[Tensor, " n"]:
-    """Numbers of the host on a device, for whose copy the host doesn't wait: it is from page-locked memory."""
-    return torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 class PendingStep:

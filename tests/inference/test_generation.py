@@ -1,5 +1,6 @@
 """Cached generation is the uncached forward, token for token."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.errors import UserError
@@ -22,6 +24,8 @@ from fuyu_e2e.inference.generation import (
     generate,
     prefill,
 )
+from fuyu_e2e.model.attention import reference_attention
+from fuyu_e2e.model.attention_kernels import AttentionBackend, VarlenRow
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing import Progress, RoutingTrace
 from fuyu_e2e.packing import pack_row
@@ -107,7 +111,7 @@ def test_a_row_read_in_pieces_leaves_what_the_whole_row_leaves(
     def read(piece: int) -> tuple[torch.Tensor, KeyValueCache]:
         cache = KeyValueCache(decoder.config, len(seeds), longest + 1, like=torch.zeros(1))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(generation, "PREFILL_TOKENS", piece)
+            patch.setitem(generation.PREFILL_TOKENS, "cpu", piece)
             return prefill(decoder, row, cache), cache
 
     (whole, one), (pieces, many) = read(len(row.tokens)), read(tokens)
@@ -116,6 +120,38 @@ def test_a_row_read_in_pieces_leaves_what_the_whole_row_leaves(
     for block, other in zip(one.dense, many.dense, strict=True):
         torch.testing.assert_close(other.keys, block.keys, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(other.values, block.values, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("chosen", "asked"), [("auto", "auto"), ("documents", "documents"), ("flex", "auto")])
+@pytest.mark.parametrize("routing", [None, {"share": 0.4}, {"share": 0.4, "skipped": "keys"}])
+def test_prompts_are_read_with_the_attention_that_serves_the_device(
+    routing: dict | None,
+    chosen: AttentionBackend,
+    asked: str,
+    decoder: Decoder,
+    routed_decoder: Callable[..., Decoder],
+    builder: SequenceBuilder,
+    random_document: RandomDocument,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel for GPUs is replaced by its definition; pieces begin within prompts, and may hold no other."""
+    reader = copy.deepcopy(decoder) if routing is None else routed_decoder(**routing)
+    prompts = [builder.prompt(random_document(seed).prompt) for seed in range(5)]
+    expected = generate(reader, prompts, max_new_tokens=4, eos_id=-1)
+    planned: list[tuple] = []
+
+    def kernel(queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, longest: int) -> Tensor:
+        return reference_attention(queries, keys, values, tuple(starts.diff().tolist()))
+
+    def plan(lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype, backend: str, **_: int) -> VarlenRow:
+        planned.append((dtype, backend))
+        return VarlenRow.of(lengths, device, kernel)
+
+    monkeypatch.setattr("fuyu_e2e.model.decoder.plan_attention", plan)
+    monkeypatch.setitem(generation.PREFILL_TOKENS, "cpu", 17)
+    reader.attention = chosen
+    assert generate(reader, prompts, max_new_tokens=4, eos_id=-1) == expected
+    assert set(planned) == {(torch.float32, asked)}
 
 
 @given(seed=st.integers(0, 1_000), top_k=st.integers(1, 12), top_p=st.floats(0.05, 1.0))

@@ -1,5 +1,8 @@
 """The planned attention against its definition in float64, forward and backward."""
 
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,6 +68,34 @@ def test_attention_of_passing_tokens_is_the_reference(lengths: list[int], seed: 
         assert attended.shape == asked.shape
         assert attended.isfinite().all()
         torch.testing.assert_close(attended[passing.real], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "planned_heads"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_a_gpu_is_asked_for_kernels_that_serve_it(
+    dtype: torch.dtype, planned_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU in the place of one: cuDNN is left out, and keys are repeated where kernels know no sharing."""
+    queries, keys, values = (torch.randn(50, heads, 8, dtype=dtype) for heads in (4, 2, 2))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    asked: list[tuple[int, bool]] = []
+
+    def look(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **options: Any) -> torch.Tensor:
+        asked.append((keys.shape[1], torch.backends.cuda.cudnn_sdp_enabled()))
+        return attend(queries, keys, values, **options)
+
+    expected = reference_attention(queries.float(), keys.float(), values.float(), (30, 20))
+    plan = AttentionPlan.of((30, 20), torch.device("cpu"))
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", look)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    planned = plan(0, queries, keys, values)
+    assert asked == [(planned_heads, False)]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    masked = MaskedAttention.asking(torch.arange(50), plan.document)(0, queries, keys, values)
+    assert asked[1][0] == 4
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for found in (planned, masked):
+        torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
 
 
 def test_rotary_scores_depend_on_distance_alone() -> None:

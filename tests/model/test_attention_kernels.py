@@ -4,6 +4,9 @@ Kernels that need a GPU are replaced by their definition, so that what they are 
 `gpu`, they run themselves.
 """
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,8 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.model import attention_kernels
 from fuyu_e2e.model.attention import RowAttention, reference_attention
-from fuyu_e2e.model.attention_kernels import FlexRow, VarlenRow, _torch_varlen, plan_attention
+from fuyu_e2e.model.attention_kernels import (
+    FlexRow,
+    VarlenRow,
+    _fastest,
+    _flash_attention,
+    _torch_varlen,
+    plan_attention,
+)
 from fuyu_e2e.model.attention_plans import AttentionPlan
 from fuyu_e2e.model.routing import gather_passing
 
@@ -83,12 +94,52 @@ def test_torchs_kernel_is_told_what_its_version_understands(knows: set[str]) -> 
 
 
 def test_the_backend_fits_the_device() -> None:
-    assert isinstance(plan_attention((5, 3), CPU, torch.float32), AttentionPlan)
-    assert isinstance(plan_attention((5, 3), CPU, torch.bfloat16), AttentionPlan)
+    assert isinstance(plan_attention((5, 3), CPU, torch.float32, head_size=16), AttentionPlan)
+    assert isinstance(plan_attention((5, 3), CPU, torch.bfloat16, head_size=16), AttentionPlan)
     with pytest.raises(UserError, match="varlen needs a CUDA device, and this is cpu"):
-        plan_attention((5, 3), CPU, torch.bfloat16, "varlen")
+        plan_attention((5, 3), CPU, torch.bfloat16, "varlen", head_size=16)
     with pytest.raises(UserError, match=r"flash works in bfloat16 or float16, and this is torch.float32"):
-        plan_attention((5, 3), torch.device("cuda"), torch.float32, "flash")
+        plan_attention((5, 3), torch.device("cuda"), torch.float32, "flash", head_size=16)
+
+
+def test_the_backend_fits_the_size_of_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(attention_kernels, "_flash_attention", lambda: None)
+    cuda = torch.device("cuda")
+    found = [_fastest.__wrapped__(cuda, torch.bfloat16, size) for size in (64, 128, 256, 12, 264)]
+    assert found == ["varlen"] * 3 + ["documents"] * 2
+    for backend in ("varlen", "flash"):
+        with pytest.raises(UserError, match=r"multiple of 8 values, 256 at most, and decoder.head_size is 12: leave"):
+            plan_attention((5, 3), cuda, torch.bfloat16, backend, head_size=12)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_package_with_the_newest_part_alone_is_not_flash_attention(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    if whole:
+        (tmp_path / "flash_attn" / "__init__.py").write_text("def flash_attn_varlen_func(): ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    _flash_attention.cache_clear()
+    try:
+        fastest = _fastest.__wrapped__(torch.device("cuda"), torch.bfloat16, 64)
+    finally:
+        _flash_attention.cache_clear()
+        sys.modules.pop("flash_attn", None)
+    assert fastest == ("flash" if whole else "varlen")
+
+
+def test_documents_of_tokens_are_found_from_where_they_start() -> None:
+    """Also where some have none."""
+    lengths = (0, 3, 0, 0, 2, 1, 0)
+    row = VarlenRow.of(lengths, CPU, by_definition)
+    assert row.starts.tolist() == [0, 0, 3, 3, 3, 5, 6, 6]
+    assert row.document.tolist() == [1, 1, 1, 4, 4, 5]
 
 
 @pytest.mark.gpu
@@ -104,7 +155,8 @@ def test_kernels_are_the_reference_forward_and_backward(backend: str, seed: int)
     direction = torch.randn_like(expected)
     gradients = torch.autograd.grad((expected * direction).sum(), inputs)
     fast = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs]
-    planned = plan_attention(tuple(lengths), torch.device("cuda"), torch.bfloat16, backend)(0, *fast)  # type: ignore[arg-type]
+    plan = plan_attention(tuple(lengths), torch.device("cuda"), torch.bfloat16, backend, head_size=16)  # type: ignore[arg-type]
+    planned = plan(0, *fast)
     found = torch.autograd.grad((planned * direction.bfloat16()).sum(), fast)
     torch.testing.assert_close(planned.double(), expected, atol=3e-2, rtol=3e-2)
     for gradient, wanted in zip(found, gradients, strict=True):
