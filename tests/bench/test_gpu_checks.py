@@ -111,6 +111,8 @@ def test_graphs_hold_where_blocks_stay_compiled(script: Callable[[str], ModuleTy
     assert [check["holds"] for check in judge(eager, 6)] == [True, True, True, False]
     training_eager = [phase("training", 0, 0), *GOOD]
     assert [check["holds"] for check in judge(training_eager, 6)] == [True, True, False, True]
+    in_pieces = [*GOOD[:5], phase("validation", 0, 9), GOOD[6]]
+    assert [check["holds"] for check in judge(in_pieces, 6)] == [True, True, True, False]
     many = [phase("training", 20, 6), *GOOD]
     assert [check["holds"] for check in judge(many, 6)] == [False, True, True, True]
 

@@ -76,10 +76,18 @@ def test_a_step_that_fails_or_hangs_says_so(run_all: ModuleType, tmp_path: Path)
     broken = run_all.run(run_all.Step("bad", ("-c", "raise ValueError('why')"), 60), tmp_path, dict(os.environ), 60)
     assert broken["exit_code"] == 1
     assert "ValueError: why" in broken["output"]
-    slow = "print('so far', flush=True); import time; time.sleep(600)"
-    hung = run_all.run(run_all.Step("slow", ("-c", slow), 1), tmp_path, dict(os.environ), 60)
-    assert hung["exit_code"] == "ended after 2 s"
-    assert "so far" in hung["output"]
+    slow = "import subprocess as s, time; print('so far', s.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+    hung = run_all.run(run_all.Step("slow", ("-c", slow), 3), tmp_path, dict(os.environ), 60)
+    assert hung["exit_code"] == "ended after 6 s"
+    child = hung["output"].removeprefix("so far ").strip()
+    assert child.isdecimal()
+    for _ in range(50):  # a process that is killed takes a moment, and may have nobody who asks what came of it
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("what the step started outlives it")
     assert "cut_off" not in hung, "it would hang again"
 
 
@@ -141,12 +149,12 @@ def test_what_is_cut_off_is_run_again_and_its_figures_are_kept(
 ) -> None:
     monkeypatch.setattr(run_all, "RESERVE", 0)
     started_at = time.monotonic()
-    written = call([fake("slow", 30, result="half", waits=300), fake("next")], "--seconds", "3")
-    assert time.monotonic() - started_at < 4
+    written = call([fake("slow", 30, result="half", waits=300), fake("next")], "--seconds", "6")
+    assert time.monotonic() - started_at < 9
     assert list(written["steps"]) == ["slow"]
     assert written["left"] == ["slow", "next"]
     assert written["steps"]["slow"]["result"] == {"complete": False, "found": "half"}
-    again = call([fake("slow", 30, result="less", waits=300), fake("next")], "--seconds", "3")
+    again = call([fake("slow", 30, result="less", waits=300), fake("next")], "--seconds", "6")
     assert again["steps"]["slow"]["earlier"] == [{"complete": False, "found": "half"}]
     assert again["steps"]["slow"]["result"]["found"] == "less"
     whole = call([fake("slow", 30, result="all"), fake("next")])
