@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -25,7 +24,7 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.exit_codes import STOP_SIGNALS
 from fuyu_e2e.image import ImagePolicy
 from fuyu_e2e.packing import LongDocuments, empty_row
-from fuyu_e2e.ranks import DataRank, anywhere, in_step
+from fuyu_e2e.ranks import DataRank, all_ranks, anywhere, in_step
 from fuyu_e2e.sequence import Prompt, SequenceBuilder
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.shards.manifest import VERSION, ShardFacts, check_complete, facts_of, known_facts, totals
@@ -429,10 +428,8 @@ class RowLoader(DataLoader):
         self._settle()
         states = {lane: asdict(state) for lane, state in self.rows.states.items()}
         if self.rows.world_size > 1:
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, (self.rows.rank, states))
             # Each process knows the lanes that it reads; of the others it may know where they were when it began.
-            for rank, known in gathered:
+            for rank, known in all_ranks((self.rows.rank, states)):
                 states |= {lane: state for lane, state in known.items() if lane % self.rows.world_size == rank}
         return {
             "rows": self.rows.start * self.rows.world_size,

@@ -1,12 +1,15 @@
 """What the processes of a run have to do with each other: which of them see which data, and which move in step."""
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def all_ranks(own: T) -> list[T]:
+    """What every process has to say, in the order of their ranks, by pickle; all of them ask at once."""
+    told: list[Any] = [own]
+    if dist.is_initialized():
+        told = [None] * dist.get_world_size()
+        dist.all_gather_object(told, own)
+    return told
 
 
 def anywhere(trainer: pl.Trainer, here: bool) -> bool:

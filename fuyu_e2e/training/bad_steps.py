@@ -9,7 +9,6 @@ from math import isfinite, sqrt
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.exit_codes import BAD_STEPS
+from fuyu_e2e.ranks import all_ranks
 from fuyu_e2e.training.curves import tensorboard_of
 from fuyu_e2e.training.module import FuyuModule, steps_between_logs
 from fuyu_e2e.training.step import StepFigures
@@ -165,11 +165,8 @@ class BadSteps(Callback):
             pl_module.log("bad_steps/skipped", float(self.skipped))
 
     def _report(self, step: int, reason: str, own_rows: list[tuple[tuple[str, ...], Tensor]]) -> None:
-        rows: list[Any] = [[(keys, bool(loss.isfinite())) for keys, loss in own_rows]]
-        if dist.is_initialized():
-            own, rows = rows[0], [None] * dist.get_world_size()
-            dist.all_gather_object(rows, own)
-        every = [row for of_rank in rows for row in of_rank]
+        own = [(keys, bool(loss.isfinite())) for keys, loss in own_rows]
+        every = [row for of_rank in all_ranks(own) for row in of_rank]
         odd = [row for row in every if not row[1]]
         keys = [key for row_keys, _ in odd or every for key in row_keys]
         more = f" and {len(keys) - KEYS_SHOWN} more" if len(keys) > KEYS_SHOWN else ""

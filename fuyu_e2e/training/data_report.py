@@ -3,13 +3,12 @@
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.ranks import DataRank
+from fuyu_e2e.ranks import DataRank, all_ranks
 from fuyu_e2e.shards.mixture import shares
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.training.module import steps_between_logs
@@ -139,11 +138,7 @@ class DataReport(Callback):
 
 
 def _over_ranks(tally: Tally) -> Tally:
-    tallies: list[Any] = [tally]
-    if dist.is_available() and dist.is_initialized():
-        tallies = [None] * dist.get_world_size()
-        dist.all_gather_object(tallies, tally)
     total = Tally()
-    for one in tallies:
+    for one in all_ranks(tally):
         total.add(one)
     return total

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.exit_codes import HOST_LOST
+from fuyu_e2e.ranks import all_ranks
 
 TICKS = 10
 """Signs of life within the limit."""
@@ -78,8 +79,7 @@ class Hosts(Callback):
         store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         if trainer.local_rank == 0:
             store.set(_key(run, trainer.node_rank), "")
-        known: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(known, (trainer.node_rank, socket.gethostname(), _address()))
+        known = all_ranks((trainer.node_rank, socket.gethostname(), _address()))
         hosts = [
             Host(name, address, node_rank, tuple(rank for rank, other in enumerate(known) if other[0] == node_rank))
             for node_rank, name, address in dict.fromkeys(known)

@@ -176,7 +176,7 @@ class MuonAdamW(torch.optim.Optimizer):
         nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
         updates = _orthogonalize_parts(nesterov, first) if isinstance(first, DTensor) else orthogonalize(nesterov)
         torch._foreach_mul_(own, 1 - rate * group["weight_decay"])
-        updates = updates.to(own[0].dtype) * (rate * max(1.0, first.shape[0] / first.shape[1]) ** 0.5)
+        updates = updates.to(own[0].dtype).mul_(rate * max(1.0, first.shape[0] / first.shape[1]) ** 0.5)
         torch._foreach_sub_(own, list(updates.unbind()))
 
 

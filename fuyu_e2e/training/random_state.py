@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from fuyu_e2e.ranks import all_ranks
+
 
 class RandomState(Callback):
     """Keeps the state of the global random generators in checkpoints: of Python, numpy, torch, and the rank's GPU.
@@ -30,11 +32,7 @@ class RandomState(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The states of all ranks, in tensors and primitives; every rank calls it."""
         own = _in_primitives(self._before_step or self._aside or read())
-        ranks: list[Any] = [own]
-        if dist.is_initialized():
-            ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, own)
-        return {"ranks": ranks}
+        return {"ranks": all_ranks(own)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes this rank's own, if it has one, for its next step."""

@@ -7,13 +7,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.model.cost import cost
-from fuyu_e2e.ranks import DataRank
+from fuyu_e2e.ranks import DataRank, all_ranks
 from fuyu_e2e.training.device_limits import known_peak
 from fuyu_e2e.training.module import FuyuModule, steps_between_logs
 
@@ -111,11 +110,7 @@ class Throughput(Callback):
         window = self._window
         seconds = (window.seconds, window.alone, window.waited)
         own = [*(part / window.steps for part in seconds), _peak_memory(pl_module.device)]
-        by_rank: list[Any] = [own]
-        if dist.is_initialized():
-            by_rank = [None] * dist.get_world_size()
-            dist.all_gather_object(by_rank, own)
-        by_figure = list(zip(*by_rank, strict=True))
+        by_figure = list(zip(*all_ranks(own), strict=True))
         names = ("step_seconds", "seconds_before_backward", "data_wait_seconds", "memory_gib")
         for name, values in zip(names, by_figure, strict=True):
             for rank, value in enumerate(values):

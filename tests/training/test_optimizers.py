@@ -118,14 +118,19 @@ def test_muon_updates_are_torchs_up_to_its_bfloat16(shape: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize("shape", [(2_048, 2_048), (1_024, 4_096), (4_096, 1_024)])
-@pytest.mark.parametrize(("device", "copies"), [("cuda", 3), ("cpu", 5)])
-def test_muon_takes_no_more_memory_for_more_matrices(shape: tuple[int, int], device: str, copies: int) -> None:
+@pytest.mark.parametrize(("device", "copies", "guarded"), [("cuda", 3, False), ("cuda", 4, True), ("cpu", 5, False)])
+def test_muon_takes_no_more_memory_for_more_matrices(
+    shape: tuple[int, int], device: str, copies: int, guarded: bool
+) -> None:
     with FakeTensorMode():  # 64 matrices of 16 MiB, where MUON_BYTES is 256 MiB
         optimizer = MuonAdamW([{"params": with_gradients(64, shape, device), **MUON}])
+        if guarded:
+            optimizer.found_inf = torch.zeros((), device=device)
         optimizer.step()  # makes the momenta
         with Watched() as watched:
             optimizer.step()
-    assert optimizers_module.MUON_BYTES <= watched.peak <= copies * optimizers_module.MUON_BYTES
+    single_numbers = 1_024
+    assert optimizers_module.MUON_BYTES <= watched.peak <= copies * optimizers_module.MUON_BYTES + single_numbers
 
 
 def test_muon_updates_matrices_in_parts_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
