@@ -1,7 +1,7 @@
 """What only a GPU can show of a run's state: updates, checkpoints, first weights, and the type that commands use."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,19 @@ def test_the_host_never_waits_for_an_update(kind: str, device: str) -> None:
     step(optimizer, 0)  # makes the state
     with no_wait():
         optimizer.step()
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_a_bad_step_changes_no_bit_and_nobody_waits_to_hear_of_it(kind: str, device: str) -> None:
+    optimizer = optimizer_of(kind, device)
+    step(optimizer, 0)
+    kept = [*optimizer.param_groups[0]["params"], *(t for state in optimizer.state.values() for t in state.values())]
+    before = [tensor.detach().clone() for tensor in kept]
+    optimizer.param_groups[0]["params"][1].grad[3, 2] = torch.nan
+    optimizer.found_inf = torch.ones((), device=device)
+    with no_wait() if device != "cpu" else nullcontext():
+        optimizer.step()
+    assert all(map(torch.equal, kept, before))
 
 
 def test_muon_takes_three_times_its_slice_of_memory(device: str) -> None:

@@ -117,6 +117,35 @@ def test_muon_updates_are_torchs_up_to_its_bfloat16(shape: tuple[int, int]) -> N
     torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("group", [ADAMW, MUON], ids=["adamw", "muon"])
+def test_a_step_that_is_to_change_nothing_changes_no_bit(group: dict[str, Any], value: float) -> None:
+    """And one that is not to be skipped is that of an optimizer which doesn't look."""
+    torch.manual_seed(0)
+    weights = with_gradients(3, (12, 8), "cpu")
+    optimizer, plain = (
+        MuonAdamW([{"params": [torch.nn.Parameter(weight.detach().clone()) for weight in weights], **group}])
+        for _ in range(2)
+    )
+
+    def step(one: MuonAdamW, spoiled: bool) -> list[torch.Tensor]:
+        for weight, own in zip(weights, one.param_groups[0]["params"], strict=True):
+            own.grad = weight.grad.clone()
+        if spoiled:
+            one.param_groups[0]["params"][1].grad[3, 2] = value
+        one.step()
+        kept = [tensor for state in one.state.values() for tensor in state.values()]
+        return [tensor.detach().clone() for tensor in (*one.param_groups[0]["params"], *kept)]
+
+    optimizer.found_inf = torch.zeros(())
+    before = step(optimizer, spoiled=False)
+    torch.testing.assert_close(before, step(plain, spoiled=False), rtol=0, atol=1e-7)
+    optimizer.found_inf = torch.ones(())
+    assert all(map(torch.equal, before, step(optimizer, spoiled=True)))
+    optimizer.found_inf = torch.zeros(())
+    torch.testing.assert_close(step(optimizer, spoiled=False), step(plain, spoiled=False), rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize("shape", [(2_048, 2_048), (1_024, 4_096), (4_096, 1_024)])
 @pytest.mark.parametrize(("device", "copies", "guarded"), [("cuda", 3, False), ("cuda", 4, True), ("cpu", 5, False)])
 def test_muon_takes_no_more_memory_for_more_matrices(
