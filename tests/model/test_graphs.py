@@ -37,7 +37,7 @@ def backward(gradient, *inputs):
 torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", forward)
 torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu", backward)
 kernel = partial(attention_kernels._torch_varlen, varlen_attn, frozenset(inspect.signature(varlen_attn).parameters))
-decoders.plan_attention = lambda lengths, device, *_: attention_kernels.VarlenRow.of(lengths, device, kernel)
+decoders.plan_attention = lambda lengths, device, *_, **__: attention_kernels.VarlenRow.of(lengths, device, kernel)
 counted = Counter()
 
 def counting(graph, _):

@@ -51,7 +51,7 @@ else:
     flash.register_autograd(lambda context, gradient: (gradient, gradient[:, :2], gradient[:, :2]))
     kernel = lambda queries, keys, values, *_: flash(queries, keys, values)
 
-decoders.plan_attention = lambda lengths, device, *_: attention_kernels.VarlenRow.of(lengths, device, kernel)
+decoders.plan_attention = lambda lengths, device, *_, **__: attention_kernels.VarlenRow.of(lengths, device, kernel)
 
 class Products(TorchDispatchMode):
     @classmethod
