@@ -312,7 +312,7 @@ class FuyuModule(pl.LightningModule):
             self._progress_after(1), lambda counts: sum_over_ranks(counts) // copies, skip=bad
         )
         step = self.trainer.global_step + 1
-        self._pending = PendingStep(step, sums, bad, votes=self.votes, beside=self.beside, ranks=ranks, copies=copies)
+        self._pending = PendingStep(step, sums, (mean, norm), bad, votes=self.votes, beside=self.beside, copies=copies)
         self.beside = {}
         shown = step % steps_between_logs(self.trainer) == 0 or step == self.trainer.max_steps or self.figures is None
         if shown or not queues(self.device):
