@@ -251,9 +251,10 @@ class FuyuModule(pl.LightningModule):
             load_weights(self.decoder, stored.weights)
 
     def on_train_start(self) -> None:
-        """Has the curves go on where the run does."""
+        """Has the curves go on where the run does, and forgets what callbacks of another run said."""
         leave_out_later(self.trainer)
         self._sums.clear()
+        self.votes, self.beside = {}, {}
         self.figures = self._pending = None
 
     def configure_optimizers(self) -> Any:
@@ -311,7 +312,7 @@ class FuyuModule(pl.LightningModule):
             self._progress_after(1), lambda counts: sum_over_ranks(counts) // copies, skip=bad
         )
         step = self.trainer.global_step + 1
-        self._pending = PendingStep(step, sums, bad, votes=self.votes, beside=self.beside, ranks=ranks, copies=copies)
+        self._pending = PendingStep(step, sums, (mean, norm), bad, votes=self.votes, beside=self.beside, copies=copies)
         self.beside = {}
         shown = step % steps_between_logs(self.trainer) == 0 or step == self.trainer.max_steps or self.figures is None
         if shown or not queues(self.device):
@@ -339,8 +340,12 @@ class FuyuModule(pl.LightningModule):
         self.read_step()
 
     def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
-        """Lightning's, but a number stays on the host: Lightning copies it to the device and reads it back."""
-        super().log(name, torch.tensor(value) if isinstance(value, float) else value, *args, **options)
+        """Lightning's, but a number stays on the host: Lightning copies it to the device and reads it back.
+
+        Unless it is to be reduced over the ranks, which GPUs do with what lies on them.
+        """
+        stays = isinstance(value, float) and not options.get("sync_dist", False)
+        super().log(name, torch.tensor(value) if stays else value, *args, **options)
 
     def _log_step(self, figures: StepFigures, optimizer: torch.optim.Optimizer) -> None:
         """Gives Lightning what it is to write: a figure takes it time, also where it writes none."""

@@ -5,7 +5,6 @@ has handed out more. So whether a step is bad is decided on the device, and what
 work is already queued behind it.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -97,10 +96,11 @@ class PendingStep:
     Args:
         step: Optimizer steps done with it.
         sums: What `StepSums.over_ranks` gave.
+        judged: Its loss and gradient norm, as they were compared with the limits: the host's could differ in the last
+            bit, and say that a skipped step was good.
         bad: Whether it changes nothing.
         votes: The names that were voted on.
         beside: Single numbers of the device to be read with it, by name.
-        ranks: How many there are.
         copies: Ranks that see the same rows.
     """
 
@@ -108,16 +108,18 @@ class PendingStep:
         self,
         step: int,
         sums: Float64[Tensor, " sums"],
+        judged: tuple[Float64[Tensor, ""], Float64[Tensor, ""]],
         bad: Bool[Tensor, ""],
         *,
         votes: Iterable[str],
         beside: Mapping[str, Tensor],
-        ranks: int,
         copies: int,
     ) -> None:
         self._step, self._votes, self._beside = step, tuple(votes), tuple(beside)
-        self._ranks, self._copies = ranks, copies
-        self._numbers = torch.cat((bad.double()[None], sums, *(number.double()[None] for number in beside.values())))
+        self._copies = copies
+        self._numbers = torch.cat(
+            (torch.stack((bad.double(), *judged)), sums, *(number.double()[None] for number in beside.values()))
+        )
         self._copied: torch.cuda.Event | None = None
         if sums.is_cuda:
             on_host = torch.empty_like(self._numbers, device="cpu", pin_memory=True)
@@ -129,13 +131,12 @@ class PendingStep:
         """The figures, for which the host waits until the device has come to where they were copied."""
         if self._copied is not None:
             self._copied.synchronize()
-        bad, loss, squares, supervised, tokens, *more = self._numbers.tolist()
+        bad, loss, norm, _, _, _, tokens, *more = self._numbers.tolist()
         votes, beside = more[: len(self._votes)], more[len(self._votes) :]
-        supervised = max(1.0, supervised)
         return StepFigures(
             step=self._step,
-            loss=loss / supervised,
-            gradient_norm=math.sqrt(squares) * self._ranks / supervised,
+            loss=loss,
+            gradient_norm=norm,
             tokens=int(tokens) // self._copies,
             skipped=bool(bad),
             votes=frozenset(name for name, count in zip(self._votes, votes, strict=True) if count),

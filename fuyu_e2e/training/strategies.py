@@ -138,6 +138,11 @@ class Sharded(ModelParallelStrategy):
         """Writes a checkpoint; every process its parts."""
         self.checkpoint_io.save_checkpoint(checkpoint, self.broadcast(filepath), storage_options=storage_options)
 
+    def teardown(self) -> None:
+        """Waits until all that was to be written is, as other strategies do; Lightning's own doesn't."""
+        super().teardown()
+        self.checkpoint_io.teardown()
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Fills weights and optimizer with this process's parts of a checkpoint of any strategy; gives the rest.
 

@@ -231,3 +231,12 @@ def test_what_came_of_each_test_is_kept(repository: Path, tmp_path: Path) -> Non
     [(name, reason)] = found["failed"].items()
     assert name == "test_it.py::test_b"
     assert "AssertionError: so" in reason
+
+
+def test_a_place_that_cannot_be_written_costs_no_steps_minutes(
+    fake: Callable[..., Any], call: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "gpu.json").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        call([fake("a", waits=100)])
+    assert "can't be written" in capsys.readouterr().err

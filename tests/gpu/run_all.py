@@ -218,8 +218,12 @@ def main() -> int:
         else f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": versions(),
     }
-    report = go_on(options.out, about)
-    report["why_reduced"] = "asked for" if options.reduced else None if gpu else "no GPU here"
+    try:
+        report = go_on(options.out, about)
+        report["why_reduced"] = "asked for" if options.reduced else None if gpu else "no GPU here"
+        write_json(options.out, report)  # a place that can't be written costs no step's minutes
+    except OSError as error:
+        parser.error(f"--out {options.out} can't be written: {error}.")
     done = report["steps"]
     left = options.only or [name for name in steps if not finished(done.get(name))]
     ends_at = options.started_at + options.seconds - RESERVE if options.seconds is not None else float("inf")

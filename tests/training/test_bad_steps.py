@@ -23,7 +23,7 @@ from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.training.bad_steps import BadSteps, TooManyBadStepsError
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
-from fuyu_e2e.training.step import StepFigures
+from fuyu_e2e.training.step import PendingStep, StepFigures
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -185,6 +185,18 @@ def test_what_is_far_out_of_line_is_skipped_where_asked() -> None:
     assert all(judged(each, loss=loss) for each in (guard, lenient) for loss in (math.nan, math.inf))
     early = BadSteps(deviations=6.0)
     assert not any(judged(early, loss=loss) for loss in (2.0, 2.0, 50.0)), "too early to tell"
+
+
+def test_a_guard_hears_the_very_numbers_that_were_compared_with_its_limits() -> None:
+    """The host's own division would differ in the last bit, and call a step good that was skipped."""
+    loss, squares, supervised = 300.0, 2.0, 49.0
+    sums = torch.tensor([loss, squares, supervised, 60.0], dtype=torch.float64)
+    mean, norm = sums[0] / sums[2], sums[1].sqrt() * (1 / sums[2])
+    assert norm != math.sqrt(squares) / supervised
+    pending = PendingStep(1, sums, (mean, norm), norm > 1, votes=(), beside={}, copies=1)
+    figures = pending.read()
+    assert (figures.loss, figures.gradient_norm) == (float(mean), float(norm))
+    assert (figures.tokens, figures.skipped) == (60, False)
 
 
 @pytest.mark.usefixtures("silent")

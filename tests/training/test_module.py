@@ -26,6 +26,8 @@ from fuyu_e2e.training.ending import Ending
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
 from fuyu_e2e.training.schedule import Schedule
+from fuyu_e2e.training.signals import Stopped
+from fuyu_e2e.training.time_limit import TimeLimit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 RandomDocument = Callable[[int], Document]
@@ -376,3 +378,26 @@ def test_shares_of_a_mixture_are_logged_beside_those_asked_for(
     assert said["data/share_drawn/questions"] == pytest.approx(0.74, abs=0.06)
     assert said["data/share_drawn/questions"] + said["data/share_drawn/texts"] == pytest.approx(1)
     assert said["data/epoch/texts"] > said["data/epoch/questions"] > 1
+
+
+def test_what_callbacks_of_an_earlier_run_said_is_forgotten(
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path
+) -> None:
+    """The first run's time is over, the second's never is."""
+    mine = module(config)
+    with pytest.raises(Stopped):
+        trainer(tmp_path, max_steps=3, callbacks=[TimeLimit("00:00:00:00")]).fit(mine, question_data())
+    again = trainer(tmp_path, max_steps=3, callbacks=[TimeLimit()])
+    again.fit(mine, question_data())
+    assert again.global_step == 3
+
+
+@pytest.mark.parametrize(("options", "type_of_number"), [({}, torch.Tensor), ({"sync_dist": True}, float)])
+def test_a_number_stays_on_the_host_unless_ranks_are_to_reduce_it(
+    config: FuyuConfig, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], type_of_number: type
+) -> None:
+    """NCCL reduces what lies on GPUs alone: there Lightning brings a plain number, and leaves a tensor where it is."""
+    logged: list[Any] = []
+    monkeypatch.setattr(pl.LightningModule, "log", lambda self, name, value, **_: logged.append(value))
+    module(config).log("mine", 0.5, **options)
+    assert [type(value) for value in logged] == [type_of_number]

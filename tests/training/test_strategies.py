@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,7 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.sharding import _check_heads
 from fuyu_e2e.training import hosts
+from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import MuonAdamW
 from fuyu_e2e.training.strategies import Sharded, check_strategy
@@ -281,6 +283,23 @@ def test_what_the_optimizer_keeps_is_left_to_who_copies_checkpoints() -> None:
     assert state["weight"]["momentum"] is momentum
     optimizer.state[layer.weight]["momentum"] = None
     assert state["weight"]["momentum"] is momentum
+
+
+def test_a_run_in_parts_ends_behind_its_last_checkpoint() -> None:
+    """Lightning's strategy for parts doesn't wait: the run would name the checkpoint before as its last."""
+    strategy = Sharded()
+    strategy.accelerator, strategy.cluster_environment = CPUAccelerator(), LightningEnvironment()
+    strategy.checkpoint_io = writer = BackgroundCheckpointIO()
+    written: list[Any] = []
+
+    def slowly(checkpoint: dict[str, Any], path: Any, storage_options: Any) -> None:
+        time.sleep(0.2)
+        written.append(path)
+
+    with patch.object(writer.checkpoint_io, "save_checkpoint", slowly):
+        writer.save_checkpoint({}, "last.ckpt")
+        strategy.teardown()
+    assert written == ["last.ckpt"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
