@@ -98,10 +98,9 @@ class BadSteps(Callback):
         self._running = {name: Running(**figures) for name, figures in state_dict["running"].items()}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Has the module ask in each step."""
+        """Learns whose steps are to be judged."""
         assert isinstance(pl_module, FuyuModule)
         self._module = pl_module
-        pl_module.guard = self
 
     def limits(self) -> tuple[float, float]:
         """The greatest loss and gradient norm of a good step."""
@@ -144,7 +143,9 @@ class BadSteps(Callback):
         raise AssertionError("no figure of a skipped step is out of line")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins with no rows of a step."""
+        """Has the module ask in each step, and begins with no rows of one."""
+        assert isinstance(pl_module, FuyuModule)
+        pl_module.guard = self
         self._rows.clear()
 
     def on_train_batch_start(

@@ -128,6 +128,8 @@ class FuyuModule(pl.LightningModule):
         """What tells which steps are bad; without one none is skipped."""
         self.figures: StepFigures | None = None
         """Of the last step of this start that was read: on a GPU, mostly the one before the last that was done."""
+        self._monitored = False
+        """Whether a callback decides by figures of training steps."""
         self._sums = StepSums()
         self._pending: PendingStep | None = None
         self._gradient_norm: Tensor
@@ -245,6 +247,7 @@ class FuyuModule(pl.LightningModule):
         Raises:
             UserError: They can't be read, or are those of another decoder or tokenizer.
         """
+        self.guard = None  # an earlier run's
         if self.weights is not None and self.trainer.ckpt_path is None:
             stored = read_model(self.weights)
             self.description.check_same(stored.description, self.weights)
@@ -253,6 +256,8 @@ class FuyuModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Has the curves go on where the run does, and forgets what callbacks of another run said."""
         leave_out_later(self.trainer)
+        monitors = [getattr(callback, "monitor", None) for callback in self.trainer.callbacks]  # type: ignore[attr-defined]
+        self._monitored = any(str(monitor).startswith("train/") for monitor in monitors)
         self._sums.clear()
         self.votes, self.beside = {}, {}
         self.figures = self._pending = None
@@ -315,7 +320,7 @@ class FuyuModule(pl.LightningModule):
         self._pending = PendingStep(step, sums, (mean, norm), bad, votes=self.votes, beside=self.beside, copies=copies)
         self.beside = {}
         shown = step % steps_between_logs(self.trainer) == 0 or step == self.trainer.max_steps or self.figures is None
-        if shown or not queues(self.device):
+        if shown or self._monitored or not queues(self.device):
             self.read_step()
         assert self.figures is not None
         self.log("train/loss", self.figures.loss, prog_bar=True)

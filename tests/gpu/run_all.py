@@ -204,6 +204,8 @@ def main() -> int:
     options = parser.parse_args()
     gpu = torch.cuda.is_available()
     reduced = options.reduced or not gpu
+    if options.seconds is not None and options.seconds <= RESERVE:
+        parser.error(f"--seconds is {options.seconds:g}, but must be above {RESERVE}.")
     steps = {step.name: step for step in (REDUCED if reduced else FULL)}
     if unknown := [name for name in options.only if name not in steps]:
         parser.error(f"There is no step {', '.join(unknown)}: choose from {', '.join(steps)}.")

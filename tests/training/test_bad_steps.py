@@ -5,14 +5,14 @@ Unless it is one of many.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -65,7 +65,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def fit(config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path) -> Callable[..., pl.Trainer]:
     """Trains a routed model for six steps of two rows."""
 
-    def fit(plant: Plant, guard: BadSteps, **settings: Any) -> pl.Trainer:
+    def fit(plant: Plant, guard: BadSteps, more: Sequence[Callback] = (), **settings: Any) -> pl.Trainer:
         torch.manual_seed(3)
         module = FuyuModule(config, optimizer=OptimizerConfig(name="muon"), routing=RoutingConfig(share=0.5))
         trainer = pl.Trainer(
@@ -74,9 +74,9 @@ def fit(config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_pa
             accumulate_grad_batches=2,
             enable_progress_bar=False,
             enable_model_summary=False,
-            enable_checkpointing=False,
-            callbacks=[guard, plant],
-            **{"logger": False, "gradient_clip_val": 1.0, "log_every_n_steps": 1} | settings,
+            callbacks=[guard, plant, *more],
+            **{"logger": False, "gradient_clip_val": 1.0, "log_every_n_steps": 1, "enable_checkpointing": False}
+            | settings,
         )
         trainer.fit(module, question_data())
         return trainer
@@ -153,6 +153,34 @@ def test_too_many_that_are_read_late_end_the_run_before_another_step_is_done(fit
         fit(plant, BadSteps(in_a_row=2), log_every_n_steps=50)
     assert len(plant.left) == 3
     assert same(plant.left[0], plant.left[-1])
+
+
+@pytest.mark.usefixtures("read_late")
+def test_a_monitored_loss_is_that_of_its_own_step(fit: Callable[..., pl.Trainer], tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, monitor="train/loss", save_top_k=-1, every_n_train_steps=1, filename="{step}")
+    losses: dict[int, float] = {}
+
+    class Guard(BadSteps):
+        def judge(self, figures: StepFigures) -> None:
+            losses[figures.step] = figures.loss
+
+    fit(Plant(), Guard(), log_every_n_steps=50, enable_checkpointing=True, more=[saving])
+    kept = {int(path.rpartition("=")[2].split(".")[0]): float(loss) for path, loss in saving.best_k_models.items()}
+    assert sorted(kept) == [1, 2, 3, 4, 5, 6]
+    assert kept == pytest.approx(losses)
+
+
+def test_a_guard_is_gone_with_its_run(
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, judged = FuyuModule(config), []
+    monkeypatch.setattr(BadSteps, "judge", lambda self, figures: judged.append(figures))
+    for callbacks in ([BadSteps()], []):
+        pl.Trainer(
+            accelerator="cpu", max_steps=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, callbacks=callbacks,
+        ).fit(module, question_data())  # fmt: skip
+    assert len(judged) == 2
 
 
 def judged(guard: BadSteps, loss: float = 2.0, norm: float = 1.0) -> bool:
