@@ -34,8 +34,7 @@ from fuyu_e2e.image import ImagePolicy
 from fuyu_e2e.inference import device
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.routing import Progress as TrainingProgress
-from fuyu_e2e.model.routing import RoutingTrace
+from fuyu_e2e.model.row import Progress as TrainingProgress
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.shards.progress import Progress
@@ -143,11 +142,11 @@ def routed_decoder(
                 for name_, buffer in decoder.named_buffers():
                     if name_.endswith(".history"):
                         buffer.zero_()
-                for row in rows:
-                    trace = RoutingTrace()
-                    decoder.eval()(row, trace)
-                    decoder.observe(trace)
-                decoder.update_thresholds(TrainingProgress(), lambda counts: counts)
+                for batch in rows:
+                    row = decoder.eval().row(batch)
+                    decoder.logits(batch, row)
+                    decoder.observe(row)
+                decoder.end_step(TrainingProgress(), lambda counts: counts)
             made[name] = decoder
         return copy.deepcopy(made[name]).eval()
 

@@ -23,7 +23,6 @@ from fuyu_e2e.bench.documents import BOS, FIRST_WORD, NEWLINE, PATCH
 from fuyu_e2e.bench.measure import Figures, alternate, environment
 from fuyu_e2e.bench.stock import require_transformers, stock_model
 from fuyu_e2e.inference.generation import generate as generate_ours
-from fuyu_e2e.model.block import Block
 from fuyu_e2e.model.config import FuyuConfig, named_size
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.sequence import ImageSpan, TokenSequence
@@ -87,9 +86,9 @@ def sized(size: str) -> FuyuConfig:
 def random_decoder(config: FuyuConfig, device: str) -> Decoder:
     """A decoder whose every block says something, ready to generate."""
     decoder = new_decoder(config, device)
-    for block in decoder.blocks:
-        assert isinstance(block, Block)
-        for projection in (block.attention.o_proj, block.mlp.down_proj):
+    for name, projection in decoder.blocks.named_modules():
+        if name.endswith(("o_proj", "down_proj")):
+            assert isinstance(projection, nn.Linear)
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
     nn.init.normal_(decoder.lm_head.weight, std=0.5)
     return decoder.to(torch.bfloat16 if device == "cuda" else torch.float32).eval()

@@ -31,7 +31,6 @@ from fuyu_e2e.eval.exact_match import exact_match, read
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.model.cost import cost
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.routing import Progress
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import train_tokenizer
@@ -231,7 +230,7 @@ def _train(name: str, budget: int, seed: int, steps: int, data: StoredRows, fold
     seconds = time.perf_counter() - started_at
     decoder = learner.decoder
     routing = decoder.config.routing
-    anneal = (lambda step: Progress(step, step / steps).dense(routing)) if routing is not None else (lambda step: 0.0)
+    anneal = (lambda step: routing.dense(step / steps)) if routing is not None else (lambda step: 0.0)
     flops = sum(_row_cost(decoder.config, row, anneal(step)) for step, row in enumerate(data.rows[:steps]))
     model = TrainedModel(decoder.eval(), data.builder, steps)
     documents = list(data.documents("val", Tally()))

@@ -16,7 +16,8 @@ from fuyu_e2e.inference.generation import decode_step, prefill
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.model.cost import cost
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.routing import Progress, RoutingTrace
+from fuyu_e2e.model.routing.block import routed_blocks
+from fuyu_e2e.model.row import Progress
 
 PATCH_SIZE = 16
 VOCAB_SIZE = 1_024
@@ -172,18 +173,19 @@ def _measure(width: int, length: int, mode: str, device: str, options: Any) -> l
 def _settle(decoder: Decoder, row: PackedBatch) -> None:
     """Lets thresholds find their place on this row, as training would have."""
     for _ in range(40 if decoder.config.routing is not None else 0):
-        trace = RoutingTrace()
-        decoder(row, trace)
-        decoder.observe(trace)
-        decoder.update_thresholds(Progress(), lambda counts: counts)
+        read = decoder.row(row)
+        decoder.logits(row, read)
+        decoder.observe(read)
+        decoder.end_step(Progress(), lambda counts: counts)
 
 
 @torch.no_grad()
 def _flops(decoder: Decoder, row: PackedBatch) -> dict[str, int]:
     """Operations of a training step, a prefill and a step of decoding, with the tokens that really pass."""
-    trace = RoutingTrace()
-    decoder(row, trace)
-    passing = [[int(part.sum()) for part in routed.passed.split(row.document_lengths)] for routed in trace.blocks]
+    read = decoder.row(row)
+    decoder.logits(row, read)
+    blocks = routed_blocks(read)
+    passing = [[int(part.sum()) for part in routed.passed.split(row.document_lengths)] for routed in blocks]
     counted = cost(
         decoder.config,
         document_lengths=row.document_lengths,

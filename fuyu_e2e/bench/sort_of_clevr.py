@@ -107,7 +107,7 @@ def score(model: TrainedModel, questions: Sequence[Question]) -> dict[str, float
     for start in range(0, len(questions), BATCH):
         part = questions[start : start + BATCH]
         row = pack_row([builder.answered(builder.prompt(asked.document), asked.references[0]) for asked in part])
-        wrong = model.decoder(row).index_select(0, row.target_positions).argmax(dim=-1) != row.targets
+        wrong = model.decoder.logits(row).index_select(0, row.target_positions).argmax(dim=-1) != row.targets
         ends = np.cumsum(row.document_lengths)
         failed = set(np.searchsorted(ends, row.target_positions[wrong].numpy(), side="right").tolist())
         for place, question in enumerate(part):

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import DecodeStep, DenseBlockCache, KeyValueCache, Prefill
 from fuyu_e2e.model.attention_plans import AttentionPlan
-from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.decoder import Decoder, Inputs
 
 Outputs = tuple[Tensor, list[Tensor], list[Tensor]]
 """Logits of the next token, keys, values."""
@@ -90,11 +90,11 @@ class _Prefill(nn.Module):
         self, tokens: Int64[Tensor, " T"], patches: UInt8[Tensor, "P C"], patch_positions: Int64[Tensor, " P"]
     ) -> Outputs:
         length = tokens.shape[0]
-        x_TD = self.decoder.embed(tokens, patches, patch_positions)
-        cache = KeyValueCache(self.decoder.config, 1, self.capacity, like=x_TD)
+        cache = KeyValueCache(self.decoder.config, 1, self.capacity, like=self.decoder.embed_tokens.weight)
+        plan = partial(AttentionPlan.of, device=tokens.device)
         positions = torch.arange(length, device=tokens.device)
-        plan = partial(AttentionPlan.of, device=x_TD.device)
-        hidden_TD = self.decoder.hidden(x_TD, positions, Prefill(cache, (length,), 0, length, plan))
+        row = self.decoder.row_of(positions, Prefill(cache, (length,), 0, length, plan).attends)
+        hidden_TD = self.decoder(Inputs(tokens, patches, patch_positions), row)
         return self.decoder.lm_head(hidden_TD[-1:]), *_stores(cache)
 
 
@@ -111,6 +111,6 @@ class _DecodeStep(nn.Module):
         values: list[Float[Tensor, "B G S K"]],
     ) -> Outputs:
         blocks = [DenseBlockCache(*(store.clone() for store in stores)) for stores in zip(keys, values, strict=True)]
-        step = DecodeStep(blocks, lengths, keys[0].shape[2])
-        hidden_BD = self.decoder.hidden(self.decoder.embed_tokens(tokens), lengths, step)
+        row = self.decoder.row_of(lengths, DecodeStep(blocks, lengths, keys[0].shape[2]).attends)
+        hidden_BD = self.decoder(Inputs(tokens), row)
         return self.decoder.lm_head(hidden_BD), [block.keys for block in blocks], [block.values for block in blocks]

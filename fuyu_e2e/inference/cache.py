@@ -173,11 +173,13 @@ class KeyValueCache:
         self.longest += 1
 
 
-class Prefill(RowAttention):
-    """Attends within a packed row of prompts, or a piece of it, and writes its keys and values to the cache.
+BlockCache = DenseBlockCache | RoutedBlockCache
 
-    The first prompt of a piece may have begun in an earlier one: its tokens attend to the cache. All others attend
-    as in training.
+
+class Prefill:
+    """A packed row of prompts, or a piece of it, whose keys and values go to the cache.
+
+    The first prompt of a piece may have begun in an earlier one.
 
     Args:
         cache: With a place for each document of the row, filled with the row's tokens before `start`.
@@ -215,62 +217,75 @@ class Prefill(RowAttention):
         self.document, within = to_device(torch.from_numpy(np.stack((document, places))), device)
         self.rows = rows_of(self.document, within, cache.dense[0])
 
+    @property
+    def attends(self) -> list[RowAttention]:
+        """How each block attends."""
+        return [PrefillBlock(self, block) for block in self.cache.blocks]
+
+
+@dataclass(frozen=True)
+class PrefillBlock(RowAttention):
+    """Attends within a piece of a row of prompts, and writes its keys and values to the cache of one block.
+
+    The tokens of a prompt that began in an earlier piece attend to the cache, all others as in training.
+    """
+
+    piece: Prefill
+    block: BlockCache
+
     def __call__(
         self,
-        layer: int,
         queries: Float[Tensor, "T H K"],
         keys: Float[Tensor, "T G K"],
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
         """Causal attention of every token to the tokens of its own document up to itself."""
-        block = self.cache.blocks[layer]
+        piece, block = self.piece, self.block
         assert isinstance(block, DenseBlockCache)
-        block.write(self.rows, keys, values)
-        if not self.known:
-            return self.plan(layer, queries, keys, values)
-        n = self.continued
-        return torch.cat((self._continue(block, queries[:n]), self.plan(layer, queries[n:], keys[n:], values[n:])))
+        block.write(piece.rows, keys, values)
+        if not piece.known:
+            return piece.plan(queries, keys, values)
+        n = piece.continued
+        return torch.cat((self._continue(block, queries[:n]), piece.plan(queries[n:], keys[n:], values[n:])))
 
     def _continue(self, block: DenseBlockCache, queries: Float[Tensor, "n H K"]) -> Float[Tensor, "n H K"]:
         """Attention of the tokens of a document that began in an earlier piece."""
-        places = self.known + self.continued
-        keys, values = (part[self.first, None, :, :places] for part in (block.keys, block.values))
+        places = self.piece.known + self.piece.continued
+        keys, values = (part[self.piece.first, None, :, :places] for part in (block.keys, block.values))
         order = torch.arange(places, device=queries.device)
         attended = F.scaled_dot_product_attention(
             queries.transpose(0, 1)[None],
             keys,
             values,
-            attn_mask=order <= order[self.known :, None],
+            attn_mask=order <= order[self.piece.known :, None],
             enable_gqa=queries.shape[1] != keys.shape[1],
         )
         return attended[0].transpose(0, 1)
 
     def among(self, passing: Passing) -> Attend:
         """Attention of passing tokens to each other, of which alone the cache keeps something."""
-        document = self.document.index_select(0, passing.index)
-        return partial(self._write_and_attend, document, self.plan.among(passing))
+        document = self.piece.document.index_select(0, passing.index)
+        return partial(self._write_and_attend, document, self.piece.plan.among(passing))
 
     def asking(self, passing: Passing) -> Attend:
         """Attention of passing tokens to the whole row, which the cache keeps."""
-        return partial(self._write_and_attend, self.document, self.plan.asking(passing))
+        return partial(self._write_and_attend, self.piece.document, self.piece.plan.asking(passing))
 
     def _write_and_attend(
         self,
         document: Int64[Tensor, " n"],
         attend: Attend,
-        layer: int,
         queries: Float[Tensor, "C H K"],
         keys: Float[Tensor, "n G K"],
         values: Float[Tensor, "n G K"],
     ) -> Float[Tensor, "C H K"]:
-        block = self.cache.blocks[layer]
-        assert isinstance(block, RoutedBlockCache)
-        block.write(document, keys, values)
-        return attend(layer, queries, keys, values)
+        assert isinstance(self.block, RoutedBlockCache)
+        self.block.write(document, keys, values)
+        return attend(queries, keys, values)
 
 
-class DecodeStep(RowAttention):
-    """Attends from one new token of each sequence to all of its cached ones and itself.
+class DecodeStep:
+    """One new token of each sequence.
 
     Args:
         blocks: What the cache holds of each block.
@@ -278,47 +293,51 @@ class DecodeStep(RowAttention):
         places: Places of dense blocks that are looked at: enough for every sequence with its new token.
     """
 
-    def __init__(
-        self, blocks: Sequence[DenseBlockCache | RoutedBlockCache], lengths: Int64[Tensor, " B"], places: int
-    ) -> None:
-        self.blocks, self.places = blocks, places
+    def __init__(self, blocks: Sequence[BlockCache], lengths: Int64[Tensor, " B"], places: int) -> None:
+        self.places = places
         self.sequence = torch.arange(len(lengths), device=lengths.device)
         dense = next(block for block in blocks if isinstance(block, DenseBlockCache))
         self.rows = rows_of(self.sequence, lengths, dense)
         self.seen = torch.arange(places, device=lengths.device) <= lengths[:, None]
+        self.attends: list[RowAttention] = [DecodeStepBlock(self, block) for block in blocks]
+        """How each block attends."""
+
+
+@dataclass(frozen=True)
+class DecodeStepBlock(RowAttention):
+    """Attends from one new token of each sequence to all that one block has cached of it, and to itself."""
+
+    step: DecodeStep
+    block: BlockCache
 
     def __call__(
         self,
-        layer: int,
         queries: Float[Tensor, "B H K"],
         keys: Float[Tensor, "B G K"],
         values: Float[Tensor, "B G K"],
     ) -> Float[Tensor, "B H K"]:
         """Attention of each sequence's new token."""
-        block = self.blocks[layer]
-        assert isinstance(block, DenseBlockCache)
-        block.write(self.rows, keys, values)
-        return block.attend(queries, self.places, self.seen)
+        assert isinstance(self.block, DenseBlockCache)
+        self.block.write(self.step.rows, keys, values)
+        return self.block.attend(queries, self.step.places, self.step.seen)
 
     def among(self, passing: Passing) -> Attend:
         """Attention of the passing ones of the new tokens to what passed before them."""
-        sequence = self.sequence.index_select(0, passing.index)
+        sequence = self.step.sequence.index_select(0, passing.index)
         return partial(self._write_and_ask, sequence, sequence)
 
     def asking(self, passing: Passing) -> Attend:
         """Attention of the passing ones of the new tokens to all before them."""
-        return partial(self._write_and_ask, self.sequence, self.sequence.index_select(0, passing.index))
+        return partial(self._write_and_ask, self.step.sequence, self.step.sequence.index_select(0, passing.index))
 
     def _write_and_ask(
         self,
         written: Int64[Tensor, " n"],
         asking: Int64[Tensor, " m"],
-        layer: int,
         queries: Float[Tensor, "m H K"],
         keys: Float[Tensor, "n G K"],
         values: Float[Tensor, "n G K"],
     ) -> Float[Tensor, "m H K"]:
-        block = self.blocks[layer]
-        assert isinstance(block, RoutedBlockCache)
-        block.write(written, keys, values)
-        return block.attend(asking, queries)
+        assert isinstance(self.block, RoutedBlockCache)
+        self.block.write(written, keys, values)
+        return self.block.attend(asking, queries)

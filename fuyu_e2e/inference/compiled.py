@@ -14,7 +14,7 @@ from torch import Tensor
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import DecodeStep, DenseBlockCache, KeyValueCache, cached_type
 from fuyu_e2e.inference.packed import PackedDecoder
-from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.decoder import Decoder, Inputs
 
 SMALLEST = 128
 """Places looked at at least: fewer would save less than compiling once more costs."""
@@ -90,8 +90,8 @@ def _step(
     places: int,
 ) -> Float[Tensor, "B V"]:
     blocks = [DenseBlockCache(*stores) for stores in zip(keys, values, strict=True)]
-    step = DecodeStep(blocks, lengths, places)
-    return decoder.lm_head(decoder.hidden(decoder.embed_tokens(tokens), lengths, step))
+    row = decoder.row_of(lengths, DecodeStep(blocks, lengths, places).attends)
+    return decoder.lm_head(decoder(Inputs(tokens), row))
 
 
 _on_cpu = torch.compile(_step, fullgraph=True, dynamic=False)

@@ -10,11 +10,17 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import KeyValueCache
 from fuyu_e2e.inference.generation import decode_step, prefill
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.routing import Kind, RoutingTrace
+from fuyu_e2e.model.routing.block import routed_blocks
+from fuyu_e2e.model.row import Row, TokenType
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import TokenSequence
 
-KIND_NAMES = {Kind.PATCH: "patches", Kind.NEWLINE: "newlines", Kind.TEXT: "text", Kind.ANSWER: "answers"}
+KIND_NAMES = {
+    TokenType.PATCH: "patches",
+    TokenType.NEWLINE: "newlines",
+    TokenType.TEXT: "text",
+    TokenType.ANSWER: "answers",
+}
 """How figures by kind of token are named, in the order in which they are shown."""
 
 
@@ -31,7 +37,7 @@ class TokenDepth:
     passed: Bool[Tensor, "blocks tokens"]
     """Whether each token, of the prompt and behind it, passed each of them."""
     kinds: Int64[Tensor, " tokens"]
-    """The `Kind` of each token."""
+    """The `TokenType` of each token."""
 
     @property
     def counts(self) -> Int64[Tensor, " tokens"]:
@@ -41,7 +47,7 @@ class TokenDepth:
     @property
     def kind_names(self) -> list[str]:
         """The name of each token's kind."""
-        return [KIND_NAMES[Kind(kind)] for kind in self.kinds.tolist()]
+        return [KIND_NAMES[TokenType(kind)] for kind in self.kinds.tolist()]
 
     @property
     def shares(self) -> dict[str, float]:
@@ -70,15 +76,14 @@ def token_depth(decoder: Decoder, sequence: TokenSequence, continuation: list[in
     weight = decoder.embed_tokens.weight
     batch = pack_row([sequence])
     cache = KeyValueCache(decoder.config, 1, len(sequence) + len(continuation), like=weight)
-    traces = [RoutingTrace() for _ in range(1 + len(continuation))]
-    prefill(decoder, batch, cache, traces[0])
-    for token, trace in zip(continuation, traces[1:], strict=True):
-        decode_step(decoder, torch.tensor([token], device=weight.device), cache, trace)
-    layouts = [trace.layout.kind for trace in traces if trace.layout is not None]
+    rows: list[Row] = []
+    prefill(decoder, batch, cache, rows.append)
+    for token in continuation:
+        decode_step(decoder, torch.tensor([token], device=weight.device), cache, rows.append)
     return TokenDepth(
         sequence,
         continuation,
         decoder.config.routed,
-        torch.cat([torch.stack([routed.passed for routed in trace.blocks]) for trace in traces], dim=1).cpu(),
-        torch.cat(layouts).cpu(),
+        torch.cat([torch.stack([routed.passed for routed in routed_blocks(row)]) for row in rows], dim=1).cpu(),
+        torch.cat([row.types for row in rows]).cpu(),
     )

@@ -1,6 +1,6 @@
 """Continuing prompts: many at once, each with images of its own sizes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +18,16 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import DecodeStep, KeyValueCache, Prefill
 from fuyu_e2e.inference.compiled import compiled_cache, compiled_step
 from fuyu_e2e.model.attention_kernels import AttentionBackend
-from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.decoder import Decoder, Inputs
 from fuyu_e2e.model.device_copy import to_device
 from fuyu_e2e.model.graphs import many_graphs
-from fuyu_e2e.model.routing import Layout, RoutingTrace
+from fuyu_e2e.model.row import Row
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import Prompt, TokenSequence
 from fuyu_e2e.tokenizer import Tokenizer
 
+Watch = Callable[[Row], None]
+"""Sees a row that was read, with the blocks' reports."""
 PREFILL_TOKENS = {"cpu": 2_048, "cuda": 16_384}
 """Tokens of a dense decoder's prompts that are read at once: a GPU's host is busy as long with few as with many."""
 COLDEST = 1e-30
@@ -148,19 +150,18 @@ def generate(
 
 
 def prefill(
-    decoder: Decoder, batch: PackedBatch, cache: KeyValueCache, trace: RoutingTrace | None = None
+    decoder: Decoder, batch: PackedBatch, cache: KeyValueCache, watch: Watch | None = None
 ) -> Float[Tensor, "B D"]:
     """Reads a packed row of prompts, best on the host, into an empty cache, and gives the last state of each prompt.
 
     A dense decoder reads `PREFILL_TOKENS` at a time, so that a long row takes no more memory than its cache. A routed
-    one reads the row at once: rules may look at whole images.
+    one reads the row at once: rules may look at whole images. `watch` hears of each row that was read.
 
     Raises:
         UserError: The decoder is in training mode.
     """
     if decoder.training:
         raise UserError("The decoder is in training mode, in which it can't generate: call decoder.eval() first.")
-    trace = trace or RoutingTrace()
     length = sum(batch.document_lengths)
     device = decoder.embed_tokens.weight.device
     step = PREFILL_TOKENS.get(device.type, PREFILL_TOKENS["cuda"])
@@ -169,8 +170,6 @@ def prefill(
     bounds = [*range(0, length, step), length]
     patches = torch.searchsorted(batch.patch_positions, torch.tensor(bounds, device=batch.tokens.device)).tolist()
     batch = batch.to(device)
-    if decoder.config.routing is not None:
-        trace.layout = Layout.of(batch, decoder.config, decoder.progress, training=False)
     # Whatever else was chosen for training may not serve the type that is generated in, or only once it is compiled.
     backend: AttentionBackend = "documents" if decoder.attention == "documents" else "auto"
     plan = partial(decoder.plan, device=device, backend=backend)
@@ -178,29 +177,29 @@ def prefill(
     lasts = np.cumsum(batch.document_lengths) - 1
     states = []
     for (start, stop), (first, end) in zip(pairwise(bounds), pairwise(patches), strict=True):
-        x_TD = decoder.embed(
-            batch.tokens[start:stop], batch.patches[first:end], batch.patch_positions[first:end] - start
-        )
-        attend = Prefill(cache, batch.document_lengths, start, stop, plan)
+        piece = Prefill(cache, batch.document_lengths, start, stop, plan)
+        row = decoder.row_of(batch.positions[start:stop], piece.attends, decoder.info(batch))
+        inputs = Inputs(batch.tokens[start:stop], batch.patches[first:end], batch.patch_positions[first:end] - start)
         with _uncompiled():
-            hidden_TD = decoder.hidden(x_TD, batch.positions[start:stop], attend, trace)
+            hidden_TD = decoder(inputs, row)
+        if watch is not None:
+            watch(row)
         within = torch.from_numpy(lasts[(start <= lasts) & (lasts < stop)] - start)
         states.append(hidden_TD.index_select(0, to_device(within, device)))
     return torch.cat(states)
 
 
 def decode_step(
-    decoder: Decoder, tokens: Int64[Tensor, " B"], cache: KeyValueCache, trace: RoutingTrace | None = None
+    decoder: Decoder, tokens: Int64[Tensor, " B"], cache: KeyValueCache, watch: Watch | None = None
 ) -> Float[Tensor, "B D"]:
-    """Reads one more token of each sequence, and gives its state."""
-    positions = cache.lengths
-    step = DecodeStep(cache.blocks, positions, cache.longest + 1)
+    """Reads one more token of each sequence, and gives its state; `watch` hears of the row that was read."""
+    row = decoder.row_of_new_tokens(cache.lengths, DecodeStep(cache.blocks, cache.lengths, cache.longest + 1).attends)
     cache.advance()
-    trace = trace or RoutingTrace()
-    if decoder.config.routing is not None:
-        trace.layout = Layout.of_new_tokens(positions)
     with _uncompiled():
-        return decoder.hidden(decoder.embed_tokens(tokens), positions, step, trace)
+        hidden_BD = decoder(Inputs(tokens), row)
+    if watch is not None:
+        watch(row)
+    return hidden_BD
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""How a block attends: (layer, queries "T H K", keys "S G K", values "S G K") to outputs "T H K".
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""How a block attends: (queries "T H K", keys "S G K", values "S G K") to outputs "T H K".
 
 Training and prefill attend within the row (`AttentionPlan`), decoding attends to a cache; a block can't tell.
 """
@@ -45,7 +45,6 @@ class RowAttention(ABC):
     @abstractmethod
     def __call__(
         self,
-        layer: int,
         queries: Float[Tensor, "T H K"],
         keys: Float[Tensor, "T G K"],
         values: Float[Tensor, "T G K"],

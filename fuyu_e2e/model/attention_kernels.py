@@ -170,7 +170,6 @@ class VarlenRow(RowAttention):
 
     def __call__(
         self,
-        layer: int,
         queries: Float[Tensor, "T H K"],
         keys: Float[Tensor, "T G K"],
         values: Float[Tensor, "T G K"],
@@ -212,7 +211,6 @@ class FlexRow(RowAttention):
 
     def __call__(
         self,
-        layer: int,
         queries: Float[Tensor, "C H K"],
         keys: Float[Tensor, "S G K"],
         values: Float[Tensor, "S G K"],

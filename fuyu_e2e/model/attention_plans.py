@@ -72,7 +72,6 @@ class AttentionPlan(RowAttention):
     @torch.compiler.disable
     def __call__(
         self,
-        layer: int,
         queries: Float[Tensor, "T H K"],
         keys: Float[Tensor, "T G K"],
         values: Float[Tensor, "T G K"],
@@ -164,7 +163,6 @@ class AskingPlan:
     @torch.compiler.disable
     def __call__(
         self,
-        layer: int,
         queries: Float[Tensor, "C H K"],
         keys: Float[Tensor, "T G K"],
         values: Float[Tensor, "T G K"],
@@ -213,7 +211,6 @@ class MaskedAttention:
 
     def __call__(
         self,
-        layer: int,
         queries: Float[Tensor, "C H K"],
         keys: Float[Tensor, "S G K"],
         values: Float[Tensor, "S G K"],

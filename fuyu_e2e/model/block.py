@@ -1,20 +1,18 @@
-"""One block of the decoder: attention, then a feed-forward layer, each behind a norm; the dialect says which.
+"""Blocks of the decoder, and what they are made of; the dialect says which parts.
 
-A `DenseBlock` updates every token, a `RoutedBlock` those that its rule lets pass: x + gate * update(x), and x for the
-rest. The residual itself is never scaled.
+A block is `block(x_TD, row) -> x_TD`: the states of some tokens, and the row that says what else is known of them.
 """
 
-import torch
+from abc import ABC, abstractmethod
+
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fuyu_e2e.model.attention import Attend, RowAttention, rotate
+from fuyu_e2e.model.attention import rotate
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.recomputation import ActivationCheckpointing, recomputing
-from fuyu_e2e.model.routing import Layout, Routed, build_rule, gather_passing
-
-Rotary = tuple[Float[Tensor, "T 1 R"], Float[Tensor, "T 1 R"]]
+from fuyu_e2e.model.row import Progress, Report, Row
 
 
 def build_norm(config: FuyuConfig, size: int) -> nn.RMSNorm | nn.LayerNorm:
@@ -39,24 +37,21 @@ class Attention(nn.Module):
         self.q_norm = build_norm(config, config.head_size)
         self.k_norm = build_norm(config, config.head_size)
 
-    def forward(
-        self,
-        x_TD: Float[Tensor, "T D"],
-        rotary: Rotary,
-        attend: Attend,
-        layer: int,
-        asking: Int64[Tensor, " C"] | None = None,
-    ) -> Float[Tensor, "C D"]:
-        """Attention of the tokens at `asking`, or of all, to all that `attend` shows them."""
-        x_CD, rotary_C = (x_TD, rotary) if asking is None else (x_TD.index_select(0, asking), turns_at(rotary, asking))
+    def forward(self, x_TD: Float[Tensor, "T D"], row: Row) -> Float[Tensor, "C D"]:
+        """Attention of the row's queries, or of all its tokens, to all that `row.attend` shows them."""
+        assert row.attend is not None
+        x_CD, rope_C = x_TD, row.rope
+        if row.queries is not None:
+            x_CD = x_TD.index_select(0, row.queries)
+            rope_C = (rope_C[0].index_select(0, row.queries), rope_C[1].index_select(0, row.queries))
         v_TGK = self.v_proj(x_TD).unflatten(-1, (-1, self.head_size))
         # Under autocast, products come in bfloat16: a norm is one kernel only of what has the type of its weight, and
         # attention takes three of one type.
         norms = self.q_norm.weight.dtype
-        q_CHK = rotate(self.q_norm(self.q_proj(x_CD).unflatten(-1, (-1, self.head_size)).to(norms)), *rotary_C)
-        k_TGK = rotate(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_size)).to(norms)), *rotary)
+        q_CHK = rotate(self.q_norm(self.q_proj(x_CD).unflatten(-1, (-1, self.head_size)).to(norms)), *rope_C)
+        k_TGK = rotate(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_size)).to(norms)), *row.rope)
         q_CHK, k_TGK = q_CHK.to(v_TGK.dtype), k_TGK.to(v_TGK.dtype)
-        return self.o_proj(attend(layer, q_CHK, k_TGK, v_TGK).flatten(-2))
+        return self.o_proj(row.attend(q_CHK, k_TGK, v_TGK).flatten(-2))
 
 
 class SwiGLU(nn.Module):
@@ -84,13 +79,50 @@ class SquaredReLU(nn.Module):
         return self.down_proj(F.relu(self.up_proj(x_TD)).square())
 
 
-def turns_at(rotary: Rotary, index: Int64[Tensor, " C"]) -> tuple[Float[Tensor, "C 1 R"], Float[Tensor, "C 1 R"]]:
-    """The rotary angles of some tokens."""
-    return rotary[0].index_select(0, index), rotary[1].index_select(0, index)
+class Block(nn.Module, ABC):
+    """A block of the decoder."""
+
+    reads_info = False
+    """Whether it reads `Row.info`, which costs something to make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recompute: ActivationCheckpointing = "none"
+        """What its backward pass computes anew, for memory."""
+
+    @abstractmethod
+    def forward(self, x_TD: Float[Tensor, "T D"], row: Row) -> Float[Tensor, "T D"]:
+        """The states of the row's tokens behind the block."""
+
+    @abstractmethod
+    def initialize(self) -> None:
+        """Has a new block add nothing to the states; its linear layers and norms are drawn by then."""
+
+    def observe(self, report: Report, row: Row) -> None:
+        """Counts what it reported of a training row."""
+
+    @property
+    def counts(self) -> Tensor | None:
+        """What it counted since the last step's end, to be summed over ranks; None for a block that counts nothing."""
+        return None
+
+    def end_step(self, counts: Tensor, progress: Progress, skip: Bool[Tensor, ""] | None) -> None:
+        """Hears what all ranks counted, and counts anew.
+
+        Args:
+            counts: The sum of `counts` over the ranks.
+            progress: Of the next step.
+            skip: Whether to change nothing but that; known to the device alone.
+        """
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it is compiled."""
+        return self._compiled_call_impl is not None
 
 
-class Block(nn.Module):
-    """The parts of a block, by the same names whether it is dense or routed."""
+class DenseBlock(Block):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, for every token."""
 
     def __init__(self, config: FuyuConfig) -> None:
         super().__init__()
@@ -99,73 +131,25 @@ class Block(nn.Module):
         self.mlp_norm = build_norm(config, config.width)
         self.mlp = SquaredReLU(config) if config.dialect == "fuyu" else SwiGLU(config)
 
+    def initialize(self) -> None:
+        """Zeros the projections into the states."""
+        nn.init.zeros_(self.attention.o_proj.weight)
+        nn.init.zeros_(self.mlp.down_proj.weight)
 
-class DenseBlock(Block):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, for every token."""
+    def forward(self, x_TD: Float[Tensor, "T D"], row: Row) -> Float[Tensor, "T D"]:
+        return recomputing(self.recompute, self._forward, x_TD, row)
 
-    def forward(
-        self,
-        x_TD: Float[Tensor, "T D"],
-        rotary: Rotary,
-        attend: Attend,
-        layer: int,
-        *,
-        recompute: ActivationCheckpointing = "none",
-    ) -> Float[Tensor, "T D"]:
-        return recomputing(recompute, self._update, x_TD, rotary, attend, layer)
-
-    def _update(self, x_TD: Float[Tensor, "T D"], rotary: Rotary, attend: Attend, layer: int) -> Float[Tensor, "T D"]:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotary, attend, layer)
+    def _forward(self, x_TD: Float[Tensor, "T D"], row: Row) -> Float[Tensor, "T D"]:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), row)
         return x_TD + self.mlp(self.mlp_norm(x_TD))
 
+    def update(self, x_CD: Float[Tensor, "C D"], context_TD: Float[Tensor, "T D"], row: Row) -> Float[Tensor, "C D"]:
+        """What the block adds to the states of the tokens that attend.
 
-class RoutedBlock(Block):
-    """The same for the tokens that pass, which attend to each other, or to all where skipped tokens leave their keys.
-
-    Shapes depend on the capacity alone, and nothing waits for the device; in evaluation, without a capacity, every
-    token that passes is taken and their number has to be read.
-    """
-
-    def __init__(self, config: FuyuConfig, layer: int) -> None:
-        super().__init__(config)
-        assert config.routing is not None
-        self.leaves_keys = config.routing.skipped == "keys"
-        self.rule = build_rule(config, layer)
-
-    def forward(
-        self,
-        x_TD: Float[Tensor, "T D"],
-        rotary: Rotary,
-        attend: RowAttention,
-        layer: int,
-        layout: Layout,
-        capacity: int | None,
-        *,
-        recompute: ActivationCheckpointing = "none",
-    ) -> tuple[Float[Tensor, "T D"], Routed]:
-        return recomputing(recompute, self._update, x_TD, rotary, attend, layer, layout, capacity)
-
-    def _update(
-        self,
-        x_TD: Float[Tensor, "T D"],
-        rotary: Rotary,
-        attend: RowAttention,
-        layer: int,
-        layout: Layout,
-        capacity: int | None,
-    ) -> tuple[Float[Tensor, "T D"], Routed]:
-        choice = self.rule.choose(x_TD, layout, capacity)
-        passing = gather_passing(choice.passes, capacity)
-        x_CD = x_TD.index_select(0, passing.index)
-        if self.leaves_keys:
-            norm_TD = self.attention_norm(x_TD)
-            attended_CD = self.attention(norm_TD, rotary, attend.asking(passing), layer, passing.index)
-        else:
-            norm_CD = self.attention_norm(x_CD)
-            attended_CD = self.attention(norm_CD, turns_at(rotary, passing.index), attend.among(passing), layer)
-        update_CD = attended_CD + self.mlp(self.mlp_norm(x_CD + attended_CD))
-        gates_C = torch.where(passing.real, choice.gates.index_select(0, passing.index), 0.0)
-        x_TD = x_TD.index_add(0, passing.index, (gates_C[:, None] * update_CD).to(x_TD.dtype))
-        scores = None if choice.scores is None else choice.scores.detach()
-        passed = torch.zeros_like(choice.passes).index_copy(0, passing.index, passing.real)
-        return x_TD, Routed(self.rule.block, choice.passes, passed, scores, choice.auxiliary)
+        Args:
+            x_CD: Their states.
+            context_TD: Those of the tokens that they attend to, which may be the same.
+            row: Of the latter.
+        """
+        attended_CD = self.attention(self.attention_norm(context_TD), row)
+        return attended_CD + self.mlp(self.mlp_norm(x_CD + attended_CD))

@@ -10,9 +10,9 @@
 - the loss is computed where tokens carry it and nowhere else, a chunk of logits at a time
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +21,36 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.model.attention import Attend, RowAttention, rotary
+from fuyu_e2e.model.attention import RowAttention, rotary
 from fuyu_e2e.model.attention_kernels import AttentionBackend, plan_attention
-from fuyu_e2e.model.block import Block, DenseBlock, RoutedBlock, build_norm
+from fuyu_e2e.model.block import Block, DenseBlock, build_norm
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.graphs import noticing_too_many
 from fuyu_e2e.model.recomputation import ActivationCheckpointing
-from fuyu_e2e.model.routing import Layout, Progress, RoutingTrace, Scorer, Threshold
+from fuyu_e2e.model.routing.block import RoutedBlock
+from fuyu_e2e.model.row import Progress, Row, TokenInfo
 
 PATCH_GAIN = 3.0
 """Brings patches of usual contrast, about a third of the range of values, to the scale of token embeddings."""
 LOSS_CHUNK = 2_048
 """Positions whose logits are in memory at once while the loss is computed."""
+
+
+class Inputs(NamedTuple):
+    """What a decoder reads."""
+
+    tokens: Int64[Tensor, " T"]
+    """Token ids; places of patches hold any."""
+    patches: UInt8[Tensor, "P C"] | None = None
+    """Raw patches; None where there can be none."""
+    patch_positions: Int64[Tensor, " P"] | None = None
+    """Where in `tokens` each patch stands."""
+
+
+def build_block(config: FuyuConfig, number: int) -> Block:
+    """The block of a decoder with that number, from 0."""
+    block = DenseBlock(config)
+    return RoutedBlock(block, config, number) if number in config.routed else block
 
 
 class Decoder(nn.Module):
@@ -43,10 +61,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.patch_projection = nn.Linear(config.patch_values, config.width)
-        self.blocks = nn.ModuleList(
-            RoutedBlock(config, layer) if layer in config.routed else DenseBlock(config)
-            for layer in range(config.layers)
-        )
+        self.blocks = nn.ModuleList(build_block(config, number) for number in range(config.layers))
         self.norm = build_norm(config, config.width)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -55,8 +70,6 @@ class Decoder(nn.Module):
         """How far its training has come, for the annealing of shares; whoever trains it sets this in each step."""
         self.attention: AttentionBackend = "auto"
         """What computes the attention of packed rows."""
-        self.activation_checkpointing: ActivationCheckpointing = "none"
-        """For memory: what is computed, and what comes of it, stays the same."""
         self.initialize()
 
     @torch.no_grad()
@@ -74,64 +87,45 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
-                module.reset_parameters()
-            elif isinstance(module, Scorer):
-                module.initialize()
+            elif callable(reset := getattr(module, "reset_parameters", None)) and module is not self.embed_tokens:
+                reset()
         nn.init.normal_(self.embed_tokens.weight, std=0.5)
         nn.init.normal_(
             self.lm_head.weight, std=min(0.02, 2 / width) if self.config.tie_embeddings else 0.1 / width**0.5
         )
         colours = self.patch_projection.weight.view(width, -1, 3)
         colours.sub_(colours.mean(dim=1, keepdim=True)).mul_(PATCH_GAIN)
+        for block in self.each_block():
+            block.initialize()
+
+    def each_block(self) -> Iterator[Block]:
+        """The blocks, in order of depth."""
         for block in self.blocks:
             assert isinstance(block, Block)
-            nn.init.zeros_(block.attention.o_proj.weight)
-            nn.init.zeros_(block.mlp.down_proj.weight)
+            yield block
+
+    def recompute(self, kind: ActivationCheckpointing) -> None:
+        """Has the backward pass compute activations of that kind anew; what comes of it stays the same."""
+        for block in self.each_block():
+            block.recompute = kind
 
     def embed(
         self,
         tokens: Int64[Tensor, " T"],
-        patches: UInt8[Tensor, "P C"],
-        patch_positions: Int64[Tensor, " P"],
+        patches: UInt8[Tensor, "P C"] | None = None,
+        patch_positions: Int64[Tensor, " P"] | None = None,
     ) -> Float[Tensor, "T D"]:
         """Token embeddings, with projected patches in place of their placeholders.
 
-        Runs the projection without patches too, so that a rank with text alone takes part in its gradient.
+        Runs the projection also of no patches, so that a rank with text alone takes part in its gradient, but not
+        where there can be none.
         """
         x_TD = self.embed_tokens(tokens)
+        if patches is None or patch_positions is None:
+            return x_TD
         weight = self.patch_projection.weight
         x_PD = self.patch_projection((patches.to(weight.dtype) - 127.5) / 127.5)
         return x_TD.index_copy(0, patch_positions, x_PD.to(x_TD.dtype))
-
-    def hidden(
-        self,
-        x_TD: Float[Tensor, "T D"],
-        positions: Int64[Tensor, " T"],
-        attend: Attend | RowAttention,
-        trace: RoutingTrace | None = None,
-    ) -> Float[Tensor, "T D"]:
-        """The states behind the last block, normalised: what the output projection reads.
-
-        Args:
-            x_TD: What `embed` gives.
-            positions: Of each token in its document.
-            attend: How the blocks attend; a `RowAttention` where some are routed.
-            trace: With the layout of the row where some blocks are routed; what happens there is added to it.
-        """
-        turns = rotary(positions, self.config.rotary_size, self.config.rope_theta)
-        recompute = self.activation_checkpointing if torch.is_grad_enabled() else "none"
-        for layer, block in enumerate(self.blocks):
-            if isinstance(block, RoutedBlock):
-                assert trace is not None
-                assert trace.layout is not None
-                layout = replace(trace.layout, block=torch.full_like(trace.layout.block, layer))
-                capacity = block.rule.capacity(layout) if self.training else None
-                x_TD, routed = block(x_TD, turns, attend, layer, layout, capacity, recompute=recompute)
-                trace.blocks.append(routed)
-            else:
-                x_TD = block(x_TD, turns, attend, layer, recompute=recompute)
-        return self.norm(x_TD)
 
     def plan(self, lengths: tuple[int, ...], device: torch.device, backend: AttentionBackend) -> RowAttention:
         """The attention of a row of documents with these lengths, in the type that products are computed in.
@@ -143,37 +137,82 @@ class Decoder(nn.Module):
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.embed_tokens.weight.dtype
         return plan_attention(lengths, device, dtype, backend, head_size=self.config.head_size)
 
-    def _encode(self, batch: PackedBatch, trace: RoutingTrace | None) -> Float[Tensor, "T D"]:
+    def row(self, batch: PackedBatch) -> Row:
+        """The row of a packed batch, for one way through the decoder."""
         plan = self.plan((*batch.document_lengths, batch.padding), batch.tokens.device, self.attention)
-        trace = RoutingTrace() if trace is None else trace
-        if self.config.routing is not None:
-            trace.layout = Layout.of(batch, self.config, self.progress, self.training)
-        x_TD = self.embed(batch.tokens, batch.patches, batch.patch_positions)
-        compiled = any(block._compiled_call_impl is not None for block in self.blocks)
+        return self.row_of(batch.positions, [plan] * len(self.blocks), self.info(batch))
+
+    def info(self, batch: PackedBatch) -> TokenInfo | None:
+        """What blocks read of a packed batch's tokens beside their states; None where none does."""
+        if not self._reads_info:
+            return None
+        return TokenInfo.of(batch, len(self.blocks), self.progress, self.training)
+
+    @property
+    def _reads_info(self) -> bool:
+        return any(block.reads_info for block in self.each_block())
+
+    def row_of(
+        self, positions: Int64[Tensor, " T"], attends: Sequence[RowAttention], tokens: TokenInfo | None = None
+    ) -> Row:
+        """The row of tokens at some positions of their documents.
+
+        Args:
+            positions: Of each token.
+            attends: How each block attends.
+            tokens: What else is known of them, where a block reads it.
+        """
+        rope = rotary(positions, self.config.rotary_size, self.config.rope_theta)
+        return Row(positions=positions, rope=rope, attends=attends, tokens=tokens)
+
+    def row_of_new_tokens(self, positions: Int64[Tensor, " B"], attends: Sequence[RowAttention]) -> Row:
+        """The row of the next token of each of several sequences."""
+        tokens = TokenInfo.of_new_tokens(positions, len(self.blocks)) if self._reads_info else None
+        return self.row_of(positions, attends, tokens)
+
+    def forward(self, inputs: Inputs, row: Row) -> Float[Tensor, "T D"]:
+        """The states behind the last block, normalised: what the output projection reads.
+
+        Training, prefill, decoding steps and exported graphs all come this way. Blocks add to `row.reports`.
+        """
+        x_TD = self.embed(*inputs)
+        for number, block in enumerate(self.blocks):
+            x_TD = block(x_TD, row.at(number))
+        return self.norm(x_TD)
+
+    def _states(self, batch: PackedBatch, row: Row | None) -> Float[Tensor, "T D"]:
+        """Those of a packed batch."""
+        inputs = Inputs(batch.tokens, batch.patches, batch.patch_positions)
+        compiled = any(block.compiled for block in self.each_block())
         with noticing_too_many() if compiled else nullcontext():
-            return self.hidden(x_TD, batch.positions, plan, trace)
+            return self.forward(inputs, self.row(batch) if row is None else row)
 
-    def forward(self, batch: PackedBatch, trace: RoutingTrace | None = None) -> Float[Tensor, "T V"]:
-        """Logits of the next token at every position; what happens at routed blocks goes to `trace`."""
-        return self.lm_head(self._encode(batch, trace))
+    def logits(self, batch: PackedBatch, row: Row | None = None) -> Float[Tensor, "T V"]:
+        """Logits of the next token at every position of a packed batch.
 
-    def loss(self, batch: PackedBatch, trace: RoutingTrace | None = None) -> Float[Tensor, ""]:
+        Args:
+            batch: What is read.
+            row: That of `row(batch)`, by whoever wants to see the blocks' reports.
+        """
+        return self.lm_head(self._states(batch, row))
+
+    def loss(self, batch: PackedBatch, row: Row | None = None) -> Float[Tensor, ""]:
         """The cross-entropy of all supervised tokens, in nats: their sum, float32.
 
-        The caller divides by the supervised tokens of the whole step; a mean here would weigh batches wrongly. What
-        happens at routed blocks goes to `trace`, a rule's own loss among it.
+        The caller divides by the supervised tokens of the whole step; a mean here would weigh batches wrongly. Losses
+        of the blocks' own are not in it but in `row`, that of `row(batch)`.
         """
-        return self.loss_and_z(batch, trace, with_z=False)[0]
+        return self.loss_and_z(batch, row, with_z=False)[0]
 
     def loss_and_z(
-        self, batch: PackedBatch, trace: RoutingTrace | None = None, *, with_z: bool
+        self, batch: PackedBatch, row: Row | None = None, *, with_z: bool
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """The same, and the sum over supervised tokens of log²(Z); Z normalises the softmax.
 
         A small part of the latter in the loss (Chowdhery et al. 2022, arXiv 2204.02311, section 5: 1e-4) keeps Z near
         1, where bfloat16 rounds logits the least. It is 0, and costs nothing, unless asked for by `with_z`.
         """
-        hidden_SD = self._encode(batch, trace).index_select(0, batch.target_positions)
+        hidden_SD = self._states(batch, row).index_select(0, batch.target_positions)
         chunks = zip(hidden_SD.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True)
         if hidden_SD.shape[0] <= LOSS_CHUNK:
             losses = [self._chunk_losses(*chunk, with_z) for chunk in chunks]
@@ -186,7 +225,7 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def token_losses(self, batch: PackedBatch) -> Float[Tensor, " S"]:
         """The cross-entropy of each supervised token, in nats, float32, in the order of `batch.targets`."""
-        hidden_SD = self._encode(batch, None).index_select(0, batch.target_positions)
+        hidden_SD = self._states(batch, None).index_select(0, batch.target_positions)
         chunks = zip(hidden_SD.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True)
         return torch.cat(
             [F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none") for hidden, targets in chunks]
@@ -197,37 +236,27 @@ class Decoder(nn.Module):
         loss = F.cross_entropy(logits_SV, targets, reduction="sum")
         return torch.stack((loss, logits_SV.logsumexp(dim=-1).square().sum() if with_z else torch.zeros_like(loss)))
 
-    @property
-    def _thresholds(self) -> dict[int, Threshold]:
-        """The threshold rules, by block."""
-        rules = {layer: block.rule for layer, block in enumerate(self.blocks) if isinstance(block, RoutedBlock)}
-        return {layer: rule for layer, rule in rules.items() if isinstance(rule, Threshold)}
+    @torch.no_grad()
+    def observe(self, row: Row) -> None:
+        """Has blocks count what they reported of a training row, for `end_step`."""
+        for report in row.reports:
+            block = self.blocks[report.block]
+            assert isinstance(block, Block)
+            block.observe(report, row)
 
     @torch.no_grad()
-    def observe(self, trace: RoutingTrace) -> None:
-        """Counts the scores of a training row, from which `update_thresholds` sets the next step's thresholds."""
-        thresholds = self._thresholds
-        for routed in trace.blocks:
-            if routed.block in thresholds:
-                assert trace.layout is not None
-                thresholds[routed.block].observe(routed, trace.layout)
-
-    @torch.no_grad()
-    def update_thresholds(
+    def end_step(
         self, progress: Progress, reduce: Callable[[Tensor], Tensor], skip: Bool[Tensor, ""] | None = None
     ) -> None:
-        """Sets the thresholds that hold from the next step on, from the scores observed since the last update.
+        """Tells blocks that count something in training what all ranks counted since the last step's end.
 
         Args:
             progress: Of the next step.
             reduce: Sums counts over all ranks.
-            skip: Whether to drop these scores instead, and leave all as it is; known to the device alone.
+            skip: Whether to forget it instead; known to the device alone.
         """
-        rules = list(self._thresholds.values())
-        if not rules:
-            return
-        assert self.config.routing is not None
-        counts = reduce(torch.cat([rule.counts for rule in rules]))
-        dense = progress.dense(self.config.routing)
-        for rule, own in zip(rules, counts.split([len(rule.counts) for rule in rules]), strict=True):
-            rule.update(own, dense, skip)
+        counting = [(block, counts) for block in self.each_block() if (counts := block.counts) is not None]
+        if counting:
+            sums = reduce(torch.cat([counts for _, counts in counting]))
+            for (block, _), own in zip(counting, sums.split([len(counts) for _, counts in counting]), strict=True):
+                block.end_step(own, progress, skip)

@@ -8,6 +8,7 @@ graphs of a block that attends by documents, which are never compiled: there `se
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
@@ -30,8 +31,8 @@ R = TypeVar("R")
 
 
 def recomputing(kind: ActivationCheckpointing, run: Callable[..., R], *inputs: Any) -> R:
-    """What `run` gives, of whose activations the backward pass computes those of that kind anew."""
-    if kind == "none":
+    """What `run` gives, of whose activations the backward pass, if there is one, computes those of that kind anew."""
+    if kind == "none" or not torch.is_grad_enabled():
         return run(*inputs)
     if kind == "full":
         return checkpoint(run, *inputs, use_reentrant=False)

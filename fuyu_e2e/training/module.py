@@ -21,7 +21,7 @@ from fuyu_e2e.model.attention_kernels import AttentionBackend
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig, SizeName, named_size
 from fuyu_e2e.model.decoder import ActivationCheckpointing, Decoder
 from fuyu_e2e.model.float8 import use_float8
-from fuyu_e2e.model.routing import Progress, RoutingTrace
+from fuyu_e2e.model.row import Progress, Row
 from fuyu_e2e.model.sharding import TENSOR, gather_weights, shard
 from fuyu_e2e.ranks import DataRank, sum_over_ranks
 from fuyu_e2e.sequence import Prompt
@@ -116,8 +116,8 @@ class FuyuModule(pl.LightningModule):
         """Those of the checkpoint that the run goes on from, where it was validated at its own step."""
         self.validation = torch.nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
         self.testing = torch.nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
-        self.trace = RoutingTrace()
-        """What happened at routed blocks in the last batch."""
+        self.row: Row | None = None
+        """That of the last batch, with what blocks reported of it."""
         self.votes: dict[str, bool] = {}
         """What callbacks of this rank have to say to the others in each step, by the same names on all ranks; set in
         their `on_before_optimizer_step`, and heard by all ranks in the same step (`figures.votes`)."""
@@ -220,7 +220,7 @@ class FuyuModule(pl.LightningModule):
             # of another size; a seed means the same weights everywhere, and the strategy moves them.
             with torch.device("cpu"):
                 self.decoder = Decoder(self.config)
-            self.decoder.activation_checkpointing = self.activation_checkpointing
+            self.decoder.recompute(self.activation_checkpointing)
             self.decoder.attention = self.attention
             # Each rank counts the scores of its own rows; DDP would overwrite them with those of the first.
             counts = [name for name, _ in self.named_buffers() if name.endswith(".rule.counts")]
@@ -278,11 +278,11 @@ class FuyuModule(pl.LightningModule):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The summed loss of one micro-batch, its gradient still to be divided by the step's supervised tokens."""
         self.decoder.progress = self._progress_after(0)
-        self.trace = RoutingTrace()
-        loss, z_loss = self.decoder.loss_and_z(batch, self.trace, with_z=self.z_loss > 0)
-        self.decoder.observe(self.trace)
+        self.row = self.decoder.row(batch)
+        loss, z_loss = self.decoder.loss_and_z(batch, self.row, with_z=self.z_loss > 0)
+        self.decoder.observe(self.row)
         self._sums.add(loss, batch)
-        beside = self.z_loss * z_loss + self.trace.auxiliary * batch.targets.numel()
+        beside = self.z_loss * z_loss + self.row.auxiliary * batch.targets.numel()
         # Undoes the division by the number of micro-batches that Lightning is about to do.
         return (loss + beside) * self.trainer.accumulate_grad_batches
 
@@ -313,9 +313,7 @@ class FuyuModule(pl.LightningModule):
             greatest_loss, greatest_norm = self.guard.limits()
             bad = ~((mean <= greatest_loss) & (norm <= greatest_norm))  # what is no number is below no limit
             optimizer.found_inf = bad.float()
-        self.decoder.update_thresholds(
-            self._progress_after(1), lambda counts: sum_over_ranks(counts) // copies, skip=bad
-        )
+        self.decoder.end_step(self._progress_after(1), lambda counts: sum_over_ranks(counts) // copies, skip=bad)
         step = self.trainer.global_step + 1
         self._pending = PendingStep(step, sums, (mean, norm), bad, votes=self.votes, beside=self.beside, copies=copies)
         self.beside = {}
@@ -398,8 +396,8 @@ class FuyuModule(pl.LightningModule):
         self._evaluate(batch, self.testing, "test")
 
     def _evaluate(self, batch: PackedBatch, metrics: torch.nn.ModuleDict, stage: str) -> None:
-        self.trace = RoutingTrace()
-        loss = self.decoder.loss(batch, self.trace)
+        self.row = self.decoder.row(batch)
+        loss = self.decoder.loss(batch, self.row)
         for name, metric in metrics.items():
             assert isinstance(metric, TokenLoss)
             metric.update(loss, batch.targets.numel())

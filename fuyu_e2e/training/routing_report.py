@@ -12,9 +12,10 @@ from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.inference.depth import KIND_NAMES, token_depth
 from fuyu_e2e.inference.depth_map import depth_map
 from fuyu_e2e.inference.generation import generate
-from fuyu_e2e.model.block import RoutedBlock
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.routing import RoutingTrace, Threshold
+from fuyu_e2e.model.routing.block import RoutedBlock, routed_blocks
+from fuyu_e2e.model.routing.rules import Threshold
+from fuyu_e2e.model.row import Row
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import Prompt
 from fuyu_e2e.training.curves import shown_step, tensorboard_of
@@ -44,7 +45,7 @@ class RoutingReport(Callback):
         """Counts a batch."""
         assert isinstance(pl_module, FuyuModule)
         if pl_module.config.routing is not None:
-            self._training.add(pl_module.trace)
+            self._training.add(pl_module.row)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -86,7 +87,7 @@ class RoutingReport(Callback):
         """Counts a batch."""
         assert isinstance(pl_module, FuyuModule)
         if pl_module.config.routing is not None and batch.document_lengths:
-            self._validation.add(pl_module.trace)
+            self._validation.add(pl_module.row)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs the shares of this process's rows."""
@@ -120,10 +121,10 @@ class RoutingReport(Callback):
     @staticmethod
     @torch.no_grad()
     def _choose(decoder: Decoder, prompts: list[Prompt]) -> Tensor:
-        trace = RoutingTrace()
-        row = pack_row([prompt.sequence for prompt in prompts])
-        decoder(row.to(decoder.embed_tokens.weight.device), trace)
-        return torch.stack([routed.passed for routed in trace.blocks])
+        batch = pack_row([prompt.sequence for prompt in prompts]).to(decoder.embed_tokens.weight.device)
+        row = decoder.row(batch)
+        decoder.logits(batch, row)
+        return torch.stack([routed.passed for routed in routed_blocks(row)])
 
 
 class _Sums:
@@ -136,15 +137,15 @@ class _Sums:
         self.dropped: Tensor | None = None
         self.spread: Tensor | None = None
 
-    def add(self, trace: RoutingTrace) -> None:
+    def add(self, row: Row | None) -> None:
         """Adds the routed blocks of one row."""
-        if trace.layout is None or not trace.blocks:
+        if row is None or not (blocks := routed_blocks(row)):
             return
-        layout, self.blocks = trace.layout, [routed.block for routed in trace.blocks]
-        kinds = torch.stack([(layout.kind == kind) & layout.real for kind in KIND_NAMES])
-        passed = torch.stack([(kinds & routed.passed).sum(dim=1) for routed in trace.blocks])
-        dropped = torch.stack([(routed.chosen & ~routed.passed).sum() for routed in trace.blocks])
-        scores = [routed.scores for routed in trace.blocks if routed.scores is not None]
+        self.blocks = [routed.block for routed in blocks]
+        kinds = torch.stack([(row.types == kind) & row.info.valid for kind in KIND_NAMES])
+        passed = torch.stack([(kinds & routed.passed).sum(dim=1) for routed in blocks])
+        dropped = torch.stack([(routed.chosen & ~routed.passed).sum() for routed in blocks])
+        scores = [routed.scores for routed in blocks if routed.scores is not None]
         self.tokens = kinds.sum(dim=1) if self.tokens is None else self.tokens + kinds.sum(dim=1)
         self.passed = passed if self.passed is None else self.passed + passed
         self.dropped = dropped if self.dropped is None else self.dropped + dropped

@@ -77,7 +77,7 @@ class Throughput(Callback):
             document_lengths=batch.document_lengths,
             patches=batch.patches.shape[0],
             targets=batch.targets.shape[0],
-            dense=pl_module.decoder.progress.dense(routing) if routing is not None else 0.0,
+            dense=routing.dense(pl_module.decoder.progress.done) if routing is not None else 0.0,
         )
         window.tokens += row.tokens
         window.budget += batch.tokens.shape[0]

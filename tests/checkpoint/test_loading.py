@@ -112,7 +112,7 @@ def test_two_lines_give_a_model_and_a_processor(
     model, processor = fuyu_e2e.load(tmp_path / "out")
     prompt = processor(make_png(9, 20), "What is it?")
     with torch.no_grad():
-        assert torch.equal(model(pack_row([prompt])), decoder(pack_row([prompt])))
+        assert torch.equal(model.logits(pack_row([prompt])), decoder.logits(pack_row([prompt])))
     [tokens] = fuyu_e2e.generate(model, [prompt], max_new_tokens=5, eos_id=processor.eos_id)
     assert isinstance(processor.decode(tokens), str)
 

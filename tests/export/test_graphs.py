@@ -32,7 +32,7 @@ def test_saved_graphs_continue_a_prompt_as_the_decoder_does(
     for prompt in prompts:
         row = pack_row([prompt])
         logits, keys, values = prefill(row.tokens, row.patches, row.patch_positions)
-        torch.testing.assert_close(logits, decoder(row)[-1:], atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(logits, decoder.logits(row)[-1:], atol=1e-4, rtol=1e-5)
         written = [int(logits.argmax())]
         for length in range(tokens, tokens + 5):
             logits, keys, values = step(torch.tensor(written[-1:]), torch.tensor([length]), keys, values)

@@ -20,7 +20,8 @@ from fuyu_e2e.model.attention_kernels import AttentionBackend, plan_attention
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.recomputation import ActivationCheckpointing
-from fuyu_e2e.model.routing import Progress, gather_passing
+from fuyu_e2e.model.routing.block import gather_passing
+from fuyu_e2e.model.row import Progress
 from fuyu_e2e.packing import pack_row
 
 pytestmark = [
@@ -65,7 +66,7 @@ def assert_same(found: Tensor, expected: Tensor, inputs: list[Tensor], wide: lis
 def test_every_backend_gives_the_reference(backend: AttentionBackend, heads: tuple[int, int], device: str) -> None:
     plan, inputs = planned(backend, device), draw(heads, device)
     wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
-    assert_same(plan(0, *inputs), reference_attention(*wide, LENGTHS), inputs, wide)
+    assert_same(plan(*inputs), reference_attention(*wide, LENGTHS), inputs, wide)
 
 
 @pytest.mark.parametrize("skipped", ["nothing", "keys"])
@@ -83,10 +84,10 @@ def test_every_backend_gives_the_reference_of_passing_tokens(
     if skipped == "nothing":
         counts = tuple(int(part.sum()) for part in passes.split(LENGTHS))
         expected = reference_attention(*(tensor[passes] for tensor in wide), counts)
-        found = plan.among(passing)(0, *(tensor[passing.index] for tensor in inputs))
+        found = plan.among(passing)(*(tensor[passing.index] for tensor in inputs))
     else:
         expected = reference_attention(*wide, LENGTHS)[passes]
-        found = plan.asking(passing)(0, queries[passing.index], keys, values)
+        found = plan.asking(passing)(queries[passing.index], keys, values)
     assert_same(found[passing.real], expected, inputs, wide)
 
 
@@ -168,7 +169,7 @@ def test_selective_recomputation_keeps_attention(backend: AttentionBackend, comp
             block.compile()
 
     def forward_kernels(kind: ActivationCheckpointing) -> int:
-        decoder.activation_checkpointing = kind
+        decoder.recompute(kind)
         decoder.train()
 
         def step() -> None:
@@ -204,8 +205,8 @@ def test_no_attention_goes_through_all_scores(dtype: torch.dtype, device: str) -
     passing = gather_passing(torch.ones(sum(LENGTHS), dtype=torch.bool, device=device), sum(LENGTHS))
     asking = plan.asking(passing)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        plan(0, *inputs)
-        asking(0, *inputs)
+        plan(*inputs)
+        asking(*inputs)
     names = {event.name for event in profiled.events()}
     assert not [name for name in names if "_scaled_dot_product_attention_math" in name or "cudnn" in name.lower()]
     assert [name for name in names if "efficient_attention" in name or "flash_attention" in name]

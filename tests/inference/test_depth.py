@@ -12,7 +12,7 @@ from fuyu_e2e.inference.depth import token_depth
 from fuyu_e2e.inference.depth_map import WIDTH, colour, depth_map
 from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.routing import RoutingTrace
+from fuyu_e2e.model.routing.block import routed_blocks
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
 
@@ -30,9 +30,11 @@ def test_depth_is_that_of_the_whole_sequence_read_at_once(
     depth = token_depth(decoder, prompt, written)
     assert depth.passed.shape == (2, len(prompt) + 7)
     with torch.no_grad():
-        trace = RoutingTrace()
-        decoder(pack_row([prompt]), trace)
-    assert torch.equal(depth.counts[: len(prompt)], trace.depth)
+        batch = pack_row([prompt])
+        row = decoder.row(batch)
+        decoder.logits(batch, row)
+    passed = torch.stack([routed.passed for routed in routed_blocks(row)])
+    assert torch.equal(depth.counts[: len(prompt)], passed.sum(dim=0))
     assert set(depth.shares) == {"patches", "newlines", "text", "answers"}
     patches = depth.passed[:, torch.from_numpy(prompt.patch_positions)].float().mean()
     assert depth.shares["patches"] == pytest.approx(float(patches))

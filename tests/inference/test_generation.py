@@ -27,7 +27,8 @@ from fuyu_e2e.inference.generation import (
 from fuyu_e2e.model.attention import reference_attention
 from fuyu_e2e.model.attention_kernels import AttentionBackend, VarlenRow
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.routing import Progress, RoutingTrace
+from fuyu_e2e.model.routing.block import routed_blocks
+from fuyu_e2e.model.row import Progress
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import Prompt, SequenceBuilder, TokenSequence
 
@@ -51,7 +52,7 @@ def uncached(decoder: Decoder, prompt: TokenSequence, steps: int, eos_id: int) -
             image_patches=row.image_patches,
             document_lengths=(len(tokens),),
         )
-        chosen = int(decoder(longer)[-1].argmax())
+        chosen = int(decoder.logits(longer)[-1].argmax())
         if chosen == eos_id:
             break
         written.append(chosen)
@@ -272,10 +273,11 @@ def test_cached_decoding_chooses_the_tokens_of_the_training_forward(
     for seed in range(25):
         sequence = builder.build(random_document(seed))
         start = max((span.stop for span in sequence.images), default=0) + 1
-        trace = RoutingTrace()
-        decoder.train()(pack_row([sequence]), trace)
-        assert not any((routed.chosen & ~routed.passed).any() for routed in trace.blocks)
-        expected = torch.stack([routed.passed for routed in trace.blocks])
+        batch = pack_row([sequence])
+        row = decoder.train().row(batch)
+        decoder.logits(batch, row)
+        assert not any((routed.chosen & ~routed.passed).any() for routed in routed_blocks(row))
+        expected = torch.stack([routed.passed for routed in routed_blocks(row)])
         prompt = sequence.cut(start) or replace(sequence, tokens=sequence.tokens[:start], loss=sequence.loss[:start])
         depth = token_depth(decoder.eval(), prompt, sequence.tokens[start:].tolist())
         assert depth.passed.shape == expected.shape
@@ -301,9 +303,9 @@ def test_under_autocast_a_cache_is_in_its_type_and_gives_the_uncached_logits(
     sequence = builder.build(random_document(2))
     start = max(span.stop for span in sequence.images) + 1
     prompt = sequence.cut(start) or replace(sequence, tokens=sequence.tokens[:start], loss=sequence.loss[:start])
-    exact = decoder(pack_row([sequence]))[start - 1 :]
+    exact = decoder.logits(pack_row([sequence]))[start - 1 :]
     with torch.autocast("cpu", torch.bfloat16):
-        expected = decoder(pack_row([sequence]))[start - 1 :]
+        expected = decoder.logits(pack_row([sequence]))[start - 1 :]
         cache = KeyValueCache(decoder.config, 1, len(sequence), like=decoder.embed_tokens.weight)
         states = [prefill(decoder, pack_row([prompt]), cache)]
         states += [decode_step(decoder, torch.tensor([token]), cache) for token in sequence.tokens[start:].tolist()]
@@ -326,10 +328,10 @@ def test_a_routed_cache_holds_what_passed(
     for skipped in ("nothing", "keys"):
         decoder = routed_decoder(**settings, skipped=skipped)
         for _ in range(30):  # thresholds of these very documents
-            trace = RoutingTrace()
-            decoder(rows, trace)
-            decoder.observe(trace)
-            decoder.update_thresholds(Progress(), lambda counts: counts)
+            row = decoder.row(rows)
+            decoder.logits(rows, row)
+            decoder.observe(row)
+            decoder.end_step(Progress(), lambda counts: counts)
         cache = KeyValueCache(decoder.config, 4, max(rows.document_lengths), like=torch.zeros(1))
         prefill(decoder, rows, cache)
         sizes[skipped] = [block.keys.numel() // (4 * 2 * 12) for block in cache.blocks]

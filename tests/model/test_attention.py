@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fuyu_e2e.model.attention import reference_attention, rotary, rotate
 from fuyu_e2e.model.attention_plans import AttentionPlan, MaskedAttention
-from fuyu_e2e.model.routing import gather_passing
+from fuyu_e2e.model.routing.block import gather_passing
 
 lengths = st.lists(st.integers(1, 70), min_size=1, max_size=12)
 
@@ -28,7 +28,7 @@ def test_planned_attention_is_the_reference(lengths: list[int], heads: tuple[int
     expected = reference_attention(queries, keys, values, tuple(lengths))
     expected_gradients = torch.autograd.grad((expected * direction).sum(), [queries, keys, values])
     fast = [tensor.detach().float().requires_grad_() for tensor in (queries, keys, values)]
-    planned = AttentionPlan.of(tuple(lengths), torch.device("cpu"))(0, *fast)
+    planned = AttentionPlan.of(tuple(lengths), torch.device("cpu"))(*fast)
     gradients = torch.autograd.grad((planned * direction.float()).sum(), fast)
     torch.testing.assert_close(planned, expected.float(), atol=1e-5, rtol=1e-4)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
@@ -64,7 +64,7 @@ def test_attention_of_passing_tokens_is_the_reference(lengths: list[int], seed: 
         given = (asked, keys, values)
         contenders = [plan.asking(passing), MaskedAttention.asking(passing.index, plan.document)]
     for attend in contenders:
-        attended = attend(0, *given)
+        attended = attend(*given)
         assert attended.shape == asked.shape
         assert attended.isfinite().all()
         torch.testing.assert_close(attended[passing.real], expected, atol=1e-5, rtol=1e-4)
@@ -88,10 +88,10 @@ def test_a_gpu_is_asked_for_kernels_that_serve_it(
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", look)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    planned = plan(0, queries, keys, values)
+    planned = plan(queries, keys, values)
     assert asked == [(planned_heads, False)]
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
-    masked = MaskedAttention.asking(torch.arange(50), plan.document)(0, queries, keys, values)
+    masked = MaskedAttention.asking(torch.arange(50), plan.document)(queries, keys, values)
     assert asked[1][0] == 4
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     for found in (planned, masked):

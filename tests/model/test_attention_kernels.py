@@ -25,7 +25,7 @@ from fuyu_e2e.model.attention_kernels import (
     plan_attention,
 )
 from fuyu_e2e.model.attention_plans import AttentionPlan
-from fuyu_e2e.model.routing import gather_passing
+from fuyu_e2e.model.routing.block import gather_passing
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_rows_are_the_reference(lengths: list[int], heads: tuple[int, int], seed
     inputs = draw(lengths, heads, seed)
     expected = reference_attention(*inputs, tuple(lengths))
     for row in rows([*lengths, 0]):  # no padding, as a last document that is empty
-        torch.testing.assert_close(row(0, *inputs), expected)
+        torch.testing.assert_close(row(*inputs), expected)
 
 
 @given(lengths=lengths, seed=st.integers(0, 1_000), skipped=st.sampled_from(["nothing", "keys"]))
@@ -71,9 +71,9 @@ def test_passing_tokens_are_the_reference(lengths: list[int], seed: int, skipped
     for row in rows(lengths):
         asked = queries[passing.index]
         if skipped == "nothing":
-            attended = row.among(passing)(0, asked, keys[passing.index], values[passing.index])
+            attended = row.among(passing)(asked, keys[passing.index], values[passing.index])
         else:
-            attended = row.asking(passing)(0, asked, keys, values)
+            attended = row.asking(passing)(asked, keys, values)
         torch.testing.assert_close(attended[passing.real], expected)
 
 
@@ -156,7 +156,7 @@ def test_kernels_are_the_reference_forward_and_backward(backend: str, seed: int)
     gradients = torch.autograd.grad((expected * direction).sum(), inputs)
     fast = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs]
     plan = plan_attention(tuple(lengths), torch.device("cuda"), torch.bfloat16, backend, head_size=16)  # type: ignore[arg-type]
-    planned = plan(0, *fast)
+    planned = plan(*fast)
     found = torch.autograd.grad((planned * direction.bfloat16()).sum(), fast)
     torch.testing.assert_close(planned.double(), expected, atol=3e-2, rtol=3e-2)
     for gradient, wanted in zip(found, gradients, strict=True):

@@ -11,7 +11,25 @@ from fuyu_e2e.model.attention import Attend, Passing, RowAttention, reference_at
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.model.cost import cost
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.routing import Layout, Progress, RoutingTrace
+from fuyu_e2e.model.routing.block import routed_blocks
+from fuyu_e2e.model.row import Progress, Row
+
+
+class Definition(RowAttention):
+    """Attention of one document by its definition: torch's counter doesn't know the CPU's kernel."""
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if len(q) < len(k):  # those that ask see all keys; the mask costs nothing
+            k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+            weights = torch.einsum("chk,thk->hct", q, k).softmax(dim=-1)
+            return torch.einsum("hct,thk->chk", weights, v)
+        return reference_attention(q, k, v, (len(q),))
+
+    def among(self, passing: Passing) -> Attend:
+        return self
+
+    def asking(self, passing: Passing) -> Attend:
+        return self
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -45,14 +63,10 @@ def test_training_flops_agree_with_torchs_counter(
     )
     counted = cost(config, document_lengths=(length,), patches=30, targets=length - 31)
 
-    # torch's counter doesn't know the CPU's attention kernel, so the definition runs in its place.
-    def attend(layer: int, *qkv: torch.Tensor) -> torch.Tensor:
-        return reference_attention(*qkv, (length,))
+    row = decoder.row_of(batch.positions, [Definition()] * config.layers)
 
     def loss() -> torch.Tensor:
-        x = decoder.embed(batch.tokens, batch.patches, batch.patch_positions)
-        hidden = decoder.hidden(x, batch.positions, attend)[batch.target_positions]
-        return decoder._chunk_losses(hidden, batch.targets, with_z=False)[0]
+        return decoder.loss(batch, row)
 
     with FlopCounterMode(display=False) as forward:
         result = loss()
@@ -87,41 +101,26 @@ def test_routed_flops_agree_with_torchs_counter(rule: str, skipped: str) -> None
         image_patches=(30,),
     )
 
-    class Definition(RowAttention):
-        def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            if len(q) < len(k):  # those that ask see all keys; the mask costs nothing
-                k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
-                weights = torch.einsum("chk,thk->hct", q, k).softmax(dim=-1)
-                return torch.einsum("hct,thk->chk", weights, v)
-            return reference_attention(q, k, v, (len(q),))
-
-        def among(self, passing: Passing) -> Attend:
-            return self
-
-        def asking(self, passing: Passing) -> Attend:
-            return self
-
     decoder.eval()
-    trace = RoutingTrace(Layout.of(batch, config, Progress(), training=True))
+
+    def read() -> Row:
+        return decoder.row_of(batch.positions, [Definition()] * config.layers, decoder.info(batch))
+
     for _ in range(2):
-        trace.blocks.clear()
-        decoder.hidden(
-            decoder.embed(tokens, batch.patches, batch.patch_positions), batch.positions, Definition(), trace
-        )
-        decoder.observe(trace)
-        decoder.update_thresholds(Progress(), lambda counts: counts)
+        row = read()
+        decoder.logits(batch, row)
+        decoder.observe(row)
+        decoder.end_step(Progress(), lambda counts: counts)
+    row = read()
 
     def loss() -> torch.Tensor:
-        trace.blocks.clear()
-        x = decoder.embed(batch.tokens, batch.patches, batch.patch_positions)
-        hidden = decoder.hidden(x, batch.positions, Definition(), trace)[batch.target_positions]
-        return decoder._chunk_losses(hidden, batch.targets, with_z=False)[0]
+        return decoder.loss(batch, row)
 
     with FlopCounterMode(display=False) as forward:
         result = loss()
     with FlopCounterMode(display=False) as backward:
         result.backward()
-    passing = [[int(routed.passed.sum())] for routed in trace.blocks]
+    passing = [[int(routed.passed.sum())] for routed in routed_blocks(row)]
     assert all(0 < counts[0] < length for counts in passing)
     counted = cost(config, document_lengths=(length,), patches=30, targets=length - 31, passing=passing)
     assert counted.forward_flops == pytest.approx(forward.get_total_flops(), rel=0.01)

@@ -27,8 +27,8 @@ def test_packed_logits_equal_those_of_each_document_alone(
 ) -> None:
     sequences = [builder.build(random_document(seed)) for seed in seeds]
     with torch.no_grad():
-        packed = decoder(pack_row(sequences, sum(map(len, sequences)) + padding))
-        alone = torch.cat([decoder(pack_row([sequence])) for sequence in sequences])
+        packed = decoder.logits(pack_row(sequences, sum(map(len, sequences)) + padding))
+        alone = torch.cat([decoder.logits(pack_row([sequence])) for sequence in sequences])
     assert alone.std() > 0.5
     torch.testing.assert_close(packed[: len(alone)], alone, atol=1e-5, rtol=1e-5)
 
@@ -49,7 +49,7 @@ def test_changing_a_token_changes_no_earlier_logits_and_no_other_documents(
     patches[batch.patch_positions == changed_at] = 255 - patches[batch.patch_positions == changed_at]
     changed = replace(batch, tokens=tokens, patches=patches)
     with torch.no_grad():
-        difference = (decoder(batch) - decoder(changed)).abs().amax(dim=-1)
+        difference = (decoder.logits(batch) - decoder.logits(changed)).abs().amax(dim=-1)
     ends = torch.tensor(batch.document_lengths).cumsum(0)
     end = int(ends[torch.searchsorted(ends, changed_at, right=True)])
     assert (difference[:changed_at] == 0).all()
@@ -91,7 +91,7 @@ def test_loss_is_the_cross_entropy_of_the_logits_however_many_chunks(
     decoder: Decoder, builder: SequenceBuilder, random_document: RandomDocument, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = pack_row([builder.build(random_document(seed)) for seed in range(20)], 4096)
-    logits = decoder(batch)[batch.target_positions]
+    logits = decoder.logits(batch)[batch.target_positions]
     expected = torch.nn.functional.cross_entropy(logits.double(), batch.targets, reduction="sum").float()
     (expected_gradient,) = torch.autograd.grad(expected, decoder.embed_tokens.weight)
     for chunk in (1, 7, 10_000):
@@ -111,7 +111,7 @@ def test_z_loss_is_the_squared_logarithm_of_the_softmaxs_normaliser(
     chunk: int,
 ) -> None:
     batch = pack_row([builder.build(random_document(seed)) for seed in range(20)], 4096)
-    expected = decoder(batch)[batch.target_positions].double().exp().sum(dim=-1).log().square().sum().float()
+    expected = decoder.logits(batch)[batch.target_positions].double().exp().sum(dim=-1).log().square().sum().float()
     (expected_gradient,) = torch.autograd.grad(expected, decoder.embed_tokens.weight)
     monkeypatch.setattr("fuyu_e2e.model.decoder.LOSS_CHUNK", chunk)
     loss, z_loss = decoder.loss_and_z(batch, with_z=True)

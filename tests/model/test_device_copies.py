@@ -11,12 +11,12 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuyu_e2e.document import Document
-from fuyu_e2e.model import attention_kernels, attention_plans, routing
+from fuyu_e2e.model import attention_kernels, attention_plans, row
 from fuyu_e2e.model.attention_kernels import FlexRow, VarlenRow
 from fuyu_e2e.model.attention_plans import AttentionPlan
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.device_copy import to_device
-from fuyu_e2e.model.routing import Layout, Progress
+from fuyu_e2e.model.row import Progress, TokenInfo
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
 
@@ -36,7 +36,7 @@ class Copies(TorchDispatchMode):
             self.unawaited.append(tensor.numel())
             return to_device(tensor, device)
 
-        for module in (attention_kernels, attention_plans, routing):
+        for module in (attention_kernels, attention_plans, row):
             monkeypatch.setattr(module, "to_device", noted)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,7 +63,7 @@ def test_documents_are_planned_in_one_copy_for_which_nothing_waits(monkeypatch: 
     assert len(copies.all) == 1
 
 
-def test_a_layout_copies_little_and_nothing_waits(
+def test_token_info_copies_little_and_nothing_waits(
     routed_decoder: Callable[..., Decoder],
     builder: SequenceBuilder,
     random_document: Callable[[int], Document],
@@ -71,16 +71,16 @@ def test_a_layout_copies_little_and_nothing_waits(
 ) -> None:
     config = routed_decoder(share=0.5).config
     row = pack_row([builder.build(random_document(seed)) for seed in range(20)], 4_096)
-    expected = Layout.of(row, config, Progress(3, 0.5), training=True)
+    expected = TokenInfo.of(row, config.layers, Progress(3, 0.5), training=True)
     ends = torch.tensor(row.document_lengths).cumsum(0)
     assert len(expected.seed[: ends[-1]].unique()) == len(ends)
     assert (expected.seed[ends[-1] :] == 0).all()
     assert len(row.image_patches) > 1
     assert torch.equal(expected.patch_image.bincount(), torch.tensor(row.image_patches))
     with Copies(monkeypatch) as copies:
-        layout = Layout.of(row.to("meta"), config, Progress(3, 0.5), training=True)
-    for field in fields(layout):
-        if isinstance(tensor := getattr(layout, field.name), Tensor):
+        info = TokenInfo.of(row.to("meta"), config.layers, Progress(3, 0.5), training=True)
+    for field in fields(info):
+        if isinstance(tensor := getattr(info, field.name), Tensor):
             assert tensor.device == META
             assert tensor.shape == getattr(expected, field.name).shape
     of_the_row = [tensor.numel() for tensor in vars(row).values() if isinstance(tensor, Tensor)]

@@ -84,7 +84,7 @@ for kind in ("none", "selective", "full"):
         torch.nn.init.normal_(block.mlp.down_proj.weight, std=0.1)
         if compiled:
             block.compile(backend=one_kernel)
-    decoder.activation_checkpointing = kind
+    decoder.recompute(kind)
     loss = decoder.loss(row)
     counted.clear()
     with Products():

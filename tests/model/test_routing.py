@@ -16,10 +16,11 @@ from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.attention import reference_attention, rotary
-from fuyu_e2e.model.block import RoutedBlock
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
-from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.routing import Kind, Layout, Progress, Routed, RoutingTrace, Threshold, gate, gather_passing
+from fuyu_e2e.model.decoder import Decoder, build_block
+from fuyu_e2e.model.routing.block import RoutedBlock, gather_passing, routed_blocks
+from fuyu_e2e.model.routing.rules import Threshold, gate
+from fuyu_e2e.model.row import Progress, Row, TokenInfo, TokenType
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
 
@@ -49,9 +50,9 @@ def row(builder: SequenceBuilder, random_document: RandomDocument, seeds: list[i
 @torch.no_grad()
 def run(decoder: Decoder, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits, and which tokens passed each routed block."""
-    trace = RoutingTrace()
-    logits = decoder(batch, trace)
-    return logits, torch.stack([routed.passed for routed in trace.blocks])
+    read = decoder.row(batch)
+    logits = decoder.logits(batch, read)
+    return logits, torch.stack([routed.passed for routed in routed_blocks(read)])
 
 
 @pytest.mark.parametrize("skipped", ["nothing", "keys"])
@@ -78,7 +79,7 @@ def test_a_share_of_one_with_unit_gates_is_the_dense_decoder(
     assert not missing
     assert all(".rule." in weight for weight in unexpected)
     with torch.no_grad():
-        expected = decoder(batch)
+        expected = decoder.logits(batch)
         logits, passed = run(routed, batch)
     real = sum(batch.document_lengths)
     assert passed[:, :real].all()
@@ -102,14 +103,15 @@ def test_a_routed_block_is_its_definition(
     captured: dict[str, Any] = {}
     block.register_forward_hook(lambda _, given, result: captured.update(given=given, result=result))
     decoder.train(training)
-    decoder(batch)
-    x, _, _, layer, _, capacity = captured["given"]
-    y, routed = captured["result"]
+    read = decoder.row(batch)
+    decoder.logits(batch, read)
+    x, row_ = captured["given"]
+    y, routed = captured["result"], routed_blocks(read)[0]
     passes = routed.passed
     assert 0.1 < passes.float().mean() < 0.9
-    assert capacity is None or capacity >= passes.sum()
+    assert not training or block.rule.capacity(row_) >= passes.sum()
 
-    wide = type(block)(decoder.config, layer).double()
+    wide = build_block(decoder.config, routed.block).double()
     wide.load_state_dict(block.state_dict())
     x = x.double()
     keys = torch.ones_like(passes) if skipped == "keys" else passes
@@ -210,8 +212,11 @@ def test_what_overflows_is_dropped_by_position(passes: list[bool], data: st.Data
 def test_the_router_has_a_gradient(
     routed_decoder: MakeDecoder, builder: SequenceBuilder, random_document: RandomDocument, rule: str
 ) -> None:
-    decoder, trace = routed_decoder(rule=rule, share=0.3).train(), RoutingTrace()
-    (decoder.loss(row(builder, random_document, list(range(10))), trace) + trace.auxiliary).backward()
+    decoder = routed_decoder(rule=rule, share=0.3).train()
+    batch = row(builder, random_document, list(range(10)))
+    read = decoder.row(batch)
+    loss = decoder.loss(batch, read)
+    (loss + read.auxiliary).backward()
     weights = [weight for name, weight in decoder.named_parameters() if ".rule." in name]
     assert len(weights) >= 1
     assert all(weight.grad.abs().sum() > 0 for weight in weights)
@@ -220,9 +225,11 @@ def test_the_router_has_a_gradient(
 def test_the_predictor_of_topk_sends_no_gradient_into_the_decoder(
     routed_decoder: MakeDecoder, builder: SequenceBuilder, random_document: RandomDocument
 ) -> None:
-    decoder, trace = routed_decoder(rule="topk", share=0.3).train(), RoutingTrace()
-    decoder.loss(row(builder, random_document, list(range(10))), trace)
-    trace.auxiliary.backward()
+    decoder = routed_decoder(rule="topk", share=0.3).train()
+    batch = row(builder, random_document, list(range(10)))
+    read = decoder.row(batch)
+    decoder.loss(batch, read)
+    read.auxiliary.backward()
     touched = [name for name, weight in decoder.named_parameters() if weight.grad is not None]
     assert touched
     assert all(".predictor." in name for name in touched)
@@ -234,10 +241,10 @@ def test_shares_are_kept(
 ) -> None:
     decoder = routed_decoder(**routing).train()
     batch = row(builder, random_document, list(range(100, 200)))
-    trace = RoutingTrace()
-    decoder.loss(batch, trace)
-    patches = trace.layout.kind == Kind.PATCH
-    for routed in trace.blocks:
+    read = decoder.row(batch)
+    decoder.loss(batch, read)
+    patches = read.types == TokenType.PATCH
+    for routed in routed_blocks(read):
         shares = decoder.config.shares(routed.block)
         groups = [(patches, shares.patches), (~patches, shares.others)]
         if shares.patches == shares.others and routing["rule"] != "image_topk":
@@ -251,9 +258,9 @@ def test_shares_are_kept(
             assert routed.chosen[group].float().mean() == pytest.approx(share, rel=tolerance, abs=2e-3)
         assert torch.equal(routed.chosen, routed.passed), "the capacity ran over at its own share"
     if routing.get("keep_starts"):
-        assert all(routed.passed[trace.layout.positions == 0].all() for routed in trace.blocks)
+        assert all(routed.passed[read.positions == 0].all() for routed in routed_blocks(read))
     if routing.get("keep_newlines"):
-        assert all(routed.passed[trace.layout.kind == Kind.NEWLINE].all() for routed in trace.blocks)
+        assert all(routed.passed[read.types == TokenType.NEWLINE].all() for routed in routed_blocks(read))
 
 
 @given(
@@ -269,10 +276,12 @@ def test_a_threshold_realises_its_share(share: float, means: list[float], scale:
         routing=RoutingConfig(share=share, explore=0.0),
     )  # fmt: skip
     rule, generator = Threshold(config, 1), torch.Generator().manual_seed(seed)
-    layout = Layout.of_new_tokens(torch.arange(200_000))
+    positions = torch.arange(200_000)
+    tokens = TokenInfo.of_new_tokens(positions, 3)
+    rows = Row(positions=positions, rope=rotary(positions, 2, 10.0), attends=(), tokens=tokens)
     scores = torch.randn(200_000, generator=generator) * scale
     scores = 8 * torch.tanh((scores + torch.tensor(means).repeat(200_000)[:200_000]) / 8)
-    rule.observe(Routed(1, layout.real, layout.real, scores, None), layout)
+    rule.observe(scores, rows)
     rule.update(rule.counts.clone(), dense=0.0)
     assert (scores > rule.threshold).float().mean().item() == pytest.approx(share, rel=0.01, abs=2e-4)
     assert rule.counts.sum() == 0
@@ -286,13 +295,14 @@ def test_training_begins_dense_and_reaches_its_share(
     decoder = routed_decoder(share=0.2, anneal=0.5, explore=0.0).train()
     batch = row(builder, random_document, list(range(60)))
     shares = []
-    decoder.update_thresholds(BEGINNING, lambda counts: counts)
+    decoder.end_step(BEGINNING, lambda counts: counts)
     for step in range(21):
-        decoder.progress, trace = Progress(step, step / 20), RoutingTrace()
-        decoder.loss(batch, trace)
-        decoder.observe(trace)
-        decoder.update_thresholds(Progress(step + 1, (step + 1) / 20), lambda counts: counts)
-        shares.append(torch.stack([routed.passed for routed in trace.blocks]).float().mean().item())
+        decoder.progress = Progress(step, step / 20)
+        read = decoder.row(batch)
+        decoder.loss(batch, read)
+        decoder.observe(read)
+        decoder.end_step(Progress(step + 1, (step + 1) / 20), lambda counts: counts)
+        shares.append(torch.stack([routed.passed for routed in routed_blocks(read)]).float().mean().item())
     assert shares[0] == 1
     expected = [max(0.2, 1 - 0.8 * step / 10) for step in range(21)]
     assert shares == pytest.approx(expected, abs=0.03)
@@ -321,7 +331,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.routing import Progress
+from fuyu_e2e.model.row import Progress
 
 def row(lengths, images):
     generator = torch.Generator().manual_seed(sum(lengths))

@@ -231,8 +231,8 @@ def test_routing_anneals_explores_and_counts_over_micro_batches(
         def on_train_batch_end(
             self, trainer: pl.Trainer, learner: Any, outputs: Any, batch: Any, batch_idx: int
         ) -> None:
-            [routed] = learner.trace.blocks
-            shares.append(float(routed.passed.sum() / learner.trace.layout.real.sum()))
+            [routed] = learner.row.reports
+            shares.append(float(routed.passed.sum() / learner.row.info.valid.sum()))
 
         def on_before_optimizer_step(self, trainer: pl.Trainer, learner: Any, optimizer: Any) -> None:
             counted.append(int(learner.decoder.blocks[1].rule.counts.sum()))

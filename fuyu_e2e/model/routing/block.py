@@ -1,0 +1,142 @@
+"""Routed blocks: a block that only the tokens pass which its rule chooses."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fuyu_e2e.model.attention import Passing
+from fuyu_e2e.model.block import Block, DenseBlock
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.recomputation import recomputing
+from fuyu_e2e.model.routing.rules import RULES, Rule, Threshold
+from fuyu_e2e.model.row import Progress, Report, Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed(Report):
+    """What happened at a routed block."""
+
+    chosen: Bool[Tensor, " T"]
+    """The tokens that the rule let pass."""
+    passed: Bool[Tensor, " T"]
+    """Those of them for which there was room."""
+    scores: Float[Tensor, " T"] | None
+    """What the rule compared; None where nothing is learnt."""
+
+
+def routed_blocks(row: Row) -> list[Routed]:
+    """What happened at the routed blocks of a row, in order of depth."""
+    return [report for report in row.reports if isinstance(report, Routed)]
+
+
+def gather_passing(passes: Bool[Tensor, " T"], capacity: int | None) -> Passing:
+    """The places of the tokens that pass, in order.
+
+    With a capacity, exactly so many: where more pass, the last are dropped, so that none depends on a later one; where
+    fewer do, tokens that skip fill up. Without one, as many as there are, for which a GPU's host has to wait.
+    """
+    if capacity is None:
+        index = passes.nonzero()[:, 0]
+        return Passing(index, torch.ones_like(index, dtype=torch.bool))
+    count = passes.sum()
+    place = torch.where(passes, passes.cumsum(0), count + (~passes).cumsum(0)) - 1
+    order = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=place.device))
+    return Passing(order[:capacity], torch.arange(capacity, device=place.device) < count)
+
+
+class RoutedBlock(Block):
+    """A block for the tokens that its rule lets pass: x + gate * update(x), and x for the rest.
+
+    The residual itself is never scaled. Tokens that pass attend to each other, or to all where skipped tokens leave
+    their keys. In training shapes depend on the capacity alone, and nothing waits for the device; in evaluation,
+    without a capacity, every token that passes is taken and their number has to be read.
+
+    Args:
+        inner: The block that they pass; its parts have their names here, as if it stood alone.
+        config: Of the decoder.
+        number: Of the block.
+    """
+
+    reads_info = True
+
+    def __init__(self, inner: DenseBlock, config: FuyuConfig, number: int) -> None:
+        super().__init__()
+        assert config.routing is not None
+        for name, part in inner.named_children():
+            self.add_module(name, part)
+        self._inner = (inner,)  # no module of its own, or its parts would have two names
+        self.leaves_keys = config.routing.skipped == "keys"
+        self.rule: Rule = RULES[config.routing.rule](config, number)
+        self._compiled: Callable[..., Any] | None = None
+
+    @property
+    def inner(self) -> DenseBlock:
+        """The block that tokens pass."""
+        return self._inner[0]
+
+    def initialize(self) -> None:
+        """That of the inner block."""
+        self.inner.initialize()
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles what comes after the capacity is known, which the host counts for each row."""
+        self._compiled = torch.compile(self._forward, *args, **kwargs)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it is compiled."""
+        return self._compiled is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_compiled": None}  # as torch leaves it out of a copy of a compiled module
+
+    def forward(self, x_TD: Float[Tensor, "T D"], row: Row) -> Float[Tensor, "T D"]:
+        """Adds a `Routed` to the row's reports."""
+        capacity = self.rule.capacity(row) if self.training else None
+        x_TD, routed = (self._compiled or self._forward)(x_TD, row, capacity)
+        row.reports.add(routed)
+        return x_TD
+
+    def _forward(
+        self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None
+    ) -> tuple[Float[Tensor, "T D"], Routed]:
+        return recomputing(self.recompute, self._route, x_TD, row, capacity)
+
+    def _route(
+        self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None
+    ) -> tuple[Float[Tensor, "T D"], Routed]:
+        choice = self.rule.choose(x_TD, row, capacity)
+        passing = gather_passing(choice.passes, capacity)
+        x_CD = x_TD.index_select(0, passing.index)
+        if self.leaves_keys:
+            update_CD = self.inner.update(x_CD, x_TD, row.asking(passing))
+        else:
+            update_CD = self.inner.update(x_CD, x_CD, row.select(passing))
+        gates_C = torch.where(passing.real, choice.gates.index_select(0, passing.index), 0.0)
+        x_TD = x_TD.index_add(0, passing.index, (gates_C[:, None] * update_CD).to(x_TD.dtype))
+        scores = None if choice.scores is None else choice.scores.detach()
+        passed = torch.zeros_like(choice.passes).index_copy(0, passing.index, passing.real)
+        return x_TD, Routed(
+            block=self.rule.block, chosen=choice.passes, passed=passed, scores=scores, auxiliary=choice.auxiliary
+        )
+
+    def observe(self, report: Report, row: Row) -> None:
+        """Counts the scores that it reported."""
+        if isinstance(self.rule, Threshold):
+            assert isinstance(report, Routed)
+            assert report.scores is not None
+            self.rule.observe(report.scores, row)
+
+    @property
+    def counts(self) -> Tensor | None:
+        """Of a rule that keeps thresholds, the scores of the step's rows."""
+        return self.rule.counts if isinstance(self.rule, Threshold) else None
+
+    def end_step(self, counts: Tensor, progress: Progress, skip: Bool[Tensor, ""] | None) -> None:
+        """Sets the thresholds that hold from the next step on."""
+        assert isinstance(self.rule, Threshold)
+        self.rule.update(counts, self.rule.routing.dense(progress.done), skip)

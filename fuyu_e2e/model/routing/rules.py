@@ -1,0 +1,321 @@
+"""Which tokens pass a routed block: the rules of Mixture-of-Depths (Raposo et al. 2024, arXiv 2404.02258).
+
+threshold    a token passes if its score is above the block's threshold, a quantile of past batches' scores. One rule
+             in training, prefill and decoding (after Expert Threshold routing, Sun et al. 2026, arXiv 2603.11535).
+topk         the paper's: the k best of a row in training, which looks ahead, and a causal predictor of that choice
+             (section 3.5) in evaluation and generation
+image_topk   the best patches of each image, which is always there as a whole; text and newlines never skip
+fixed        evenly spaced tokens, others in each block, whatever they are
+random       tokens drawn anew in each training step, the same by position afterwards
+
+The last two are the controls that a learned rule must beat. All share the capacity, the annealing and the block
+around them, and none but `topk` looks at a later token (`image_topk`: outside the same image) or another document.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.config import FuyuConfig, annealed
+from fuyu_e2e.model.row import Row, TokenType
+
+LIMIT = 8.0
+"""Bound of a score, so that one histogram holds them all."""
+BINS = 4_096
+"""Bins of the histogram of scores."""
+MEMORY = 0.8
+"""What is left of the histogram of past steps after each step."""
+CAPACITIES = 32
+"""A routed block's capacity is a multiple of this fraction of the row, so that few shapes occur."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a rule says of each token of a row."""
+
+    passes: Bool[Tensor, " T"]
+    gates: Float[Tensor, " T"]
+    """The factor of the block's update, around 1."""
+    scores: Float[Tensor, " T"] | None = None
+    """What was compared; None where nothing is learnt."""
+    auxiliary: Float[Tensor, ""] | None = None
+    """A loss of the rule's own, the mean over the tokens."""
+
+
+class Scorer(nn.Module):
+    """One number for each token: a learnt direction of its normalised state, bounded by `LIMIT`, in float32.
+
+    The direction has a length of about the square root of the width, divided off again: so a step of the optimizer
+    turns it by little, and thresholds can follow.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def reset_parameters(self) -> None:
+        """Draws the direction so that a new model's scores have a variance of 1."""
+        nn.init.normal_(self.weight)
+
+    def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, " T"]:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            # Rounded as in a row of any length: a matrix product would group its sums by the row's shape.
+            raw = (F.rms_norm(x_TD.float(), x_TD.shape[-1:]) * self.weight.float()).sum(dim=-1)
+            raw = raw * self.weight.shape[0] ** -0.5
+            return LIMIT * torch.tanh(raw / LIMIT)
+
+
+def gate(scores: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """The factor of an update: 1 at a score of 0, within (0.04, 1.96), so that the score has a gradient."""
+    return 2 * torch.sigmoid(scores / 2)
+
+
+class Rule(nn.Module, ABC):
+    """Chooses the tokens that pass one routed block."""
+
+    def __init__(self, config: FuyuConfig, block: int) -> None:
+        super().__init__()
+        assert config.routing is not None
+        self.block = block
+        self.slack = config.routing.slack
+        self.keep_starts, self.keep_newlines = config.routing.keep_starts, config.routing.keep_newlines
+        self.shares = config.shares(block)
+        self.routing = config.routing
+
+    @abstractmethod
+    def choose(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> Choice:
+        """Chooses among the tokens of a row; padding never passes.
+
+        Args:
+            x_TD: Their states before the block.
+            row: What else is known of them.
+            capacity: Tokens that the block has room for; None in evaluation, where it takes all that pass.
+        """
+
+    def capacity(self, row: Row) -> int:
+        """How many tokens of a row the block has room for in training: the share and some slack, rounded up.
+
+        Raises:
+            UserError: The share of so short a row is less than one token.
+        """
+        length = len(row.positions)
+        share = self._share_of_row(row)
+        if share * length < 1:
+            raise UserError(
+                f"routing.share lets {share:g} of the tokens pass, which is none of a row of {length}: raise it, or "
+                f"data.budget to at least {math.ceil(1 / share)}."
+            )
+        return _round_up(annealed(share, self._dense(row)) * (1 + self.slack), length)
+
+    def _dense(self, row: Row) -> float:
+        return self.routing.dense(row.info.progress.done)
+
+    def _dense_on_device(self, row: Row) -> Float[Tensor, ""]:
+        """The same as a tensor, or what is compiled would be so for each step's."""
+        done, anneal = row.info.done, self.routing.anneal
+        falling = (1 - done / anneal).clamp(min=0) if anneal else torch.zeros_like(done)
+        return torch.where(done == 0, 1.0, falling).float()
+
+    def _share_of_row(self, row: Row) -> float:
+        patches = sum(row.info.image_patches) / len(row.positions)
+        return patches * self.shares.patches + (1 - patches) * self.shares.others
+
+    def _annealed_shares(self, row: Row) -> Float[Tensor, " T"]:
+        """The share that each token belongs to, as it is at this step."""
+        share = torch.where(row.info.types == TokenType.PATCH.value, self.shares.patches, self.shares.others)
+        return annealed(share, self._dense_on_device(row))
+
+    def _exempt(self, row: Row) -> Bool[Tensor, " T"]:
+        exempt = torch.zeros_like(row.info.valid)
+        if self.keep_starts:
+            exempt = exempt | (row.positions == 0)
+        if self.keep_newlines:
+            exempt = exempt | (row.info.types == TokenType.NEWLINE.value)
+        return exempt
+
+
+class Threshold(Rule):
+    """A token passes if its score is above a threshold, the quantile of past steps' scores.
+
+    Each step's scores are counted in a histogram, over micro-batches and ranks; older steps fade from it. Thresholds
+    read off it after a step hold from the next one on, and stand still in evaluation. There is one for patches and one
+    for all other tokens where their shares differ, else one for all.
+    """
+
+    def __init__(self, config: FuyuConfig, block: int) -> None:
+        super().__init__(config, block)
+        self.scorer = Scorer(config.width)
+        self.split = self.shares.patches != self.shares.others
+        groups = 2 if self.split else 1
+        self.register_buffer("threshold", torch.full((groups,), -math.inf))
+        self.register_buffer("counts", torch.zeros(groups, BINS, dtype=torch.int64))
+        self.register_buffer("history", torch.zeros(groups, BINS))
+        self.threshold: Tensor
+        self.counts: Tensor
+        self.history: Tensor
+
+    def choose(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> Choice:
+        """Chooses each token by itself."""
+        scores = self.scorer(x_TD)
+        passes = scores.detach() > self.threshold.index_select(0, self._group(row))
+        share = self._annealed_shares(row)
+        explored = _uniform(row, 0) < (self.routing.explore * (1 - row.info.done)).float()
+        passes = torch.where(explored, _uniform(row, 1) < share, passes)
+        return Choice((passes | self._exempt(row)) & row.info.valid, gate(scores), scores)
+
+    def _group(self, row: Row) -> Int64[Tensor, " T"]:
+        return (row.info.types != TokenType.PATCH.value).long() if self.split else torch.zeros_like(row.info.types)
+
+    @torch.no_grad()
+    def observe(self, scores: Float[Tensor, " T"], row: Row) -> None:
+        """Counts the scores of a row; exempt tokens count as the highest, for they use up the share."""
+        scores = scores.masked_fill(self._exempt(row), LIMIT)
+        bins = ((scores + LIMIT) * (BINS / (2 * LIMIT))).long().clamp(0, BINS - 1)
+        counted = row.info.valid.long()
+        self.counts.view(-1).scatter_add_(0, self._group(row) * BINS + bins, counted)
+
+    def update(self, counts: Int64[Tensor, "groups bins"], dense: float, skip: Bool[Tensor, ""] | None = None) -> None:
+        """Sets the thresholds for the next step.
+
+        Args:
+            counts: The step's scores by bin, over all ranks.
+            dense: 1 while all tokens are to pass, falling to 0 as the share is annealed.
+            skip: Whether to leave all as it is instead.
+        """
+        history = self.history * MEMORY + counts
+        self.counts.zero_()
+        asked = [self.shares.patches, self.shares.others] if self.split else [self.shares.patches]
+        total = history.sum(dim=1, dtype=torch.float64)
+        passing = torch.stack([group * annealed(share, dense) for group, share in zip(total, asked, strict=True)])
+        above = history.double().flip(1).cumsum(1).flip(1)
+        # The last bin with enough scores from its lower edge on holds the threshold, on a line between its edges.
+        bins = ((above >= passing[:, None]).sum(dim=1) - 1).clamp(0, BINS - 1)
+        inside = history.double().gather(1, bins[:, None])[:, 0]
+        surplus = above.gather(1, bins[:, None])[:, 0] - passing
+        edge = (bins + (surplus / inside.clamp(min=1e-12)).clamp(0, 1)) * (2 * LIMIT / BINS) - LIMIT
+        threshold = torch.where(passing >= total, -math.inf, edge.clamp(max=LIMIT * (1 - 2 / BINS))).float()
+        threshold = torch.where(total > 0, threshold, self.threshold)
+        if skip is not None:
+            history, threshold = torch.where(skip, self.history, history), torch.where(skip, self.threshold, threshold)
+        self.history.copy_(history)
+        self.threshold.copy_(threshold)
+
+
+class TopK(Rule):
+    """The paper's rule: the k highest scores of a row pass in training, and a predictor guesses them afterwards.
+
+    The predictor learns from the choices as labels and from states that it sends no gradient to.
+    """
+
+    def __init__(self, config: FuyuConfig, block: int) -> None:
+        super().__init__(config, block)
+        self.scorer = Scorer(config.width)
+        self.predictor = nn.Sequential(
+            nn.Linear(config.width, config.width // 2), nn.SiLU(), nn.Linear(config.width // 2, 1)
+        )
+
+    def capacity(self, row: Row) -> int:
+        """The k of a row."""
+        super().capacity(row)
+        return max(1, math.floor(annealed(self.shares.patches, self._dense(row)) * len(row.positions)))
+
+    def choose(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> Choice:
+        """Chooses among all tokens of the row; with no capacity, each by itself as the predictor says."""
+        scores = self.scorer(x_TD)
+        guesses = self.predictor(F.rms_norm(x_TD.detach(), x_TD.shape[-1:]))[:, 0].float()
+        if capacity is None:
+            return Choice((guesses > 0) & row.info.valid, gate(scores), scores)
+        ranked = scores.detach().masked_fill(self._exempt(row), LIMIT).masked_fill(~row.info.valid, -math.inf)
+        passes = torch.zeros_like(row.info.valid).scatter(0, ranked.topk(capacity).indices, True) & row.info.valid
+        losses = F.binary_cross_entropy_with_logits(guesses, passes.float(), reduction="none")
+        return Choice(
+            passes, gate(scores), scores, (losses * row.info.valid).sum() / row.info.valid.sum().clamp(min=1)
+        )
+
+
+class ImageTopK(Rule):
+    """The highest scores of each image's patches pass; words and newlines never skip.
+
+    An image is always given as a whole, so the rule is exact in generation too.
+    """
+
+    def __init__(self, config: FuyuConfig, block: int) -> None:
+        super().__init__(config, block)
+        self.scorer = Scorer(config.width)
+
+    def capacity(self, row: Row) -> int:
+        """What passes is known before any score is: all but patches, and of each image its share, at least one."""
+        super().capacity(row)
+        length = len(row.positions)
+        share = annealed(self.shares.patches, self._dense(row))
+        kept = sum(max(1, math.floor(share * size + 0.5)) for size in row.info.image_patches)
+        return _round_up((length - sum(row.info.image_patches) + kept) / length, length)
+
+    def choose(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> Choice:
+        """Chooses among the patches of each image."""
+        scores = self.scorer(x_TD)
+        ranked = scores.detach().masked_fill(self._exempt(row), LIMIT).index_select(0, row.info.patch_positions)
+        by_score = ranked.argsort(descending=True, stable=True)
+        # Sorted by image, and by score within each: a patch's place behind the first of its image is its rank.
+        order = by_score[row.info.patch_image[by_score].argsort(stable=True)]
+        rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+        rank = rank - (row.info.image_sizes.cumsum(0) - row.info.image_sizes)[row.info.patch_image]
+        share = annealed(self.shares.patches, self._dense_on_device(row).double())
+        kept = (share * row.info.image_sizes + 0.5).floor().clamp(min=1)
+        passes = row.info.valid.index_copy(0, row.info.patch_positions, rank < kept[row.info.patch_image])
+        return Choice(passes, gate(scores), scores)
+
+
+class Fixed(Rule):
+    """Evenly spaced tokens pass, by position alone, one further in each block."""
+
+    def choose(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> Choice:
+        """Lets a token pass where the share, added up over the positions, reaches the next whole number."""
+        share = self._annealed_shares(row).double()
+        place = row.positions + self.block
+        passes = ((place + 1) * share + 1e-9).floor() > (place * share + 1e-9).floor()
+        return Choice((passes | self._exempt(row)) & row.info.valid, torch.ones_like(x_TD[:, 0], dtype=torch.float32))
+
+
+class Random(Rule):
+    """Each token passes with the share as its probability: anew in each step, and by position in evaluation."""
+
+    def choose(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> Choice:
+        """Draws for each token by itself."""
+        passes = _uniform(row, 1) < self._annealed_shares(row)
+        return Choice((passes | self._exempt(row)) & row.info.valid, torch.ones_like(x_TD[:, 0], dtype=torch.float32))
+
+
+RULES: dict[str, type[Rule]] = {
+    "threshold": Threshold,
+    "topk": TopK,
+    "image_topk": ImageTopK,
+    "fixed": Fixed,
+    "random": Random,
+}
+
+
+def _round_up(share: float, length: int) -> int:
+    fractions = math.ceil(min(1.0, share) * CAPACITIES - 1e-9)
+    return math.ceil(length * fractions / CAPACITIES)
+
+
+_MIX = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+"""The constants of splitmix64 (Steele et al. 2014), as signed numbers."""
+
+
+def _uniform(row: Row, draw: int) -> Float[Tensor, " T"]:
+    """A number in [0, 1) for each token that depends on its document, its position, the step and the block alone."""
+    assert row.number is not None
+    salt = (2 * row.number + draw + 1) * _MIX[2]
+    x = row.info.seed * _MIX[0] + row.positions * _MIX[1] + salt
+    for shift, factor in ((30, _MIX[1]), (27, _MIX[2])):
+        x = (x ^ (x >> shift)) * factor
+    x = x ^ (x >> 31)
+    return (x & 0xFFFFFF).float() / 2**24

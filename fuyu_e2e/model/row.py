@@ -1,0 +1,234 @@
+"""The row: all that a block may know of the tokens that it is given, beside their states.
+
+Whoever runs the decoder makes one for a packed row, a piece of it or a decoding step; blocks look up in it what they
+need, and give a part of their tokens the row of that part.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+
+from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.model.attention import Attend, Passing, RowAttention
+from fuyu_e2e.model.device_copy import to_device
+
+Rope = tuple[Float[Tensor, "T 1 R"], Float[Tensor, "T 1 R"]]
+"""Cosines and sines of the rotary embedding, float32."""
+
+
+class TokenType(IntEnum):
+    """What a token is."""
+
+    TEXT = 0
+    """Words that are read, and the marks around them."""
+    ANSWER = 1
+    """A position whose next token carries loss, or is being generated."""
+    PATCH = 2
+    NEWLINE = 3
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training has come. A decoder that is not being trained is at its end."""
+
+    step: int = 0
+    """Optimizer steps done; seeds the step's random choices."""
+    done: float = 1.0
+    """The same as a part of all steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenInfo:
+    """What is known of each token of a row beside its state and its position."""
+
+    types: Int64[Tensor, " T"]
+    """A `TokenType`."""
+    valid: Bool[Tensor, " T"]
+    """False for the padding behind the last document."""
+    seed: Int64[Tensor, " T"]
+    """A number of the token's document and the training step; 0 outside training."""
+    patch_positions: Int64[Tensor, " P"]
+    patch_image: Int64[Tensor, " P"]
+    """The number of the image that each patch belongs to."""
+    image_sizes: Int64[Tensor, " images"]
+    """Patches of each image."""
+    image_patches: tuple[int, ...]
+    """The same on the host."""
+    progress: Progress
+    """Of the training; at its end outside of one."""
+    done: Float64[Tensor, ""]
+    """`progress.done` on the device."""
+    blocks: Int64[Tensor, " blocks"]
+    """The numbers of the decoder's blocks."""
+
+    @classmethod
+    def of(cls, batch: PackedBatch, blocks: int, progress: Progress, training: bool) -> "TokenInfo":
+        """Of a packed row."""
+        device, length = batch.tokens.device, batch.tokens.shape[0]
+        types = torch.full((length,), int(TokenType.TEXT), device=device)
+        for positions, which in (
+            (batch.target_positions, TokenType.ANSWER),
+            (batch.patch_positions, TokenType.PATCH),
+            (batch.newline_positions, TokenType.NEWLINE),
+        ):
+            types.index_fill_(0, positions, int(which))
+        seed = torch.zeros(length, dtype=torch.int64, device=device)
+        if training and len(batch.keys) == len(batch.document_lengths):
+            seeds = [*(_document_seed(key, progress.step) for key in batch.keys), 0]
+            counts = [*batch.document_lengths, batch.padding]
+            documents = to_device(torch.tensor([seeds, counts], dtype=torch.int64), device)
+            seed = documents[0].repeat_interleave(documents[1], output_size=length)
+        sizes = to_device(torch.tensor(batch.image_patches, dtype=torch.int64), device)
+        images = torch.arange(len(sizes), device=device)
+        progress = progress if training else Progress()
+        return cls(
+            types=types,
+            valid=torch.arange(length, device=device) < length - batch.padding,
+            seed=seed,
+            patch_positions=batch.patch_positions,
+            patch_image=images.repeat_interleave(sizes, output_size=sum(batch.image_patches)),
+            image_sizes=sizes,
+            image_patches=batch.image_patches,
+            progress=progress,
+            done=torch.full((), progress.done, dtype=torch.float64, device=device),
+            blocks=torch.arange(blocks, device=device),
+        )
+
+    @classmethod
+    def of_new_tokens(cls, positions: Int64[Tensor, " B"], blocks: int) -> "TokenInfo":
+        """Of the next token of each of several sequences."""
+        nothing = positions[:0]
+        return cls(
+            types=torch.full_like(positions, int(TokenType.ANSWER)),
+            valid=torch.ones_like(positions, dtype=torch.bool),
+            seed=torch.zeros_like(positions),
+            patch_positions=nothing,
+            patch_image=nothing,
+            image_sizes=nothing,
+            image_patches=(),
+            progress=Progress(),
+            done=torch.ones((), dtype=torch.float64, device=positions.device),
+            blocks=torch.arange(blocks, device=positions.device),
+        )
+
+
+def _document_seed(key: str, step: int) -> int:
+    return (zlib.crc32(key.encode()) << 31) + step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a block has to say of a row."""
+
+    block: int
+    """Its number."""
+    auxiliary: Float[Tensor, ""] | None = None
+    """A loss of its own, the mean over the tokens."""
+
+
+class Reports:
+    """What blocks have to say of a row, in order of depth.
+
+    No list, whose length a compiled block would be compiled for.
+    """
+
+    def __init__(self) -> None:
+        self._reports: list[Report] = []
+
+    def add(self, report: Report) -> None:
+        """Adds one."""
+        self._reports.append(report)
+
+    def __iter__(self) -> Iterator[Report]:
+        return iter(self._reports)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The tokens that a block is given."""
+
+    positions: Int64[Tensor, " T"]
+    """Of each token in its document."""
+    rope: Rope
+    """Of each token's position."""
+    attends: Sequence[RowAttention]
+    """How each block of the decoder attends."""
+    attend: Attend | None = None
+    """How that block attends which the row is given to; a `RowAttention` where it has all tokens."""
+    queries: Int64[Tensor, " C"] | None = None
+    """The tokens that attend, in the order in which their outputs are wanted; None for all."""
+    tokens: TokenInfo | None = None
+    """What else is known of the tokens, where a block of the decoder reads it."""
+    number: Int64[Tensor, ""] | None = None
+    """Of the block that the row is given to; on the device, or each would be compiled for its own."""
+    selected: Passing | None = None
+    """Which tokens of those that `tokens` tells of these are; None for all."""
+    reports: Reports = field(default_factory=Reports)
+    """What blocks have to say of the row."""
+
+    def at(self, block: int) -> "Row":
+        """The row as it is given to a block, by its number."""
+        number = None if self.tokens is None else self.tokens.blocks[block]
+        return self._with(self.attends[block], number=number)
+
+    def select(self, passing: Passing) -> "Row":
+        """The row of some of the tokens, which attend to each other alone."""
+        cos, sin = self.rope
+        return self._with(
+            self._attention.among(passing),
+            positions=self.positions.index_select(0, passing.index),
+            rope=(cos.index_select(0, passing.index), sin.index_select(0, passing.index)),
+            selected=passing,
+        )
+
+    def asking(self, passing: Passing) -> "Row":
+        """The same row, of which some of the tokens attend, to all."""
+        return self._with(self._attention.asking(passing), queries=passing.index)
+
+    @property
+    def auxiliary(self) -> Tensor | float:
+        """The sum of the blocks' own losses."""
+        return sum((report.auxiliary for report in self.reports if report.auxiliary is not None), 0.0)
+
+    @property
+    def info(self) -> TokenInfo:
+        """What else is known of the tokens."""
+        assert self.tokens is not None
+        return self.tokens
+
+    @property
+    def types(self) -> Int64[Tensor, " T"]:
+        """A `TokenType` for each token."""
+        return self.info.types if self.selected is None else self.info.types.index_select(0, self.selected.index)
+
+    @property
+    def _attention(self) -> RowAttention:
+        assert isinstance(self.attend, RowAttention)
+        return self.attend
+
+    def _with(
+        self,
+        attend: Attend,
+        positions: Tensor | None = None,
+        rope: Rope | None = None,
+        queries: Tensor | None = None,
+        selected: Passing | None = None,
+        number: Tensor | None = None,
+    ) -> "Row":
+        # Not dataclasses.replace, which torch.compile doesn't follow.
+        return Row(
+            positions=self.positions if positions is None else positions,
+            rope=self.rope if rope is None else rope,
+            attends=self.attends,
+            attend=attend,
+            queries=queries,
+            tokens=self.tokens,
+            number=self.number if number is None else number,
+            selected=selected,
+            reports=self.reports,
+        )
