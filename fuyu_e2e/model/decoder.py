@@ -28,7 +28,7 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.graphs import noticing_too_many
 from fuyu_e2e.model.recomputation import ActivationCheckpointing
 from fuyu_e2e.model.routing.block import RoutedBlock
-from fuyu_e2e.model.row import Progress, Row, TokenInfo
+from fuyu_e2e.model.row import Progress, Reports, Row, TokenInfo
 
 PATCH_GAIN = 3.0
 """Brings patches of usual contrast, about a third of the range of values, to the scale of token embeddings."""
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
             tokens: What else is known of them, where a block reads it.
         """
         rope = rotary(positions, self.config.rotary_size, self.config.rope_theta)
-        return Row(positions=positions, rope=rope, attends=attends, tokens=tokens)
+        return Row(positions=positions, rope=rope, attends=attends, tokens=tokens, reports=Reports())
 
     def row_of_new_tokens(self, positions: Int64[Tensor, " B"], attends: Sequence[RowAttention]) -> Row:
         """The row of the next token of each of several sequences."""

@@ -6,7 +6,7 @@ need, and give a part of their tokens the row of that part.
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
@@ -158,6 +158,8 @@ class Row:
     """Of each token's position."""
     attends: Sequence[RowAttention]
     """How each block of the decoder attends."""
+    reports: Reports
+    """What blocks have to say of the row."""
     attend: Attend | None = None
     """How that block attends which the row is given to; a `RowAttention` where it has all tokens."""
     queries: Int64[Tensor, " C"] | None = None
@@ -168,8 +170,6 @@ class Row:
     """Of the block that the row is given to; on the device, or each would be compiled for its own."""
     selected: Passing | None = None
     """Which tokens of those that `tokens` tells of these are; None for all."""
-    reports: Reports = field(default_factory=Reports)
-    """What blocks have to say of the row."""
 
     def at(self, block: int) -> "Row":
         """The row as it is given to a block, by its number."""

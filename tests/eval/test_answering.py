@@ -40,7 +40,7 @@ def naive_likelihood(double: Decoder, model: TrainedModel, question: Question, c
     whole = model.builder.build(Document("naive", (*segments, Text(choice))))
     start = len(model.builder.prompt(question.document))
     with torch.no_grad():
-        logits = double(pack_row([whole]))
+        logits = double.logits(pack_row([whole]))
     total = 0.0
     for place in range(start, len(whole)):
         scores = logits[place - 1]

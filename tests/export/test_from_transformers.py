@@ -79,7 +79,7 @@ def test_an_imported_model_computes_what_transformers_does(
     prompt = processor(make_png(13, 30), "What is it?")
     stock = transformers.FuyuForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
-        ours = build_decoder(stored.description.config, stored.weights)(pack_row([prompt]))
+        ours = build_decoder(stored.description.config, stored.weights).logits(pack_row([prompt]))
         theirs = stock(**stock_inputs([prompt])).logits[0]
     assert ours.std() > 0.5
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)

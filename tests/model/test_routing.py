@@ -20,7 +20,7 @@ from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.model.decoder import Decoder, build_block
 from fuyu_e2e.model.routing.block import RoutedBlock, gather_passing, routed_blocks
 from fuyu_e2e.model.routing.rules import Threshold, gate
-from fuyu_e2e.model.row import Progress, Row, TokenInfo, TokenType
+from fuyu_e2e.model.row import Progress, Reports, Row, TokenInfo, TokenType
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
 
@@ -278,7 +278,7 @@ def test_a_threshold_realises_its_share(share: float, means: list[float], scale:
     rule, generator = Threshold(config, 1), torch.Generator().manual_seed(seed)
     positions = torch.arange(200_000)
     tokens = TokenInfo.of_new_tokens(positions, 3)
-    rows = Row(positions=positions, rope=rotary(positions, 2, 10.0), attends=(), tokens=tokens)
+    rows = Row(positions=positions, rope=rotary(positions, 2, 10.0), attends=(), reports=Reports(), tokens=tokens)
     scores = torch.randn(200_000, generator=generator) * scale
     scores = 8 * torch.tanh((scores + torch.tensor(means).repeat(200_000)[:200_000]) / 8)
     rule.observe(scores, rows)
