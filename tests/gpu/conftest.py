@@ -1,6 +1,8 @@
 """Where the tests of this folder run, and a file of what came of them."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +59,21 @@ def without_hook(request: pytest.FixtureRequest) -> None:
     """For tests that compile, for which the hook that checks types is in the way; `all.sh` leaves it out."""
     if request.config.getoption("--jaxtyping-packages", None):
         pytest.skip("compiles only without --jaxtyping-packages, as tests/gpu/all.sh runs it")
+
+
+@pytest.fixture
+def no_wait() -> Callable[[], AbstractContextManager[None]]:
+    """Makes every operation that lets the host wait for the device an error; on a CPU it does nothing."""
+
+    @contextmanager
+    def no_wait() -> Iterator[None]:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.set_sync_debug_mode("default")
+
+    return no_wait

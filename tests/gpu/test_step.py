@@ -1,8 +1,8 @@
 """What only a GPU can show of a training step: bfloat16, kernels of attention, and a host that never waits."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import pytest
@@ -23,6 +23,7 @@ from fuyu_e2e.model.float8 import has_float8, use_float8
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
 
+NoWait = Callable[[], AbstractContextManager[None]]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
@@ -49,17 +50,6 @@ def speaking(device: str) -> Decoder:
 def row(device: str) -> PackedBatch:
     [documents] = mixture(CONFIG, rows=1, budget=1_024, sides=(3, 12))
     return pack_row(documents, 1_024).to(device)
-
-
-@contextmanager
-def no_wait() -> Iterator[None]:
-    """Makes every operation that lets the host wait for the device an error."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def gradients(decoder: Decoder, row: PackedBatch, device: str, bf16: bool) -> tuple[float, Tensor]:
@@ -133,6 +123,7 @@ def test_the_host_never_waits_for_a_training_step(
     row: PackedBatch,
     device: str,
     request: pytest.FixtureRequest,
+    no_wait: NoWait,
 ) -> None:
     """Forward, backward and the update of the trainer's own optimizer."""
     if device == "cpu":
@@ -189,7 +180,7 @@ def test_a_step_in_float8_is_nearly_that_in_bfloat16(
     assert torch.cosine_similarity(gradient, rounded, dim=0) > 0.97
 
 
-def test_the_host_never_waits_for_a_decoding_step(speaking: Decoder, device: str) -> None:
+def test_the_host_never_waits_for_a_decoding_step(speaking: Decoder, device: str, no_wait: NoWait) -> None:
     if device == "cpu":
         pytest.skip("needs a CUDA device")
     speaking.eval()
