@@ -67,7 +67,7 @@ class Figures:
 
     Args:
         path: The file, replaced by the first figures.
-        about: What stands beside them all.
+        about: What is written with all of them.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:

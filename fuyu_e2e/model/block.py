@@ -88,11 +88,11 @@ class Block(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.recompute: ActivationCheckpointing = "none"
-        """What its backward pass computes anew, for memory."""
+        """What its backward pass recomputes, to save memory."""
 
     @abstractmethod
     def forward(self, x_TD: Float[Tensor, "T D"], row: Row) -> Float[Tensor, "T D"]:
-        """The states of the row's tokens behind the block."""
+        """Returns the states of the row's tokens after the block."""
 
     @abstractmethod
     def initialize(self) -> None:
@@ -107,7 +107,7 @@ class Block(nn.Module, ABC):
         return None
 
     def end_step(self, counts: Tensor, progress: Progress, skip: Bool[Tensor, ""] | None) -> None:
-        """Hears what all ranks counted, and counts anew.
+        """Takes what all ranks counted, and resets its own count.
 
         Args:
             counts: The sum of `counts` over the ranks.

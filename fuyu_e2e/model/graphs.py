@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 GRAPHS = 64
 """Graphs of a function kept at most, of all decoders of a process, where torch's own limit is 8.
 
-A block is compiled once for all blocks of its kind, but anew where gradients are computed and where not, for another
+A block is compiled once for all blocks of its kind, but again with and without gradients, for another
 type, and once or twice more as each of these turns out to vary: the documents of a row, the length of the longest, and
 the capacity and number of a routed block. Of decoding steps, there is one for each number of prompts and each length's
 power of two."""

@@ -1,7 +1,7 @@
-"""Activation checkpointing (Chen et al. 2016, arXiv 1604.06174): what the backward pass computes anew.
+"""Activation checkpointing (Chen et al. 2016, arXiv 1604.06174): what the backward pass recomputes.
 
 A block does this inside of its `forward`, so that a compiled block has it in its graph, where every operation is known
-by name. Around a compiled block nothing but its kernels would be seen, and all of them run anew. So it is between the
+by name. Around a compiled block nothing but its kernels would be seen, and all of them run again. So it is between the
 graphs of a block that attends by documents, which are never compiled: there `selective` keeps attention alone.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
-"""What of a block's activations the backward pass computes anew: nothing, all but products and attention, or all."""
+"""Which of a block's activations the backward pass recomputes: nothing, all but products and attention, or all."""
 EXPENSIVE = {
     "aten::mm",
     "aten::addmm",
@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 
 def recomputing(kind: ActivationCheckpointing, run: Callable[..., R], *inputs: Any) -> R:
-    """What `run` gives, of whose activations the backward pass, if there is one, computes those of that kind anew."""
+    """Returns what `run` gives; the backward pass, if there is one, recomputes its activations of that kind."""
     if kind == "none" or not torch.is_grad_enabled():
         return run(*inputs)
     if kind == "full":

@@ -49,7 +49,7 @@ class TokenInfo:
     types: Int64[Tensor, " T"]
     """A `TokenType`."""
     valid: Bool[Tensor, " T"]
-    """False for the padding behind the last document."""
+    """False for the padding after the last document."""
     seed: Int64[Tensor, " T"]
     """A number of the token's document and the training step; 0 outside training."""
     patch_positions: Int64[Tensor, " P"]
@@ -169,7 +169,7 @@ class Row:
     number: Int64[Tensor, ""] | None = None
     """Of the block that the row is given to; on the device, or each would be compiled for its own."""
     selected: Passing | None = None
-    """Which tokens of those that `tokens` tells of these are; None for all."""
+    """Which tokens of `tokens` these are; None for all."""
 
     def at(self, block: int) -> "Row":
         """The row as it is given to a block, by its number."""

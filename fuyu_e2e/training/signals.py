@@ -86,7 +86,7 @@ class StopSignals(Callback):
         pl_module.votes |= {number.name: self._heard == number for number in STOP_SIGNALS}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Stops behind the step in which a rank had heard a signal, on GPUs mostly the one that follows.
+        """Stops after the step in which a rank heard a signal; on GPUs mostly after the next one.
 
         Raises:
             Stopped: On all ranks.

@@ -1,8 +1,8 @@
 """What an optimizer step has in common over all processes: summed once, and read by the host once, a step late.
 
 A host that reads a number from a GPU waits until the GPU has done all its work, and the GPU then waits until the host
-has handed out more. So whether a step is bad is decided on the device, and what it came to is read when the next one's
-work is already queued behind it.
+has handed out more. So whether a step is bad is decided on the device, and what it came to is read when the
+next one's work is already queued.
 """
 
 from collections.abc import Iterable, Mapping
@@ -86,7 +86,7 @@ class StepSums:
 
 
 def queues(device: torch.device) -> bool:
-    """Whether a device works behind the host's back, so that a read waits for what is queued."""
+    """Whether a device runs asynchronously, so that reading from it waits for all queued work."""
     return device.type != "cpu"
 
 

@@ -37,7 +37,11 @@ from fuyu_e2e.training.step_lines import StepLines
 from fuyu_e2e.training.throughput import Throughput
 from fuyu_e2e.training.time_limit import TimeLimit
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings(  # all of Lightning
+    "ignore:.*LeafSpec:FutureWarning",
+    "ignore:Total length of .* across ranks is zero:UserWarning",
+    "ignore:The '.*dataloader' does not have many workers:UserWarning",
+)
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
 
