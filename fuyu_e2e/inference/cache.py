@@ -15,19 +15,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from fuyu_e2e.model.attention import Attend, Passing, RowAttention
-from fuyu_e2e.model.attention_plans import AttentionPlan
+from fuyu_e2e.model.attention import Attend, Passing, RowAttention, attention_type
+from fuyu_e2e.model.attention_plans import AttentionPlan, shared_attention
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.device_copy import to_device
 
 GROWTH = 8
 """A full cache of a routed block grows by this fraction of its places: seldom copied, and never much too large."""
-
-
-def cached_type(weight: Tensor) -> torch.dtype:
-    """The type of keys and values: autocast's where that is on, as products read them in it, else the weight's."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ class DenseBlockCache:
     def write(self, rows: Int64[Tensor, " nG"], keys: Float[Tensor, "n G K"], values: Float[Tensor, "n G K"]) -> None:
         """Stores tokens at the places that `rows_of` gives."""
         for store, new in ((self.keys, keys), (self.values, values)):
-            # Norms and rotations under autocast leave keys in float32.
+            # The cache may have been made outside of the autocast in which it is written.
             store.view(-1, store.shape[-1]).index_copy_(0, rows, new.flatten(0, 1).to(store.dtype))
 
     def attend(
@@ -104,7 +98,7 @@ class RoutedBlockCache:
         if (more := self.longest - self.keys.shape[1]) > 0:
             more += self.longest // GROWTH
             self.keys, self.values = (F.pad(part, (0, 0, 0, 0, 0, more)) for part in (self.keys, self.values))
-        # Norms and rotations under autocast leave keys in float32.
+        # The cache may have been made outside of the autocast in which it is written.
         self.keys[sequence, place] = keys.to(self.keys.dtype)
         self.values[sequence, place] = values.to(self.values.dtype)
 
@@ -112,14 +106,8 @@ class RoutedBlockCache:
         """Attention of one token of each of some sequences to all cached ones of its own."""
         lengths = self.lengths[sequence]
         keys, values = (part[sequence, : self.longest].transpose(1, 2) for part in (self.keys, self.values))
-        attended = F.scaled_dot_product_attention(
-            queries[:, :, None],
-            keys,
-            values,
-            attn_mask=(torch.arange(self.longest, device=lengths.device) < lengths[:, None])[:, None, None],
-            enable_gqa=queries.shape[1] != keys.shape[1],
-        )
-        return attended[:, :, 0]
+        seen = (torch.arange(self.longest, device=lengths.device) < lengths[:, None])[:, None, None]
+        return shared_attention(queries[:, :, None], keys, values, attn_mask=seen)[:, :, 0]
 
 
 class KeyValueCache:
@@ -129,11 +117,11 @@ class KeyValueCache:
         config: Of the decoder.
         sequences: How many are cached.
         capacity: Tokens of the longest that there will be.
-        like: A weight of the decoder. Keys and values lie on its device, in its `cached_type`.
+        like: A weight of the decoder. Keys and values lie on its device, in its `attention_type`.
     """
 
     def __init__(self, config: FuyuConfig, sequences: int, capacity: int, like: Tensor) -> None:
-        like = like.new_empty(0, dtype=cached_type(like))
+        like = like.new_empty(0, dtype=attention_type(like))
         self.blocks = [
             RoutedBlockCache(config, sequences, like)
             if layer in config.routed
@@ -253,14 +241,8 @@ class PrefillBlock(RowAttention):
         places = self.piece.known + self.piece.continued
         keys, values = (part[self.piece.first, None, :, :places] for part in (block.keys, block.values))
         order = torch.arange(places, device=queries.device)
-        attended = F.scaled_dot_product_attention(
-            queries.transpose(0, 1)[None],
-            keys,
-            values,
-            attn_mask=order <= order[self.piece.known :, None],
-            enable_gqa=queries.shape[1] != keys.shape[1],
-        )
-        return attended[0].transpose(0, 1)
+        seen = order <= order[self.piece.known :, None]
+        return shared_attention(queries.transpose(0, 1)[None], keys, values, attn_mask=seen)[0].transpose(0, 1)
 
     def among(self, passing: Passing) -> Attend:
         """Attention of passing tokens to each other, of which alone the cache keeps something."""

@@ -12,8 +12,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.inference.cache import DecodeStep, DenseBlockCache, KeyValueCache, cached_type
+from fuyu_e2e.inference.cache import DecodeStep, DenseBlockCache, KeyValueCache
 from fuyu_e2e.inference.packed import PackedDecoder
+from fuyu_e2e.model.attention import attention_type
 from fuyu_e2e.model.decoder import Decoder, Inputs
 
 SMALLEST = 128
@@ -43,7 +44,7 @@ def compiled_cache(decoder: Decoder, sequences: int, capacity: int) -> KeyValueC
     weight = decoder.embed_tokens.weight
     capacity = _bucket(capacity)
     cache = _caches.get(decoder)
-    if cache is None or _shape(cache) != (sequences, capacity, cached_type(weight), weight.device):
+    if cache is None or _shape(cache) != (sequences, capacity, attention_type(weight), weight.device):
         cache = _caches[decoder] = KeyValueCache(decoder.config, sequences, capacity, like=weight)
         if weight.device.type == "cuda":
             for block in cache.dense:

@@ -173,12 +173,13 @@ def prefill(
     # Whatever else was chosen for training may not serve the type that is generated in, or only once it is compiled.
     backend: AttentionBackend = "documents" if decoder.attention == "documents" else "auto"
     plan = partial(decoder.plan, device=device, backend=backend)
+    info = decoder.info(batch)
     cache.begin(batch.document_lengths)
     lasts = np.cumsum(batch.document_lengths) - 1
     states = []
     for (start, stop), (first, end) in zip(pairwise(bounds), pairwise(patches), strict=True):
         piece = Prefill(cache, batch.document_lengths, start, stop, plan)
-        row = decoder.row_of(batch.positions[start:stop], piece.attends, decoder.info(batch))
+        row = decoder.row_of(batch.positions[start:stop], piece.attends, info)
         inputs = Inputs(batch.tokens[start:stop], batch.patches[first:end], batch.patch_positions[first:end] - start)
         with _uncompiled():
             hidden_TD = decoder(inputs, row)

@@ -20,6 +20,12 @@ Training and prefill attend within the row (`AttentionPlan`), decoding attends t
 """
 
 
+def attention_type(weight: Tensor) -> torch.dtype:
+    """The type of queries, keys and values: autocast's where that is on, else that of the weights."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 @dataclass(frozen=True)
 class Passing:
     """The tokens of a row that pass a routed block, gathered in their order."""

@@ -27,7 +27,7 @@ LENGTH_STEP = 16
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Of a GPU, the first that serves computes the documents of a group. cuDNN's, which torch would try first on Hopper,
-is made anew for each shape, in seconds."""
+takes seconds to plan for each new shape."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class AskingPlan:
             q = q.unflatten(0, (documents, count)).transpose(1, 2)
             k, v = kv.unflatten(0, (documents, length)).transpose(1, 2).split(kv_heads, dim=1)
             seen = torch.arange(length) <= place.view(documents, 1, count, 1)
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=queries.shape[1] != kv_heads)
+            attended = shared_attention(q, k, v, attn_mask=seen)
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
         real = torch.cat([queries[:0], *outputs]).index_select(0, self.scatter)
         return torch.cat((real, torch.zeros_like(queries[len(real) :])))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.model.attention import RowAttention, rotary
+from fuyu_e2e.model.attention import RowAttention, attention_type, rotary
 from fuyu_e2e.model.attention_kernels import AttentionBackend, plan_attention
 from fuyu_e2e.model.block import Block, DenseBlock, build_norm
 from fuyu_e2e.model.config import FuyuConfig
@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
     patches: UInt8[Tensor, "P C"] | None = None
     """Raw patches; None where there can be none."""
     patch_positions: Int64[Tensor, " P"] | None = None
-    """Where in `tokens` each patch stands."""
+    """The index in `tokens` of each patch."""
 
 
 def build_block(config: FuyuConfig, number: int) -> Block:
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
             yield block
 
     def recompute(self, kind: ActivationCheckpointing) -> None:
-        """Has the backward pass compute activations of that kind anew; what comes of it stays the same."""
+        """Sets which activations the backward pass recomputes; results stay the same."""
         for block in self.each_block():
             block.recompute = kind
 
@@ -133,8 +133,7 @@ class Decoder(nn.Module):
         Raises:
             UserError: The backend doesn't serve this device, type or size of a head.
         """
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.embed_tokens.weight.dtype
+        dtype = attention_type(self.embed_tokens.weight)
         return plan_attention(lengths, device, dtype, backend, head_size=self.config.head_size)
 
     def row(self, batch: PackedBatch) -> Row:
@@ -171,7 +170,7 @@ class Decoder(nn.Module):
         return self.row_of(positions, attends, tokens)
 
     def forward(self, inputs: Inputs, row: Row) -> Float[Tensor, "T D"]:
-        """The states behind the last block, normalised: what the output projection reads.
+        """Returns the states after the last block, normalised: what the output projection reads.
 
         Training, prefill, decoding steps and exported graphs all come this way. Blocks add to `row.reports`.
         """

@@ -204,8 +204,8 @@ def check_monitors(trainer: pl.Trainer) -> None:
         for _, figure, *_ in Formatter().parse(getattr(one, "filename", None) or ""):
             if figure is not None and figure not in COUNTED and not may_be_logged(figure):
                 raise UserError(f"checkpoint.filename names {figure}, which is not logged: {near(figure)}")
-        name = getattr(one, "monitor", None)
-        if not isinstance(name, str) or (name not in VALIDATED and may_be_logged(name)):
+        name = monitor_of(one)
+        if name is None or (name not in VALIDATED and may_be_logged(name)):
             continue
         setting = "checkpoint.monitor" if type(one).__name__ == "Checkpoints" else f"monitor of {type(one).__name__}"
         if name in VALIDATED and validated:
@@ -213,6 +213,12 @@ def check_monitors(trainer: pl.Trainer) -> None:
         if name in VALIDATED:
             raise UserError(f"{setting} is {name}, but there is no data.val to validate on: name its shards.")
         raise UserError(f"{setting} is {name}, which is not logged: {near(name)}")
+
+
+def monitor_of(callback: pl.Callback) -> str | None:
+    """The figure that a callback decides by; None where it decides by none."""
+    name = getattr(callback, "monitor", None)
+    return name if isinstance(name, str) else None
 
 
 def may_be_logged(name: str) -> bool:

@@ -28,7 +28,7 @@ from fuyu_e2e.sequence import Prompt
 from fuyu_e2e.training.checkpoints import checkpoints_of
 from fuyu_e2e.training.curves import leave_out_later
 from fuyu_e2e.training.gradients import clamp_gradients, scale_gradients, squared_norm_part, weights_of
-from fuyu_e2e.training.lightning_settings import check_monitors, check_trainer
+from fuyu_e2e.training.lightning_settings import check_monitors, check_trainer, monitor_of
 from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
 from fuyu_e2e.training.optimizers import MuonAdamW, OptimizerConfig, build_optimizer
 from fuyu_e2e.training.resume import (
@@ -256,8 +256,8 @@ class FuyuModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Has the curves go on where the run does, and forgets what callbacks of another run said."""
         leave_out_later(self.trainer)
-        monitors = [getattr(callback, "monitor", None) for callback in self.trainer.callbacks]  # type: ignore[attr-defined]
-        self._monitored = any(str(monitor).startswith("train/") for monitor in monitors)
+        monitors = map(monitor_of, self.trainer.callbacks)  # type: ignore[attr-defined]
+        self._monitored = any(monitor is not None and monitor.startswith("train/") for monitor in monitors)
         self._sums.clear()
         self.votes, self.beside = {}, {}
         self.figures = self._pending = None

@@ -50,7 +50,7 @@ class RoutingReport(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Has the figures read with those of every `log_every_n_steps`-th step, and begins anew."""
+        """Has the figures read with those of every `log_every_n_steps`-th step, and resets them."""
         assert isinstance(pl_module, FuyuModule)
         if pl_module.config.routing is None or (trainer.global_step + 1) % steps_between_logs(trainer):
             return
@@ -95,7 +95,10 @@ class RoutingReport(Callback):
             pl_module.log(name, value)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compares choices with those of the validation before, and draws heat maps, on the first process."""
+        """Compares choices with those of the validation before, and draws heat maps, on the first process.
+
+        In the run's precision, as validation.
+        """
         logger = tensorboard_of(trainer)
         assert isinstance(pl_module, FuyuModule)
         if pl_module.config.routing is None or trainer.sanity_checking or logger is None:
@@ -104,16 +107,18 @@ class RoutingReport(Callback):
             return
         if self._prompts is None:
             self._prompts = pl_module.datamodule.validation_prompts(max(self.maps, self.followed))
-        choices = self._choose(decoder, self._prompts[: self.followed])
+        shown = [prompt.sequence for prompt in self._prompts[: self.maps]]
+        eos_id = pl_module.datamodule.tokenizer.eos_id
+        with trainer.precision_plugin.forward_context():
+            choices = self._choose(decoder, self._prompts[: self.followed])
+            written = generate(decoder, shown, max_new_tokens=pl_module.max_new_tokens, eos_id=eos_id)
+            depths = [token_depth(decoder, *pair) for pair in zip(shown, written, strict=True)]
         if self._choices is not None:
             changed = (choices != self._choices).float().mean()
             logger.experiment.add_scalar("val/routing/changed_choices", changed, shown_step(trainer))
         self._choices = choices
-        tokenizer = pl_module.datamodule.tokenizer
-        shown = [prompt.sequence for prompt in self._prompts[: self.maps]]
-        written = generate(decoder, shown, max_new_tokens=pl_module.max_new_tokens, eos_id=tokenizer.eos_id)
-        for number, (sequence, continuation) in enumerate(zip(shown, written, strict=True)):
-            picture = depth_map(token_depth(decoder, sequence, continuation), tokenizer)
+        for number, depth in enumerate(depths):
+            picture = depth_map(depth, pl_module.datamodule.tokenizer)
             logger.experiment.add_image(
                 f"routing/{number}", np.asarray(picture), shown_step(trainer), dataformats="HWC"
             )

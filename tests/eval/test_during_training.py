@@ -17,9 +17,10 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval import during_training
 from fuyu_e2e.eval.during_training import EvaluationInTraining
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
-from fuyu_e2e.training import module
+from fuyu_e2e.training import module, routing_report
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.random_state import RandomState
+from fuyu_e2e.training.routing_report import RoutingReport
 from fuyu_e2e.training.samples import SampleGenerations
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -77,10 +78,10 @@ def test_training_is_bitwise_as_without(fit: Callable[..., Any], task: str, rout
     assert without[1:] == with_it[1:]
 
 
-def test_samples_and_answers_are_computed_in_the_precision_of_the_run(
+def test_samples_answers_and_depth_are_computed_in_the_precision_of_the_run(
     fit: Callable[..., Any], task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: dict[str, set[torch.dtype]] = {"samples": set(), "answers": set()}
+    found: dict[str, set[torch.dtype]] = {"samples": set(), "answers": set(), "depth": set()}
 
     def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **settings: Any) -> Any:
@@ -94,10 +95,11 @@ def test_samples_and_answers_are_computed_in_the_precision_of_the_run(
 
     monkeypatch.setattr(module, "continue_texts", watched("samples", module.continue_texts))
     monkeypatch.setattr(during_training, "evaluate", watched("answers", during_training.evaluate))
+    monkeypatch.setattr(routing_report, "token_depth", watched("depth", routing_report.token_depth))
     evaluation = EvaluationInTraining((task,), every_n_steps=4, limit=2)
     settings = {"precision": "bf16-mixed", "val_check_interval": 8, "check_val_every_n_epoch": None}
-    fit(evaluation, SampleGenerations(1), val=str(tmp_path / "val.tar"), **settings)
-    assert found == {"samples": {torch.bfloat16}, "answers": {torch.bfloat16}}
+    fit(evaluation, SampleGenerations(1), RoutingReport(1, 2), routed=True, val=str(tmp_path / "val.tar"), **settings)
+    assert found == {name: {torch.bfloat16} for name in ("samples", "answers", "depth")}
 
 
 def test_figures_and_pictures_are_logged_at_their_steps(fit: Callable[..., Any], task: str, tmp_path: Path) -> None:
