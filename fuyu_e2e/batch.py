@@ -57,6 +57,11 @@ class PackedBatch:
         return self.tokens.shape[0] - sum(self.document_lengths)
 
     @property
+    def image_bounds(self) -> tuple[tuple[int, int], ...]:
+        """Where in `tokens` each image begins, and where it ends."""
+        return tuple((span.start, span.stop) for span in getattr(self, "images", ()))
+
+    @property
     def image_count(self) -> int:
         """How many images stand in the batch."""
         return len(self.image_patches)

@@ -13,7 +13,6 @@ from torch.export import ExportedProgram
 
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import DecodeStep, DenseBlockCache, KeyValueCache, Prefill
-from fuyu_e2e.model.attention_plans import AttentionPlan
 from fuyu_e2e.model.decoder import Decoder, Inputs
 
 Outputs = tuple[Tensor, list[Tensor], list[Tensor]]
@@ -66,7 +65,7 @@ def export_decode_step(decoder: Decoder, *, sequences: int, capacity: int) -> Ex
     cache = KeyValueCache(decoder.config, sequences, capacity, like=weight)
     tokens = torch.zeros(sequences, dtype=torch.int64, device=weight.device)
     keys, values = _stores(cache)
-    return torch.export.export(_DecodeStep(decoder), (tokens, torch.zeros_like(tokens), keys, values))
+    return torch.export.export(_DecodeStep(decoder, capacity), (tokens, torch.zeros_like(tokens), keys, values))
 
 
 def _check_dense(decoder: Decoder) -> None:
@@ -91,17 +90,17 @@ class _Prefill(nn.Module):
     ) -> Outputs:
         length = tokens.shape[0]
         cache = KeyValueCache(self.decoder.config, 1, self.capacity, like=self.decoder.embed_tokens.weight)
-        plan = partial(AttentionPlan.of, device=tokens.device)
+        plan = partial(self.decoder.plan, device=tokens.device, backend="documents")
         positions = torch.arange(length, device=tokens.device)
-        row = self.decoder.row_of(positions, Prefill(cache, (length,), 0, length, plan).attends)
+        row = self.decoder.row_of(positions, Prefill(cache, (length,), (), 0, length, plan).attends)
         hidden_TD = self.decoder(Inputs(tokens, patches, patch_positions), row)
         return self.decoder.lm_head(hidden_TD[-1:]), *_stores(cache)
 
 
 class _DecodeStep(nn.Module):
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, capacity: int) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.capacity = decoder, capacity
 
     def forward(
         self,
@@ -111,6 +110,8 @@ class _DecodeStep(nn.Module):
         values: list[Float[Tensor, "B G S K"]],
     ) -> Outputs:
         blocks = [DenseBlockCache(*(store.clone() for store in stores)) for stores in zip(keys, values, strict=True)]
-        row = self.decoder.row_of(lengths, DecodeStep(blocks, lengths, keys[0].shape[2]).attends)
+        row = self.decoder.row_of(
+            lengths, DecodeStep(blocks, self.decoder.config.masks, lengths, self.capacity).attends
+        )
         hidden_BD = self.decoder(Inputs(tokens), row)
         return self.decoder.lm_head(hidden_BD), [block.keys for block in blocks], [block.values for block in blocks]

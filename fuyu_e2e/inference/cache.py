@@ -1,8 +1,9 @@
 """The key/value cache: what a decoder remembers of each sequence, block by block.
 
-A dense block remembers every token, in room that is there from the start: shapes never change, so a step can be
-compiled. A routed block remembers those that passed it, or every token where skipped ones leave their keys behind;
-how many that will be is not known before, so its room grows.
+A dense block remembers every token that its mask may still show to a later one, in room that is there from the start:
+shapes never change, so a step can be compiled. Under a window the room is a ring, behind the sinks. A routed block
+remembers those that passed it, or every token where skipped ones leave their keys behind; how many that will be is not
+known before, so its room grows, to the ring's size at most.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +16,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from fuyu_e2e.model.attention import Attend, Passing, RowAttention, attention_type
-from fuyu_e2e.model.attention_plans import AttentionPlan, shared_attention
+from fuyu_e2e.model.attention import Attend, Passing, Places, RowAttention, attention_type
+from fuyu_e2e.model.attention_plans import TilePlan, shared_attention
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.device_copy import to_device
+from fuyu_e2e.model.mask import AttentionMask
 
 GROWTH = 8
 """A full cache of a routed block grows by this fraction of its places: seldom copied, and never much too large."""
@@ -26,7 +28,7 @@ GROWTH = 8
 
 @dataclass(frozen=True)
 class DenseBlockCache:
-    """Keys and values of one dense block, those of each sequence from place 0 on.
+    """Keys and values of one dense block, those of each sequence from slot 0 on.
 
     Sequences grow independently, so prompts of different lengths need no padding between prompt and answer.
     """
@@ -35,51 +37,65 @@ class DenseBlockCache:
     values: Float[Tensor, "B G S K"]
 
     @classmethod
-    def empty(cls, config: FuyuConfig, sequences: int, capacity: int, like: Tensor) -> "DenseBlockCache":
-        """Room for `capacity` tokens of each sequence."""
+    def empty(
+        cls, config: FuyuConfig, sequences: int, capacity: int, mask: AttentionMask, like: Tensor
+    ) -> "DenseBlockCache":
+        """Room for `capacity` tokens of each sequence, or for as many as the mask shows."""
+        capacity = capacity if mask.room is None else min(capacity, mask.room)
         # Places behind a sequence's end are masked, but must hold numbers: 0 x nan would still be nan.
         shape = (sequences, config.kv_heads, capacity, config.head_size)
         return cls(like.new_zeros(shape), like.new_zeros(shape))
 
     def write(self, rows: Int64[Tensor, " nG"], keys: Float[Tensor, "n G K"], values: Float[Tensor, "n G K"]) -> None:
-        """Stores tokens at the places that `rows_of` gives."""
+        """Stores tokens where `rows_of` says."""
         for store, new in ((self.keys, keys), (self.values, values)):
             # The cache may have been made outside of the autocast in which it is written.
             store.view(-1, store.shape[-1]).index_copy_(0, rows, new.flatten(0, 1).to(store.dtype))
 
-    def attend(
-        self, queries: Float[Tensor, "B H K"], places: int, seen: Bool[Tensor, "B places"]
-    ) -> Float[Tensor, "B H K"]:
-        """Attention of one token of each sequence to those of the first `places` that it sees."""
+    def attend(self, queries: Float[Tensor, "B H K"], seen: Bool[Tensor, "B slots"]) -> Float[Tensor, "B H K"]:
+        """Attention of one token of each sequence to those of the first slots that it sees."""
+        slots = seen.shape[1]
         # The query heads of one key stand as rows of one product, so that the cache is read once and never repeated.
         grouped = queries.unflatten(1, (self.keys.shape[1], -1)) * queries.shape[-1] ** -0.5
-        scores = grouped @ self.keys[:, :, :places].transpose(2, 3)
+        scores = grouped @ self.keys[:, :, :slots].transpose(2, 3)
         weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(dim=-1, dtype=torch.float32)
-        return (weights.to(scores.dtype) @ self.values[:, :, :places]).flatten(1, 2)
+        return (weights.to(scores.dtype) @ self.values[:, :, :slots]).flatten(1, 2)
+
+
+def slots_of(places: Int64[Tensor, " n"], size: int, mask: AttentionMask) -> Int64[Tensor, " n"]:
+    """Where the tokens of these places go: to the place itself, or round the ring behind the sinks."""
+    if mask.room is None or size < mask.room:
+        return places
+    return torch.where(places < mask.sinks, places, mask.sinks + (places - mask.sinks) % (size - mask.sinks))
 
 
 def rows_of(
-    sequence: Int64[Tensor, " n"], places: Int64[Tensor, " n"], block: DenseBlockCache
+    sequence: Int64[Tensor, " n"], places: Int64[Tensor, " n"], block: DenseBlockCache, mask: AttentionMask
 ) -> Int64[Tensor, " nG"]:
-    """Where tokens go in a dense block's room seen as one long list of heads; the same for every block."""
-    kv_heads, capacity = block.keys.shape[1:3]
+    """Where tokens go in a dense block's room seen as one long list of heads; the same for blocks of the same mask."""
+    kv_heads, size = block.keys.shape[1:3]
     heads = torch.arange(kv_heads, device=sequence.device)
-    return ((sequence[:, None] * kv_heads + heads) * capacity + places[:, None]).flatten()
+    return ((sequence[:, None] * kv_heads + heads) * size + slots_of(places, size, mask)[:, None]).flatten()
 
 
 class RoutedBlockCache:
-    """Keys and values of one routed block, those of each sequence from place 0 on; grows as it is written to."""
+    """Keys and values of one routed block, those of each sequence from slot 0 on; grows as it is written to."""
 
-    def __init__(self, config: FuyuConfig, sequences: int, like: Tensor) -> None:
-        # Places behind a sequence's end are masked, but must hold numbers: 0 x nan would still be nan.
+    def __init__(self, config: FuyuConfig, sequences: int, mask: AttentionMask, like: Tensor) -> None:
+        # Slots behind a sequence's end are masked, but must hold numbers: 0 x nan would still be nan.
         self.keys = like.new_zeros((sequences, 0, config.kv_heads, config.head_size))
         self.values = self.keys
+        self.positions = like.new_zeros((sequences, 0), dtype=torch.int64)
+        """Of each token in its document: those that passed leave gaps, which a mask counts."""
+        self.mask = mask
         self.lengths = torch.zeros(sequences, dtype=torch.int64, device=like.device)
+        """Tokens of each sequence that were written, whether they are still there or not."""
         self.longest = 0
 
     def write(
         self,
         sequence: Int64[Tensor, " n"],
+        positions: Int64[Tensor, " n"],
         keys: Float[Tensor, "n G K"],
         values: Float[Tensor, "n G K"],
     ) -> None:
@@ -87,6 +103,7 @@ class RoutedBlockCache:
 
         Args:
             sequence: Of each token, in ascending order.
+            positions: Of each token in its document.
             keys: Of each token.
             values: Of each token.
         """
@@ -94,20 +111,39 @@ class RoutedBlockCache:
         place = torch.arange(len(sequence), device=sequence.device) - (counts.cumsum(0) - counts)[sequence]
         place = place + self.lengths[sequence]
         self.lengths = self.lengths + counts
-        self.longest = int(self.lengths.max())
+        self.longest, room = int(self.lengths.max()), self.mask.room
+        if room is not None and self.longest > room:
+            # Tokens that later ones of the same call would take the slot of; the first ones hold all that are sinks.
+            stay = (place < self.mask.sinks) | (place >= (self.lengths - (room - self.mask.sinks))[sequence])
+            sequence, positions, keys, values = sequence[stay], positions[stay], keys[stay], values[stay]
+            place, self.longest = slots_of(place[stay], room, self.mask), room
         if (more := self.longest - self.keys.shape[1]) > 0:
             more += self.longest // GROWTH
             self.keys, self.values = (F.pad(part, (0, 0, 0, 0, 0, more)) for part in (self.keys, self.values))
+            self.positions = F.pad(self.positions, (0, more))
         # The cache may have been made outside of the autocast in which it is written.
         self.keys[sequence, place] = keys.to(self.keys.dtype)
         self.values[sequence, place] = values.to(self.values.dtype)
+        self.positions[sequence, place] = positions
 
-    def attend(self, sequence: Int64[Tensor, " n"], queries: Float[Tensor, "n H K"]) -> Float[Tensor, "n H K"]:
-        """Attention of one token of each of some sequences to all cached ones of its own."""
+    def attend(
+        self, sequence: Int64[Tensor, " n"], positions: Int64[Tensor, " n"], queries: Float[Tensor, "n H K"]
+    ) -> Float[Tensor, "n H K"]:
+        """Attention of one token of each of some sequences to those of its own that it sees.
+
+        Args:
+            sequence: Of each token.
+            positions: Of each token in its document.
+            queries: Of each token.
+        """
         lengths = self.lengths[sequence]
         keys, values = (part[sequence, : self.longest].transpose(1, 2) for part in (self.keys, self.values))
-        seen = (torch.arange(self.longest, device=lengths.device) < lengths[:, None])[:, None, None]
-        return shared_attention(queries[:, :, None], keys, values, attn_mask=seen)[:, :, 0]
+        seen = torch.arange(self.longest, device=lengths.device) < lengths[:, None]
+        seen = seen & self.mask.sees(positions[:, None], self.positions[sequence, : self.longest], False)
+        return shared_attention(queries[:, :, None], keys, values, attn_mask=seen[:, None, None])[:, :, 0]
+
+
+BlockCache = DenseBlockCache | RoutedBlockCache
 
 
 class KeyValueCache:
@@ -122,11 +158,14 @@ class KeyValueCache:
 
     def __init__(self, config: FuyuConfig, sequences: int, capacity: int, like: Tensor) -> None:
         like = like.new_empty(0, dtype=attention_type(like))
-        self.blocks = [
-            RoutedBlockCache(config, sequences, like)
+        self.capacity = capacity
+        self.masks = config.masks
+        """The pattern of the blocks' masks."""
+        self.blocks: list[BlockCache] = [
+            RoutedBlockCache(config, sequences, mask, like)
             if layer in config.routed
-            else DenseBlockCache.empty(config, sequences, capacity, like)
-            for layer in range(config.layers)
+            else DenseBlockCache.empty(config, sequences, capacity, mask, like)
+            for layer, mask in enumerate(config.block_masks)
         ]
         self.lengths = torch.zeros(sequences, dtype=torch.int64, device=like.device)
         self.longest = 0
@@ -136,6 +175,12 @@ class KeyValueCache:
     def dense(self) -> list[DenseBlockCache]:
         """The caches of the dense blocks, of which every decoder has one."""
         return [block for block in self.blocks if isinstance(block, DenseBlockCache)]
+
+    def dense_of(self, mask: AttentionMask) -> DenseBlockCache | None:
+        """The cache of a dense block with a mask; None where there is none."""
+        period = len(self.masks)
+        of_mask = [block for number, block in enumerate(self.blocks) if self.masks[number % period] == mask]
+        return next((block for block in of_mask if isinstance(block, DenseBlockCache)), None)
 
     @property
     def bytes(self) -> int:
@@ -161,7 +206,18 @@ class KeyValueCache:
         self.longest += 1
 
 
-BlockCache = DenseBlockCache | RoutedBlockCache
+@dataclass(frozen=True)
+class _Piece:
+    """How blocks of one mask read a piece of a row of prompts."""
+
+    attention: RowAttention | TilePlan
+    """Of the piece's tokens to each other; of a continued document, to what the cache holds of it before them."""
+    known: Int64[Tensor, " known"] | None
+    """The slots of that; None where no document is continued."""
+    kept: Int64[Tensor, " kept"]
+    """The tokens of the piece whose keys stay in the cache of a dense block."""
+    rows: Int64[Tensor, " keptG"]
+    """Where they go there."""
 
 
 class Prefill:
@@ -172,53 +228,69 @@ class Prefill:
     Args:
         cache: With a place for each document of the row, filled with the row's tokens before `start`.
         document_lengths: Tokens of each prompt of the whole row, in the order of the cache's sequences.
-        start: Where the piece begins in the row.
+        images: Where in the row each image begins and ends.
+        start: Where the piece begins in the row; not within an image whose tokens see each other.
         stop: Where it ends.
-        plan: The attention of documents of some lengths in a row, the piece's own.
+        plan: The attention under a mask of documents of some lengths and images with some bounds in a row, the
+            piece's own.
     """
 
     def __init__(
         self,
         cache: KeyValueCache,
         document_lengths: tuple[int, ...],
+        images: tuple[tuple[int, int], ...],
         start: int,
         stop: int,
-        plan: Callable[[tuple[int, ...]], RowAttention],
+        plan: Callable[[AttentionMask, tuple[int, ...], tuple[tuple[int, int], ...]], RowAttention],
     ) -> None:
         self.cache = cache
         device = cache.lengths.device
-        ends = np.cumsum(document_lengths)
-        starts = ends - document_lengths
-        inside = np.minimum(ends, stop) - np.maximum(starts, start)
-        members = np.flatnonzero(inside > 0)
+        places = Places.of(document_lengths, images)
+        inside = places.take(slice(start, stop))
+        members, lengths = np.unique(inside.document, return_counts=True)
         self.first = int(members[0])
         """The document that the piece begins in."""
-        self.known = int(max(0, start - starts[self.first]))
-        """Its tokens that an earlier piece held."""
-        self.continued = int(inside[self.first]) if self.known else 0
-        """Its tokens in this piece, if there were any before."""
-        lengths = [int(length) for length in inside[members]]
-        others = tuple(lengths[1:] if self.known else lengths)
-        self.plan = plan(others) if others else AttentionPlan.of((), device)
-        document = np.repeat(members, lengths)
-        places = np.arange(start, stop) - np.repeat(starts[members], lengths)
-        self.document, within = to_device(torch.from_numpy(np.stack((document, places))), device)
-        self.rows = rows_of(self.document, within, cache.dense[0])
+        known = int(inside.position[0])
+        before = places.take(slice(start - known, start))
+        within = tuple((max(a, start) - start, min(b, stop) - start) for a, b in images if a < stop and b > start)
+        ends = np.repeat(inside.position[np.cumsum(lengths) - 1] + 1, lengths)
+        self.document, self.position = to_device(torch.from_numpy(np.stack(inside[:2])), device)
 
-    @property
-    def attends(self) -> list[RowAttention]:
+        def piece(mask: AttentionMask, block: DenseBlockCache | None) -> _Piece:
+            seen, kept = before.position, np.arange(stop - start)
+            if mask.window is not None:
+                seen = seen[(seen < mask.sinks) | (seen > known - mask.window)]
+                kept = kept[(inside.position < mask.sinks) | (inside.position >= ends - mask.window)]
+            if known:
+                keys = Places(*map(np.concatenate, zip(before.take(seen), inside, strict=True)))
+                attention: RowAttention | TilePlan = TilePlan.of(mask, inside, keys, device)
+            else:
+                attention = plan(mask, tuple(lengths.tolist()), within)
+            index, slots = to_device(torch.from_numpy(kept), device), to_device(torch.from_numpy(seen), device)
+            if block is None:
+                return _Piece(attention, None, index, index)
+            rows = rows_of(self.document[index], self.position[index], block, mask)
+            slots = slots_of(slots, block.keys.shape[2], mask)
+            return _Piece(attention, slots if known else None, index, rows)
+
+        pieces = {mask: piece(mask, cache.dense_of(mask)) for mask in set(cache.masks)}
+        self.attends: list[RowAttention] = [
+            PrefillBlock(self, pieces[cache.masks[number % len(cache.masks)]], block)
+            for number, block in enumerate(cache.blocks)
+        ]
         """How each block attends."""
-        return [PrefillBlock(self, block) for block in self.cache.blocks]
 
 
 @dataclass(frozen=True)
 class PrefillBlock(RowAttention):
     """Attends within a piece of a row of prompts, and writes its keys and values to the cache of one block.
 
-    The tokens of a prompt that began in an earlier piece attend to the cache, all others as in training.
+    The tokens of a prompt that began in an earlier piece attend to the cache too.
     """
 
-    piece: Prefill
+    row: Prefill
+    piece: _Piece
     block: BlockCache
 
     def __call__(
@@ -227,42 +299,40 @@ class PrefillBlock(RowAttention):
         keys: Float[Tensor, "T G K"],
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
-        """Causal attention of every token to the tokens of its own document up to itself."""
-        piece, block = self.piece, self.block
+        """Attention of every token to those of its own document that the mask shows it."""
+        block, piece = self.block, self.piece
         assert isinstance(block, DenseBlockCache)
-        block.write(piece.rows, keys, values)
-        if not piece.known:
-            return piece.plan(queries, keys, values)
-        n = piece.continued
-        return torch.cat((self._continue(block, queries[:n]), piece.plan(queries[n:], keys[n:], values[n:])))
+        attended = piece.attention(queries, self._shown(block.keys, keys), self._shown(block.values, values))
+        block.write(piece.rows, keys.index_select(0, piece.kept), values.index_select(0, piece.kept))
+        return attended
 
-    def _continue(self, block: DenseBlockCache, queries: Float[Tensor, "n H K"]) -> Float[Tensor, "n H K"]:
-        """Attention of the tokens of a document that began in an earlier piece."""
-        places = self.piece.known + self.piece.continued
-        keys, values = (part[self.piece.first, None, :, :places] for part in (block.keys, block.values))
-        order = torch.arange(places, device=queries.device)
-        seen = order <= order[self.piece.known :, None]
-        return shared_attention(queries.transpose(0, 1)[None], keys, values, attn_mask=seen)[0].transpose(0, 1)
+    def _shown(self, store: Float[Tensor, "B G slots K"], new: Float[Tensor, "T G K"]) -> Float[Tensor, "S G K"]:
+        """What the cache holds of a continued document, and what is new; read before the ring takes the latter."""
+        if self.piece.known is None:
+            return new
+        old = store[self.row.first].index_select(1, self.piece.known).transpose(0, 1)
+        return torch.cat((old.to(new.dtype), new))  # the cache may be of another type
 
     def among(self, passing: Passing) -> Attend:
         """Attention of passing tokens to each other, of which alone the cache keeps something."""
-        document = self.piece.document.index_select(0, passing.index)
-        return partial(self._write_and_attend, document, self.piece.plan.among(passing))
+        assert isinstance(self.piece.attention, RowAttention)
+        return partial(self._write_and_attend, passing.index, self.piece.attention.among(passing))
 
     def asking(self, passing: Passing) -> Attend:
         """Attention of passing tokens to the whole row, which the cache keeps."""
-        return partial(self._write_and_attend, self.piece.document, self.piece.plan.asking(passing))
+        assert isinstance(self.piece.attention, RowAttention)
+        return partial(self._write_and_attend, slice(None), self.piece.attention.asking(passing))
 
     def _write_and_attend(
         self,
-        document: Int64[Tensor, " n"],
+        written: Int64[Tensor, " n"] | slice,
         attend: Attend,
         queries: Float[Tensor, "C H K"],
         keys: Float[Tensor, "n G K"],
         values: Float[Tensor, "n G K"],
     ) -> Float[Tensor, "C H K"]:
         assert isinstance(self.block, RoutedBlockCache)
-        self.block.write(document, keys, values)
+        self.block.write(self.row.document[written], self.row.position[written], keys, values)
         return attend(queries, keys, values)
 
 
@@ -271,26 +341,61 @@ class DecodeStep:
 
     Args:
         blocks: What the cache holds of each block.
+        masks: The pattern of their masks.
         lengths: Tokens that each sequence has in it, which are the positions of the new ones.
-        places: Places of dense blocks that are looked at: enough for every sequence with its new token.
+        places: Tokens that are looked at: enough for every sequence with its new token.
     """
 
-    def __init__(self, blocks: Sequence[BlockCache], lengths: Int64[Tensor, " B"], places: int) -> None:
-        self.places = places
+    def __init__(
+        self,
+        blocks: Sequence[BlockCache],
+        masks: Sequence[AttentionMask],
+        lengths: Int64[Tensor, " B"],
+        places: int,
+    ) -> None:
+        self.lengths = lengths
         self.sequence = torch.arange(len(lengths), device=lengths.device)
-        dense = next(block for block in blocks if isinstance(block, DenseBlockCache))
-        self.rows = rows_of(self.sequence, lengths, dense)
-        self.seen = torch.arange(places, device=lengths.device) <= lengths[:, None]
-        self.attends: list[RowAttention] = [DecodeStepBlock(self, block) for block in blocks]
+        period = len(masks)
+        dense = [
+            next((block for block in blocks[first::period] if isinstance(block, DenseBlockCache)), None)
+            for first in range(period)
+        ]
+        # By the place in the pattern: torch.compile can't look masks up.
+        rows = [
+            None if b is None else rows_of(self.sequence, lengths, b, mask)
+            for b, mask in zip(dense, masks, strict=True)
+        ]
+        seen = [None if b is None else self._seen(b, mask, places) for b, mask in zip(dense, masks, strict=True)]
+        self.attends: list[RowAttention] = [
+            DecodeStepBlock(self, block, rows[number % period], seen[number % period])
+            for number, block in enumerate(blocks)
+        ]
         """How each block attends."""
+
+    def _seen(self, block: DenseBlockCache, mask: AttentionMask, places: int) -> Bool[Tensor, "B slots"]:
+        """Which of a dense block's first slots the new tokens see, once they are written themselves."""
+        size = block.keys.shape[2]
+        slots, at = torch.arange(min(places, size), device=self.lengths.device), self.lengths[:, None]
+        seen = slots <= at
+        if type(mask) is AttentionMask:  # the ring holds what it shows, no more
+            return seen
+        positions = slots
+        if mask.window is not None and size == mask.room:
+            ring = size - mask.sinks
+            positions = torch.where(slots < mask.sinks, slots, slots + (at - slots) // ring * ring)
+        return seen & mask.sees(at, positions, False)
 
 
 @dataclass(frozen=True)
 class DecodeStepBlock(RowAttention):
-    """Attends from one new token of each sequence to all that one block has cached of it, and to itself."""
+    """Attends from one new token of each sequence to what one block has cached of it, and to itself."""
 
     step: DecodeStep
     block: BlockCache
+    rows: Int64[Tensor, " BG"] | None
+    """Where a dense block's new keys go."""
+    seen: Bool[Tensor, "B slots"] | None
+    """Which of its slots are seen."""
 
     def __call__(
         self,
@@ -300,17 +405,18 @@ class DecodeStepBlock(RowAttention):
     ) -> Float[Tensor, "B H K"]:
         """Attention of each sequence's new token."""
         assert isinstance(self.block, DenseBlockCache)
-        self.block.write(self.step.rows, keys, values)
-        return self.block.attend(queries, self.step.places, self.step.seen)
+        assert self.rows is not None
+        assert self.seen is not None
+        self.block.write(self.rows, keys, values)
+        return self.block.attend(queries, self.seen)
 
     def among(self, passing: Passing) -> Attend:
         """Attention of the passing ones of the new tokens to what passed before them."""
-        sequence = self.step.sequence.index_select(0, passing.index)
-        return partial(self._write_and_ask, sequence, sequence)
+        return partial(self._write_and_ask, passing.index, passing.index)
 
     def asking(self, passing: Passing) -> Attend:
         """Attention of the passing ones of the new tokens to all before them."""
-        return partial(self._write_and_ask, self.step.sequence, self.step.sequence.index_select(0, passing.index))
+        return partial(self._write_and_ask, self.step.sequence, passing.index)
 
     def _write_and_ask(
         self,
@@ -321,5 +427,5 @@ class DecodeStepBlock(RowAttention):
         values: Float[Tensor, "n G K"],
     ) -> Float[Tensor, "m H K"]:
         assert isinstance(self.block, RoutedBlockCache)
-        self.block.write(written, keys, values)
-        return self.block.attend(asking, queries)
+        self.block.write(written, self.step.lengths[written], keys, values)
+        return self.block.attend(asking, self.step.lengths[asking], queries)

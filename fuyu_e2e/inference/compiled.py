@@ -75,7 +75,7 @@ def compiled_step(decoder: Decoder, tokens: Int64[Tensor, " B"], cache: KeyValue
 
 def _shape(cache: KeyValueCache) -> tuple[int, int, torch.dtype, torch.device]:
     keys = cache.dense[0].keys
-    return len(keys), keys.shape[2], keys.dtype, keys.device
+    return len(keys), cache.capacity, keys.dtype, keys.device
 
 
 def _bucket(places: int) -> int:
@@ -91,7 +91,7 @@ def _step(
     places: int,
 ) -> Float[Tensor, "B V"]:
     blocks = [DenseBlockCache(*stores) for stores in zip(keys, values, strict=True)]
-    row = decoder.row_of(lengths, DecodeStep(blocks, lengths, places).attends)
+    row = decoder.row_of(lengths, DecodeStep(blocks, decoder.config.masks, lengths, places).attends)
     return decoder.lm_head(decoder(Inputs(tokens), row))
 
 

@@ -167,7 +167,7 @@ def prefill(
     step = PREFILL_TOKENS.get(device.type, PREFILL_TOKENS["cuda"])
     if decoder.config.routing is not None:
         step = length
-    bounds = [*range(0, length, step), length]
+    bounds = _bounds(length, step, batch.image_bounds if decoder.config.reads_images else ())
     patches = torch.searchsorted(batch.patch_positions, torch.tensor(bounds, device=batch.tokens.device)).tolist()
     batch = batch.to(device)
     # Whatever else was chosen for training may not serve the type that is generated in, or only once it is compiled.
@@ -178,7 +178,7 @@ def prefill(
     lasts = np.cumsum(batch.document_lengths) - 1
     states = []
     for (start, stop), (first, end) in zip(pairwise(bounds), pairwise(patches), strict=True):
-        piece = Prefill(cache, batch.document_lengths, start, stop, plan)
+        piece = Prefill(cache, batch.document_lengths, batch.image_bounds, start, stop, plan)
         row = decoder.row_of(batch.positions[start:stop], piece.attends, info)
         inputs = Inputs(batch.tokens[start:stop], batch.patches[first:end], batch.patch_positions[first:end] - start)
         with _uncompiled():
@@ -190,11 +190,21 @@ def prefill(
     return torch.cat(states)
 
 
+def _bounds(length: int, step: int, whole: tuple[tuple[int, int], ...]) -> list[int]:
+    """Where pieces of about `step` tokens begin and end in a row, none of them within what has to stay whole."""
+    bounds = [0]
+    while bounds[-1] < length:
+        stop = min(length, bounds[-1] + step)
+        bounds.append(next((end for begin, end in whole if begin < stop < end), stop))
+    return bounds
+
+
 def decode_step(
     decoder: Decoder, tokens: Int64[Tensor, " B"], cache: KeyValueCache, watch: Watch | None = None
 ) -> Float[Tensor, "B D"]:
     """Reads one more token of each sequence, and gives its state; `watch` hears of the row that was read."""
-    row = decoder.row_of_new_tokens(cache.lengths, DecodeStep(cache.blocks, cache.lengths, cache.longest + 1).attends)
+    step = DecodeStep(cache.blocks, cache.masks, cache.lengths, cache.longest + 1)
+    row = decoder.row_of_new_tokens(cache.lengths, step.attends)
     cache.advance()
     with _uncompiled():
         hidden_BD = decoder(Inputs(tokens), row)

@@ -1,4 +1,4 @@
-"""Causal attention inside each document of a packed row, of all its tokens or of those that pass a routed block.
+"""Attention inside each document of a packed row, of all its tokens or of those that pass a routed block.
 
 What a block asks for stands here, with its definition (`reference_attention`) and the rotary embedding. Several
 backends compute it, at the cost of the sum of squares of the documents' lengths instead of the square of the row's:
@@ -8,10 +8,15 @@ backends compute it, at the cost of the sum of squares of the documents' lengths
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+
+from fuyu_e2e.model.device_copy import to_device
+from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """How a block attends: (queries "T H K", keys "S G K", values "S G K") to outputs "T H K".
@@ -45,6 +50,55 @@ class Passing:
         return torch.where(self.real, document.index_select(0, self.index), filling)
 
 
+class Places(NamedTuple):
+    """What a mask looks at of some tokens: int64 tensors of a device, or numpy's arrays of the host, of one shape."""
+
+    document: Any
+    """The number of each token's document."""
+    position: Any
+    """Its position in the document."""
+    image: Any
+    """The number of its image in the row, -1 outside of images; None where no mask asks."""
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], images: tuple[tuple[int, int], ...]) -> "Places":
+        """Those of a row of documents laid end to end, on the host.
+
+        Args:
+            lengths: Tokens of each document.
+            images: Where in the row each image begins, and where it ends.
+        """
+        counts = np.array(lengths, np.int64)
+        document = np.repeat(np.arange(len(counts)), counts)
+        image = np.full(len(document), -1, np.int64)
+        for number, (start, stop) in enumerate(images):
+            image[start:stop] = number
+        return cls(document, np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts), image)
+
+    def take(self, index: Any) -> "Places":
+        """Those of the tokens at some indices."""
+        return Places(self.document[index], self.position[index], None if self.image is None else self.image[index])
+
+    def on(self, device: torch.device) -> "Places":
+        """The host's places on a device."""
+        return Places(*to_device(torch.from_numpy(np.stack(self)), device))
+
+
+def seen_by(mask: AttentionMask, queries: Places, keys: Places) -> Bool[Tensor, "*batch Q K"]:
+    """Whether each query sees each key, by the definition of the mask; places are tensors of the shapes "*batch Q" and
+    "*batch K"."""
+
+    def pairs(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return query[..., :, None], key[..., None, :]
+
+    query_document, key_document = pairs(queries.document, keys.document)
+    same_image: Tensor | bool = False
+    if queries.image is not None and mask.reads_images:
+        query_image, key_image = pairs(queries.image, keys.image)
+        same_image = (query_image == key_image) & (query_image >= 0)
+    return (query_document == key_document) & mask.sees(*pairs(queries.position, keys.position), same_image)
+
+
 class RowAttention(ABC):
     """Attention of all tokens of a row, which also serves those that pass a routed block."""
 
@@ -55,7 +109,7 @@ class RowAttention(ABC):
         keys: Float[Tensor, "T G K"],
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
-        """Causal attention of every token to the tokens of its own document up to itself."""
+        """Attention of every token to those that the block's mask shows it."""
 
     @abstractmethod
     def among(self, passing: Passing) -> Attend:
@@ -72,19 +126,18 @@ def reference_attention(
     values: Float[Tensor, "T G K"],
     document_lengths: tuple[int, ...],
     known: Bool[Tensor, " T"] | None = None,
+    mask: AttentionMask = CAUSAL,
+    images: tuple[tuple[int, int], ...] = (),
 ) -> Float[Tensor, "T H K"]:
     """The same attention as one masked softmax over the whole row: the definition that every fast path must match.
 
-    Where only some keys are `known`, the outputs of tokens that see none mean nothing.
+    Where only some keys are `known`, the outputs of tokens that see none mean nothing. `images` are the bounds of each
+    image in the row.
     """
     repeat = queries.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(repeat, dim=1), values.repeat_interleave(repeat, dim=1)
-    document = torch.repeat_interleave(
-        torch.arange(len(document_lengths), device=queries.device),
-        torch.tensor(document_lengths, device=queries.device),
-    )
-    order = torch.arange(queries.shape[0], device=queries.device)
-    allowed = (document[:, None] == document) & (order[:, None] >= order)
+    places = Places.of(document_lengths, images).on(queries.device)
+    allowed = seen_by(mask, places, places)
     if known is not None:
         allowed = allowed & known
     scores = torch.einsum("thk,shk->hts", queries, keys) / queries.shape[-1] ** 0.5

@@ -6,6 +6,8 @@
     flash       the same kernel, or a newer one, from the flash_attn package where it is installed
     flex        torch's flex_attention (Dong et al. 2024, arXiv 2412.05496) under a mask by blocks; CUDA, any type
 
+Kernels of FlashAttention know windows and no other mask: blocks whose mask they can't compute take flex instead.
+
 Which tokens pass a routed block is known on the device alone. The lengths of what passes of each document stay there,
 so that the host never waits.
 """
@@ -24,9 +26,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.model.attention import Attend, Passing, RowAttention
-from fuyu_e2e.model.attention_plans import AttentionPlan, MaskedAttention
+from fuyu_e2e.model.attention import Attend, Passing, Places, RowAttention
+from fuyu_e2e.model.attention_plans import AttentionPlan, MaskedAttention, TiledRow
 from fuyu_e2e.model.device_copy import to_device
+from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 
 AttentionBackend = Literal["auto", "documents", "varlen", "flash", "flex"]
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
@@ -45,6 +48,8 @@ def plan_attention(
     backend: AttentionBackend = "auto",
     *,
     head_size: int,
+    mask: AttentionMask = CAUSAL,
+    images: tuple[tuple[int, int], ...] = (),
 ) -> RowAttention:
     """The attention of a row of documents with these lengths, laid end to end.
 
@@ -54,16 +59,18 @@ def plan_attention(
         dtype: What products are computed in.
         backend: Which way; `auto` takes what is fastest there.
         head_size: Values of a head.
+        mask: What a token sees of its document.
+        images: Where in the row each image begins and ends.
 
     Raises:
         UserError: The backend doesn't serve this device, type or size of a head.
     """
     backend = _fastest(device, dtype, head_size) if backend == "auto" else backend
     if backend == "documents":
-        return AttentionPlan.of(lengths, device)
+        return AttentionPlan.of(lengths, device) if mask == CAUSAL else TiledRow.of(mask, lengths, images, device)
     check_device(backend, device)
     if backend == "flex":
-        return FlexRow.of(lengths, device)
+        return FlexRow.of(lengths, device, mask, images)
     if dtype not in (torch.bfloat16, torch.float16):
         raise UserError(
             f"model.attention {backend} works in bfloat16 or float16, and this is {dtype}: leave it at auto, or say "
@@ -74,7 +81,8 @@ def plan_attention(
             f"model.attention {backend} needs heads of a multiple of {HEAD_STEP} values, {LARGEST_HEAD} at most, and "
             f"decoder.head_size is {head_size}: leave it at auto, or change head_size."
         )
-    return VarlenRow.of(lengths, device, _varlen_kernel(backend))
+    kernel = _varlen_kernel(backend, mask)
+    return FlexRow.of(lengths, device, mask, images) if kernel is None else VarlenRow.of(lengths, device, kernel, mask)
 
 
 def check_device(backend: AttentionBackend, device: torch.device) -> None:
@@ -111,42 +119,51 @@ def _flash_attention() -> Callable[..., Tensor] | None:
 
 
 @cache
-def _varlen_kernel(backend: str) -> Kernel:
+def _varlen_kernel(backend: str, mask: AttentionMask = CAUSAL) -> Kernel | None:
+    """The kernel under a mask; None where it can't compute that one."""
+    window = (-1 if mask.window is None else mask.window - 1, 0)
+    expressible = type(mask) is AttentionMask and not mask.sinks and mask.images == "causal"
     if backend == "flash":
         if (kernel := _flash_attention()) is None:
             raise UserError(
                 "model.attention flash needs flash_attn_varlen_func of the flash_attn package, version 2: install it, "
                 "or leave it at auto."
             )
-        return partial(_flash, kernel)
+        return partial(_flash, kernel, window) if expressible else None
     if not find_spec("torch.nn.attention.varlen"):
         raise UserError(f"model.attention varlen needs torch 2.10 or newer, and this is {torch.__version__}.")
     from torch.nn.attention.varlen import varlen_attn
 
-    return partial(_torch_varlen, varlen_attn, frozenset(inspect.signature(varlen_attn).parameters))
+    knows = frozenset(inspect.signature(varlen_attn).parameters)
+    if not expressible or (mask != CAUSAL and "window_size" not in knows):
+        return None
+    return partial(_torch_varlen, varlen_attn, knows, window)
 
 
-def _flash(kernel: Any, queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, longest: int) -> Tensor:
-    return kernel(queries, keys, values, starts, starts, longest, longest, causal=True)
+def _flash(
+    kernel: Any, window: tuple[int, int], queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, longest: int
+) -> Tensor:
+    return kernel(queries, keys, values, starts, starts, longest, longest, causal=True, window_size=window)
 
 
 def _torch_varlen(
     kernel: Any,
     knows: frozenset[str],
+    window: tuple[int, int],
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     starts: Tensor,
     longest: int,
 ) -> Tensor:
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in knows else {"is_causal": True}
+    options: dict[str, Any] = {"window_size": window} if "window_size" in knows else {"is_causal": True}
     if queries.shape[1] != keys.shape[1]:
         if "enable_gqa" in knows:
-            causal["enable_gqa"] = True
+            options["enable_gqa"] = True
         else:  # torch before 2.12
             repeat = queries.shape[1] // keys.shape[1]
             keys, values = keys.repeat_interleave(repeat, dim=1), values.repeat_interleave(repeat, dim=1)
-    return kernel(queries, keys, values, starts, starts, longest, longest, **causal)
+    return kernel(queries, keys, values, starts, starts, longest, longest, **options)
 
 
 @dataclass(frozen=True)
@@ -160,13 +177,17 @@ class VarlenRow(RowAttention):
     """Tokens of the longest, rounded up to a power of two; a compiled block takes any from the second on."""
     document: Int64[Tensor, " T"]
     """For each token, the number of its document."""
+    mask: AttentionMask = CAUSAL
+    """That of the kernel."""
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], device: torch.device, kernel: Kernel) -> "VarlenRow":
+    def of(
+        cls, lengths: tuple[int, ...], device: torch.device, kernel: Kernel, mask: AttentionMask = CAUSAL
+    ) -> "VarlenRow":
         """Plans a row of documents with these lengths."""
         starts = _starts(lengths, device)
         longest = 1 << (max(lengths) - 1).bit_length()
-        return cls(kernel, starts, longest, _documents(starts, sum(lengths)))
+        return cls(kernel, starts, longest, _documents(starts, sum(lengths)), mask)
 
     def __call__(
         self,
@@ -174,7 +195,7 @@ class VarlenRow(RowAttention):
         keys: Float[Tensor, "T G K"],
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
-        """Causal attention of every token to the tokens of its own document up to itself."""
+        """Attention of every token to those of its document that the mask shows it."""
         if not len(queries):  # no token passes a routed block
             return queries
         return self.kernel(queries, keys, values, self.starts, self.longest)
@@ -183,6 +204,9 @@ class VarlenRow(RowAttention):
         """The attention of passing tokens to each other; what only fills the capacity is one more document."""
         documents = len(self.starts) - 1
         own = passing.documents(self.document, documents)
+        if self.mask.window is not None:  # it counts the tokens between those that pass, which the kernel doesn't see
+            places = self._places().take(passing.index)._replace(document=own)
+            return MaskedAttention.of(self.mask, places, places)
         counts = torch.zeros(documents + 1, dtype=torch.int64, device=own.device).scatter_add_(
             0, own, torch.ones_like(own)
         )
@@ -191,23 +215,43 @@ class VarlenRow(RowAttention):
 
     def asking(self, passing: Passing) -> Attend:
         """The attention of passing tokens to the whole row, whose places the kernels can't be told."""
-        return MaskedAttention.asking(passing.index, self.document)
+        places = self._places()
+        return MaskedAttention.of(self.mask, places.take(passing.index), places)
+
+    def _places(self) -> Places:
+        return _places(self.starts, self.document, None)
 
 
 @dataclass(frozen=True)
 class FlexRow(RowAttention):
     """A row under a mask of which blocks of queries see which blocks of keys."""
 
-    mask: BlockMask
-    document: Int64[Tensor, " T"]
-    """For each token, the number of its document."""
+    shown: BlockMask
+    """Which queries see which keys."""
+    mask: AttentionMask
+    """The rule for it."""
+    places: Places
+    """Of the row's tokens, on the device."""
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], device: torch.device) -> "FlexRow":
+    def of(
+        cls,
+        lengths: tuple[int, ...],
+        device: torch.device,
+        mask: AttentionMask = CAUSAL,
+        images: tuple[tuple[int, int], ...] = (),
+    ) -> "FlexRow":
         """Plans a row of documents with these lengths."""
-        document = _documents(_starts(lengths, device), sum(lengths))
-        order = torch.arange(len(document), device=device)
-        return cls(_block_mask(document, order, document, order), document)
+        starts = _starts(lengths, device)
+        image = None
+        if mask.reads_images:
+            bounds = to_device(torch.tensor(images, dtype=torch.int32).flatten(), device)
+            order = torch.arange(sum(lengths), dtype=bounds.dtype, device=device)
+            # Bounds alternate between beginnings and ends, so that every second stretch between them is an image.
+            stretch = torch.searchsorted(bounds, order, right=True)
+            image = torch.where(stretch % 2 == 1, stretch // 2, -1)
+        places = _places(starts, _documents(starts, sum(lengths)), image)
+        return cls(_block_mask(mask, places, places), mask, places)
 
     def __call__(
         self,
@@ -221,22 +265,21 @@ class FlexRow(RowAttention):
             queries.transpose(0, 1)[None],
             keys.transpose(0, 1)[None],
             values.transpose(0, 1)[None],
-            block_mask=self.mask,
+            block_mask=self.shown,
             enable_gqa=queries.shape[1] != keys.shape[1],
         )
         return attended[0].transpose(0, 1)
 
     def among(self, passing: Passing) -> Attend:
         """The attention of passing tokens to each other; what only fills the capacity is one more document."""
-        own = passing.documents(self.document, len(self.document))
-        order = torch.arange(len(own), device=own.device)
-        return FlexRow(_block_mask(own, order, own, order), own)
+        own = self.places.take(passing.index)
+        own = own._replace(document=passing.documents(self.places.document, -1))
+        return FlexRow(_block_mask(self.mask, own, own), self.mask, own)
 
     def asking(self, passing: Passing) -> Attend:
         """The attention of passing tokens to the whole row."""
-        order = torch.arange(len(self.document), device=self.document.device)
-        own = self.document.index_select(0, passing.index)
-        return FlexRow(_block_mask(own, passing.index, self.document, order), self.document)
+        own = self.places.take(passing.index)
+        return FlexRow(_block_mask(self.mask, own, self.places), self.mask, self.places)
 
 
 def _starts(lengths: tuple[int, ...], device: torch.device) -> Int[Tensor, " bounds"]:
@@ -255,14 +298,27 @@ def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-def _block_mask(
-    document: Int64[Tensor, " C"], place: Int64[Tensor, " C"], key_document: Int64[Tensor, " S"], key_place: Tensor
-) -> BlockMask:
+def _places(
+    starts: Int[Tensor, " bounds"], document: Int64[Tensor, " T"], image: Int64[Tensor, " T"] | None
+) -> Places:
+    order = torch.arange(len(document), device=document.device)
+    return Places(document, order - starts.index_select(0, document), image)
+
+
+def _block_mask(mask: AttentionMask, queries: Places, keys: Places) -> BlockMask:
+    image, key_image = queries.image, keys.image
     return create_block_mask(
-        lambda batch, head, query, key: (document[query] == key_document[key]) & (place[query] >= key_place[key]),
+        lambda batch, head, query, key: (
+            (queries.document[query] == keys.document[key])
+            & mask.sees(
+                queries.position[query],
+                keys.position[key],
+                False if key_image is None else (image[query] == key_image[key]) & (image[query] >= 0),
+            )
+        ),
         None,
         None,
-        len(document),
-        len(key_document),
-        device=document.device,
+        len(queries.document),
+        len(keys.document),
+        device=queries.document.device,
     )

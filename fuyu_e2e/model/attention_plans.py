@@ -1,7 +1,11 @@
 """Attention by documents with torch's own scaled dot product, on any device.
 
-`AttentionPlan` sorts the documents of a row into groups of nearly equal length and pads within a group. Padding stands
-behind the tokens of its document, where a causal token never looks: no mask is ever built.
+`AttentionPlan`, for causal attention, sorts the documents of a row into groups of nearly equal length and pads within
+a group. Padding comes after the tokens of its document, where a causal token never looks: no mask is ever built.
+
+`TilePlan`, for every other mask and for queries that are not the keys, cuts documents into tiles of queries, each with
+the keys that its mask can show it, and groups tiles by their number of keys: a window costs its own width, not the
+document's length.
 
 How many tokens of each document pass a routed block is known on the device alone. On the CPU, where looking costs
 nothing, those that pass are planned like a row of their own; elsewhere `MaskedAttention` takes them as they are, at
@@ -10,6 +14,7 @@ the price of the square of a routed block's capacity, so that the host never wai
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +23,14 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fuyu_e2e.model.attention import Attend, Passing, RowAttention
+from fuyu_e2e.model.attention import Attend, Passing, Places, RowAttention, seen_by
 from fuyu_e2e.model.device_copy import to_device
+from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 
 LENGTH_STEP = 16
 """Documents are padded to a multiple of this many tokens, which bounds the number of groups and of kernel calls."""
-
+TILE = 256
+"""Queries of a tile at most: many enough for a product, few enough to skip most of what a window hides."""
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Of a GPU, the first that serves computes the documents of a group. cuDNN's, which torch would try first on Hopper,
@@ -98,96 +105,190 @@ class AttentionPlan(RowAttention):
     @torch.compiler.disable
     def among(self, passing: Passing) -> Attend:
         """The attention of passing tokens to each other."""
-        document = self._documents_of(passing)
+        document = passing.documents(self.document, len(self.lengths))
         if document.device.type != "cpu":
-            return MaskedAttention.among(document)
-        return AttentionPlan.of(tuple(self._counts(document)), document.device)
+            order = torch.arange(len(document), device=document.device)
+            places = Places(document, order, None)
+            return MaskedAttention.of(CAUSAL, places, places)
+        counts = torch.bincount(document, minlength=len(self.lengths) + 1)
+        return AttentionPlan.of(tuple(counts.tolist()), document.device)
 
     @torch.compiler.disable
     def asking(self, passing: Passing) -> Attend:
         """The attention of passing tokens to the whole row."""
         if passing.index.device.type != "cpu":
-            return MaskedAttention.asking(passing.index, self.document)
-        return AskingPlan.of(self._counts(self._documents_of(passing))[:-1], self.lengths, passing.index)
-
-    def _documents_of(self, passing: Passing) -> Int64[Tensor, " C"]:
-        """The document of each passing token; what only fills the capacity forms one more behind the last."""
-        return passing.documents(self.document, len(self.lengths))
-
-    def _counts(self, document: Int64[Tensor, " C"]) -> list[int]:
-        return torch.bincount(document, minlength=len(self.lengths) + 1).tolist()
+            places = Places(self.document, torch.arange(len(self.document), device=self.document.device), None)
+            return MaskedAttention.of(CAUSAL, places.take(passing.index), places)
+        places = Places.of(self.lengths, ())
+        return TilePlan.of(CAUSAL, places.take(passing.index[passing.real].numpy()), places, passing.index.device)
 
 
 @dataclass(frozen=True)
-class AskingPlan:
-    """Attention of some tokens of a row to all of it, planned by document as in `AttentionPlan`; for the CPU."""
+class TiledRow(RowAttention):
+    """A row under any mask."""
 
-    groups: tuple[tuple[int, int, int], ...]
-    """(documents, padded queries, padded keys) of each group."""
-    query_gather: Int64[Tensor, " padded_queries"]
-    """For each query's place in the groups, the asking token that fills it."""
-    key_gather: Int64[Tensor, " padded_keys"]
-    """For each key's place in the groups, the token of the row that fills it."""
-    places: Int64[Tensor, " padded_queries"]
-    """The place in its document up to which each query sees keys."""
-    scatter: Int64[Tensor, " asked"]
-    """For each asking token but those that fill the capacity, its place in the groups."""
+    mask: AttentionMask
+    places: Places
+    """Of its tokens, on the host."""
+    device: torch.device
+    plan: "TilePlan"
+    """Of all of them."""
 
     @classmethod
-    def of(cls, asking: list[int], lengths: tuple[int, ...], index: Int64[Tensor, " C"]) -> "AskingPlan":
-        """Plans a row of documents with these lengths, of which `asking` tokens each ask; they stand at `index`."""
-        counts, totals = np.array(asking, dtype=np.int64), np.array(lengths, dtype=np.int64)
-        query_starts, key_starts = np.cumsum(counts) - counts, np.cumsum(totals) - totals
-        place = index.numpy()[: counts.sum()] - np.repeat(key_starts, counts)
-        padded = -(-totals // LENGTH_STEP) * LENGTH_STEP
-        groups, query_gather, key_gather, places, base = [], [], [], [], 0
-        scatter = np.empty(int(counts.sum()), dtype=np.int64)
-        for size in np.unique(padded[counts > 0]):
-            members = np.flatnonzero((padded == size) & (counts > 0))
-            most = int(counts[members].max())
-            within_queries, within_keys = np.arange(most), np.arange(size)
-            inside = within_queries < counts[members, None]
-            queries = np.where(inside, query_starts[members, None] + within_queries, query_starts[members, None])
-            scatter[queries[inside]] = base + np.flatnonzero(inside)
-            # Keys behind a document's end stand at places that none of its queries sees.
-            keys = np.where(within_keys < totals[members, None], key_starts[members, None] + within_keys, 0)
-            groups.append((len(members), most, int(size)))
-            query_gather.append(queries.ravel())
-            key_gather.append(keys.ravel())
-            places.append(place[queries].ravel())
-            base += queries.size
+    def of(
+        cls, mask: AttentionMask, lengths: tuple[int, ...], images: tuple[tuple[int, int], ...], device: torch.device
+    ) -> "TiledRow":
+        """Plans a row of documents with these lengths, laid end to end; `images` are the bounds of each in the row."""
+        places = Places.of(lengths, images)
+        return cls(mask, places, device, TilePlan.of(mask, places, places, device))
+
+    def __call__(
+        self,
+        queries: Float[Tensor, "T H K"],
+        keys: Float[Tensor, "T G K"],
+        values: Float[Tensor, "T G K"],
+    ) -> Float[Tensor, "T H K"]:
+        """Attention of every token to those that the mask shows it."""
+        return self.plan(queries, keys, values)
+
+    @torch.compiler.disable
+    def among(self, passing: Passing) -> Attend:
+        """The attention of passing tokens to each other."""
+        if self.device.type != "cpu":
+            places = self.places.on(self.device)
+            own = places.take(passing.index)._replace(document=passing.documents(places.document, -1))
+            return MaskedAttention.of(self.mask, own, own)
+        own = self.places.take(passing.index[passing.real].numpy())
+        return TilePlan.of(self.mask, own, own, self.device)
+
+    @torch.compiler.disable
+    def asking(self, passing: Passing) -> Attend:
+        """The attention of passing tokens to the whole row."""
+        if self.device.type != "cpu":
+            places = self.places.on(self.device)
+            return MaskedAttention.of(self.mask, places.take(passing.index), places)
+        own = self.places.take(passing.index[passing.real].numpy())
+        return TilePlan.of(self.mask, own, self.places, self.device)
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Attention of some tokens to some tokens under a mask, by tiles of queries; planned on the host."""
+
+    groups: tuple[tuple[int, int, int], ...]
+    """(tiles, padded queries, padded keys) of each group."""
+    query_gather: Int64[Tensor, " padded_queries"]
+    """For each query's place in the groups, the query that fills it."""
+    key_gather: Int64[Tensor, " padded_keys"]
+    """For each key's place in the groups, the key that fills it."""
+    seen: tuple[Bool[Tensor, "_ _ _"], ...]
+    """Of each group, whether a query sees a key: (tiles, queries, keys)."""
+    scatter: Int64[Tensor, " queries"]
+    """For each query, its place in the groups."""
+
+    @classmethod
+    def of(cls, mask: AttentionMask, queries: Places, keys: Places, device: torch.device) -> "TilePlan":
+        """Plans attention between tokens in order of their documents, and of their positions in them.
+
+        Args:
+            mask: Which of its document's keys a query sees.
+            queries: Places of the tokens that attend; each is among the keys, too.
+            keys: Places of the tokens that are attended to.
+            device: Where they are computed.
+        """
+        tiles = _Tiles.of(mask, queries, keys)
+        padded = -(-tiles.keys // LENGTH_STEP) * LENGTH_STEP
+        groups, query_gather, key_gather, seen, base = [], [], [], [], 0
+        scatter = np.empty(len(queries.document), dtype=np.int64)
+        for size in np.unique(padded):
+            of_size = tiles.take(np.flatnonzero(padded == size))
+            within_queries, within_keys = np.arange(of_size.queries.max()), np.arange(size)
+            inside = within_queries < of_size.queries[:, None]
+            asked = of_size.first_query[:, None] + np.where(inside, within_queries, 0)
+            scatter[asked[inside]] = base + np.flatnonzero(inside)
+            near = of_size.first_key[:, None] + within_keys - of_size.sinks[:, None]
+            shown = np.where(within_keys < of_size.sinks[:, None], of_size.first_sink[:, None] + within_keys, near)
+            real = within_keys < of_size.keys[:, None]
+            shown = np.where(real, shown, 0)
+            own, others = queries.take(asked), keys.take(shown)
+            # What only pads a tile's keys is of no document.
+            others = others._replace(document=np.where(real, others.document, -1))
+            seen.append(seen_by(mask, own.on(device), others.on(device)))
+            groups.append((len(asked), asked.shape[1], int(size)))
+            query_gather.append(asked.ravel())
+            key_gather.append(shown.ravel())
+            base += asked.size
         empty = np.empty(0, np.int64)
-        joined = (torch.from_numpy(np.concatenate([empty, *part])) for part in (query_gather, key_gather, places))
-        return cls(tuple(groups), next(joined), next(joined), next(joined), torch.from_numpy(scatter))
+        parts = [np.concatenate([empty, *gather]) for gather in (query_gather, key_gather)] + [scatter]
+        index = to_device(torch.from_numpy(np.concatenate(parts)), device).split([len(part) for part in parts])
+        return cls(tuple(groups), index[0], index[1], tuple(seen), index[2])
 
     @torch.compiler.disable
     def __call__(
         self,
         queries: Float[Tensor, "C H K"],
-        keys: Float[Tensor, "T G K"],
-        values: Float[Tensor, "T G K"],
+        keys: Float[Tensor, "S G K"],
+        values: Float[Tensor, "S G K"],
     ) -> Float[Tensor, "C H K"]:
-        """Causal attention of every asking token to the tokens of its own document up to itself."""
+        """Attention of every query; of those after the ones that were planned, which fill a capacity, 0."""
         kv_heads = keys.shape[1]
         asked = queries.index_select(0, self.query_gather)
         known = torch.cat((keys, values), dim=1).index_select(0, self.key_gather)
         outputs = []
-        query_sizes = [documents * count for documents, count, _ in self.groups]
-        key_sizes = [documents * length for documents, _, length in self.groups]
-        for (documents, count, length), q, kv, place in zip(
-            self.groups,
-            asked.split(query_sizes),
-            known.split(key_sizes),
-            self.places.split(query_sizes),
-            strict=True,
+        query_sizes = [tiles * count for tiles, count, _ in self.groups]
+        key_sizes = [tiles * length for tiles, _, length in self.groups]
+        for (tiles, count, length), q, kv, seen in zip(
+            self.groups, asked.split(query_sizes), known.split(key_sizes), self.seen, strict=True
         ):
-            q = q.unflatten(0, (documents, count)).transpose(1, 2)
-            k, v = kv.unflatten(0, (documents, length)).transpose(1, 2).split(kv_heads, dim=1)
-            seen = torch.arange(length) <= place.view(documents, 1, count, 1)
-            attended = shared_attention(q, k, v, attn_mask=seen)
+            q = q.unflatten(0, (tiles, count)).transpose(1, 2)
+            k, v = kv.unflatten(0, (tiles, length)).transpose(1, 2).split(kv_heads, dim=1)
+            attended = shared_attention(q, k, v, attn_mask=seen[:, None])
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
-        real = torch.cat([queries[:0], *outputs]).index_select(0, self.scatter)
-        return torch.cat((real, torch.zeros_like(queries[len(real) :])))
+        planned = torch.cat([queries[:0], *outputs]).index_select(0, self.scatter)
+        return torch.cat((planned, torch.zeros_like(queries[len(planned) :])))
+
+
+class _Tiles(NamedTuple):
+    """Tiles of queries of one document each, and the keys that a mask can show them; int64 arrays of one length."""
+
+    first_query: Any
+    queries: Any
+    """Their number."""
+    first_sink: Any
+    sinks: Any
+    """Tokens from `first_sink` on that are seen beside those from `first_key` on."""
+    first_key: Any
+    keys: Any
+    """Number of both together."""
+
+    @classmethod
+    def of(cls, mask: AttentionMask, queries: Places, keys: Places) -> "_Tiles":
+        _, starts, counts = np.unique(queries.document, return_index=True, return_counts=True)
+        tiles = -(-counts // TILE)
+        number = np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+        first = np.repeat(starts, tiles) + number * TILE
+        count = np.minimum(TILE, np.repeat(starts + counts, tiles) - first)
+        document, last = queries.document[first], first + count - 1
+        # One number by which keys are sorted: the document before the position in it.
+        step = int(max(keys.position.max(initial=0), queries.position.max(initial=0))) + 2
+        order = keys.document * step + keys.position
+
+        def key_at(position: Any) -> Any:
+            return np.searchsorted(order, document * step + position)
+
+        begin = key_at(0 if mask.window is None else np.maximum(queries.position[first] - mask.window + 1, 0))
+        end = key_at(queries.position[last] + 1)
+        if mask.images == "bidirectional":
+            image, inside = queries.image[last], np.flatnonzero(keys.image >= 0)
+            ends = np.zeros(keys.image.max(initial=0) + 1, np.int64)
+            ends[keys.image[inside]] = inside + 1  # of several tokens of an image, the last one stays
+            end = np.maximum(end, np.where(image >= 0, ends[image], 0))
+        first_sink = key_at(0)
+        sinks = np.minimum(key_at(min(mask.sinks, step - 1)), begin) - first_sink
+        return cls(first, count, first_sink, sinks, begin, end - begin + sinks)
+
+    def take(self, index: Any) -> "_Tiles":
+        return _Tiles(*(part[index] for part in self))
 
 
 @dataclass(frozen=True)
@@ -198,16 +299,9 @@ class MaskedAttention:
     """Whether a query sees a key."""
 
     @classmethod
-    def among(cls, document: Int64[Tensor, " C"]) -> "MaskedAttention":
-        """Tokens of these documents, among themselves, in their order."""
-        order = torch.arange(len(document), device=document.device)
-        return cls((document[:, None] == document) & (order[:, None] >= order))
-
-    @classmethod
-    def asking(cls, index: Int64[Tensor, " C"], row: Int64[Tensor, " T"]) -> "MaskedAttention":
-        """Tokens that stand at `index` of a row of the documents `row`, to all of that row."""
-        order = torch.arange(len(row), device=row.device)
-        return cls((row.index_select(0, index)[:, None] == row) & (index[:, None] >= order))
+    def of(cls, mask: AttentionMask, queries: Places, keys: Places) -> "MaskedAttention":
+        """Of tokens with these places, on the device."""
+        return cls(seen_by(mask, queries, keys))
 
     def __call__(
         self,

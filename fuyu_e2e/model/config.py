@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 
 SizeName = Literal["1m", "10m", "50m", "125m", "350m", "1b", "3b", "8b"]
 
@@ -144,8 +145,12 @@ class FuyuConfig:
     """The combination of block parts."""
     routing: RoutingConfig | None = None
     """Which blocks only some tokens pass; None for a dense decoder."""
+    masks: tuple[AttentionMask, ...] = (CAUSAL,)
+    """What tokens see in each block: a pattern by depth, which repeats from the first block on."""
 
     def __post_init__(self) -> None:
+        if not self.masks:
+            raise UserError("decoder.masks is empty: list a mask for each block of a pattern, or leave it out.")
         for name in (
             "vocab_size",
             "patch_size",
@@ -220,13 +225,29 @@ class FuyuConfig:
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "FuyuConfig":
         """The inverse of `dataclasses.asdict`."""
-        routing = settings.get("routing")
-        return cls(**settings | {"routing": None if routing is None else RoutingConfig(**routing)})
+        routing, masks = settings.get("routing"), settings.get("masks", [{}])
+        return cls(
+            **settings
+            | {
+                "routing": None if routing is None else RoutingConfig(**routing),
+                "masks": tuple(AttentionMask(**mask) for mask in masks),
+            }
+        )
 
     @property
     def rotary_size(self) -> int:
         """How many values of a head rotary positions turn, from its first on."""
         return self.head_size // 2 if self.dialect == "fuyu" else self.head_size
+
+    @property
+    def block_masks(self) -> tuple[AttentionMask, ...]:
+        """The mask of each block."""
+        return tuple(self.masks[block % len(self.masks)] for block in range(self.layers))
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether a block's mask asks which tokens are of one image."""
+        return any(mask.reads_images for mask in self.masks)
 
     @property
     def routed(self) -> tuple[int, ...]:

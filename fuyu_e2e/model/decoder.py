@@ -2,7 +2,8 @@
 
 - a patch enters through ONE linear projection, a token through the embedding; both stand in the same sequence
 - each row of patches ends with a newline token, so that the two dimensions of an image are told in one
-- causal attention everywhere, inside images too, and never from one document to another
+- causal attention everywhere, inside images too, and never from one document to another; `config.masks` may say
+  otherwise for some blocks, by a window or between the tokens of an image
 - rotary positions that restart in each document and count patches and newlines like words
 - a norm first in each half of a block, on queries and keys, and before the output
 - some blocks may be routed: only tokens that a rule chooses pass them (Mixture-of-Depths, `fuyu_e2e.model.routing`)
@@ -26,6 +27,7 @@ from fuyu_e2e.model.attention_kernels import AttentionBackend, plan_attention
 from fuyu_e2e.model.block import Block, DenseBlock, build_norm
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.graphs import noticing_too_many
+from fuyu_e2e.model.mask import AttentionMask
 from fuyu_e2e.model.recomputation import ActivationCheckpointing
 from fuyu_e2e.model.routing.block import RoutedBlock
 from fuyu_e2e.model.row import Progress, Reports, Row, TokenInfo
@@ -127,19 +129,38 @@ class Decoder(nn.Module):
         x_PD = self.patch_projection((patches.to(weight.dtype) - 127.5) / 127.5)
         return x_TD.index_copy(0, patch_positions, x_PD.to(x_TD.dtype))
 
-    def plan(self, lengths: tuple[int, ...], device: torch.device, backend: AttentionBackend) -> RowAttention:
-        """The attention of a row of documents with these lengths, in the type that products are computed in.
+    def plan(
+        self,
+        mask: AttentionMask,
+        lengths: tuple[int, ...],
+        images: tuple[tuple[int, int], ...],
+        device: torch.device,
+        backend: AttentionBackend,
+    ) -> RowAttention:
+        """The attention under a mask of a row of documents, in the type that products are computed in.
+
+        Args:
+            mask: What a token sees of its document.
+            lengths: Tokens of each document, laid end to end.
+            images: Where in the row each image begins and ends.
+            device: Where the row is.
+            backend: What computes it.
 
         Raises:
-            UserError: The backend doesn't serve this device, type or size of a head.
+            UserError: The backend doesn't serve this device, type or size of a head; or an image is larger than the
+                window through which its tokens are to see each other.
         """
+        mask.check_images(max((stop - start for start, stop in images), default=0))
         dtype = attention_type(self.embed_tokens.weight)
-        return plan_attention(lengths, device, dtype, backend, head_size=self.config.head_size)
+        head_size = self.config.head_size
+        return plan_attention(lengths, device, dtype, backend, head_size=head_size, mask=mask, images=images)
 
     def row(self, batch: PackedBatch) -> Row:
         """The row of a packed batch, for one way through the decoder."""
-        plan = self.plan((*batch.document_lengths, batch.padding), batch.tokens.device, self.attention)
-        return self.row_of(batch.positions, [plan] * len(self.blocks), self.info(batch))
+        lengths, images = (*batch.document_lengths, batch.padding), batch.image_bounds
+        masks = self.config.block_masks
+        plans = {mask: self.plan(mask, lengths, images, batch.tokens.device, self.attention) for mask in set(masks)}
+        return self.row_of(batch.positions, [plans[mask] for mask in masks], self.info(batch))
 
     def info(self, batch: PackedBatch) -> TokenInfo | None:
         """What blocks read of a packed batch's tokens beside their states; None where none does."""

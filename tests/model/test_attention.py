@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuyu_e2e.model.attention import reference_attention, rotary, rotate
+from fuyu_e2e.model.attention import Places, reference_attention, rotary, rotate
 from fuyu_e2e.model.attention_plans import AttentionPlan, MaskedAttention
+from fuyu_e2e.model.mask import CAUSAL
 from fuyu_e2e.model.routing.block import gather_passing
 
 lengths = st.lists(st.integers(1, 70), min_size=1, max_size=12)
@@ -56,13 +57,15 @@ def test_attention_of_passing_tokens_is_the_reference(lengths: list[int], seed: 
     expected = reference_attention(queries, keys, values, tuple(lengths), known)[passes]
     plan = AttentionPlan.of(tuple(lengths), torch.device("cpu"))
     asked = queries[passing.index]
+    places = Places.of(tuple(lengths), ()).on(queries.device)
+    own = places.take(passing.index)
     if skipped == "nothing":
-        document = plan._documents_of(passing)
+        own = own._replace(document=passing.documents(places.document, -1))
         given = (asked, keys[passing.index], values[passing.index])
-        contenders = [plan.among(passing), MaskedAttention.among(document)]
+        contenders = [plan.among(passing), MaskedAttention.of(CAUSAL, own, own)]
     else:
         given = (asked, keys, values)
-        contenders = [plan.asking(passing), MaskedAttention.asking(passing.index, plan.document)]
+        contenders = [plan.asking(passing), MaskedAttention.of(CAUSAL, own, places)]
     for attend in contenders:
         attended = attend(*given)
         assert attended.shape == asked.shape
@@ -91,7 +94,8 @@ def test_a_gpu_is_asked_for_kernels_that_serve_it(
     planned = plan(queries, keys, values)
     assert asked == [(planned_heads, False)]
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
-    masked = MaskedAttention.asking(torch.arange(50), plan.document)(queries, keys, values)
+    places = Places.of((30, 20), ()).on(queries.device)
+    masked = MaskedAttention.of(CAUSAL, places, places)(queries, keys, values)
     assert asked[1][0] == 4
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     for found in (planned, masked):

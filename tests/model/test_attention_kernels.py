@@ -89,7 +89,7 @@ def test_torchs_kernel_is_told_what_its_version_understands(knows: set[str]) -> 
 
     inputs = draw([7, 30], (4, 2), 0)
     starts = torch.tensor([0, 7, 37], dtype=torch.int32)
-    attended = _torch_varlen(kernel, frozenset(knows), *inputs, starts, 32)
+    attended = _torch_varlen(kernel, frozenset(knows), (-1, 0), *inputs, starts, 32)
     torch.testing.assert_close(attended, reference_attention(*inputs, (7, 30)))
 
 
