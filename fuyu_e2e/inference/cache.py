@@ -255,7 +255,7 @@ class Prefill:
         before = places.take(slice(start - known, start))
         within = tuple((max(a, start) - start, min(b, stop) - start) for a, b in images if a < stop and b > start)
         ends = np.repeat(inside.position[np.cumsum(lengths) - 1] + 1, lengths)
-        self.document, self.position = to_device(torch.from_numpy(np.stack(inside[:2])), device)
+        self.document, self.position, _ = inside.on(device)
 
         def piece(mask: AttentionMask, block: DenseBlockCache | None) -> _Piece:
             seen, kept = before.position, np.arange(stop - start)

@@ -81,7 +81,8 @@ class Places(NamedTuple):
 
     def on(self, device: torch.device) -> "Places":
         """The host's places on a device."""
-        return Places(*to_device(torch.from_numpy(np.stack(self)), device))
+        # One by one: torch.export stores no parts of a tensor.
+        return Places(*(to_device(torch.from_numpy(part), device) for part in self))
 
 
 def seen_by(mask: AttentionMask, queries: Places, keys: Places) -> Bool[Tensor, "*batch Q K"]:
