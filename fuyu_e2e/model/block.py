@@ -8,18 +8,39 @@ from abc import ABC, abstractmethod
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+)
 
 from fuyu_e2e.model.attention import rotate
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.counting import DenseOperations, Operations
 from fuyu_e2e.model.recomputation import ActivationCheckpointing, recomputing
 from fuyu_e2e.model.row import Progress, Report, Row
 
 
 def build_norm(config: FuyuConfig, size: int) -> nn.RMSNorm | nn.LayerNorm:
     """The dialect's norm over `size` values."""
-    if config.dialect == "fuyu":
-        return nn.LayerNorm(size, eps=config.norm_eps)
-    return nn.RMSNorm(size, eps=config.norm_eps)
+    norms: dict[str, type[nn.RMSNorm | nn.LayerNorm]] = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}
+    return norms[config.parts.norm](size, eps=config.norm_eps)
+
+
+def norm_bytes(norm: nn.RMSNorm | nn.LayerNorm, size: int, heads: int = 1) -> int:
+    """Bytes that a norm keeps of a token for the backward pass.
+
+    Args:
+        norm: Over each of some heads, or over a state.
+        size: Bytes of a value.
+        heads: How many of a token it is given.
+    """
+    # Its input and the reciprocal of the deviation, float32; a LayerNorm also the mean, an RMSNorm also the quotient.
+    layer = isinstance(norm, nn.LayerNorm)
+    return heads * (norm.normalized_shape[0] * size * (1 if layer else 2) + 4 * (2 if layer else 1))
 
 
 class Attention(nn.Module):
@@ -29,7 +50,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size = config.head_size
         query_width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
-        bias = config.dialect == "fuyu"
+        bias = config.parts.biases
         self.q_proj = nn.Linear(config.width, query_width, bias=bias)
         self.k_proj = nn.Linear(config.width, kv_width, bias=bias)
         self.v_proj = nn.Linear(config.width, kv_width, bias=bias)
@@ -53,6 +74,15 @@ class Attention(nn.Module):
         q_CHK, k_TGK = q_CHK.to(v_TGK.dtype), k_TGK.to(v_TGK.dtype)
         return self.o_proj(row.attend(q_CHK, k_TGK, v_TGK).flatten(-2))
 
+    def saved_bytes(self, work: int, size: int) -> int:
+        """As `Block.saved_bytes`, of one token."""
+        queries, keys = self.q_proj.out_features, self.k_proj.out_features
+        heads, kv_heads = queries // self.head_size, keys // self.head_size
+        inputs = 3 if work < size else 1  # autocast casts a product's input anew for each of q, k and v
+        # Queries, keys and values side by side, the outputs before and after, and the softmax's sums.
+        saved = work * (3 * queries + 2 * keys + inputs * self.q_proj.in_features) + 4 * heads
+        return saved + norm_bytes(self.q_norm, size, heads) + norm_bytes(self.k_norm, size, kv_heads)
+
 
 class SwiGLU(nn.Module):
     """The gated feed-forward layer of Shazeer 2020 (arXiv 2002.05202)."""
@@ -66,6 +96,11 @@ class SwiGLU(nn.Module):
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
+    def saved_bytes(self, work: int, size: int) -> int:
+        """As `Block.saved_bytes`, of one token."""
+        inputs = 2 if work < size else 1  # autocast casts it for each of gate and up
+        return work * (4 * self.up_proj.out_features + inputs * self.up_proj.in_features)
+
 
 class SquaredReLU(nn.Module):
     """The feed-forward layer with relu(x)^2 of So et al. 2021 (arXiv 2109.08668, section 3), with biases."""
@@ -77,6 +112,14 @@ class SquaredReLU(nn.Module):
 
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         return self.down_proj(F.relu(self.up_proj(x_TD)).square())
+
+    def saved_bytes(self, work: int, size: int) -> int:
+        """As `Block.saved_bytes`, of one token."""
+        return work * (2 * self.up_proj.out_features + self.up_proj.in_features)
+
+
+FEED_FORWARDS: dict[str, type[SwiGLU | SquaredReLU]] = {"SwiGLU": SwiGLU, "SquaredReLU": SquaredReLU}
+"""By their names in `Parts`."""
 
 
 class Block(nn.Module, ABC):
@@ -97,6 +140,24 @@ class Block(nn.Module, ABC):
     @abstractmethod
     def initialize(self) -> None:
         """Has a new block add nothing to the states; its linear layers and norms are drawn by then."""
+
+    @abstractmethod
+    def operations(self) -> Operations:
+        """Returns what it computes, as a value that can be compared and counts the operations of a row."""
+
+    @abstractmethod
+    def saved_bytes(self, tokens: int, work: int, size: int) -> int | float:
+        """Returns the bytes that it keeps of a training row for the backward pass.
+
+        Args:
+            tokens: Of the row.
+            work: Bytes of a value that a product takes or gives.
+            size: Bytes of a value of the residual stream and in norms.
+        """
+
+    @abstractmethod
+    def sharding(self) -> dict[str, ParallelStyle]:
+        """Returns what tensor parallelism does with its parts, by their names in it; see `fuyu_e2e.model.sharding`."""
 
     def observe(self, report: Report, row: Row) -> None:
         """Counts what it reported of a training row."""
@@ -129,7 +190,7 @@ class DenseBlock(Block):
         self.attention_norm = build_norm(config, config.width)
         self.attention = Attention(config)
         self.mlp_norm = build_norm(config, config.width)
-        self.mlp = SquaredReLU(config) if config.dialect == "fuyu" else SwiGLU(config)
+        self.mlp = FEED_FORWARDS[config.parts.feed_forward](config)
 
     def initialize(self) -> None:
         """Zeros the projections into the states."""
@@ -153,3 +214,29 @@ class DenseBlock(Block):
         """
         attended_CD = self.attention(self.attention_norm(context_TD), row)
         return attended_CD + self.mlp(self.mlp_norm(x_CD + attended_CD))
+
+    def operations(self) -> DenseOperations:
+        """Returns the sizes of its weights, and of the heads."""
+        keys = self.attention.k_proj.weight.numel() + self.attention.v_proj.weight.numel()
+        linear = sum(part.weight.numel() for part in self.modules() if isinstance(part, nn.Linear))
+        # Each value of a query meets one of the key, and as many values are summed.
+        return DenseOperations(query=linear - keys, key=keys, pair=2 * self.attention.q_proj.out_features)
+
+    def saved_bytes(self, tokens: int, work: int, size: int) -> int:
+        """Returns those of all tokens."""
+        norms = norm_bytes(self.attention_norm, size) + norm_bytes(self.mlp_norm, size)
+        return tokens * (norms + self.attention.saved_bytes(work, size) + self.mlp.saved_bytes(work, size))
+
+    def sharding(self) -> dict[str, ParallelStyle]:
+        """Splits attention by its heads, and the feed-forward layer by its inner values."""
+        whole = (Replicate(), None)
+        return {
+            **{f"attention.{name}_proj": ColwiseParallel() for name in "qkv"},
+            **{f"attention.{name}_norm": SequenceParallel(sequence_dim=1, use_local_output=True) for name in "qk"},
+            "attention.o_proj": RowwiseParallel(),
+            # Of the products that share an input, gradients are added up before they are summed over the devices.
+            "mlp": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate()),
+            **{f"mlp.{name}": ColwiseParallel() for name, _ in self.mlp.named_children() if name != "down_proj"},
+            "mlp.down_proj": RowwiseParallel(),
+            "attention": PrepareModuleInput(input_layouts=whole, desired_input_layouts=whole),
+        }

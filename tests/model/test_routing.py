@@ -16,9 +16,10 @@ from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.attention import reference_attention, rotary
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder, build_block
 from fuyu_e2e.model.routing.block import RoutedBlock, gather_passing, routed_blocks
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.routing.rules import Threshold, gate
 from fuyu_e2e.model.row import Progress, Reports, Row, TokenInfo, TokenType
 from fuyu_e2e.packing import pack_row
@@ -245,7 +246,7 @@ def test_shares_are_kept(
     decoder.loss(batch, read)
     patches = read.types == TokenType.PATCH
     for routed in routed_blocks(read):
-        shares = decoder.config.shares(routed.block)
+        shares = decoder.config.routing.shares_of(routed.block, decoder.config.layers)
         groups = [(patches, shares.patches), (~patches, shares.others)]
         if shares.patches == shares.others and routing["rule"] != "image_topk":
             groups = [(torch.ones_like(patches), shares.patches)]
@@ -329,7 +330,8 @@ COMPILE = """
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.row import Progress
 
