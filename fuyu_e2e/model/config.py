@@ -1,6 +1,6 @@
 """What a decoder is made of: `FuyuConfig`, and the named sizes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from fuyu_e2e.errors import UserError
@@ -46,18 +46,9 @@ class FuyuConfig:
     """Which blocks only some tokens pass; None for a dense decoder."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "patch_size",
-            "layers",
-            "width",
-            "heads",
-            "kv_heads",
-            "head_size",
-            "feed_forward",
-        ):
-            if (value := getattr(self, name)) < 1:
-                raise UserError(f"decoder.{name} is {value}, but must be at least 1.")
+        for setting in fields(self):
+            if setting.type is int and (value := getattr(self, setting.name)) < 1:
+                raise UserError(f"decoder.{setting.name} is {value}, but must be at least 1.")
         if self.heads % self.kv_heads:
             raise UserError(
                 f"decoder.heads is {self.heads} and decoder.kv_heads is {self.kv_heads}: every key/value head serves "
@@ -67,21 +58,6 @@ class FuyuConfig:
             raise UserError(
                 f"decoder.dialect is {self.dialect!r}, which is unknown; the dialects are {', '.join(DIALECTS)}."
             )
-        self._check_heads()
-        if self.rotary_size % 2:
-            turned, remedy = ("half of its", "a multiple of 4") if self.parts.rotary_part == 0.5 else ("its", "even")
-            raise UserError(
-                f"decoder.head_size is {self.head_size}, but rotary positions turn {turned} values in pairs: make it "
-                f"{remedy}."
-            )
-        if self.rope_theta <= 1:
-            raise UserError(f"decoder.rope_theta is {self.rope_theta}, but must be above 1; 10000 is usual.")
-        if self.norm_eps <= 0:
-            raise UserError(f"decoder.norm_eps is {self.norm_eps}, but must be above 0; 1e-6 is usual.")
-        if self.routing is not None:
-            self.routing.check_layers(self.layers)
-
-    def _check_heads(self) -> None:
         if self.parts.own_keys and self.kv_heads != self.heads:
             raise UserError(
                 f"decoder.heads is {self.heads} and decoder.kv_heads is {self.kv_heads}, but in the dialect "
@@ -94,6 +70,18 @@ class FuyuConfig:
                 f"{self.width}, but in the dialect {self.dialect!r} they are the same: change one, or take the "
                 "dialect 'qwen3'."
             )
+        if self.rotary_size % 2:
+            turned, remedy = ("half of its", "a multiple of 4") if self.parts.rotary_part == 0.5 else ("its", "even")
+            raise UserError(
+                f"decoder.head_size is {self.head_size}, but rotary positions turn {turned} values in pairs: make it "
+                f"{remedy}."
+            )
+        if self.rope_theta <= 1:
+            raise UserError(f"decoder.rope_theta is {self.rope_theta}, but must be above 1; 10000 is usual.")
+        if self.norm_eps <= 0:
+            raise UserError(f"decoder.norm_eps is {self.norm_eps}, but must be above 0; 1e-6 is usual.")
+        if self.routing is not None:
+            self.routing.check_layers(self.layers)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "FuyuConfig":
@@ -131,8 +119,8 @@ def named_size(name: str) -> FuyuConfig:
     Raises:
         UserError: No size has that name.
     """
+    names = ("layers", "width", "heads", "kv_heads", "head_size", "feed_forward", "vocab_size", "patch_size")
     sizes = {
-        #        layers, width, heads, kv_heads, head_size, feed_forward, vocab_size, patch_size
         "1m": (4, 96, 3, 3, 32, 256, 2_048, 8),
         "10m": (6, 192, 6, 2, 32, 512, 16_384, 16),
         "50m": (8, 512, 8, 4, 64, 1_536, 32_768, 16),
@@ -144,14 +132,4 @@ def named_size(name: str) -> FuyuConfig:
     }
     if name not in sizes:
         raise UserError(f"decoder size {name!r} is unknown; the sizes are {', '.join(get_args(SizeName))}.")
-    layers, width, heads, kv_heads, head_size, feed_forward, vocab_size, patch_size = sizes[name]
-    return FuyuConfig(
-        vocab_size=vocab_size,
-        patch_size=patch_size,
-        layers=layers,
-        width=width,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=head_size,
-        feed_forward=feed_forward,
-    )
+    return FuyuConfig(**dict(zip(names, sizes[name], strict=True)))

@@ -83,5 +83,5 @@ def _flops(config: FuyuConfig, row: CountedRow, targets: int) -> Flops:
     _, patch, target, blocks = _counted(config)
     flops = Flops()
     for operations, times in blocks.items():
-        flops = flops.plus(operations.flops(row), times)
+        flops = flops.plus(operations(row), times)
     return flops.plus(target, targets).plus(patch, row.patches)

@@ -1,8 +1,8 @@
 """How parts of a decoder count their floating-point operations; only matrix products count."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import nn
 
@@ -49,11 +49,8 @@ class CountedRow:
     """The part by which the shares are still annealed (`RoutingConfig.dense`)."""
 
 
-class Operations(Protocol):
-    """What a block computes, as plain numbers: of equal ones, a row is counted once."""
-
-    def flops(self, row: CountedRow) -> Flops:
-        """Returns the operations of a row."""
+Operations = Callable[[CountedRow], Flops]
+"""What a block computes for a row: a frozen dataclass, so that a row is counted once for blocks that are alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +64,11 @@ class DenseOperations:
     pair: int
     """Of each query with each key that it sees."""
 
-    def flops(self, row: CountedRow) -> Flops:
+    def __call__(self, row: CountedRow) -> Flops:
         """Returns those of all tokens of a row."""
-        return self.flops_of(row.lengths, row.lengths, row.cached)
+        return self.among(row.lengths, row.lengths, row.cached)
 
-    def flops_of(self, asking: Counts, seen: Counts, cached: Counts | None = None) -> Flops:
+    def among(self, asking: Counts, seen: Counts, cached: Counts | None = None) -> Flops:
         """Returns those of the tokens that attend to others.
 
         Attention counts by document and as a full square, as in PaLM (Chowdhery et al. 2022, appendix B) and torch's

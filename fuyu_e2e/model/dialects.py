@@ -35,12 +35,7 @@ class Parts:
 
 DIALECTS: dict[Dialect, Parts] = {
     "qwen3": Parts(
-        norm="RMSNorm",
-        feed_forward="SwiGLU",
-        biases=False,
-        rotary_part=1.0,
-        own_keys=False,
-        heads_fill_width=False,
+        norm="RMSNorm", feed_forward="SwiGLU", biases=False, rotary_part=1.0, own_keys=False, heads_fill_width=False
     ),
     "fuyu": Parts(
         norm="LayerNorm",

@@ -65,14 +65,14 @@ class RoutedOperations:
     rule: Flops
     """Of the rule, for each token."""
 
-    def flops(self, row: CountedRow) -> Flops:
+    def __call__(self, row: CountedRow) -> Flops:
         """Returns those of the tokens that pass, and of the rule for all."""
         passing, tokens = row.passing.get(self.block), sum(row.lengths)
         if passing is None:
             asked = self.shares.patches * row.patches + self.shares.others * (tokens - row.patches)
             share = annealed(asked / max(1, tokens), row.dense)
             passing = [length * share for length in row.lengths]
-        through = self.inner.flops_of(passing, row.lengths if self.leaves_keys else passing)
+        through = self.inner.among(passing, row.lengths if self.leaves_keys else passing)
         return through.plus(self.rule, tokens)
 
 

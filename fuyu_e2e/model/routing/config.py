@@ -62,8 +62,8 @@ class RoutingConfig:
             )
         for name in ("share", "text_share"):
             shares = getattr(self, name)
-            for share in () if shares is None else shares if isinstance(shares, tuple) else (shares,):
-                if not 0 < share <= 1:
+            for share in shares if isinstance(shares, tuple) else (shares,):
+                if share is not None and not 0 < share <= 1:
                     raise UserError(
                         f"routing.{name} holds {share}, but is a share of the tokens: set it above 0 and at most 1. "
                         "A block that nothing passes is one to leave out."
