@@ -30,19 +30,6 @@ def build_norm(config: FuyuConfig, size: int) -> nn.RMSNorm | nn.LayerNorm:
     return norms[config.parts.norm](size, eps=config.norm_eps)
 
 
-def norm_bytes(norm: nn.RMSNorm | nn.LayerNorm, size: int, heads: int = 1) -> int:
-    """Bytes that a norm keeps of a token for the backward pass.
-
-    Args:
-        norm: Over each of some heads, or over a state.
-        size: Bytes of a value.
-        heads: How many of a token it is given.
-    """
-    # Its input and the reciprocal of the deviation, float32; a LayerNorm also the mean, an RMSNorm also the quotient.
-    layer = isinstance(norm, nn.LayerNorm)
-    return heads * (norm.normalized_shape[0] * size * (1 if layer else 2) + 4 * (2 if layer else 1))
-
-
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) with the dialect's norm on queries and keys."""
 
@@ -74,18 +61,12 @@ class Attention(nn.Module):
         q_CHK, k_TGK = q_CHK.to(v_TGK.dtype), k_TGK.to(v_TGK.dtype)
         return self.o_proj(row.attend(q_CHK, k_TGK, v_TGK).flatten(-2))
 
-    def saved_bytes(self, work: int, size: int) -> int:
-        """As `Block.saved_bytes`, of one token."""
-        queries, keys = self.q_proj.out_features, self.k_proj.out_features
-        heads, kv_heads = queries // self.head_size, keys // self.head_size
-        inputs = 3 if work < size else 1  # autocast casts a product's input anew for each of q, k and v
-        # Queries, keys and values side by side, the outputs before and after, and the softmax's sums.
-        saved = work * (3 * queries + 2 * keys + inputs * self.q_proj.in_features) + 4 * heads
-        return saved + norm_bytes(self.q_norm, size, heads) + norm_bytes(self.k_norm, size, kv_heads)
-
 
 class SwiGLU(nn.Module):
     """The gated feed-forward layer of Shazeer 2020 (arXiv 2002.05202)."""
+
+    kept = 4
+    """Values of its inner width that the backward pass needs: gate, up, silu(gate) and the product."""
 
     def __init__(self, config: FuyuConfig) -> None:
         super().__init__()
@@ -96,14 +77,12 @@ class SwiGLU(nn.Module):
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
-    def saved_bytes(self, work: int, size: int) -> int:
-        """As `Block.saved_bytes`, of one token."""
-        inputs = 2 if work < size else 1  # autocast casts it for each of gate and up
-        return work * (4 * self.up_proj.out_features + inputs * self.up_proj.in_features)
-
 
 class SquaredReLU(nn.Module):
     """The feed-forward layer with relu(x)^2 of So et al. 2021 (arXiv 2109.08668, section 3), with biases."""
+
+    kept = 2
+    """Values of its inner width that the backward pass needs: the ReLU and its square."""
 
     def __init__(self, config: FuyuConfig) -> None:
         super().__init__()
@@ -112,10 +91,6 @@ class SquaredReLU(nn.Module):
 
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         return self.down_proj(F.relu(self.up_proj(x_TD)).square())
-
-    def saved_bytes(self, work: int, size: int) -> int:
-        """As `Block.saved_bytes`, of one token."""
-        return work * (2 * self.up_proj.out_features + self.up_proj.in_features)
 
 
 FEED_FORWARDS: dict[str, type[SwiGLU | SquaredReLU]] = {"SwiGLU": SwiGLU, "SquaredReLU": SquaredReLU}
@@ -224,8 +199,19 @@ class DenseBlock(Block):
 
     def saved_bytes(self, tokens: int, work: int, size: int) -> int:
         """Returns those of all tokens."""
-        norms = norm_bytes(self.attention_norm, size) + norm_bytes(self.mlp_norm, size)
-        return tokens * (norms + self.attention.saved_bytes(work, size) + self.mlp.saved_bytes(work, size))
+        attention, (inner, width) = self.attention, self.mlp.up_proj.weight.shape
+        queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
+        heads, kv_heads = queries // attention.head_size, keys // attention.head_size
+        # Two norms' outputs, which autocast casts anew for each product: q, k, v and all of the mlp but its last.
+        inputs = 3 + len(list(self.mlp.children())) - 1 if work < size else 2
+        # Queries, keys and values side by side, and attention's outputs before and after the backend.
+        values = inputs * width + 3 * queries + 2 * keys + self.mlp.kept * inner
+        # A norm keeps its input and, in float32, the deviation; a LayerNorm also the mean, an RMSNorm the quotient.
+        normed, norms = 2 * width + queries + keys, 2 + heads + kv_heads
+        norm_bytes = (
+            size * normed + 4 * 2 * norms if isinstance(self.mlp_norm, nn.LayerNorm) else size * 2 * normed + 4 * norms
+        )
+        return tokens * (work * values + norm_bytes + 4 * heads)  # the last are attention's sums, float32
 
     def sharding(self) -> dict[str, ParallelStyle]:
         """Splits attention by its heads, and the feed-forward layer by its inner values."""

@@ -1,6 +1,6 @@
 """What a decoder is made of: `FuyuConfig`, and the named sizes."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from fuyu_e2e.errors import UserError
@@ -46,9 +46,9 @@ class FuyuConfig:
     """Which blocks only some tokens pass; None for a dense decoder."""
 
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            if setting.type is int and (value := getattr(self, setting.name)) < 1:
-                raise UserError(f"decoder.{setting.name} is {value}, but must be at least 1.")
+        for name in ("vocab_size", "patch_size", "layers", "width", "heads", "kv_heads", "head_size", "feed_forward"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"decoder.{name} is {value}, but must be at least 1.")
         if self.heads % self.kv_heads:
             raise UserError(
                 f"decoder.heads is {self.heads} and decoder.kv_heads is {self.kv_heads}: every key/value head serves "
@@ -64,7 +64,7 @@ class FuyuConfig:
                 f"{self.dialect!r} every head has a key of its own: set kv_heads to {self.heads}, or take the dialect "
                 "'qwen3'."
             )
-        if self.parts.heads_fill_width and self.heads * self.head_size != self.width:
+        if self.parts.fills_width and self.heads * self.head_size != self.width:
             raise UserError(
                 f"decoder.heads x decoder.head_size is {self.heads * self.head_size} and decoder.width is "
                 f"{self.width}, but in the dialect {self.dialect!r} they are the same: change one, or take the "
@@ -132,4 +132,4 @@ def named_size(name: str) -> FuyuConfig:
     }
     if name not in sizes:
         raise UserError(f"decoder size {name!r} is unknown; the sizes are {', '.join(get_args(SizeName))}.")
-    return FuyuConfig(**dict(zip(names, sizes[name], strict=True)))
+    return FuyuConfig.from_dict(dict(zip(names, sizes[name], strict=True)))

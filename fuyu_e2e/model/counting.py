@@ -50,7 +50,7 @@ class CountedRow:
 
 
 Operations = Callable[[CountedRow], Flops]
-"""What a block computes for a row: a frozen dataclass, so that a row is counted once for blocks that are alike."""
+"""What a block computes for a row. Of blocks whose operations are equal, one is counted for all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,13 +29,13 @@ class Parts:
     """The part of a head that rotary positions turn."""
     own_keys: bool
     """Whether every head must have a key of its own."""
-    heads_fill_width: bool
+    fills_width: bool
     """Whether heads x head_size must be the width."""
 
 
 DIALECTS: dict[Dialect, Parts] = {
     "qwen3": Parts(
-        norm="RMSNorm", feed_forward="SwiGLU", biases=False, rotary_part=1.0, own_keys=False, heads_fill_width=False
+        norm="RMSNorm", feed_forward="SwiGLU", biases=False, rotary_part=1.0, own_keys=False, fills_width=False
     ),
     "fuyu": Parts(
         norm="LayerNorm",
@@ -43,6 +43,6 @@ DIALECTS: dict[Dialect, Parts] = {
         biases=True,
         rotary_part=0.5,
         own_keys=True,
-        heads_fill_width=True,
+        fills_width=True,
     ),
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from fuyu_e2e.model.attention import Passing
 from fuyu_e2e.model.block import Block, DenseBlock
 from fuyu_e2e.model.config import FuyuConfig
-from fuyu_e2e.model.counting import CountedRow, DenseOperations, Flops
+from fuyu_e2e.model.counting import CountedRow, DenseOperations, Flops, Operations
 from fuyu_e2e.model.recomputation import recomputing
-from fuyu_e2e.model.routing.config import RoutedShares, annealed
+from fuyu_e2e.model.routing.config import annealed
 from fuyu_e2e.model.routing.rules import RULES, Rule, Threshold
 from fuyu_e2e.model.row import Progress, Report, Row
 
@@ -49,31 +50,6 @@ def gather_passing(passes: Bool[Tensor, " T"], capacity: int | None) -> Passing:
     place = torch.where(passes, passes.cumsum(0), count + (~passes).cumsum(0)) - 1
     order = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=place.device))
     return Passing(order[:capacity], torch.arange(capacity, device=place.device) < count)
-
-
-@dataclass(frozen=True)
-class RoutedOperations:
-    """What a routed block computes."""
-
-    inner: DenseOperations
-    """Of the block that tokens pass."""
-    block: int
-    """Its number."""
-    shares: RoutedShares
-    leaves_keys: bool
-    """Whether tokens that skip leave their keys."""
-    rule: Flops
-    """Of the rule, for each token."""
-
-    def __call__(self, row: CountedRow) -> Flops:
-        """Returns those of the tokens that pass, and of the rule for all."""
-        passing, tokens = row.passing.get(self.block), sum(row.lengths)
-        if passing is None:
-            asked = self.shares.patches * row.patches + self.shares.others * (tokens - row.patches)
-            share = annealed(asked / max(1, tokens), row.dense)
-            passing = [length * share for length in row.lengths]
-        through = self.inner.among(passing, row.lengths if self.leaves_keys else passing)
-        return through.plus(self.rule, tokens)
 
 
 class RoutedBlock(Block):
@@ -152,10 +128,17 @@ class RoutedBlock(Block):
             block=self.rule.block, chosen=choice.passes, passed=passed, scores=scores, auxiliary=choice.auxiliary
         )
 
-    def operations(self) -> RoutedOperations:
-        """Returns those of the inner block, and what says for which tokens."""
-        rule, operations = self.rule, self.inner.operations()
-        return RoutedOperations(operations, rule.block, rule.shares, self.leaves_keys, rule.flops_of_token())
+    def operations(self) -> Operations:
+        """Returns those of the inner block for the tokens that pass, and of the rule for all."""
+        return partial(self._flops, self.inner.operations(), self.rule.flops_of_token())
+
+    def _flops(self, inner: DenseOperations, rule: Flops, row: CountedRow) -> Flops:
+        passing, tokens, shares = row.passing.get(self.rule.block), sum(row.lengths), self.rule.shares
+        if passing is None:
+            asked = shares.patches * row.patches + shares.others * (tokens - row.patches)
+            share = annealed(asked / max(1, tokens), row.dense)
+            passing = [length * share for length in row.lengths]
+        return inner.among(passing, row.lengths if self.leaves_keys else passing).plus(rule, tokens)
 
     def saved_bytes(self, tokens: int, work: int, size: int) -> float:
         """Returns those of the inner block, of as many tokens as there is room for when training begins."""
