@@ -207,11 +207,10 @@ class DenseBlock(Block):
         # Queries, keys and values side by side, and attention's outputs before and after the backend.
         values = inputs * width + 3 * queries + 2 * keys + self.mlp.kept * inner
         # A norm keeps its input and, in float32, the deviation; a LayerNorm also the mean, an RMSNorm the quotient.
+        states, numbers = (1, 2) if isinstance(self.mlp_norm, nn.LayerNorm) else (2, 1)
         normed, norms = 2 * width + queries + keys, 2 + heads + kv_heads
-        norm_bytes = (
-            size * normed + 4 * 2 * norms if isinstance(self.mlp_norm, nn.LayerNorm) else size * 2 * normed + 4 * norms
-        )
-        return tokens * (work * values + norm_bytes + 4 * heads)  # the last are attention's sums, float32
+        # The last term is the sum of each head's softmax, float32.
+        return tokens * (work * values + size * states * normed + 4 * numbers * norms + 4 * heads)
 
     def sharding(self) -> dict[str, ParallelStyle]:
         """Splits attention by its heads, and the feed-forward layer by its inner values."""

@@ -130,15 +130,15 @@ class RoutedBlock(Block):
 
     def operations(self) -> Operations:
         """Returns those of the inner block for the tokens that pass, and of the rule for all."""
-        return partial(self._flops, self.inner.operations(), self.rule.flops_of_token())
+        return partial(self._flops, self.rule, self.inner.operations(), self.rule.flops_of_token())
 
-    def _flops(self, inner: DenseOperations, rule: Flops, row: CountedRow) -> Flops:
-        passing, tokens, shares = row.passing.get(self.rule.block), sum(row.lengths), self.rule.shares
+    def _flops(self, rule: Rule, inner: DenseOperations, choice: Flops, row: CountedRow) -> Flops:
+        passing, tokens, shares = row.passing.get(rule.block), sum(row.lengths), rule.shares
         if passing is None:
             asked = shares.patches * row.patches + shares.others * (tokens - row.patches)
             share = annealed(asked / max(1, tokens), row.dense)
             passing = [length * share for length in row.lengths]
-        return inner.among(passing, row.lengths if self.leaves_keys else passing).plus(rule, tokens)
+        return inner.among(passing, row.lengths if self.leaves_keys else passing).plus(choice, tokens)
 
     def saved_bytes(self, tokens: int, work: int, size: int) -> float:
         """Returns those of the inner block, of as many tokens as there is room for when training begins."""
