@@ -1,9 +1,10 @@
 """Mixture-of-Depths: the block is what it says, its choices are causal, and shares are kept."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -429,3 +430,10 @@ def test_every_second_block_is_routed_unless_told(layers: int, routed: tuple[int
     config = FuyuConfig(layers=layers, **VALID, routing=RoutingConfig())
     assert config.routed == routed
     assert FuyuConfig(layers=layers, **VALID).routed == ()
+
+
+def test_settings_read_from_json_are_the_same_value() -> None:
+    config = FuyuConfig(layers=6, **VALID, routing=RoutingConfig(blocks=(1, 3), share=(0.5, 0.25)))
+    read = FuyuConfig.from_dict(json.loads(json.dumps(asdict(config))))
+    assert read == config
+    assert hash(read) == hash(config), "what is counted of a decoder is kept by its settings"
