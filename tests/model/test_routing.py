@@ -432,7 +432,8 @@ def test_every_second_block_is_routed_unless_told(layers: int, routed: tuple[int
     assert FuyuConfig(layers=layers, **VALID).routed == ()
 
 
-def test_settings_read_from_json_are_the_same_value() -> None:
+def test_settings_read_from_json_are_the_same_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type_checks, "jaxtyping_disable", True)  # it would refuse lists
     config = FuyuConfig(layers=6, **VALID, routing=RoutingConfig(blocks=(1, 3), share=(0.5, 0.25)))
     read = FuyuConfig.from_dict(json.loads(json.dumps(asdict(config))))
     assert read == config
