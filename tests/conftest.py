@@ -32,8 +32,9 @@ from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.eval import checkpoint_scores
 from fuyu_e2e.image import ImagePolicy
 from fuyu_e2e.inference import device
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.row import Progress as TrainingProgress
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder

@@ -28,9 +28,10 @@ from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.eval.digits import MAX_NEW_TOKENS, TEST_SEED, VOCAB_SIZE, write_shards
 from fuyu_e2e.eval.exact_match import exact_match, read
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import cost
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import train_tokenizer

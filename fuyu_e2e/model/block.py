@@ -8,18 +8,26 @@ from abc import ABC, abstractmethod
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+)
 
 from fuyu_e2e.model.attention import rotate
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.counting import DenseOperations, Operations
 from fuyu_e2e.model.recomputation import ActivationCheckpointing, recomputing
 from fuyu_e2e.model.row import Progress, Report, Row
 
 
 def build_norm(config: FuyuConfig, size: int) -> nn.RMSNorm | nn.LayerNorm:
     """The dialect's norm over `size` values."""
-    if config.dialect == "fuyu":
-        return nn.LayerNorm(size, eps=config.norm_eps)
-    return nn.RMSNorm(size, eps=config.norm_eps)
+    norms: dict[str, type[nn.RMSNorm | nn.LayerNorm]] = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}
+    return norms[config.parts.norm](size, eps=config.norm_eps)
 
 
 class Attention(nn.Module):
@@ -29,7 +37,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size = config.head_size
         query_width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
-        bias = config.dialect == "fuyu"
+        bias = config.parts.biases
         self.q_proj = nn.Linear(config.width, query_width, bias=bias)
         self.k_proj = nn.Linear(config.width, kv_width, bias=bias)
         self.v_proj = nn.Linear(config.width, kv_width, bias=bias)
@@ -57,6 +65,9 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """The gated feed-forward layer of Shazeer 2020 (arXiv 2002.05202)."""
 
+    kept = 4
+    """Values of its inner width that the backward pass needs: gate, up, silu(gate) and the product."""
+
     def __init__(self, config: FuyuConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.width, config.feed_forward, bias=False)
@@ -70,6 +81,9 @@ class SwiGLU(nn.Module):
 class SquaredReLU(nn.Module):
     """The feed-forward layer with relu(x)^2 of So et al. 2021 (arXiv 2109.08668, section 3), with biases."""
 
+    kept = 2
+    """Values of its inner width that the backward pass needs: the ReLU and its square."""
+
     def __init__(self, config: FuyuConfig) -> None:
         super().__init__()
         self.up_proj = nn.Linear(config.width, config.feed_forward)
@@ -77,6 +91,10 @@ class SquaredReLU(nn.Module):
 
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         return self.down_proj(F.relu(self.up_proj(x_TD)).square())
+
+
+FEED_FORWARDS: dict[str, type[SwiGLU | SquaredReLU]] = {"SwiGLU": SwiGLU, "SquaredReLU": SquaredReLU}
+"""By their names in `Parts`."""
 
 
 class Block(nn.Module, ABC):
@@ -97,6 +115,24 @@ class Block(nn.Module, ABC):
     @abstractmethod
     def initialize(self) -> None:
         """Has a new block add nothing to the states; its linear layers and norms are drawn by then."""
+
+    @abstractmethod
+    def operations(self) -> Operations:
+        """Returns what it computes, as a value that can be compared and counts the operations of a row."""
+
+    @abstractmethod
+    def saved_bytes(self, tokens: int, work: int, size: int) -> int | float:
+        """Returns the bytes that it keeps of a training row for the backward pass.
+
+        Args:
+            tokens: Of the row.
+            work: Bytes of a value that a product takes or gives.
+            size: Bytes of a value of the residual stream and in norms.
+        """
+
+    @abstractmethod
+    def sharding(self) -> dict[str, ParallelStyle]:
+        """Returns what tensor parallelism does with its parts, by their names in it; see `fuyu_e2e.model.sharding`."""
 
     def observe(self, report: Report, row: Row) -> None:
         """Counts what it reported of a training row."""
@@ -129,7 +165,7 @@ class DenseBlock(Block):
         self.attention_norm = build_norm(config, config.width)
         self.attention = Attention(config)
         self.mlp_norm = build_norm(config, config.width)
-        self.mlp = SquaredReLU(config) if config.dialect == "fuyu" else SwiGLU(config)
+        self.mlp = FEED_FORWARDS[config.parts.feed_forward](config)
 
     def initialize(self) -> None:
         """Zeros the projections into the states."""
@@ -153,3 +189,39 @@ class DenseBlock(Block):
         """
         attended_CD = self.attention(self.attention_norm(context_TD), row)
         return attended_CD + self.mlp(self.mlp_norm(x_CD + attended_CD))
+
+    def operations(self) -> DenseOperations:
+        """Returns the sizes of its weights, and of the heads."""
+        keys = self.attention.k_proj.weight.numel() + self.attention.v_proj.weight.numel()
+        linear = sum(part.weight.numel() for part in self.modules() if isinstance(part, nn.Linear))
+        # Each value of a query meets one of the key, and as many values are summed.
+        return DenseOperations(query=linear - keys, key=keys, pair=2 * self.attention.q_proj.out_features)
+
+    def saved_bytes(self, tokens: int, work: int, size: int) -> int:
+        """Returns those of all tokens."""
+        attention, (inner, width) = self.attention, self.mlp.up_proj.weight.shape
+        queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
+        heads, kv_heads = queries // attention.head_size, keys // attention.head_size
+        # Two norms' outputs, which autocast casts anew for each product: q, k, v and all of the mlp but its last.
+        inputs = 3 + len(list(self.mlp.children())) - 1 if work < size else 2
+        # Queries, keys and values side by side, and attention's outputs before and after the backend.
+        values = inputs * width + 3 * queries + 2 * keys + self.mlp.kept * inner
+        # A norm keeps its input and, in float32, the deviation; a LayerNorm also the mean, an RMSNorm the quotient.
+        states, numbers = (1, 2) if isinstance(self.mlp_norm, nn.LayerNorm) else (2, 1)
+        normed, norms = 2 * width + queries + keys, 2 + heads + kv_heads
+        # The last term is the sum of each head's softmax, float32.
+        return tokens * (work * values + size * states * normed + 4 * numbers * norms + 4 * heads)
+
+    def sharding(self) -> dict[str, ParallelStyle]:
+        """Splits attention by its heads, and the feed-forward layer by its inner values."""
+        whole = (Replicate(), None)
+        return {
+            **{f"attention.{name}_proj": ColwiseParallel() for name in "qkv"},
+            **{f"attention.{name}_norm": SequenceParallel(sequence_dim=1, use_local_output=True) for name in "qk"},
+            "attention.o_proj": RowwiseParallel(),
+            # Of the products that share an input, gradients are added up before they are summed over the devices.
+            "mlp": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate()),
+            **{f"mlp.{name}": ColwiseParallel() for name, _ in self.mlp.named_children() if name != "down_proj"},
+            "mlp.down_proj": RowwiseParallel(),
+            "attention": PrepareModuleInput(input_layouts=whole, desired_input_layouts=whole),
+        }

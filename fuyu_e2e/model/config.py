@@ -1,119 +1,19 @@
-"""What a decoder is made of: `FuyuConfig` with its `RoutingConfig`, and the named sizes."""
+"""What a decoder is made of: `FuyuConfig`, and the named sizes."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.dialects import DIALECTS, Dialect, Parts
 from fuyu_e2e.model.mask import CAUSAL, AttentionMask
+from fuyu_e2e.model.routing.config import RoutingConfig
 
 SizeName = Literal["1m", "10m", "50m", "125m", "350m", "1b", "3b", "8b"]
-
-
-Dialect = Literal["qwen3", "fuyu"]
-RuleName = Literal["threshold", "topk", "image_topk", "fixed", "random"]
-Share = float | tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoutingConfig:
-    """Mixture-of-Depths (Raposo et al. 2024, arXiv 2404.02258): blocks that only some tokens pass.
-
-    Raises:
-        UserError: A value is out of its range, or two contradict each other.
-    """
-
-    rule: RuleName = "threshold"
-    """How tokens are chosen; see `fuyu_e2e.model.routing`."""
-    share: Share = 0.125
-    """Share of the tokens that passes a routed block: one for all, or one for each routed block in order of depth.
-    Under `image_topk` the share of each image's patches."""
-    text_share: Share | None = None
-    """Where set, `share` is that of patches, and this that of all other tokens: words and newlines."""
-    blocks: tuple[int, ...] | None = None
-    """Which blocks are routed, counted from 0. Unset: every second one from the last but one down, none in the first
-    quarter."""
-    skipped: Literal["nothing", "keys"] = "nothing"
-    """What a token leaves behind in a block that it skips: `nothing` (the paper's), or its key and value, so that
-    later tokens still see it there."""
-    keep_starts: bool = False
-    """Whether the first token of each document passes whatever its score."""
-    keep_newlines: bool = False
-    """Whether newline tokens pass whatever their score."""
-    anneal: float = 0.1
-    """Part of the training over which the share falls from 1 to what it is to be."""
-    explore: float = 0.05
-    """Part of the choices in training that are drawn at random with the right share; falls to 0 over the run."""
-    slack: float = 0.25
-    """Room for tokens beyond the share, as a part of it, in the fixed capacity of a routed block in training."""
-
-    def __post_init__(self) -> None:
-        if self.rule not in get_args(RuleName):
-            raise UserError(
-                f"routing.rule is {self.rule!r}, which is unknown; the rules are {', '.join(get_args(RuleName))}."
-            )
-        for name in ("share", "text_share"):
-            for share in _listed(getattr(self, name)):
-                if not 0 < share <= 1:
-                    raise UserError(
-                        f"routing.{name} holds {share}, but is a share of the tokens: set it above 0 and at most 1. "
-                        "A block that nothing passes is one to leave out."
-                    )
-        if self.text_share is not None and self.rule in ("topk", "image_topk"):
-            raise UserError(
-                f"routing.text_share is set, but the rule {self.rule!r} can't keep it: leave it unset, or take "
-                "'threshold', 'fixed' or 'random'."
-            )
-        if self.skipped not in ("nothing", "keys"):
-            raise UserError(f"routing.skipped is {self.skipped!r}, but must be 'nothing' or 'keys'.")
-        for name in ("anneal", "explore"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise UserError(f"routing.{name} is {value}, but is a part of a whole and must lie in [0, 1].")
-        if not self.slack >= 0:
-            raise UserError(f"routing.slack is {self.slack}, but must be 0 or above; 0.25 is usual.")
-
-    def dense(self, done: float) -> float:
-        """1 while all tokens pass, falling to 0 over the first part of a training, where shares are as asked.
-
-        Args:
-            done: The part of the training that is done.
-        """
-        if done == 0:
-            return 1.0  # no threshold is known in the first step
-        return max(0.0, 1 - done / self.anneal) if self.anneal else 0.0
-
-
-def _listed(share: Share | None) -> tuple[float, ...]:
-    return () if share is None else tuple(share) if isinstance(share, tuple | list) else (share,)
-
-
-@dataclass(frozen=True)
-class RoutedShares:
-    """The shares of one routed block."""
-
-    patches: float
-    """Share of the patches that passes."""
-    others: float
-    """Share of all other tokens: words and newlines."""
-
-
-def annealed(share: Any, dense: Any) -> Any:
-    """A share, a float or a tensor of them, while training is still partly dense: 1 where `dense` is 1."""
-    return share + (1 - share) * dense
 
 
 @dataclass(frozen=True, kw_only=True)
 class FuyuConfig:
     """One decoder transformer that reads patches and text in the same sequence.
-
-    Each dialect is, weight for weight, what a text model of transformers computes, with rotary positions in the
-    rotate-half layout:
-
-    - `qwen3`, as its Qwen3: RMSNorm before each half of a block and on queries and keys, SwiGLU, grouped-query
-      attention, no biases
-    - `fuyu`, as its Persimmon, the text model of the released Fuyu-8B: LayerNorm in the same places, squared ReLU,
-      every head with a key of its own, rotary positions on the first half of each head, biases everywhere but in
-      the output projection
 
     Raises:
         UserError: Two values contradict each other; the sentence says what to change.
@@ -142,7 +42,7 @@ class FuyuConfig:
     tie_embeddings: bool = False
     """Whether the output projection is the token embedding itself."""
     dialect: Dialect = "qwen3"
-    """The combination of block parts."""
+    """The combination of block parts; see `fuyu_e2e.model.dialects`."""
     routing: RoutingConfig | None = None
     """Which blocks only some tokens pass; None for a dense decoder."""
     masks: tuple[AttentionMask, ...] = (CAUSAL,)
@@ -151,16 +51,7 @@ class FuyuConfig:
     def __post_init__(self) -> None:
         if not self.masks:
             raise UserError("decoder.masks is empty: list a mask for each block of a pattern, or leave it out.")
-        for name in (
-            "vocab_size",
-            "patch_size",
-            "layers",
-            "width",
-            "heads",
-            "kv_heads",
-            "head_size",
-            "feed_forward",
-        ):
+        for name in ("vocab_size", "patch_size", "layers", "width", "heads", "kv_heads", "head_size", "feed_forward"):
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"decoder.{name} is {value}, but must be at least 1.")
         if self.heads % self.kv_heads:
@@ -168,15 +59,24 @@ class FuyuConfig:
                 f"decoder.heads is {self.heads} and decoder.kv_heads is {self.kv_heads}: every key/value head serves "
                 f"the same number of query heads, so set kv_heads to a divisor of {self.heads}."
             )
-        if self.dialect not in get_args(Dialect):
+        if self.dialect not in DIALECTS:
             raise UserError(
-                f"decoder.dialect is {self.dialect!r}, which is unknown; the dialects are "
-                f"{', '.join(get_args(Dialect))}."
+                f"decoder.dialect is {self.dialect!r}, which is unknown; the dialects are {', '.join(DIALECTS)}."
             )
-        if self.dialect == "fuyu":
-            self._check_fuyu()
+        if self.parts.own_keys and self.kv_heads != self.heads:
+            raise UserError(
+                f"decoder.heads is {self.heads} and decoder.kv_heads is {self.kv_heads}, but in the dialect "
+                f"{self.dialect!r} every head has a key of its own: set kv_heads to {self.heads}, or take the dialect "
+                "'qwen3'."
+            )
+        if self.parts.fills_width and self.heads * self.head_size != self.width:
+            raise UserError(
+                f"decoder.heads x decoder.head_size is {self.heads * self.head_size} and decoder.width is "
+                f"{self.width}, but in the dialect {self.dialect!r} they are the same: change one, or take the "
+                "dialect 'qwen3'."
+            )
         if self.rotary_size % 2:
-            turned, remedy = ("half of its", "a multiple of 4") if self.dialect == "fuyu" else ("its", "even")
+            turned, remedy = ("half of its", "a multiple of 4") if self.parts.rotary_part == 0.5 else ("its", "even")
             raise UserError(
                 f"decoder.head_size is {self.head_size}, but rotary positions turn {turned} values in pairs: make it "
                 f"{remedy}."
@@ -186,41 +86,7 @@ class FuyuConfig:
         if self.norm_eps <= 0:
             raise UserError(f"decoder.norm_eps is {self.norm_eps}, but must be above 0; 1e-6 is usual.")
         if self.routing is not None:
-            self._check_routing(self.routing)
-
-    def _check_fuyu(self) -> None:
-        if self.kv_heads != self.heads:
-            raise UserError(
-                f"decoder.heads is {self.heads} and decoder.kv_heads is {self.kv_heads}, but in the dialect 'fuyu' "
-                f"every head has a key of its own: set kv_heads to {self.heads}, or take the dialect 'qwen3'."
-            )
-        if self.heads * self.head_size != self.width:
-            raise UserError(
-                f"decoder.heads x decoder.head_size is {self.heads * self.head_size} and decoder.width is "
-                f"{self.width}, but in the dialect 'fuyu' they are the same: change one, or take the dialect 'qwen3'."
-            )
-
-    def _check_routing(self, routing: RoutingConfig) -> None:
-        blocks = range(self.layers) if routing.blocks is None else routing.blocks
-        if outside := [block for block in blocks if not 0 <= block < self.layers]:
-            raise UserError(f"routing.blocks holds {outside[0]}, but the blocks are 0 to {self.layers - 1}.")
-        if len(self.routed) == self.layers:
-            raise UserError(
-                f"routing.blocks names all {self.layers} blocks: a token that skips each one is never processed, so "
-                "leave at least one dense; every second one is usual."
-            )
-        if not self.routed:
-            raise UserError(
-                f"A decoder of {self.layers} blocks has none to route, as the first quarter and the last stay dense: "
-                "set decoder.layers to at least 3, or name routing.blocks."
-            )
-        for name in ("share", "text_share"):
-            listed = getattr(routing, name)
-            if isinstance(listed, tuple | list) and len(listed) != len(self.routed):
-                raise UserError(
-                    f"routing.{name} lists {len(listed)} shares for the {len(self.routed)} routed blocks "
-                    f"{', '.join(map(str, self.routed))}: give one for each, or a single one for all."
-                )
+            self.routing.check_layers(self.layers)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "FuyuConfig":
@@ -235,9 +101,14 @@ class FuyuConfig:
         )
 
     @property
+    def parts(self) -> Parts:
+        """What the dialect makes blocks of."""
+        return DIALECTS[self.dialect]
+
+    @property
     def rotary_size(self) -> int:
         """How many values of a head rotary positions turn, from its first on."""
-        return self.head_size // 2 if self.dialect == "fuyu" else self.head_size
+        return int(self.head_size * self.parts.rotary_part)
 
     @property
     def block_masks(self) -> tuple[AttentionMask, ...]:
@@ -252,23 +123,7 @@ class FuyuConfig:
     @property
     def routed(self) -> tuple[int, ...]:
         """The routed blocks, in order of depth."""
-        if self.routing is None:
-            return ()
-        if self.routing.blocks is not None:
-            return tuple(sorted(set(self.routing.blocks)))
-        return tuple(range(self.layers - 2, math.ceil(self.layers / 4) - 1, -2)[::-1])
-
-    def shares(self, block: int) -> RoutedShares:
-        """The shares that the routed block number `block` is asked to keep."""
-        assert self.routing is not None
-
-        def at_depth(share: Share) -> float:
-            return share if isinstance(share, int | float) else share[self.routed.index(block)]
-
-        patches = at_depth(self.routing.share)
-        if self.routing.rule == "image_topk":
-            return RoutedShares(patches, 1.0)
-        return RoutedShares(patches, patches if self.routing.text_share is None else at_depth(self.routing.text_share))
+        return () if self.routing is None else self.routing.blocks_of(self.layers)
 
     @property
     def patch_values(self) -> int:
@@ -285,8 +140,8 @@ def named_size(name: str) -> FuyuConfig:
     Raises:
         UserError: No size has that name.
     """
+    names = ("layers", "width", "heads", "kv_heads", "head_size", "feed_forward", "vocab_size", "patch_size")
     sizes = {
-        #        layers, width, heads, kv_heads, head_size, feed_forward, vocab_size, patch_size
         "1m": (4, 96, 3, 3, 32, 256, 2_048, 8),
         "10m": (6, 192, 6, 2, 32, 512, 16_384, 16),
         "50m": (8, 512, 8, 4, 64, 1_536, 32_768, 16),
@@ -298,14 +153,4 @@ def named_size(name: str) -> FuyuConfig:
     }
     if name not in sizes:
         raise UserError(f"decoder size {name!r} is unknown; the sizes are {', '.join(get_args(SizeName))}.")
-    layers, width, heads, kv_heads, head_size, feed_forward, vocab_size, patch_size = sizes[name]
-    return FuyuConfig(
-        vocab_size=vocab_size,
-        patch_size=patch_size,
-        layers=layers,
-        width=width,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=head_size,
-        feed_forward=feed_forward,
-    )
+    return FuyuConfig.from_dict(dict(zip(names, sizes[name], strict=True)))

@@ -1,12 +1,13 @@
 """What a decoder costs: parameters, and floating-point operations of a row, counted exactly."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from fuyu_e2e.model.config import FuyuConfig, annealed
-
-Counts = Sequence[int | float]
-"""Tokens of each document; a fraction where a share of them is meant."""
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.counting import CountedRow, Counts, Flops, Operations, patch_flops
+from fuyu_e2e.model.decoder import meta_decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +40,8 @@ def cost(
 ) -> Cost:
     """Counts a row of documents with these lengths that holds `patches` patches and `targets` supervised tokens.
 
-    Attention counts by document and as a full square, as in PaLM (Chowdhery et al. 2022, appendix B) and torch's
-    flop counter: the half that a causal kernel saves is not subtracted. The output projection counts at supervised
-    tokens, where it is computed, and patches need no gradient, so their projection costs two thirds of the others'.
-    A routed block counts for the tokens that pass it; what fills its capacity beyond them doesn't count.
+    Each block counts itself (`Block.operations`). The output projection counts at supervised tokens, where it is
+    computed. A routed block counts for the tokens that pass it; what fills its capacity beyond them doesn't count.
 
     Args:
         config: Of the decoder.
@@ -50,68 +49,39 @@ def cost(
         patches: Patches of the row.
         targets: Supervised tokens of the row.
         passing: How many tokens of each document pass, for each routed block; None takes the shares asked for.
-        dense: The part by which the shares are still annealed (`Progress.dense`); matters where `passing` is None.
+        dense: The part by which the shares are still annealed (`RoutingConfig.dense`); matters where `passing` is
+            None.
     """
-    query_width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
-    kv_matrices = config.width * 2 * kv_width
-    fuyu = config.dialect == "fuyu"
-    block_matrices = config.width * (2 * query_width + (2 if fuyu else 3) * config.feed_forward) + kv_matrices
-    norm_vectors = 2 if fuyu else 1
-    block_vectors = norm_vectors * (2 * config.width + 2 * config.head_size)
-    if fuyu:
-        block_vectors += query_width + 2 * kv_width + config.feed_forward + 2 * config.width
-    projection = config.patch_values * config.width
-    embedding = config.vocab_size * config.width
-    tokens = sum(document_lengths)
-
-    def block_flops(asking: Counts, seen: Counts, known: int | float) -> int | float:
-        """Of tokens that ask, by document, keys that they see, by document, and tokens whose keys are computed."""
-        square = sum(a * s for a, s in zip(asking, seen, strict=True))
-        return 2 * ((block_matrices - kv_matrices) * sum(asking) + kv_matrices * known) + 4 * query_width * square
-
-    if passing is None:
-        passing = [
-            [length * share for length in document_lengths] for share in _shares_of_row(config, tokens, patches, dense)
-        ]
-    through_blocks = (config.layers - len(config.routed)) * block_flops(document_lengths, document_lengths, tokens)
-    for counts in passing:
-        if config.routing is not None and config.routing.skipped == "keys":
-            through_blocks += block_flops(counts, document_lengths, tokens)
-        else:
-            through_blocks += block_flops(counts, counts, sum(counts))
-    output, patch = 2 * embedding * targets, 2 * projection * patches
-    rules = len(config.routed) * _rule_parameters(config)
-    # The predictor of `topk` sends no gradient to the states it reads.
-    inner = config.width // 2 if config.routing is not None and config.routing.rule == "topk" else 0
-    first, second = (2 * len(config.routed) * inner * outer * tokens for outer in (config.width, 1))
+    by_block = {} if passing is None else dict(zip(config.routed, passing, strict=True))
+    row = CountedRow(lengths=document_lengths, patches=patches, passing=by_block, dense=dense)
+    flops = _flops(config, row, targets)
     return Cost(
-        parameters=config.layers * (block_matrices + block_vectors)
-        + (projection + config.width)
-        + embedding * (1 if config.tie_embeddings else 2)
-        + norm_vectors * config.width
-        + rules,
-        tokens=tokens,
-        forward_flops=round(through_blocks + output + patch + first + second),
-        training_flops=round(3 * (through_blocks + output + second) + 2 * (patch + first)),
+        parameters=_counted(config)[0],
+        tokens=sum(document_lengths),
+        forward_flops=round(flops.forward),
+        training_flops=round(flops.training),
     )
-
-
-def _shares_of_row(config: FuyuConfig, tokens: int, patches: int, dense: float) -> list[float]:
-    shares = [config.shares(block) for block in config.routed]
-    asked = [(share.patches * patches + share.others * (tokens - patches)) / max(1, tokens) for share in shares]
-    return [annealed(share, dense) for share in asked]
-
-
-def _rule_parameters(config: FuyuConfig) -> int:
-    if config.routing is None or config.routing.rule in ("fixed", "random"):
-        return 0
-    inner = config.width // 2
-    predictor = config.width * inner + 2 * inner + 1 if config.routing.rule == "topk" else 0
-    return config.width + predictor
 
 
 def decode_step_flops(config: FuyuConfig, keys: Counts) -> int:
     """Operations of one more token in each sequence of a dense decoder; it sees so many keys, its own among them."""
     assert config.routing is None
-    alone = cost(config, document_lengths=(1,) * len(keys), patches=0, targets=len(keys)).forward_flops
-    return alone + round(4 * config.heads * config.head_size * config.layers * (sum(keys) - len(keys)))
+    row = CountedRow(lengths=(1,) * len(keys), cached=[seen - 1 for seen in keys])
+    return round(_flops(config, row, targets=len(keys)).forward)
+
+
+@lru_cache
+def _counted(config: FuyuConfig) -> tuple[int, Flops, Flops, dict[Operations, int]]:
+    """Parameters, operations of a patch, those of a supervised token, and of how many blocks which ones are."""
+    decoder = meta_decoder(config)
+    parameters = sum(weight.numel() for weight in decoder.parameters())
+    patch, target = patch_flops(decoder.patch_projection), Flops(decoder.lm_head.weight.numel())
+    return parameters, patch, target, Counter(block.operations() for block in decoder.each_block())
+
+
+def _flops(config: FuyuConfig, row: CountedRow, targets: int) -> Flops:
+    _, patch, target, blocks = _counted(config)
+    flops = Flops()
+    for operations, times in blocks.items():
+        flops = flops.plus(operations(row), times)
+    return flops.plus(target, targets).plus(patch, row.patches)

@@ -13,6 +13,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,13 @@ def build_block(config: FuyuConfig, number: int) -> Block:
     """The block of a decoder with that number, from 0."""
     block = DenseBlock(config)
     return RoutedBlock(block, config, number) if number in config.routed else block
+
+
+@lru_cache
+def meta_decoder(config: FuyuConfig) -> "Decoder":
+    """A decoder without values, to count what it is made of; the same one each time, so it must not be changed."""
+    with torch.device("meta"):
+        return Decoder(config)
 
 
 class Decoder(nn.Module):

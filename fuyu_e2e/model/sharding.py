@@ -22,20 +22,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.model.block import Block, DenseBlock
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.routing.block import RoutedBlock
 
 REPLICAS, SHARDS, TENSOR = MESH = ("replicas", "shards", "tensor")
 """The dimensions of the mesh: whole copies, the shards of a copy, and the parts of each product."""
@@ -78,28 +69,10 @@ def _split(decoder: Decoder, mesh: DeviceMesh) -> None:
         "lm_head": ColwiseParallel(output_layouts=Replicate()),
     }
     for layer, block in enumerate(decoder.each_block()):
-        plan |= {f"blocks.{layer}.{name}": style for name, style in _block_plan(block).items()}
+        plan |= {f"blocks.{layer}.{name}": style for name, style in block.sharding().items()}
     parallelize_module(decoder, mesh, plan)
     if decoder.config.tie_embeddings:
         decoder.lm_head.weight = decoder.embed_tokens.weight  # splitting each parted them
-
-
-def _block_plan(block: Block) -> dict[str, ParallelStyle]:
-    parts = block.inner if isinstance(block, RoutedBlock) else block
-    assert isinstance(parts, DenseBlock)
-    plan: dict[str, ParallelStyle] = {
-        **{f"attention.{name}_proj": ColwiseParallel() for name in "qkv"},
-        **{f"attention.{name}_norm": SequenceParallel(sequence_dim=1, use_local_output=True) for name in "qk"},
-        "attention.o_proj": RowwiseParallel(),
-        # Of the products that share an input, gradients are added up before they are summed over the devices.
-        "mlp": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate()),
-        **{f"mlp.{name}": ColwiseParallel() for name, _ in parts.mlp.named_children() if name != "down_proj"},
-        "mlp.down_proj": RowwiseParallel(),
-    }
-    if not isinstance(block, RoutedBlock) or not block.leaves_keys:  # there, asking tokens are picked from the states
-        whole = (Replicate(), None)
-        plan["attention"] = PrepareModuleInput(input_layouts=whole, desired_input_layouts=whole)
-    return plan
 
 
 def _check_heads(config: FuyuConfig, parts: int) -> None:

@@ -18,9 +18,10 @@ from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.generation import continue_texts
 from fuyu_e2e.model.attention_kernels import AttentionBackend
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig, SizeName, named_size
+from fuyu_e2e.model.config import FuyuConfig, SizeName, named_size
 from fuyu_e2e.model.decoder import ActivationCheckpointing, Decoder
 from fuyu_e2e.model.float8 import use_float8
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.row import Progress, Row
 from fuyu_e2e.model.sharding import TENSOR, gather_weights, shard
 from fuyu_e2e.ranks import DataRank, sum_over_ranks

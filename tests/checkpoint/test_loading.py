@@ -26,8 +26,9 @@ from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.folders import export_own
 from fuyu_e2e.image import ImagePolicy
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.tokenizer import Tokenizer, train_tokenizer
 from fuyu_e2e.training.checkpoints import Checkpoints

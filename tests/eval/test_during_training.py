@@ -16,7 +16,8 @@ from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval import during_training
 from fuyu_e2e.eval.during_training import EvaluationInTraining
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.training import module, routing_report
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.random_state import RandomState

@@ -26,8 +26,8 @@ from fuyu_e2e.export.transformers import (
 )
 from fuyu_e2e.image import ImagePolicy
 from fuyu_e2e.inference.generation import generate
-from fuyu_e2e.model.config import RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.processor import Processor
 from fuyu_e2e.sequence import SequenceBuilder

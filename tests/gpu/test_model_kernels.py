@@ -17,10 +17,11 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model.attention import RowAttention, reference_attention
 from fuyu_e2e.model.attention_kernels import AttentionBackend, plan_attention
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.recomputation import ActivationCheckpointing
 from fuyu_e2e.model.routing.block import gather_passing
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.row import Progress
 from fuyu_e2e.packing import pack_row
 

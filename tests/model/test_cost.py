@@ -8,10 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.model.attention import Attend, Passing, RowAttention, reference_attention
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import cost
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing.block import routed_blocks
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.row import Progress, Row
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.document import Document
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
 

@@ -8,9 +8,10 @@ import torch
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.bench.documents import mixture
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.float8 import use_float8
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.packing import pack_row
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -19,7 +19,8 @@ from fuyu_e2e.bench.documents import mixture
 from fuyu_e2e.bench.generate import random_prompts
 from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model import attention_kernels, decoder as decoders, graphs
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.row import Progress
 from fuyu_e2e.packing import pack_row
 

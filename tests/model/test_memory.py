@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.bench.own_process import peak_memory
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.memory import Memory, memory
+from fuyu_e2e.model.routing.config import RoutingConfig
 
 SMALL = FuyuConfig(
     vocab_size=512, patch_size=8, layers=3, width=64, heads=4, kv_heads=2, head_size=16, feed_forward=160

@@ -20,7 +20,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from fuyu_e2e.bench.documents import mixture
 from fuyu_e2e.model import attention_kernels, decoder as decoders
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.packing import pack_row
 
 torch.set_num_threads(1)

@@ -1,9 +1,10 @@
 """Mixture-of-Depths: the block is what it says, its choices are causal, and shares are kept."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.attention import reference_attention, rotary
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder, build_block
 from fuyu_e2e.model.routing.block import RoutedBlock, gather_passing, routed_blocks
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.routing.rules import Threshold, gate
 from fuyu_e2e.model.row import Progress, Reports, Row, TokenInfo, TokenType
 from fuyu_e2e.packing import pack_row
@@ -245,7 +247,7 @@ def test_shares_are_kept(
     decoder.loss(batch, read)
     patches = read.types == TokenType.PATCH
     for routed in routed_blocks(read):
-        shares = decoder.config.shares(routed.block)
+        shares = decoder.config.routing.shares_of(routed.block, decoder.config.layers)
         groups = [(patches, shares.patches), (~patches, shares.others)]
         if shares.patches == shares.others and routing["rule"] != "image_topk":
             groups = [(torch.ones_like(patches), shares.patches)]
@@ -329,7 +331,8 @@ COMPILE = """
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.row import Progress
 
@@ -427,3 +430,11 @@ def test_every_second_block_is_routed_unless_told(layers: int, routed: tuple[int
     config = FuyuConfig(layers=layers, **VALID, routing=RoutingConfig())
     assert config.routed == routed
     assert FuyuConfig(layers=layers, **VALID).routed == ()
+
+
+def test_settings_read_from_json_are_the_same_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type_checks, "jaxtyping_disable", True)  # it would refuse lists
+    config = FuyuConfig(layers=6, **VALID, routing=RoutingConfig(blocks=(1, 3), share=(0.5, 0.25)))
+    read = FuyuConfig.from_dict(json.loads(json.dumps(asdict(config))))
+    assert read == config
+    assert hash(read) == hash(config), "what is counted of a decoder is kept by its settings"

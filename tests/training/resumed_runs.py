@@ -25,7 +25,8 @@ from PIL import Image as Pillow
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.datamodule import FuyuDataModule
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.tokenizer import train_tokenizer
 from fuyu_e2e.training.data_report import DataReport
 from fuyu_e2e.training.module import FuyuModule

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.datamodule import FuyuDataModule
-from fuyu_e2e.model.config import RoutingConfig
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.ranks import DataRank
 from fuyu_e2e.training.bad_steps import BadSteps
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO

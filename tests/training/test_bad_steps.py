@@ -19,7 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.training.bad_steps import BadSteps, TooManyBadStepsError
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig

@@ -25,7 +25,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint
 from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.cli import main
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.shards.mixture import Source
 from fuyu_e2e.tokenizer import Tokenizer
@@ -448,7 +449,7 @@ OPTIONS: dict[str, list[Use]] = {
     "model.decoder.tie_embeddings": [("true", lambda run: changed(run) and run.model.config.tie_embeddings)],
     "model.decoder.dialect": [("fuyu --model.decoder.kv_heads 2", changed), ("fuyu", "set kv_heads to 2")],
     "model.decoder.routing": [("'{share: 0.5}'", lambda run: run.scalars("routing/block2/all"))],
-    "model.routing.help": [("fuyu_e2e.model.config.RoutingConfig", shown("anneal"))],
+    "model.routing.help": [("fuyu_e2e.model.routing.config.RoutingConfig", shown("anneal"))],
     "model.routing": [("'{share: 0.5}'", lambda run: run.scalars("routing/block2/all"))],
     "model.routing.rule": [("topk", changed), ("best", "must be threshold, topk")],
     "model.routing.share": [("0.5 --model.routing.anneal 0", changed), ("0", "above 0 and at most 1")],

@@ -23,7 +23,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuyu_e2e.datamodule import FuyuDataModule
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.training.bad_steps import BadSteps
 from fuyu_e2e.training.curves import Curves
 from fuyu_e2e.training.data_report import DataReport

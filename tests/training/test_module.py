@@ -16,7 +16,8 @@ from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.generation import continue_texts
-from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.shards.mixture import Source

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from fuyu_e2e.model.attention import Passing
 from fuyu_e2e.model.block import Block, DenseBlock
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.counting import CountedRow, DenseOperations, Flops, Operations
 from fuyu_e2e.model.recomputation import recomputing
+from fuyu_e2e.model.routing.config import annealed
 from fuyu_e2e.model.routing.rules import RULES, Rule, Threshold
 from fuyu_e2e.model.row import Progress, Report, Row
 
@@ -123,6 +127,31 @@ class RoutedBlock(Block):
         return x_TD, Routed(
             block=self.rule.block, chosen=choice.passes, passed=passed, scores=scores, auxiliary=choice.auxiliary
         )
+
+    def operations(self) -> Operations:
+        """Returns those of the inner block for the tokens that pass, and of the rule for all."""
+        return partial(self._flops, self.rule, self.inner.operations(), self.rule.flops_of_token())
+
+    def _flops(self, rule: Rule, inner: DenseOperations, choice: Flops, row: CountedRow) -> Flops:
+        passing, tokens, shares = row.passing.get(rule.block), sum(row.lengths), rule.shares
+        if passing is None:
+            asked = shares.patches * row.patches + shares.others * (tokens - row.patches)
+            share = annealed(asked / max(1, tokens), row.dense)
+            passing = [length * share for length in row.lengths]
+        return inner.among(passing, row.lengths if self.leaves_keys else passing).plus(choice, tokens)
+
+    def saved_bytes(self, tokens: int, work: int, size: int) -> float:
+        """Returns those of the inner block, of as many tokens as there is room for when training begins."""
+        dense = 1.0 if self.rule.routing.anneal else 0.0
+        share = annealed(max(self.rule.shares.patches, self.rule.shares.others), dense) * (1 + self.rule.slack)
+        return min(1.0, share) * self.inner.saved_bytes(tokens, work, size)
+
+    def sharding(self) -> dict[str, ParallelStyle]:
+        """Splits the parts of the inner block."""
+        plan = self.inner.sharding()
+        if self.leaves_keys:  # attention picks the tokens that ask from the states itself
+            del plan["attention"]
+        return plan
 
     def observe(self, report: Report, row: Row) -> None:
         """Counts the scores that it reported."""

@@ -22,7 +22,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.model.config import FuyuConfig, annealed
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.counting import Flops
+from fuyu_e2e.model.routing.config import annealed
 from fuyu_e2e.model.row import Row, TokenType
 
 LIMIT = 8.0
@@ -85,7 +87,7 @@ class Rule(nn.Module, ABC):
         self.block = block
         self.slack = config.routing.slack
         self.keep_starts, self.keep_newlines = config.routing.keep_starts, config.routing.keep_newlines
-        self.shares = config.shares(block)
+        self.shares = config.routing.shares_of(block, config.layers)
         self.routing = config.routing
 
     @abstractmethod
@@ -112,6 +114,10 @@ class Rule(nn.Module, ABC):
                 f"data.budget to at least {math.ceil(1 / share)}."
             )
         return _round_up(annealed(share, self._dense(row)) * (1 + self.slack), length)
+
+    def flops_of_token(self) -> Flops:
+        """Returns the operations of its matrix products for a token of the row."""
+        return Flops()
 
     def _dense(self, row: Row) -> float:
         return self.routing.dense(row.info.progress.done)
@@ -237,6 +243,11 @@ class TopK(Rule):
         return Choice(
             passes, gate(scores), scores, (losses * row.info.valid).sum() / row.info.valid.sum().clamp(min=1)
         )
+
+    def flops_of_token(self) -> Flops:
+        """Returns those of the predictor, which sends no gradient to the states that it reads."""
+        last, first = sorted(weight.numel() for weight in self.predictor.parameters() if weight.ndim == 2)
+        return Flops(last, first)
 
 
 class ImageTopK(Rule):

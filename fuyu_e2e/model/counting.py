@@ -1,0 +1,89 @@
+"""How parts of a decoder count their floating-point operations; only matrix products count."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+
+Counts = Sequence[int | float]
+"""Tokens of each document; a fraction where a share of them is meant."""
+
+
+class Flops(NamedTuple):
+    """Multiply-adds of matrix products, each of which is two floating-point operations."""
+
+    products: int | float = 0
+    """Those whose input needs a gradient, as do the weights."""
+    first: int | float = 0
+    """Those whose input needs none: the first to read what isn't learnt, or what no gradient is sent to."""
+
+    @property
+    def forward(self) -> int | float:
+        """Operations of the forward pass."""
+        return 2 * (self.products + self.first)
+
+    @property
+    def training(self) -> int | float:
+        """Operations of forward and backward pass, nothing computed twice."""
+        return 6 * self.products + 4 * self.first
+
+    def plus(self, other: "Flops", times: int | float = 1) -> "Flops":
+        """Returns the sum with so many times the other ones."""
+        return Flops(self.products + times * other.products, self.first + times * other.first)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountedRow:
+    """What is known of a row of documents whose operations are counted."""
+
+    lengths: Counts
+    """Tokens of each document."""
+    patches: int = 0
+    """Those of them that are patches."""
+    cached: Counts | None = None
+    """Earlier tokens of each document, whose keys are in a cache."""
+    passing: Mapping[int, Counts] = field(default_factory=dict)
+    """How many tokens of each document pass, by the number of the routed block; where missing, the share asked for."""
+    dense: float = 0.0
+    """The part by which the shares are still annealed (`RoutingConfig.dense`)."""
+
+
+Operations = Callable[[CountedRow], Flops]
+"""What a block computes for a row. Of blocks whose operations are equal, one is counted for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseOperations:
+    """Multiply-adds of a block's products, by what each is for."""
+
+    query: int
+    """Of each token that attends."""
+    key: int
+    """Of each token that is attended to."""
+    pair: int
+    """Of each query with each key that it sees."""
+
+    def __call__(self, row: CountedRow) -> Flops:
+        """Returns those of all tokens of a row."""
+        return self.among(row.lengths, row.lengths, row.cached)
+
+    def among(self, asking: Counts, seen: Counts, cached: Counts | None = None) -> Flops:
+        """Returns those of the tokens that attend to others.
+
+        Attention counts by document and as a full square, as in PaLM (Chowdhery et al. 2022, appendix B) and torch's
+        flop counter: the half that a causal kernel saves is not subtracted.
+
+        Args:
+            asking: Tokens of each document that attend.
+            seen: Tokens of each document whose keys are computed, and attended to.
+            cached: Keys of each document that are there already.
+        """
+        keys = seen if cached is None else [new + old for new, old in zip(seen, cached, strict=True)]
+        pairs = sum(a * k for a, k in zip(asking, keys, strict=True))
+        return Flops(self.query * sum(asking) + self.key * sum(seen) + self.pair * pairs)
+
+
+def patch_flops(projection: nn.Linear) -> Flops:
+    """Returns those of one patch, which needs no gradient."""
+    return Flops(first=projection.weight.numel())
