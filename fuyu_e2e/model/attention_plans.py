@@ -30,7 +30,8 @@ from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 LENGTH_STEP = 16
 """Documents are padded to a multiple of this many tokens, which bounds the number of groups and of kernel calls."""
 TILE = 256
-"""Queries of a tile at most: many enough for a product, few enough to skip most of what a window hides."""
+"""Queries of a tile, or half a window where that is more: many enough for a product, and few enough to skip most of
+what the window hides; the fewer, the more often a key is copied."""
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Of a GPU, the first that serves computes the documents of a group. cuDNN's, which torch would try first on Hopper,
@@ -264,10 +265,11 @@ class _Tiles(NamedTuple):
     @classmethod
     def of(cls, mask: AttentionMask, queries: Places, keys: Places) -> "_Tiles":
         _, starts, counts = np.unique(queries.document, return_index=True, return_counts=True)
-        tiles = -(-counts // TILE)
+        size = TILE if mask.window is None else max(TILE, mask.window // 2)
+        tiles = -(-counts // size)
         number = np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)
-        first = np.repeat(starts, tiles) + number * TILE
-        count = np.minimum(TILE, np.repeat(starts + counts, tiles) - first)
+        first = np.repeat(starts, tiles) + number * size
+        count = np.minimum(size, np.repeat(starts + counts, tiles) - first)
         document, last = queries.document[first], first + count - 1
         # One number by which keys are sorted: the document before the position in it.
         step = int(max(keys.position.max(initial=0), queries.position.max(initial=0))) + 2

@@ -103,8 +103,10 @@ class Block(nn.Module, ABC):
     reads_info = False
     """Whether it reads `Row.info`, which costs something to make."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: FuyuConfig, number: int) -> None:
         super().__init__()
+        self.mask = config.masks[number % len(config.masks)]
+        """What its tokens see."""
         self.recompute: ActivationCheckpointing = "none"
         """What its backward pass recomputes, to save memory."""
 
@@ -160,8 +162,8 @@ class Block(nn.Module, ABC):
 class DenseBlock(Block):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`, for every token."""
 
-    def __init__(self, config: FuyuConfig) -> None:
-        super().__init__()
+    def __init__(self, config: FuyuConfig, number: int) -> None:
+        super().__init__(config, number)
         self.attention_norm = build_norm(config, config.width)
         self.attention = Attention(config)
         self.mlp_norm = build_norm(config, config.width)
@@ -195,7 +197,8 @@ class DenseBlock(Block):
         keys = self.attention.k_proj.weight.numel() + self.attention.v_proj.weight.numel()
         linear = sum(part.weight.numel() for part in self.modules() if isinstance(part, nn.Linear))
         # Each value of a query meets one of the key, and as many values are summed.
-        return DenseOperations(query=linear - keys, key=keys, pair=2 * self.attention.q_proj.out_features)
+        pair = 2 * self.attention.q_proj.out_features
+        return DenseOperations(query=linear - keys, key=keys, pair=pair, mask=self.mask)
 
     def saved_bytes(self, tokens: int, work: int, size: int) -> int:
         """Returns those of all tokens."""

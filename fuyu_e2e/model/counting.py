@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from fuyu_e2e.model.mask import CAUSAL, AttentionMask
+
 Counts = Sequence[int | float]
 """Tokens of each document; a fraction where a share of them is meant."""
 
@@ -63,24 +65,31 @@ class DenseOperations:
     """Of each token that is attended to."""
     pair: int
     """Of each query with each key that it sees."""
+    mask: AttentionMask
+    """Which keys that is."""
 
     def __call__(self, row: CountedRow) -> Flops:
         """Returns those of all tokens of a row."""
-        return self.among(row.lengths, row.lengths, row.cached)
+        return self.among(row.lengths, row.lengths, row)
 
-    def among(self, asking: Counts, seen: Counts, cached: Counts | None = None) -> Flops:
+    def among(self, asking: Counts, seen: Counts, row: CountedRow) -> Flops:
         """Returns those of the tokens that attend to others.
 
         Attention counts by document and as a full square, as in PaLM (Chowdhery et al. 2022, appendix B) and torch's
-        flop counter: the half that a causal kernel saves is not subtracted.
+        flop counter: the half that a causal kernel saves is not subtracted. Of a mask's window, each query counts with
+        as many keys as fit it, of which the tokens that pass a block have their share.
 
         Args:
             asking: Tokens of each document that attend.
             seen: Tokens of each document whose keys are computed, and attended to.
-            cached: Keys of each document that are there already.
+            row: That they belong to.
         """
-        keys = seen if cached is None else [new + old for new, old in zip(seen, cached, strict=True)]
-        pairs = sum(a * k for a, k in zip(asking, keys, strict=True))
+        cached = [0] * len(row.lengths) if row.cached is None else row.cached
+        pairs: int | float = 0
+        for a, new, old, length in zip(asking, seen, cached, row.lengths, strict=True):
+            pairs += a * (
+                new + old if self.mask == CAUSAL else (new + old) * self.mask.keys(length + old) / (length + old)
+            )
         return Flops(self.query * sum(asking) + self.key * sum(seen) + self.pair * pairs)
 
 

@@ -52,7 +52,7 @@ class Inputs(NamedTuple):
 
 def build_block(config: FuyuConfig, number: int) -> Block:
     """The block of a decoder with that number, from 0."""
-    block = DenseBlock(config)
+    block = DenseBlock(config, number)
     return RoutedBlock(block, config, number) if number in config.routed else block
 
 
@@ -166,7 +166,7 @@ class Decoder(nn.Module):
     def row(self, batch: PackedBatch) -> Row:
         """The row of a packed batch, for one way through the decoder."""
         lengths, images = (*batch.document_lengths, batch.padding), batch.image_bounds
-        masks = self.config.block_masks
+        masks = [block.mask for block in self.each_block()]
         plans = {mask: self.plan(mask, lengths, images, batch.tokens.device, self.attention) for mask in set(masks)}
         return self.row_of(batch.positions, [plans[mask] for mask in masks], self.info(batch))
 

@@ -68,7 +68,7 @@ class RoutedBlock(Block):
     reads_info = True
 
     def __init__(self, inner: DenseBlock, config: FuyuConfig, number: int) -> None:
-        super().__init__()
+        super().__init__(config, number)
         assert config.routing is not None
         for name, part in inner.named_children():
             self.add_module(name, part)
@@ -138,7 +138,7 @@ class RoutedBlock(Block):
             asked = shares.patches * row.patches + shares.others * (tokens - row.patches)
             share = annealed(asked / max(1, tokens), row.dense)
             passing = [length * share for length in row.lengths]
-        return inner.among(passing, row.lengths if self.leaves_keys else passing).plus(choice, tokens)
+        return inner.among(passing, row.lengths if self.leaves_keys else passing, row).plus(choice, tokens)
 
     def saved_bytes(self, tokens: int, work: int, size: int) -> float:
         """Returns those of the inner block, of as many tokens as there is room for when training begins."""
