@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.bench.measure import Figures, alternate, environment
+from fuyu_e2e.image_layout import ImageSpan
 from fuyu_e2e.inference.cache import KeyValueCache
 from fuyu_e2e.inference.generation import decode_step, prefill
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
@@ -80,8 +81,10 @@ def _row(length: int, document: int, device: str) -> PackedBatch:
         target_positions=supervised,
         targets=tokens[supervised + 1],
         document_lengths=(document,) * documents,
-        image_patches=(document // 2,) * documents,
-        keys=tuple(map(str, range(documents))),
+        images=tuple(
+            ImageSpan(start, ((1, document // 2),), bytes(document // 2)) for start in range(0, length, document)
+        ),
+        document_ids=tuple(range(documents)),
     ).to(device)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.image import ImagePolicy
+from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.tokenizer import Tokenizer
 from fuyu_e2e.version import __version__

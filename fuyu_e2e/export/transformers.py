@@ -20,7 +20,8 @@ from fuyu_e2e.checkpoint.description import Description
 from fuyu_e2e.checkpoint.tensor_files import write_weights
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.tokenizer_json import UNKNOWN, fast_tokenizer
-from fuyu_e2e.image import PADDING, ImagePolicy
+from fuyu_e2e.image import PADDING
+from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.sequence import TokenSequence
 from fuyu_e2e.tokenizer import BOS, EOS

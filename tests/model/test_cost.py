@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.image_layout import ImageSpan
 from fuyu_e2e.model.attention import Attend, Passing, RowAttention, reference_attention
 from fuyu_e2e.model.config import FuyuConfig, RoutingConfig
 from fuyu_e2e.model.cost import cost
@@ -98,7 +99,7 @@ def test_routed_flops_agree_with_torchs_counter(rule: str, skipped: str) -> None
         target_positions=torch.arange(30, length - 1),
         targets=tokens[31:],
         document_lengths=(length,),
-        image_patches=(30,),
+        images=(ImageSpan(0, ((1, 30),), bytes(30)),),
     )
 
     decoder.eval()

@@ -49,7 +49,7 @@ class Learner(FuyuModule):
         if self.text_rows and (batch_idx * place.size + place.rank) % 2 == 0:
             none = batch.patch_positions[:0]
             without = {"patches": batch.patches[:0], "patch_positions": none, "newline_positions": none}
-            batch = replace(batch, image_patches=(), **without)
+            batch = replace(batch, images=(), **without)
         return super().training_step(batch, batch_idx)
 
 

@@ -49,10 +49,10 @@ class Rows(Callback):
     """Keeps the keys of every batch trained on."""
 
     def __init__(self) -> None:
-        self.keys: list[tuple[str, ...]] = []
+        self.keys: list[tuple[int, ...]] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
-        self.keys.append(batch.keys)
+        self.keys.append(batch.document_ids)
 
 
 def module(config: FuyuConfig, **settings: Any) -> FuyuModule:
