@@ -18,6 +18,7 @@ from fuyu_e2e.setting_errors import SettingError, follows, groups_given
 OPTION = "--allow-imports"
 ALLOWED = (
     "fuyu_e2e.model.config",
+    "fuyu_e2e.model.images",
     "fuyu_e2e.shards.mixture",
     "fuyu_e2e.training",
     "lightning.fabric.plugins",

@@ -1,10 +1,13 @@
 """What a decoder is made of: `FuyuConfig` with its `RoutingConfig`, and the named sizes."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.images.connector import ConnectorConfig
+from fuyu_e2e.model.images.linear import LinearConfig
+from fuyu_e2e.model.images.mlp import MLPConfig
 
 SizeName = Literal["1m", "10m", "50m", "125m", "350m", "1b", "3b", "8b"]
 
@@ -12,6 +15,10 @@ SizeName = Literal["1m", "10m", "50m", "125m", "350m", "1b", "3b", "8b"]
 Dialect = Literal["qwen3", "fuyu"]
 RuleName = Literal["threshold", "topk", "image_topk", "fixed", "random"]
 Share = float | tuple[float, ...]
+LINEAR = LinearConfig()
+"""Fuyu's connector."""
+CONNECTORS: tuple[type[ConnectorConfig], ...] = (LinearConfig, MLPConfig)
+"""Those that stored settings may name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +151,13 @@ class FuyuConfig:
     """The combination of block parts."""
     routing: RoutingConfig | None = None
     """Which blocks only some tokens pass; None for a dense decoder."""
+    connector: ConnectorConfig = LINEAR
+    """What turns an image's patches into embeddings at its tokens."""
+    image_norm: bool = False
+    """Whether embeddings of images pass an RMSNorm behind the connector."""
+    grid_embeddings: int | None = None
+    """Where set, learnt embeddings of a patch's row and column in its image are added to its own: the most rows, and
+    columns, that there can be."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -182,6 +196,15 @@ class FuyuConfig:
             raise UserError(f"decoder.norm_eps is {self.norm_eps}, but must be above 0; 1e-6 is usual.")
         if self.routing is not None:
             self._check_routing(self.routing)
+        if self.grid_embeddings is not None:
+            if self.grid_embeddings < 1:
+                raise UserError(f"decoder.grid_embeddings is {self.grid_embeddings}, but must be at least 1.")
+            if not self.connector.one_per_patch:
+                raise UserError(
+                    f"decoder.grid_embeddings is set, but the connector {type(self.connector).__name__} gives no "
+                    "embedding for each patch that a row and a column could belong to: leave it unset, or take "
+                    "another connector."
+                )
 
     def _check_fuyu(self) -> None:
         if self.kv_heads != self.heads:
@@ -219,9 +242,22 @@ class FuyuConfig:
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "FuyuConfig":
-        """The inverse of `dataclasses.asdict`."""
+        """The inverse of `to_dict`; settings that are missing have their defaults."""
         routing = settings.get("routing")
-        return cls(**settings | {"routing": None if routing is None else RoutingConfig(**routing)})
+        connector = settings.get("connector", {"class_path": _class_path(LINEAR), "init_args": {}})
+        known = {_class_path(kind): kind for kind in CONNECTORS}
+        return cls(
+            **settings
+            | {
+                "routing": None if routing is None else RoutingConfig(**routing),
+                "connector": known[connector["class_path"]](**connector["init_args"]),
+            }
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings in primitives; the connector as recipes name it, by the path of its class."""
+        connector = {"class_path": _class_path(self.connector), "init_args": asdict(self)["connector"]}
+        return asdict(self) | {"connector": connector}
 
     @property
     def rotary_size(self) -> int:
@@ -253,6 +289,11 @@ class FuyuConfig:
     def patch_values(self) -> int:
         """Values of one flattened patch: side x side x 3 channels."""
         return self.patch_size**2 * 3
+
+
+def _class_path(connector: ConnectorConfig | type[ConnectorConfig]) -> str:
+    kind = connector if isinstance(connector, type) else type(connector)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def named_size(name: str) -> FuyuConfig:
