@@ -105,6 +105,15 @@ class ImageLayout:
 FUYU_LAYOUT = ImageLayout()
 
 
+def same_layout(one: ImageLayout, other: ImageLayout) -> bool:
+    """Whether two layouts are known to be the same: equal, or both Fuyu's."""
+
+    def is_fuyus(layout: ImageLayout) -> bool:
+        return (type(layout).views, type(layout).tokens) == (ImageLayout.views, ImageLayout.tokens)
+
+    return one == other or (is_fuyus(one) and is_fuyus(other))
+
+
 @dataclass(frozen=True)
 class ImageSpan:
     """Where one image stands in a sequence or row, and what of it."""
