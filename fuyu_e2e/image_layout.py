@@ -98,8 +98,7 @@ class ImageLayout:
 
         True is a newline token, False the place of an embedding; there may be none at all.
         """
-        rows = [([False] * cols + [True]) * rows for rows, cols in grids]
-        return np.array([token for view in rows for token in view], dtype=bool)
+        return np.concatenate([np.tile(np.arange(cols + 1) == cols, rows) for rows, cols in grids])
 
 
 FUYU_LAYOUT = ImageLayout()

@@ -21,6 +21,8 @@ from fuyu_e2e.export.transformers import to_transformers
 from fuyu_e2e.image_layout import Grid, ImagePolicy, ImageSpan, View, fit_policy
 from fuyu_e2e.inference import generation
 from fuyu_e2e.inference.cache import KeyValueCache
+from fuyu_e2e.inference.depth import token_depth
+from fuyu_e2e.inference.depth_map import _images, depth_map
 from fuyu_e2e.model.config import LINEAR, FuyuConfig, RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.images.connector import Connector, ConnectorConfig
@@ -296,6 +298,25 @@ def test_routed_blocks_see_the_tokens_of_images_not_their_patches(
     row = decoder.train().row(batch)
     assert sum(row.info.image_patches) == len(batch.patch_positions) == len(row.info.patch_image)
     assert decoder.loss(batch, row).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("connector", "drawn"), [(LINEAR, 4), (ThumbnailConfig(), 8), (MeanConfig(), 0), (NoTokensConfig(), 0)]
+)
+def test_a_depth_map_shows_views_whose_patches_have_tokens_of_their_own(
+    make: Callable[..., Decoder], builder: SequenceBuilder, make_png: MakePng, connector: ConnectorConfig, drawn: int
+) -> None:
+    decoder = make(connector=connector, routing=RoutingConfig(share=0.5, blocks=(1,)))
+    images = [Image(make_png(*shape)) for shape in SHAPES]
+    prompt = replace(builder, layout=connector).prompt(Document("key", (*images, Text("7", loss=False))))
+    depth = token_depth(decoder, prompt, [])
+    panels = _images(depth)
+    assert len(panels) == drawn
+    shares = np.concatenate([np.empty(0), *(panel.ravel() for _, panel in panels)])
+    assert (shares == depth.counts.numpy()[prompt.patch_positions][: len(shares)]).all()
+    for pixels, panel in panels:
+        assert (panel.shape[0] * 4, panel.shape[1] * 4) == pixels.shape[:2]
+    assert depth_map(depth, builder.tokenizer).height > 0
 
 
 @pytest.mark.parametrize("connector", [LINEAR, MLPConfig(), MLPConfig(hidden=20)])
