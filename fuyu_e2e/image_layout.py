@@ -98,7 +98,11 @@ class ImageLayout:
 
         True is a newline token, False the place of an embedding; there may be none at all.
         """
-        return np.concatenate([np.tile(np.arange(cols + 1) == cols, rows) for rows, cols in grids])
+        return np.frombuffer(b"".join(_with_newlines(*grid) for grid in grids), dtype=bool)
+
+
+def _with_newlines(rows: int, cols: int) -> bytes:
+    return (bytes(cols) + b"\1") * rows
 
 
 FUYU_LAYOUT = ImageLayout()
@@ -129,7 +133,7 @@ class ImageSpan:
     @classmethod
     def of_grid(cls, start: int, rows: int, cols: int, padding: tuple[int, int] = (0, 0)) -> "ImageSpan":
         """Returns the span of one view in Fuyu's layout."""
-        return cls(start, ((rows, cols),), (bytes(cols) + b"\1") * rows, (padding,))
+        return cls(start, ((rows, cols),), _with_newlines(rows, cols), (padding,))
 
     @property
     def stop(self) -> int:
