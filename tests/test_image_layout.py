@@ -144,3 +144,11 @@ def test_a_cut_keeps_the_patches_of_all_views_of_the_images_that_stay(
     assert len(cut) == cut.images[-1].stop == 6
     assert (cut.patches == sequence.patches[:3]).all()
     assert len(cut.pictures) == 2
+
+
+def test_a_cut_counts_patches_not_tokens(builder: SequenceBuilder, make_png: MakePng) -> None:
+    sequence = replace(builder, layout=Resampled()).build(document(make_png(8, 8), make_png(4, 12)))
+    cut = sequence.cut(6)
+    assert cut is not None
+    assert (len(cut), len(cut.images)) == (5, 1)
+    assert (cut.patches == sequence.patches[:4]).all()
