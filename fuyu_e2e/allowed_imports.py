@@ -19,6 +19,7 @@ OPTION = "--allow-imports"
 ALLOWED = (
     "fuyu_e2e.model.config",
     "fuyu_e2e.model.routing.config",
+    "fuyu_e2e.model.images",
     "fuyu_e2e.shards.mixture",
     "fuyu_e2e.training",
     "lightning.fabric.plugins",

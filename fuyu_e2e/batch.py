@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from fuyu_e2e.tally import Tally
+from fuyu_e2e.image_layout import Grid, ImageSpan
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """Sequences laid end to end under a fixed token budget.
 
-    Only tensors move to the device. Lengths and keys stay on the host, so that planning attention and
+    Only tensors move to the device. Lengths, numbers and grids stay on the host, so that planning attention and
     counting supervised tokens never wait for it.
     """
 
@@ -34,22 +34,20 @@ class PackedBatch:
     """0, 1, 2, … in each document."""
     patches: UInt8[Tensor, "P C"]
     """Raw pixels, flattened row, column, channel; normalised to [-1, 1] on the device."""
-    patch_positions: Int64[Tensor, " P"]
-    """Where in `tokens` each patch stands."""
+    patch_positions: Int64[Tensor, " N"]
+    """Where in `tokens` each embedding of an image stands, one for each patch where the connector is Fuyu's."""
     target_positions: Int64[Tensor, " S"]
     """The positions whose next token carries loss."""
     targets: Int64[Tensor, " S"]
     """The id of that next token."""
     document_lengths: tuple[int, ...]
     """Tokens of each document, in order. What is left of `tokens` behind them is padding."""
-    newline_positions: Int64[Tensor, " N"] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    """Where in `tokens` the newline token of each row of patches stands."""
-    image_patches: tuple[int, ...] = ()
-    """Patches of each image, in the order of `patches`."""
-    keys: tuple[str, ...] = ()
-    """The key of each document's sample."""
-    tally: Tally = field(default_factory=Tally)
-    """What became of the samples read since the batch before."""
+    newline_positions: Int64[Tensor, " L"] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """Where in `tokens` the newline tokens of images stand."""
+    images: tuple[ImageSpan, ...] = ()
+    """Each image in this row, in the order of `patches`."""
+    document_ids: tuple[int, ...] = ()
+    """A number below 2^32 of each document's sample, the CRC of its key: it seeds what is drawn for the document."""
 
     @property
     def padding(self) -> int:
@@ -59,12 +57,17 @@ class PackedBatch:
     @property
     def image_bounds(self) -> tuple[tuple[int, int], ...]:
         """Where in `tokens` each image begins, and where it ends."""
-        return tuple((span.start, span.stop) for span in getattr(self, "images", ()))
+        return tuple((span.start, span.stop) for span in self.images)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """Rows and columns of each view of the images, in the order of `patches`."""
+        return tuple(grid for span in self.images for grid in span.grids)
 
     @property
     def image_count(self) -> int:
         """How many images stand in the batch."""
-        return len(self.image_patches)
+        return len(self.images)
 
     def _apply(self, move: Any) -> "PackedBatch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}

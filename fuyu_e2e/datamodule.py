@@ -18,12 +18,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.exit_codes import STOP_SIGNALS
-from fuyu_e2e.image import ImagePolicy
-from fuyu_e2e.packing import LongDocuments, empty_row
+from fuyu_e2e.image_layout import FUYU_LAYOUT, ImageLayout, ImagePolicy
+from fuyu_e2e.packing import LongDocuments, PackedRow, empty_row
 from fuyu_e2e.ranks import DataRank, all_ranks, anywhere, in_step
 from fuyu_e2e.sequence import Prompt, SequenceBuilder
 from fuyu_e2e.shards.formats import read_documents
@@ -65,6 +64,7 @@ class FuyuDataModule(pl.LightningDataModule):
         mix_by: Whether the weights of a mixture are shares of its `tokens` or of its `documents`.
         workers: Worker processes that read and decode; 0 does it in the training process.
         seed: Seeds the order of the data.
+        layout: Views and tokens of an image; the command line takes it from the decoder's connector.
         cache_dir: Where shards from elsewhere are kept on this machine.
         cache_gigabytes: What they may take up there at most; the least recently used go first.
         allow_pipe: Whether `pipe:COMMAND` may stand for a shard. The command runs in a shell.
@@ -88,6 +88,7 @@ class FuyuDataModule(pl.LightningDataModule):
         mix_by: MixBy = "tokens",
         workers: int = 0,
         seed: int = 0,
+        layout: ImageLayout = FUYU_LAYOUT,
         cache_dir: str = CACHE_FOLDER,
         cache_gigabytes: float = CACHE_GIGABYTES,
         allow_pipe: bool = False,
@@ -113,9 +114,12 @@ class FuyuDataModule(pl.LightningDataModule):
         self.mix_by: MixBy = mix_by
         self.workers = workers
         self.seed = seed
+        self.layout = layout
         self.cache = ShardCache.at(cache_dir, cache_gigabytes)
         self.allow_pipe = allow_pipe
         self._stream_sources: dict[str, tuple[StreamSource, ...]] = {}
+        self.row: PackedRow | None = None
+        """The row whose batch is being worked on: the keys of its samples, and what was read for it."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -125,7 +129,7 @@ class FuyuDataModule(pl.LightningDataModule):
     @cached_property
     def builder(self) -> SequenceBuilder:
         """Turns the documents of the run into sequences."""
-        return SequenceBuilder(self.tokenizer, self.images)
+        return SequenceBuilder(self.tokenizer, self.images, self.layout)
 
     def prepare_data(self) -> None:
         """Indexes local shards that no manifest knows, in one process of a machine for all.
@@ -298,8 +302,14 @@ class FuyuDataModule(pl.LightningDataModule):
         return DataLoader(prompts, batch_size=32, collate_fn=list, num_workers=0)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Moves packed batches; prompts stay on the host until they are packed."""
-        return batch.to(device) if isinstance(batch, PackedBatch) else batch
+        """Moves the packed batch of a row, and keeps the rest as `row`; prompts stay on the host until packed.
+
+        Lightning fetches rows ahead, but calls this as it begins to work on one.
+        """
+        if not isinstance(batch, PackedRow):
+            return batch
+        self.row = batch
+        return batch.batch.to(device)
 
 
 def settled_rows(trainer: pl.Trainer) -> int:
@@ -395,9 +405,9 @@ class RowLoader(DataLoader):
         if self.settled:
             self._settle()
             self._given.clear()
-        return self._batches(super().__iter__())
+        return self._rows(super().__iter__())
 
-    def _batches(self, rows: Iterator[StreamRow]) -> Iterator[PackedBatch]:
+    def _rows(self, rows: Iterator[StreamRow]) -> Iterator[PackedRow]:
         try:
             for row in rows:
                 if self.settled:
@@ -405,9 +415,9 @@ class RowLoader(DataLoader):
                     self._given.append(row)
                 if self.anyone:
                     self.anyone(True)
-                yield row.batch
+                yield row
             while self.anyone and self.anyone(False):
-                yield empty_row(self.rows.stream.builder.images.patch_size)
+                yield PackedRow(batch=empty_row(self.rows.stream.builder.images.patch_size))
         except Exception:
             # Left to the garbage collector behind an error, workers are waited for 5 seconds each.
             if isinstance(rows, _MultiProcessingDataLoaderIter):

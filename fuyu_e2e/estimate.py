@@ -17,7 +17,7 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import Cost, cost
 from fuyu_e2e.model.memory import Memory, Precision, memory
 from fuyu_e2e.own_options import add_estimate_options
-from fuyu_e2e.packing import Packer
+from fuyu_e2e.packing import Packer, pack_row
 from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.setting_errors import groups_given, recipes_of
 from fuyu_e2e.tally import Tally
@@ -122,7 +122,7 @@ def estimated(args: Sequence[str]) -> Estimate:
         cost=cost(
             config,
             document_lengths=row.document_lengths,
-            patches=row.patches,
+            grids=[(1, row.patches)],
             targets=row.targets,
             dense=routing.anneal / 2 if routing is not None else 0.0,
         ),
@@ -189,7 +189,7 @@ def _row(data: FuyuDataModule, config: FuyuConfig) -> Row:
                 break
         if not packer.waiting:
             raise UserError(f"data.train holds no usable sample ({tally.summary()}).")
-    batch = packer.fill_row()
+    batch = pack_row(packer.fill_row())
     return Row(
         document_lengths=batch.document_lengths,
         patches=len(batch.patches),

@@ -18,7 +18,8 @@ from jaxtyping import UInt8
 from PIL import ExifTags
 from PIL import Image as Pillow
 
-from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.errors import UnusableSampleError
+from fuyu_e2e.image_layout import FUYU_LAYOUT, ImageLayout, ImagePolicy, View
 
 try:
     import simplejpeg  # the extra `fast-jpeg`
@@ -50,39 +51,6 @@ SIDEWAYS = range(5, 9)
 """The orientations by which width and height change places."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImagePolicy:
-    """Which images are used, and at which size.
-
-    Raises:
-        UserError: A limit that would refuse every image.
-    """
-
-    patch_size: int
-    """Side of a patch in pixels."""
-    max_patches: int = 1024
-    """Patch budget of an image; a larger one is scaled down to it."""
-    max_size: tuple[int, int] | None = None
-    """Height and width in pixels, whole patches, that an image is scaled down to fit where it is larger, as in the
-    released Fuyu; None sets no such limit. Where the budget holds every image that fits, transformers' Fuyu
-    processor scales all images as this policy does."""
-    max_pixels: int = 2**26
-    """Pixels of an image, as its header says, above which it is not decoded: 64 megapixels."""
-    max_bytes: int = 2**25
-    """Bytes of an image file above which it is not opened: 32 MiB."""
-    max_aspect: float = 200.0
-    """Longer side over shorter above which an image is left out."""
-
-    def __post_init__(self) -> None:
-        for name in ("patch_size", "max_patches", "max_pixels", "max_bytes", "max_aspect"):
-            if not (value := getattr(self, name)) >= 1:  # also when it is not a number
-                raise UserError(f"{name} is {value}, but must be at least 1.")
-        if self.max_size is not None and any(side < 1 or side % self.patch_size for side in self.max_size):
-            raise UserError(
-                f"max_size is {list(self.max_size)}, but must be two multiples of the patch size {self.patch_size}."
-            )
-
-
 @dataclass(frozen=True)
 class ImagePatches:
     """An image as `rows` x `cols` patches, row by row from the top."""
@@ -95,13 +63,22 @@ class ImagePatches:
     """Rows of pixels at the bottom, and columns at the right, that only fill up the last patches."""
 
 
-def load_patches(data: bytes, policy: ImagePolicy) -> ImagePatches:
-    """The patches of an encoded image.
+def load_views(data: bytes, policy: ImagePolicy, layout: ImageLayout) -> tuple[ImagePatches, ...]:
+    """The patches of each view of an encoded image, which is decoded once.
 
     Raises:
         UnusableSampleError: As in `decode_image`.
     """
-    return to_patches(decode_image(data, policy), policy.patch_size)
+    pixels, views = _decode(data, policy, layout)
+    scaled = {size: scale_pixels(pixels, size) for size in {view.size for view in views}}
+    return tuple(to_patches(_crop(scaled[view.size], view), policy.patch_size) for view in views)
+
+
+def _crop(pixels: UInt8[np.ndarray, "H W 3"], view: View) -> UInt8[np.ndarray, "h w 3"]:
+    if view.crop is None:
+        return pixels
+    left, top, right, bottom = view.crop
+    return pixels[top:bottom, left:right]
 
 
 def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]:
@@ -114,17 +91,26 @@ def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]
             anything is decoded, `image-unreadable` for all that Pillow can't read to its end.
         MemoryError: The machine is at fault, not the sample, so it is not skipped.
     """
+    pixels, views = _decode(data, policy, FUYU_LAYOUT)
+    return scale_pixels(pixels, views[0].size)
+
+
+def _decode(
+    data: bytes, policy: ImagePolicy, layout: ImageLayout
+) -> tuple[UInt8[np.ndarray, "H W 3"], tuple[View, ...]]:
+    """The views of an image, and its pixels at a size that is enough for all of them."""
     with _opened(data, policy) as image:
         native = image.size
         if image.format == "PNG":
             image.load()  # as its `getexif` does: EXIF may follow the pixels, whose damage is another matter
         orientation = _orientation(image.getexif)
         turned = orientation in SIDEWAYS
-        size = fit_policy(*(native[::-1] if turned else native), policy)
+        views = layout.views(*(native[::-1] if turned else native), policy)
+        size = max(view.size[0] for view in views), max(view.size[1] for view in views)
         pixels = _decoded(data, image, size[::-1] if turned else size)
     if turn := TURNS.get(orientation):
         pixels = turn(pixels).copy()
-    return scale_pixels(pixels, size)
+    return pixels, views
 
 
 def check_image(data: bytes, policy: ImagePolicy) -> None:
@@ -254,32 +240,6 @@ def scale_pixels(pixels: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> U
     image = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
     scaled = torch.nn.functional.interpolate(image, size[::-1], mode="bilinear", antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()
-
-
-def fit_policy(width: int, height: int, policy: ImagePolicy) -> tuple[int, int]:
-    """The width and height, in pixels, at which an image enters: its own, or the largest that the policy allows."""
-    if policy.max_size is not None and (height > policy.max_size[0] or width > policy.max_size[1]):
-        scale = min(policy.max_size[0] / height, policy.max_size[1] / width)
-        width, height = max(1, int(width * scale)), max(1, int(height * scale))  # cut off, as transformers does
-    if _patches(width, height, policy) <= policy.max_patches:
-        return width, height
-    # Whole patches jump as the scale grows, so the largest scale that fits is found by halving.
-    low, high = 0.0, 1.0
-    for _ in range(32):
-        scale = (low + high) / 2
-        if _patches(*_scaled(width, height, scale), policy) <= policy.max_patches:
-            low = scale
-        else:
-            high = scale
-    return _scaled(width, height, low)
-
-
-def _patches(width: int, height: int, policy: ImagePolicy) -> int:
-    return math.ceil(width / policy.patch_size) * math.ceil(height / policy.patch_size)
-
-
-def _scaled(width: int, height: int, scale: float) -> tuple[int, int]:
-    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def to_patches(pixels: UInt8[np.ndarray, "H W 3"], patch_size: int) -> ImagePatches:

@@ -87,8 +87,8 @@ def draw_sequence(sequence: TokenSequence, patch_size: int, path: Path) -> None:
     Raises:
         UserError: The sequence has no image, or the file can't be written.
     """
-    shown = zip(sequence.pictures, sequence.images, strict=True)
-    drawn = [draw_patches(pixels, patch_size, span.padding) for pixels, span in shown]
+    shown = zip(sequence.pictures, sequence.paddings, strict=True)
+    drawn = [draw_patches(pixels, patch_size, padding) for pixels, padding in shown]
     if not drawn:
         raise UserError(f"{sequence.key} has no image to draw.")
     width = max(picture.width for picture in drawn) + 2 * MARGIN

@@ -5,8 +5,10 @@ takes the longest that still fits until none does. With the default buffer of fo
 filled to 0.98 and more on captioned pictures of mixed sizes (`tests/test_packing.py` holds it above 0.97).
 """
 
+import zlib
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -55,8 +57,8 @@ class Packer:
         """The tickets of the sequences that wait, the oldest first: added again in this order, they pack the same."""
         return [ticket for _, ticket in self._waiting.values()]
 
-    def pack(self, sequences: Iterable[TokenSequence]) -> Iterator[PackedBatch]:
-        """Packs all sequences, and at their end what still waits."""
+    def pack(self, sequences: Iterable[TokenSequence]) -> Iterator[list[TokenSequence]]:
+        """Gives all sequences row by row, and at their end what still waits."""
         for sequence in sequences:
             self.add(sequence)
             while self.full:
@@ -77,21 +79,36 @@ class Packer:
         self._arrivals += 1
         return len(fitting)
 
-    def fill_row(self) -> PackedBatch:
-        """A row of what waits, which must not be nothing."""
+    def fill_row(self) -> list[TokenSequence]:
+        """The sequences of a row out of what waits, which must not be nothing."""
         row = [self._take(next(iter(self._waiting)))]
         room = self.budget - len(row[0])
         while fitting := bisect_right(self._by_length, (room, 0)):
             row.append(self._take(-self._by_length[fitting - 1][1]))
             room -= len(row[-1])
         self.tally.used += len(row)
-        return pack_row(row, self.budget)
+        return row
 
     def _take(self, arrival: int) -> TokenSequence:
         sequence, _ = self._waiting.pop(arrival)
         self._by_length.remove((len(sequence), -arrival))
         self._waiting_tokens -= len(sequence)
         return sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedRow:
+    """A packed batch, and what of its documents no model reads."""
+
+    batch: PackedBatch
+    keys: tuple[str, ...] = ()
+    """The key of each document's sample."""
+    tally: Tally = field(default_factory=Tally)
+    """What became of the samples read since the row before."""
+
+    def pin_memory(self) -> "PackedRow":
+        """The same row with its batch in page-locked memory, as torch's loader asks for."""
+        return replace(self, batch=self.batch.pin_memory())
 
 
 def empty_row(patch_size: int) -> PackedBatch:
@@ -134,7 +151,11 @@ def pack_row(sequences: list[TokenSequence], budget: int | None = None) -> Packe
         target_positions=torch.from_numpy(guessed - 1),
         targets=torch.from_numpy(tokens[guessed]),
         document_lengths=tuple(lengths),
-        keys=tuple(sequence.key for sequence in sequences),
         newline_positions=torch.from_numpy(np.concatenate(newlines)),
-        image_patches=tuple(span.rows * span.cols for sequence in sequences for span in sequence.images),
+        images=tuple(
+            replace(span, start=int(start) + span.start)
+            for sequence, start in zip(sequences, starts, strict=True)
+            for span in sequence.images
+        ),
+        document_ids=tuple(zlib.crc32(sequence.key.encode()) for sequence in sequences),
     )

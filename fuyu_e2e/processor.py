@@ -9,7 +9,7 @@ from PIL import Image as Pillow
 
 from fuyu_e2e.document import Document, Image, Segment, Text
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.image import load_patches
+from fuyu_e2e.image import load_views
 from fuyu_e2e.sequence import SequenceBuilder, TokenSequence
 
 Part = str | Path | bytes | Pillow.Image
@@ -53,7 +53,7 @@ class Processor:
         for number, (part, segment) in enumerate(zip(parts, segments, strict=True), 1):
             if isinstance(segment, Image):
                 try:
-                    load_patches(segment.data, self.builder.images)
+                    load_views(segment.data, self.builder.images, self.builder.layout)
                 except UnusableSampleError as error:
                     name = part if isinstance(part, Path) else "an image"
                     raise UserError(f"Part {number} of the prompt, {name}, can't be used: {error}.") from error

@@ -215,6 +215,9 @@ class FuyuCLI(LightningCLI):
         parser.link_arguments(
             "model.config", "data.patch_size", compute_fn=lambda config: config.patch_size, apply_on="instantiate"
         )
+        parser.link_arguments(
+            "model.config", "data.layout", compute_fn=lambda config: config.connector, apply_on="instantiate"
+        )
         parser.link_arguments("seed_everything", "data.seed")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         # `last.ckpt` is a link to the newest; a run that goes on writes over the names that it had.

@@ -25,79 +25,56 @@ from jaxtyping import Bool, Int64, UInt8
 
 from fuyu_e2e.document import Document, Image, Segment
 from fuyu_e2e.errors import UnusableSampleError
-from fuyu_e2e.image import ImagePatches, ImagePolicy, load_patches, to_pixels
+from fuyu_e2e.image import ImagePatches, load_views, to_pixels
+from fuyu_e2e.image_layout import FUYU_LAYOUT, ImageLayout, ImagePolicy, ImageSpan
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class ImageSpan:
-    """Where one image stands in a sequence: `rows` x (`cols` patches and a newline) from `start`."""
-
-    start: int
-    rows: int
-    cols: int
-    padding: tuple[int, int] = (0, 0)
-    """Rows of pixels at the bottom, and columns at the right, that only fill up the last patches."""
-
-    @property
-    def stop(self) -> int:
-        """The position behind the last newline."""
-        return self.start + self.rows * (self.cols + 1)
-
-    @property
-    def patch_positions(self) -> Int64[np.ndarray, " P"]:
-        """The position of each patch, row by row."""
-        rows = np.arange(self.rows, dtype=np.int64)[:, None] * (self.cols + 1)
-        return (self.start + rows + np.arange(self.cols)).ravel()
-
-    @property
-    def newline_positions(self) -> Int64[np.ndarray, " N"]:
-        """The position of the newline behind each row."""
-        return self.start + self.cols + np.arange(self.rows, dtype=np.int64) * (self.cols + 1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class TokenSequence:
-    """One document as `n` tokens and `P` patches."""
+    """One document as `n` tokens, `N` of them embeddings of images and `L` newlines in them, and `P` patches."""
 
     key: str
     tokens: Int64[np.ndarray, " n"]
     loss: Bool[np.ndarray, " n"]
     """Whether the token is one that the model learns to write."""
     patches: UInt8[np.ndarray, "P C"]
-    """The patches of all images, in the order of their positions."""
+    """The patches of all views of all images, in their order."""
     images: tuple[ImageSpan, ...]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
-    def patch_positions(self) -> Int64[np.ndarray, " P"]:
-        """The position of each patch."""
+    def patch_positions(self) -> Int64[np.ndarray, " N"]:
+        """The position of each embedding of an image."""
         return np.concatenate([np.empty(0, np.int64), *(span.patch_positions for span in self.images)])
 
     @property
-    def newline_positions(self) -> Int64[np.ndarray, " N"]:
+    def newline_positions(self) -> Int64[np.ndarray, " L"]:
         """The position of each newline token."""
         return np.concatenate([np.empty(0, np.int64), *(span.newline_positions for span in self.images)])
 
     @property
     def pictures(self) -> list[UInt8[np.ndarray, "H W 3"]]:
-        """The pixels of each image as the model sees them, padding to whole patches included."""
-        ends = np.cumsum([span.rows * span.cols for span in self.images])
-        parts = np.split(self.patches, ends[:-1]) if self.images else []
-        return [
-            to_pixels(ImagePatches(span.rows, span.cols, values))
-            for span, values in zip(self.images, parts, strict=True)
-        ]
+        """The pixels of each view of each image as the model sees them, padding to whole patches included."""
+        grids = [grid for span in self.images for grid in span.grids]
+        ends = np.cumsum([rows * cols for rows, cols in grids])
+        parts = np.split(self.patches, ends[:-1]) if grids else []
+        return [to_pixels(ImagePatches(*grid, values)) for grid, values in zip(grids, parts, strict=True)]
+
+    @property
+    def paddings(self) -> list[tuple[int, int]]:
+        """Rows and columns of pixels in each picture that are padding."""
+        return [padding for span in self.images for padding in span.paddings]
 
     @property
     def unpadded_pictures(self) -> list[UInt8[np.ndarray, "H W 3"]]:
-        """The pixels of each image without its padding."""
+        """The pixels of each view without its padding."""
         return [
-            pixels[: len(pixels) - span.padding[0], : pixels.shape[1] - span.padding[1]]
-            for span, pixels in zip(self.images, self.pictures, strict=True)
+            pixels[: len(pixels) - below, : pixels.shape[1] - beside]
+            for (below, beside), pixels in zip(self.paddings, self.pictures, strict=True)
         ]
 
     def cut(self, budget: int) -> "TokenSequence | None":
@@ -112,7 +89,7 @@ class TokenSequence:
         if not self.loss[1:stop].any():
             return None
         images = tuple(span for span in self.images if span.stop <= stop)
-        patches = sum(span.rows * span.cols for span in images)
+        patches = sum(span.patches for span in images)
         return replace(
             self,
             tokens=self.tokens[:stop],
@@ -142,6 +119,8 @@ class SequenceBuilder:
 
     tokenizer: Tokenizer
     images: ImagePolicy
+    layout: ImageLayout = FUYU_LAYOUT
+    """Views and tokens of an image, as the model's connector asks for."""
 
     def build(self, document: Document) -> TokenSequence:
         """The sequence that a model learns from.
@@ -185,7 +164,7 @@ class SequenceBuilder:
                 tally.skip(error)
 
     def _lay_out(self, segments: Iterable[Segment]) -> "_Tokens":
-        tokens = _Tokens(self.tokenizer, self.images)
+        tokens = _Tokens(self.tokenizer, self.images, self.layout)
         for segment in segments:
             if isinstance(segment, Image):
                 tokens.add_image(segment.data)
@@ -198,8 +177,8 @@ class SequenceBuilder:
 class _Tokens:
     """A sequence while it grows."""
 
-    def __init__(self, tokenizer: Tokenizer, policy: ImagePolicy) -> None:
-        self.tokenizer, self.policy = tokenizer, policy
+    def __init__(self, tokenizer: Tokenizer, policy: ImagePolicy, layout: ImageLayout) -> None:
+        self.tokenizer, self.policy, self.layout = tokenizer, policy, layout
         self.length = 0
         self.last = -1
         """The last token; none yet where it is -1."""
@@ -235,12 +214,13 @@ class _Tokens:
         self.state = "captioned" if loss else "asked"
 
     def add_image(self, data: bytes) -> None:
-        patches = load_patches(data, self.policy)
-        self.images.append(ImageSpan(self.length, patches.rows, patches.cols, patches.padding))
-        self.patches.append(patches.values)
-        grid = np.full((patches.rows, patches.cols + 1), self.tokenizer.patch_id, np.int64)
-        grid[:, -1] = self.tokenizer.newline_id
-        self.extend(grid.ravel(), loss=False)
+        views = load_views(data, self.policy, self.layout)
+        grids = tuple((view.rows, view.cols) for view in views)
+        newlines = self.layout.tokens(grids)
+        paddings = tuple(view.padding for view in views)
+        self.images.append(ImageSpan(self.length, grids, newlines.tobytes(), paddings))
+        self.patches.extend(view.values for view in views)
+        self.extend(np.where(newlines, self.tokenizer.newline_id, self.tokenizer.patch_id), loss=False)
 
     def end_document(self) -> None:
         """Ends the document; the end is to be guessed where it follows a supervised text."""

@@ -30,7 +30,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.eval import checkpoint_scores
-from fuyu_e2e.image import ImagePolicy
+from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.inference import device
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder

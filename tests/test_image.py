@@ -19,15 +19,14 @@ from fuyu_e2e import image as image_module
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.image import (
     PADDING,
-    ImagePolicy,
     check_image,
     decode_image,
-    fit_policy,
     image_size,
-    load_patches,
+    load_views,
     to_patches,
     to_pixels,
 )
+from fuyu_e2e.image_layout import FUYU_LAYOUT, ImagePolicy, fit_policy
 
 POLICY = ImagePolicy(patch_size=8)
 
@@ -331,7 +330,7 @@ def test_damaged_images_are_refused_or_read_but_never_crash(data: st.DataObject)
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     damaged = damaged[: data.draw(st.integers(0, len(damaged)))]
     with contextlib.suppress(UnusableSampleError):
-        assert load_patches(bytes(damaged), POLICY).values.dtype == np.uint8
+        assert load_views(bytes(damaged), POLICY, FUYU_LAYOUT)[0].values.dtype == np.uint8
 
 
 def test_warnings_of_other_threads_are_shown_while_an_image_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,11 +48,11 @@ def test_padding_is_striped_and_no_other_pixel(
     builder = replace(builder, images=ImagePolicy(patch_size=8))
     image = Image(encode_png(np.full((height, width, 3), PADDING, np.uint8)))
     sequence = builder.build(Document("key", (image, Text("x"))))
-    [span], [padded] = sequence.images, sequence.pictures
-    assert span.padding == (-height % 8, -width % 8)
+    [padding], [padded] = sequence.paddings, sequence.pictures
+    assert padding == (-height % 8, -width % 8)
     assert sequence.unpadded_pictures[0].shape == (height, width, 3)
     assert (padded == PADDING).all(), "what the model sees stays"
-    drawn = np.asarray(draw_patches(padded, 8, span.padding))
+    drawn = np.asarray(draw_patches(padded, 8, padding))
     scale = 16
     for row in range(len(padded)):
         for column in range(padded.shape[1]):

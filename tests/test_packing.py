@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.image_layout import ImageSpan
 from fuyu_e2e.packing import Packer, pack_row
-from fuyu_e2e.sequence import ImageSpan, SequenceBuilder, TokenSequence
+from fuyu_e2e.sequence import SequenceBuilder, TokenSequence
 from fuyu_e2e.tally import Tally
 
 PATCH = 3
@@ -22,7 +23,7 @@ def sequence(length: int, rows: int = 0, cols: int = 0, key: str = "key") -> Tok
     """A document of `length` tokens that opens with an image and ends with supervised text."""
     tokens = np.arange(100, 100 + length, dtype=np.int64)
     image = rows * (cols + 1)
-    span = ImageSpan(0, rows, cols)
+    span = ImageSpan.of_grid(0, rows, cols)
     tokens[span.patch_positions] = PATCH
     loss = np.zeros(length, bool)
     loss[image:] = True  # a first token too, which nothing stands before
@@ -54,7 +55,8 @@ def test_rows_keep_documents_whole_and_lose_none_without_a_number(
 ) -> None:
     tally = Tally()
     packer = Packer(budget, long_documents, tally)
-    rows = list(packer.pack(sequence(length, key=str(i)) for i, length in enumerate(lengths)))
+    together = list(packer.pack(sequence(length, key=str(i)) for i, length in enumerate(lengths)))
+    rows = [pack_row(sequences, budget) for sequences in together]
     boundaries = 0
     for row in rows:
         assert row.tokens.shape == (budget,)
@@ -66,7 +68,7 @@ def test_rows_keep_documents_whole_and_lose_none_without_a_number(
         assert (row.tokens[row.target_positions + 1] == row.targets).all()
         assert (row.target_positions < starts[-1]).all(), "padding carries loss"
         boundaries += len(row.document_lengths)
-    packed = sorted(key for row in rows for key in row.keys)
+    packed = sorted(sequence.key for sequences in together for sequence in sequences)
     fitting = [str(i) for i, length in enumerate(lengths) if long_documents == "cut" or length <= budget]
     assert packed == sorted(fitting)
     assert boundaries == tally.used == len(fitting)
@@ -81,7 +83,7 @@ def test_the_laws_saw_enough_cases() -> None:
     rng = np.random.default_rng(0)
     tally = Tally()
     rows = list(Packer(100, "skip", tally).pack(sequence(int(n)) for n in rng.integers(2, 130, 500)))
-    assert np.mean([len(row.document_lengths) for row in rows]) > 1.5
+    assert np.mean([len(row) for row in rows]) > 1.5
     assert tally.skipped["longer-than-row"] > 50
 
 
@@ -97,7 +99,7 @@ def test_no_sequence_waits_for_ever() -> None:
     rng = np.random.default_rng(1)
     lengths = [97, *rng.choice([50, 25], 2000)]
     rows = Packer(100, "skip", Tally()).pack(sequence(int(n), key=str(i)) for i, n in enumerate(lengths))
-    assert next(i for i, row in enumerate(rows) if "0" in row.keys) < 10
+    assert next(i for i, row in enumerate(rows) if "0" in [sequence.key for sequence in row]) < 10
 
 
 def caption_lengths(rng: np.random.Generator, count: int) -> list[int]:
@@ -111,13 +113,14 @@ def caption_lengths(rng: np.random.Generator, count: int) -> list[int]:
 def test_rows_of_a_caption_mixture_are_at_least_97_percent_full(budget: int) -> None:
     lengths = caption_lengths(np.random.default_rng(2), 4_000)
     rows = list(Packer(budget, "skip", Tally()).pack(sequence(n) for n in lengths))
-    assert sum(sum(row.document_lengths) for row in rows) / (budget * len(rows)) >= 0.97
+    assert sum(len(sequence) for row in rows for sequence in row) / (budget * len(rows)) >= 0.97
 
 
 def test_a_batch_moves_with_all_it_knows(builder: SequenceBuilder, random_document: Callable[[int], Document]) -> None:
     batch = pack_row([builder.build(random_document(1))])
     moved = batch.to("meta")
     assert moved.tokens.device.type == moved.patches.device.type == "meta"
-    assert (moved.document_lengths, moved.keys) == (batch.document_lengths, batch.keys)
+    assert moved.document_lengths == batch.document_lengths
+    assert (moved.images, moved.document_ids) == (batch.images, batch.document_ids)
     assert isinstance(moved, PackedBatch)
     assert torch.equal(batch.to("cpu").tokens, batch.tokens)

@@ -28,15 +28,15 @@ from PIL import Image as Pillow
 from rich.console import Console
 from rich.table import Table
 
-from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.bench.data_peers import DECODERS, READERS, Decode, Read, decoders, pillow, readers, scaled_by_pillow
 from fuyu_e2e.bench.measure import alternate, environment, write_json
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.image import ImagePolicy, decode_image, fit_policy, image_size, to_patches
-from fuyu_e2e.packing import Packer
-from fuyu_e2e.sequence import ImageSpan, SequenceBuilder, TokenSequence
+from fuyu_e2e.image import decode_image, image_size, to_patches
+from fuyu_e2e.image_layout import ImagePolicy, ImageSpan, fit_policy
+from fuyu_e2e.packing import PackedRow, Packer, pack_row
+from fuyu_e2e.sequence import SequenceBuilder, TokenSequence
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.shards.sources import expand_patterns
 from fuyu_e2e.tally import Tally
@@ -226,7 +226,7 @@ def _measure(
 
         return run
 
-    paths: dict[str, Callable[[], Iterator[PackedBatch]]] = {OURS: lambda: (row.batch for row in stream.rows())}
+    paths: dict[str, Callable[[], Iterator[PackedRow]]] = {OURS: stream.rows}
     for name, read in reading.items():
         for decoded in (True, False):
             paths[path_name(name, decoded)] = partial(_packed, read, decoded, builder, budget)
@@ -281,7 +281,7 @@ def path_name(reader: str, decoded: bool) -> str:
     return f"{reader}, {'own decode' if decoded else 'our decode'}"
 
 
-def _packed(read: Read, decoded: bool, builder: SequenceBuilder, budget: int) -> Iterator[PackedBatch]:
+def _packed(read: Read, decoded: bool, builder: SequenceBuilder, budget: int) -> Iterator[PackedRow]:
     def build(key: str, image: Any, caption: str) -> TokenSequence:
         if not decoded:
             return builder.build(Document(key, (Image(image), Text(caption))))
@@ -289,7 +289,8 @@ def _packed(read: Read, decoded: bool, builder: SequenceBuilder, budget: int) ->
         pixels = scaled_by_pillow(image, fit_policy(width, height, builder.images))
         return captioned_sequence(builder, key, pixels, caption)
 
-    return Packer(budget, "skip", Tally()).pack(build(*sample) for sample in read(decoded))
+    for row in Packer(budget, "skip", Tally()).pack(build(*sample) for sample in read(decoded)):
+        yield PackedRow(batch=pack_row(row, budget), keys=tuple(sequence.key for sequence in row))
 
 
 def captioned_sequence(
@@ -298,7 +299,7 @@ def captioned_sequence(
     """What the builder makes of an image and a caption, for an image that is decoded already."""
     patches = to_patches(pixels, builder.images.patch_size)
     text = builder.build(Document(key, (Text(caption),)))
-    span = ImageSpan(0, patches.rows, patches.cols, patches.padding)
+    span = ImageSpan.of_grid(0, patches.rows, patches.cols, patches.padding)
     tokens = np.full(span.stop, builder.tokenizer.patch_id, np.int64)
     tokens[span.newline_positions] = builder.tokenizer.newline_id
     return TokenSequence(
@@ -310,17 +311,17 @@ def captioned_sequence(
     )
 
 
-def _contents(rows: Iterator[PackedBatch]) -> Contents:
+def _contents(rows: Iterator[PackedRow]) -> Contents:
     images = tokens = 0
     patches: Counter[tuple[str, int]] = Counter()
     for row in rows:
-        images += row.image_count
-        tokens += sum(row.document_lengths)
-        patches.update(zip(row.keys, row.image_patches, strict=True))
+        images += row.batch.image_count
+        tokens += sum(row.batch.document_lengths)
+        patches.update(zip(row.keys, (span.patches for span in row.batch.images), strict=True))
     return Contents(images, tokens, patches)
 
 
-def _drain(rows: Callable[[], Iterator[PackedBatch]]) -> None:
+def _drain(rows: Callable[[], Iterator[PackedRow]]) -> None:
     for _ in rows():
         pass
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.image_layout import ImageSpan
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.packing import Packer
-from fuyu_e2e.sequence import ImageSpan, TokenSequence
+from fuyu_e2e.sequence import TokenSequence
 from fuyu_e2e.tally import Tally
 
 PATCH, NEWLINE, BOS, EOS, FIRST_WORD = 3, 4, 1, 2, 10
@@ -43,7 +43,7 @@ def draw(
         tokens=tokens,
         loss=loss,
         patches=rng.integers(0, 256, (rows * cols, config.patch_values), dtype=np.uint8),
-        images=(ImageSpan(0, rows, cols),) if grid else (),
+        images=(ImageSpan.of_grid(0, rows, cols),) if grid else (),
     )
 
 
@@ -61,21 +61,20 @@ def mixture(
     """
     rng = np.random.default_rng(seed)
     packer = Packer(budget, "skip", Tally())
-    drawn: dict[str, TokenSequence] = {}
-    packed: list[PackedBatch] = []
+    drawn = 0
+    packed: list[list[TokenSequence]] = []
     while len(packed) < rows:
-        kind = KINDS[len(drawn) % len(KINDS)]
+        kind = KINDS[drawn % len(KINDS)]
         height, width = SHAPES[rng.integers(len(SHAPES))]
         scale = rng.integers(*sides, endpoint=True) / max(height, width)
         grid = None if kind == "text" else (max(1, round(height * scale)), max(1, round(width * scale)))
         asked = int(rng.integers(8, 24)) if kind == "question" else 0
         supervised = int(rng.integers(*LEARNT[kind]))
-        key = str(len(drawn))
-        drawn[key] = draw(rng, config, key, grid=grid, asked=asked, supervised=supervised)
-        packer.add(drawn[key])
+        packer.add(draw(rng, config, str(drawn), grid=grid, asked=asked, supervised=supervised))
+        drawn += 1
         if packer.full:
             packed.append(packer.fill_row())
-    return [[drawn[key] for key in row.keys] for row in packed]
+    return packed
 
 
 def histogram(lengths: Sequence[int]) -> dict[str, int]:

@@ -22,10 +22,11 @@ from fuyu_e2e.bench.decoders import new_decoder
 from fuyu_e2e.bench.documents import BOS, FIRST_WORD, NEWLINE, PATCH
 from fuyu_e2e.bench.measure import Figures, alternate, environment
 from fuyu_e2e.bench.stock import require_transformers, stock_model
+from fuyu_e2e.image_layout import ImageSpan
 from fuyu_e2e.inference.generation import generate as generate_ours
 from fuyu_e2e.model.config import FuyuConfig, named_size
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.sequence import ImageSpan, TokenSequence
+from fuyu_e2e.sequence import TokenSequence
 from fuyu_e2e.shipped import shipped
 from fuyu_e2e.training.device_limits import copy_bandwidth
 
@@ -110,7 +111,7 @@ def random_prompts(config: FuyuConfig, count: int) -> list[TokenSequence]:
                 tokens=tokens,
                 loss=np.zeros(len(tokens), dtype=bool),
                 patches=rng.integers(0, 256, (rows * cols, config.patch_values), dtype=np.uint8),
-                images=(ImageSpan(0, rows, cols),),
+                images=(ImageSpan.of_grid(0, rows, cols),),
             )
         )
     return prompts

@@ -32,6 +32,7 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import cost
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing.config import RoutingConfig
+from fuyu_e2e.packing import PackedRow
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import train_tokenizer
@@ -122,7 +123,7 @@ class StoredRows(FuyuDataModule):
 
     def store(self, count: int) -> None:
         """Packs the first rows."""
-        self.rows = [row.batch for row in islice(self.stream("train").rows(), count)]
+        self.rows = list(islice(self.stream("train").rows(), count))
 
     def train_dataloader(self) -> DataLoader:  # type: ignore[override]
         """The stored rows, from the first on."""
@@ -132,10 +133,10 @@ class StoredRows(FuyuDataModule):
 class Rows(IterableDataset):
     """Rows that are there already, as a data set."""
 
-    def __init__(self, rows: list[PackedBatch]) -> None:
+    def __init__(self, rows: Sequence[PackedRow]) -> None:
         self.rows = rows
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __iter__(self) -> Iterator[PackedRow]:
         return iter(self.rows)
 
 
@@ -191,7 +192,7 @@ def _row_cost(config: FuyuConfig, row: PackedBatch, dense: float) -> int:
     return cost(
         config,
         document_lengths=row.document_lengths,
-        patches=len(row.patches),
+        grids=row.grids,
         targets=len(row.targets),
         dense=dense,
     ).training_flops
@@ -232,7 +233,7 @@ def _train(name: str, budget: int, seed: int, steps: int, data: StoredRows, fold
     decoder = learner.decoder
     routing = decoder.config.routing
     anneal = (lambda step: routing.dense(step / steps)) if routing is not None else (lambda step: 0.0)
-    flops = sum(_row_cost(decoder.config, row, anneal(step)) for step, row in enumerate(data.rows[:steps]))
+    flops = sum(_row_cost(decoder.config, row.batch, anneal(step)) for step, row in enumerate(data.rows[:steps]))
     model = TrainedModel(decoder.eval(), data.builder, steps)
     documents = list(data.documents("val", Tally()))
     prompts = list(data.builder.prompts(documents, Tally()))

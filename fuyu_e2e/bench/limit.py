@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.bench.decoders import new_decoder
 from fuyu_e2e.bench.generate import NEVER, bytes_of_step, random_decoder, random_prompts, sized
 from fuyu_e2e.bench.isoflop import Rows
@@ -36,7 +35,7 @@ from fuyu_e2e.eval.digits import VOCAB_SIZE, write_shards
 from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model.cost import cost, decode_step_flops
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.packing import pack_row
+from fuyu_e2e.packing import PackedRow, pack_row
 from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.shipped import shipped
@@ -111,7 +110,7 @@ def _training(size: str, device: str, rounds: int) -> dict[str, Any]:
     seconds = alternate({"step": trainee.epoch}, rounds, warm_up=1)["step"] / case.rows
     rows = [pack_row(row, case.budget) for row in case.documents]
     costs = [
-        cost(case.config, document_lengths=row.document_lengths, patches=len(row.patches), targets=len(row.targets))
+        cost(case.config, document_lengths=row.document_lengths, grids=row.grids, targets=len(row.targets))
         for row in rows
     ]
     return {
@@ -192,7 +191,7 @@ def _update(decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
 def _overhead(folder: Path, device: str, steps: int, rounds: int) -> dict[str, float]:
     """A step of the real trainer beside one of a bare loop, over the same rows, in turn."""
     stream = quickstart_run(folder, device, steps).datamodule.stream("train")
-    rows = [row.batch for row in islice(stream.rows(), steps)]
+    rows = list(islice(stream.rows(), steps))
     trainer, bare = [], []
     for _ in range(rounds):
         bare.append(_bare_seconds(folder, device, rows))
@@ -231,7 +230,7 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _trainer_seconds(folder: Path, device: str, rows: list[PackedBatch]) -> float:
+def _trainer_seconds(folder: Path, device: str, rows: Sequence[PackedRow]) -> float:
     run = quickstart_run(folder, device, len(rows))
     clock = _Clock()
     run.trainer.callbacks.append(clock)  # type: ignore[attr-defined]
@@ -245,7 +244,7 @@ def _trainer_seconds(folder: Path, device: str, rows: list[PackedBatch]) -> floa
     return (clock.ended_at - clock.started_at) / (len(rows) - WARM_UP)
 
 
-def _bare_seconds(folder: Path, device: str, rows: list[PackedBatch]) -> float:
+def _bare_seconds(folder: Path, device: str, rows: Sequence[PackedRow]) -> float:
     run = quickstart_run(folder, device, len(rows))
     decoder = new_decoder(run.model.config, device).train()
     optimizer = build_optimizer(decoder, run.model.optimizer_config)
@@ -253,7 +252,7 @@ def _bare_seconds(folder: Path, device: str, rows: list[PackedBatch]) -> float:
     for number, row in enumerate(DataLoader(Rows(rows), batch_size=None)):
         if number == WARM_UP:
             started_at = _now()
-        batch = row.to(device)
+        batch = row.batch.to(device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = decoder.loss(batch) / batch.targets.numel()
         loss.backward()

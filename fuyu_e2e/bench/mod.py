@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.bench.measure import Figures, alternate, environment
+from fuyu_e2e.image_layout import ImageSpan
 from fuyu_e2e.inference.cache import KeyValueCache
 from fuyu_e2e.inference.generation import decode_step, prefill
 from fuyu_e2e.model.config import FuyuConfig
@@ -81,8 +82,10 @@ def _row(length: int, document: int, device: str) -> PackedBatch:
         target_positions=supervised,
         targets=tokens[supervised + 1],
         document_lengths=(document,) * documents,
-        image_patches=(document // 2,) * documents,
-        keys=tuple(map(str, range(documents))),
+        images=tuple(
+            ImageSpan(start, ((1, document // 2),), bytes(document // 2)) for start in range(0, length, document)
+        ),
+        document_ids=tuple(range(documents)),
     ).to(device)
 
 
@@ -190,18 +193,16 @@ def _flops(decoder: Decoder, row: PackedBatch) -> dict[str, int]:
     counted = cost(
         decoder.config,
         document_lengths=row.document_lengths,
-        patches=len(row.patches),
+        grids=row.grids,
         targets=len(row.targets),
         passing=passing,
     )
-    reading = cost(
-        decoder.config, document_lengths=row.document_lengths, patches=len(row.patches), targets=0, passing=passing
-    )
+    reading = cost(decoder.config, document_lengths=row.document_lengths, grids=row.grids, targets=0, passing=passing)
     # One more token of each document; attention to what is cached is left out on both sides.
     one = [1] * len(row.document_lengths)
     shares = [sum(counts) / sum(row.document_lengths) for counts in passing]
     writing = cost(
-        decoder.config, document_lengths=tuple(one), patches=0, targets=0, passing=[[s] * len(one) for s in shares]
+        decoder.config, document_lengths=tuple(one), grids=(), targets=0, passing=[[s] * len(one) for s in shares]
     )
     return {
         "train": counted.training_flops,

@@ -142,7 +142,7 @@ class Runs:
         optimizer = build_optimizer(decoder, config)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: SCHEDULE.factor(step, steps))
         for row in data.rows[:steps]:
-            (decoder.loss(row) / row.targets.numel()).backward()
+            (decoder.loss(row.batch) / row.batch.targets.numel()).backward()
             torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -127,7 +127,7 @@ def _train(folder: Path, data: Path, name: str, seed: int, max_steps: int | None
         cost(
             cli.model.config,
             document_lengths=row.batch.document_lengths,
-            patches=len(row.batch.patches),
+            grids=row.batch.grids,
             targets=len(row.batch.targets),
         ).training_flops
         for row in islice(cli.datamodule.stream("train").rows(), COUNTED_ROWS)

@@ -177,7 +177,7 @@ def _measure(varied: dict[int, Point], device: str, rounds: int) -> Iterator[lis
         counted = cost(
             point.config,
             document_lengths=batch.document_lengths,
-            patches=len(batch.patches),
+            grids=batch.grids,
             targets=len(batch.targets),
         )
         results.append(

@@ -185,7 +185,7 @@ def _measure(
     lengths = [length for row in rows for length in row.document_lengths]
     tokens, images = sum(lengths), sum(row.image_count for row in rows)
     flops = [
-        cost(case.config, document_lengths=row.document_lengths, patches=len(row.patches), targets=len(row.targets))
+        cost(case.config, document_lengths=row.document_lengths, grids=row.grids, targets=len(row.targets))
         for row in rows
     ]
     apart = device == "cuda" and _together(case, rows[0], names) > torch.cuda.mem_get_info()[1]

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.image import ImagePolicy
+from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.tokenizer import Tokenizer
 from fuyu_e2e.version import __version__
 
@@ -23,9 +24,14 @@ class Description:
     tokenizer: Tokenizer
     images: ImagePolicy
 
+    @property
+    def builder(self) -> SequenceBuilder:
+        """What turns documents into the sequences that the model reads."""
+        return SequenceBuilder(self.tokenizer, self.images, self.config.connector)
+
     def settings(self) -> dict[str, Any]:
         """The description without the tokenizer, in primitives."""
-        return {"version": __version__, "decoder": asdict(self.config), "images": asdict(self.images)}
+        return {"version": __version__, "decoder": self.config.to_dict(), "images": asdict(self.images)}
 
     @classmethod
     def of_settings(cls, settings: dict[str, Any], tokenizer: Tokenizer, source: str) -> "Description":
@@ -72,7 +78,7 @@ class Description:
                 f"{source} was trained with another tokenizer than data.tokenizer names: its ids mean other words. "
                 "Name the tokenizer it was trained with."
             )
-        mine, theirs = asdict(self.config), asdict(other.config)
+        mine, theirs = self.config.to_dict(), other.config.to_dict()
         differing = [
             f"decoder.{name} is {mine[name]} but {theirs[name]} there" for name in mine if mine[name] != theirs[name]
         ]

@@ -108,7 +108,7 @@ def build_model(stored: StoredModel, device: torch.device | str = "cpu") -> Trai
     """The trained model of what was stored."""
     description = stored.description
     decoder = build_decoder(description.config, stored.weights, device)
-    return TrainedModel(decoder, SequenceBuilder(description.tokenizer, description.images), stored.provenance.step)
+    return TrainedModel(decoder, description.builder, stored.provenance.step)
 
 
 def build_decoder(config: FuyuConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Decoder:

@@ -84,7 +84,7 @@ def info(path: Path) -> int:
         table.add_row(name, f"{value:.6g}")
     for name, digest in told.data.items():
         table.add_row(f"data: {name}", digest)
-    parameters = cost(config, document_lengths=(1,), patches=0, targets=0).parameters
+    parameters = cost(config, document_lengths=(1,), grids=(), targets=0).parameters
     table.add_row("model", f"{parameters:,} parameters, {config.layers} blocks of width {config.width:,}")
     table.add_row("dialect", config.dialect)
     table.add_row("routed blocks", ", ".join(map(str, config.routed)) or "none")

@@ -31,7 +31,8 @@ def depth_shares(depths: Sequence[TokenDepth]) -> dict[str, float]:
     for names, depth in zip(kinds, depths, strict=True):
         ink = has_ink(depth.sequence)
         places = depth.sequence.patch_positions
-        names[places] = np.where(ink, "patches_with_ink", "patches_without_ink")
+        if len(places) == len(ink):  # else patches have no tokens of their own
+            names[places] = np.where(ink, "patches_with_ink", "patches_without_ink")
     names = np.concatenate(kinds)
     shares = {name: float(passed[names == name].mean()) for name in sorted(set(names.tolist()))}
     patches = np.array([name.startswith("patches") for name in names.tolist()])

@@ -83,7 +83,7 @@ def card(
         question: What the example asks a model that was trained on questions.
     """
     config, images, told = stored.description.config, stored.description.images, stored.provenance
-    parameters = cost(config, document_lengths=(1,), patches=0, targets=0).parameters
+    parameters = cost(config, document_lengths=(1,), grids=(), targets=0).parameters
     blocks = f"{config.layers} blocks"
     if config.routed:
         blocks += f", of which {len(config.routed)} are routed (Mixture-of-Depths)"

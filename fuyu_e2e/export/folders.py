@@ -1,7 +1,6 @@
 """Folders that a trained model is exported to, and imported from."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +119,7 @@ def import_folder(source: Path, out: Path, tokenizer: Path | None = None) -> Sto
 def finetuning_recipe(stored: StoredModel, out: Path) -> str:
     """A recipe that goes on training a model which was exported to `out`."""
     images = stored.description.images
-    decoder = {name: value for name, value in asdict(stored.description.config).items() if value is not None}
+    decoder = {name: value for name, value in stored.description.config.to_dict().items() if value is not None}
     model: dict[str, Any] = {"weights": str(out), "decoder": decoder}
     data: dict[str, Any] = {"tokenizer": str(out / TOKENIZER), "max_patches": images.max_patches}
     if images.max_size is not None:

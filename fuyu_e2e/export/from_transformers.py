@@ -9,7 +9,7 @@ from fuyu_e2e.checkpoint.loading import StoredModel, fitting
 from fuyu_e2e.checkpoint.tensor_files import read_weights
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.transformers import TEXT_MODELS, from_transformers
-from fuyu_e2e.image import ImagePolicy
+from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.dialects import Dialect
 from fuyu_e2e.tokenizer import Tokenizer

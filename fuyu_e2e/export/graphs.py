@@ -32,9 +32,14 @@ def export_prefill(decoder: Decoder, *, tokens: int, patches: int, capacity: int
         capacity: Places of the cache that comes out.
 
     Raises:
-        UserError: The decoder is routed, or the prompt doesn't fit the cache.
+        UserError: The decoder is routed or reads the grids of images, or the prompt doesn't fit the cache.
     """
     _check_dense(decoder)
+    if decoder.config.grid_embeddings is not None or not decoder.config.connector.one_per_patch:
+        raise UserError(
+            "A decoder that reads the grids of images has no graph of fixed shapes for prompts of any: generate with "
+            "`fuyu-e2e generate`."
+        )
     if capacity < tokens:
         raise UserError(f"A cache of {capacity} places doesn't hold a prompt of {tokens} tokens: raise the capacity.")
     device = decoder.embed_tokens.weight.device

@@ -20,8 +20,9 @@ from fuyu_e2e.checkpoint.description import Description
 from fuyu_e2e.checkpoint.tensor_files import write_weights
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.tokenizer_json import UNKNOWN, fast_tokenizer
-from fuyu_e2e.image import PADDING, ImagePolicy
-from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.image import PADDING
+from fuyu_e2e.image_layout import ImagePolicy
+from fuyu_e2e.model.config import LINEAR, FuyuConfig
 from fuyu_e2e.sequence import TokenSequence
 from fuyu_e2e.tokenizer import BOS, EOS
 
@@ -90,9 +91,10 @@ def to_transformers(weights: Mapping[str, Tensor], config: FuyuConfig) -> dict[s
     A tied output projection is left out: it is the embedding.
 
     Raises:
-        UserError: The decoder is routed, which no text model of transformers is.
+        UserError: The decoder is routed, which no text model of transformers is, or its images pass more than
+            one linear layer.
     """
-    _check_dense(config)
+    _check_stock(config)
     modules = _modules(config)
     renamed = {}
     for name, tensor in weights.items():
@@ -139,9 +141,10 @@ def transformers_config(
     """What goes into transformers' `config.json`.
 
     Raises:
-        UserError: The decoder is routed, which no text model of transformers is.
+        UserError: The decoder is routed, which no text model of transformers is, or its images pass more than
+            one linear layer.
     """
-    _check_dense(config)
+    _check_stock(config)
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     shared = {
         "vocab_size": config.vocab_size,
@@ -219,7 +222,8 @@ def write_transformers(
         fast: The fast tokenizer, where it can't be made of the model's own.
 
     Raises:
-        UserError: The decoder is routed, or the tokenizer is of a kind that has no fast form.
+        UserError: The decoder is routed, its images pass more than one linear layer, or the tokenizer is of a kind
+            that has no fast form.
     """
     tokenizer, images = description.tokenizer, description.images
     named = to_transformers(weights, description.config)
@@ -281,7 +285,13 @@ def stock_inputs(prompts: Sequence[TokenSequence]) -> dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": mask, **pixels}
 
 
-def _check_dense(config: FuyuConfig) -> None:
+def _check_stock(config: FuyuConfig) -> None:
+    for name, default in (("connector", LINEAR), ("image_norm", False), ("grid_embeddings", None)):
+        if (value := getattr(config, name)) != default:
+            raise UserError(
+                f"A decoder with decoder.{name} {value} can't be exported as transformers' FuyuForCausalLM, whose "
+                "patches pass one linear layer and nothing else: export it with `--to fuyu-e2e`."
+            )
     if config.routing is not None:
         raise UserError(
             "A decoder with routed blocks can't be exported as transformers' FuyuForCausalLM, which would run every "

@@ -64,12 +64,18 @@ def colour(share: float) -> tuple[int, int, int]:
 
 
 def _images(depth: TokenDepth) -> list[tuple[UInt8[np.ndarray, "H W 3"], Float[np.ndarray, "rows cols"]]]:
-    """The pixels of each image, and the share of the routed blocks that each of its patches passed."""
-    shares = (depth.counts / len(depth.blocks)).numpy()
-    return [
-        (pixels, shares[span.patch_positions].reshape(span.rows, span.cols))
-        for pixels, span in zip(depth.sequence.pictures, depth.sequence.images, strict=True)
-    ]
+    """The pixels of each view of each image, and the share of the routed blocks that each of its patches passed.
+
+    None where images have another number of embeddings than of patches, which then have no shares of their own.
+    """
+    spans = depth.sequence.images
+    if any(span.places != span.patches for span in spans):
+        return []
+    passed = (depth.counts / len(depth.blocks)).numpy()[depth.sequence.patch_positions]
+    grids = [grid for span in spans for grid in span.grids]
+    ends = np.cumsum([rows * cols for rows, cols in grids])
+    shares = [part.reshape(grid) for part, grid in zip(np.split(passed, ends[:-1]), grids, strict=False)]
+    return list(zip(depth.sequence.pictures, shares, strict=True))
 
 
 def _panel(pixels: UInt8[np.ndarray, "H W 3"], shares: Float[np.ndarray, "rows cols"], most: int) -> Pillow.Image:

@@ -168,8 +168,10 @@ def prefill(
     if decoder.config.routing is not None:
         step = length
     bounds = _bounds(length, step, batch.image_bounds if decoder.config.reads_images else ())
-    patches = torch.searchsorted(batch.patch_positions, torch.tensor(bounds, device=batch.tokens.device)).tolist()
+    places = torch.searchsorted(batch.patch_positions, torch.tensor(bounds, device=batch.tokens.device)).tolist()
     batch = batch.to(device)
+    # At once: pieces cut through images, which connectors may look at as wholes.
+    embeddings = decoder.embed_images(batch.patches, batch.images)
     # Whatever else was chosen for training may not serve the type that is generated in, or only once it is compiled.
     backend: AttentionBackend = "documents" if decoder.attention == "documents" else "auto"
     plan = partial(decoder.plan, device=device, backend=backend)
@@ -177,10 +179,11 @@ def prefill(
     cache.begin(batch.document_lengths)
     lasts = np.cumsum(batch.document_lengths) - 1
     states = []
-    for (start, stop), (first, end) in zip(pairwise(bounds), pairwise(patches), strict=True):
+    for (start, stop), (first, end) in zip(pairwise(bounds), pairwise(places), strict=True):
         piece = Prefill(cache, batch.document_lengths, batch.image_bounds, start, stop, plan)
         row = decoder.row_of(batch.positions[start:stop], piece.attends, info)
-        inputs = Inputs(batch.tokens[start:stop], batch.patches[first:end], batch.patch_positions[first:end] - start)
+        positions = batch.patch_positions[first:end] - start
+        inputs = Inputs(batch.tokens[start:stop], patch_positions=positions, embeddings=embeddings[first:end])
         with _uncompiled():
             hidden_TD = decoder(inputs, row)
         if watch is not None:

@@ -4,6 +4,8 @@ A block is `block(x_TD, row) -> x_TD`: the states of some tokens, and the row th
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -18,13 +20,15 @@ from torch.distributed.tensor.parallel import (
 )
 
 from fuyu_e2e.model.attention import rotate
-from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.counting import DenseOperations, Operations
 from fuyu_e2e.model.recomputation import ActivationCheckpointing, recomputing
 from fuyu_e2e.model.row import Progress, Report, Row
 
+if TYPE_CHECKING:  # a configuration of a decoder holds those of its blocks
+    import fuyu_e2e.model.config
 
-def build_norm(config: FuyuConfig, size: int) -> nn.RMSNorm | nn.LayerNorm:
+
+def build_norm(config: "fuyu_e2e.model.config.FuyuConfig", size: int) -> nn.RMSNorm | nn.LayerNorm:
     """The dialect's norm over `size` values."""
     norms: dict[str, type[nn.RMSNorm | nn.LayerNorm]] = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}
     return norms[config.parts.norm](size, eps=config.norm_eps)
@@ -33,7 +37,7 @@ def build_norm(config: FuyuConfig, size: int) -> nn.RMSNorm | nn.LayerNorm:
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) with the dialect's norm on queries and keys."""
 
-    def __init__(self, config: FuyuConfig) -> None:
+    def __init__(self, config: "fuyu_e2e.model.config.FuyuConfig") -> None:
         super().__init__()
         self.head_size = config.head_size
         query_width, kv_width = config.heads * config.head_size, config.kv_heads * config.head_size
@@ -68,7 +72,7 @@ class SwiGLU(nn.Module):
     kept = 4
     """Values of its inner width that the backward pass needs: gate, up, silu(gate) and the product."""
 
-    def __init__(self, config: FuyuConfig) -> None:
+    def __init__(self, config: "fuyu_e2e.model.config.FuyuConfig") -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.width, config.feed_forward, bias=False)
         self.up_proj = nn.Linear(config.width, config.feed_forward, bias=False)
@@ -84,7 +88,7 @@ class SquaredReLU(nn.Module):
     kept = 2
     """Values of its inner width that the backward pass needs: the ReLU and its square."""
 
-    def __init__(self, config: FuyuConfig) -> None:
+    def __init__(self, config: "fuyu_e2e.model.config.FuyuConfig") -> None:
         super().__init__()
         self.up_proj = nn.Linear(config.width, config.feed_forward)
         self.down_proj = nn.Linear(config.feed_forward, config.width)
@@ -103,7 +107,7 @@ class Block(nn.Module, ABC):
     reads_info = False
     """Whether it reads `Row.info`, which costs something to make."""
 
-    def __init__(self, config: FuyuConfig, number: int) -> None:
+    def __init__(self, config: "fuyu_e2e.model.config.FuyuConfig", number: int) -> None:
         super().__init__()
         self.mask = config.masks[number % len(config.masks)]
         """What its tokens see."""
@@ -159,10 +163,32 @@ class Block(nn.Module, ABC):
         return self._compiled_call_impl is not None
 
 
+class BlockConfig(ABC):
+    """Settings of a block; a concrete one is a frozen dataclass."""
+
+    @abstractmethod
+    def build(self, config: "fuyu_e2e.model.config.FuyuConfig", number: int) -> Block:
+        """Returns a new block for a decoder of this configuration.
+
+        Args:
+            config: Of the decoder.
+            number: Of the block, from 0.
+        """
+
+
+@dataclass(frozen=True)
+class DenseConfig(BlockConfig):
+    """Attention and a feed-forward layer for every token, as the dialect has them."""
+
+    def build(self, config: "fuyu_e2e.model.config.FuyuConfig", number: int) -> "DenseBlock":
+        """Returns the block."""
+        return DenseBlock(config, number)
+
+
 class DenseBlock(Block):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`, for every token."""
 
-    def __init__(self, config: FuyuConfig, number: int) -> None:
+    def __init__(self, config: "fuyu_e2e.model.config.FuyuConfig", number: int) -> None:
         super().__init__(config, number)
         self.attention_norm = build_norm(config, config.width)
         self.attention = Attention(config)

@@ -1,14 +1,23 @@
 """What a decoder is made of: `FuyuConfig`, and the named sizes."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.block import BlockConfig, DenseConfig
+from fuyu_e2e.model.components import from_settings, to_settings
 from fuyu_e2e.model.dialects import DIALECTS, Dialect, Parts
+from fuyu_e2e.model.images.connector import ConnectorConfig
+from fuyu_e2e.model.images.linear import LinearConfig
 from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.routing.config import RoutingConfig
 
 SizeName = Literal["1m", "10m", "50m", "125m", "350m", "1b", "3b", "8b"]
+
+
+LINEAR = LinearConfig()
+"""Fuyu's connector."""
+DENSE = DenseConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +56,20 @@ class FuyuConfig:
     """Which blocks only some tokens pass; None for a dense decoder."""
     masks: tuple[AttentionMask, ...] = (CAUSAL,)
     """What tokens see in each block: a pattern by depth, which repeats from the first block on."""
+    blocks: tuple[BlockConfig, ...] = (DENSE,)
+    """What the blocks are: a pattern by depth, which repeats from the first one on."""
+    connector: ConnectorConfig = LINEAR
+    """What turns an image's patches into embeddings at its tokens."""
+    image_norm: bool = False
+    """Whether embeddings of images pass an RMSNorm behind the connector."""
+    grid_embeddings: int | None = None
+    """Where set, learnt embeddings of a patch's row and column in its image are added to its own: the most rows, and
+    columns, that there can be."""
 
     def __post_init__(self) -> None:
-        if not self.masks:
-            raise UserError("decoder.masks is empty: list a mask for each block of a pattern, or leave it out.")
+        for name in ("masks", "blocks"):
+            if not getattr(self, name):
+                raise UserError(f"decoder.{name} is empty: list one for each block of a pattern, or leave it out.")
         for name in ("vocab_size", "patch_size", "layers", "width", "heads", "kv_heads", "head_size", "feed_forward"):
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"decoder.{name} is {value}, but must be at least 1.")
@@ -87,18 +106,41 @@ class FuyuConfig:
             raise UserError(f"decoder.norm_eps is {self.norm_eps}, but must be above 0; 1e-6 is usual.")
         if self.routing is not None:
             self.routing.check_layers(self.layers)
+        if self.grid_embeddings is not None:
+            if self.grid_embeddings < 1:
+                raise UserError(f"decoder.grid_embeddings is {self.grid_embeddings}, but must be at least 1.")
+            if not self.connector.one_per_patch:
+                raise UserError(
+                    f"decoder.grid_embeddings is set, but the connector {type(self.connector).__name__} gives no "
+                    "embedding for each patch that a row and a column could belong to: leave it unset, or take "
+                    "another connector."
+                )
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "FuyuConfig":
-        """The inverse of `dataclasses.asdict`."""
-        routing, masks = settings.get("routing"), settings.get("masks", [{}])
+        """The inverse of `to_dict`; settings that are missing have their defaults."""
+        routing = settings.get("routing")
         return cls(
             **settings
             | {
                 "routing": None if routing is None else RoutingConfig(**routing),
-                "masks": tuple(AttentionMask(**mask) for mask in masks),
+                "masks": tuple(
+                    from_settings(mask, AttentionMask, AttentionMask) for mask in settings.get("masks", [{}])
+                ),
+                "blocks": tuple(
+                    from_settings(block, DenseConfig, BlockConfig) for block in settings.get("blocks", [{}])
+                ),
+                "connector": from_settings(settings.get("connector", {}), LinearConfig, ConnectorConfig),
             }
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings in primitives; components of other classes than the defaults by the paths of these."""
+        return asdict(self) | {
+            "masks": [to_settings(mask, AttentionMask) for mask in self.masks],
+            "blocks": [to_settings(block, DenseConfig) for block in self.blocks],
+            "connector": to_settings(self.connector, LinearConfig),
+        }
 
     @property
     def parts(self) -> Parts:

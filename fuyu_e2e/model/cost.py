@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from fuyu_e2e.image_layout import Grid
 from fuyu_e2e.model.config import FuyuConfig
-from fuyu_e2e.model.counting import CountedRow, Counts, Flops, Operations, patch_flops
+from fuyu_e2e.model.counting import CountedRow, Counts, Flops, Operations
 from fuyu_e2e.model.decoder import meta_decoder
 
 
@@ -33,28 +34,29 @@ def cost(
     config: FuyuConfig,
     *,
     document_lengths: tuple[int, ...],
-    patches: int,
+    grids: Sequence[Grid],
     targets: int,
     passing: Sequence[Counts] | None = None,
     dense: float = 0.0,
 ) -> Cost:
-    """Counts a row of documents with these lengths that holds `patches` patches and `targets` supervised tokens.
+    """Counts a row of documents with these lengths, images and `targets` supervised tokens.
 
-    Each block counts itself (`Block.operations`). The output projection counts at supervised tokens, where it is
-    computed. A routed block counts for the tokens that pass it; what fills its capacity beyond them doesn't count.
+    Blocks and the connector count themselves (`Block.operations`, `Connector.flops`). The output projection counts at
+    supervised tokens, where it is computed. A routed block counts for the tokens that pass it; what fills its capacity beyond them doesn't count.
 
     Args:
         config: Of the decoder.
         document_lengths: Tokens of each document.
-        patches: Patches of the row.
+        grids: Rows and columns of patches of each view of its images.
         targets: Supervised tokens of the row.
         passing: How many tokens of each document pass, for each routed block; None takes the shares asked for.
         dense: The part by which the shares are still annealed (`RoutingConfig.dense`); matters where `passing` is
             None.
     """
     by_block = {} if passing is None else dict(zip(config.routed, passing, strict=True))
+    patches = sum(rows * cols for rows, cols in grids)
     row = CountedRow(lengths=document_lengths, patches=patches, passing=by_block, dense=dense)
-    flops = _flops(config, row, targets)
+    flops = _flops(config, row, targets).plus(meta_decoder(config).patch_projection.flops(grids))
     return Cost(
         parameters=_counted(config)[0],
         tokens=sum(document_lengths),
@@ -71,17 +73,18 @@ def decode_step_flops(config: FuyuConfig, keys: Counts) -> int:
 
 
 @lru_cache
-def _counted(config: FuyuConfig) -> tuple[int, Flops, Flops, dict[Operations, int]]:
-    """Parameters, operations of a patch, those of a supervised token, and of how many blocks which ones are."""
+def _counted(config: FuyuConfig) -> tuple[int, Flops, dict[Operations, int]]:
+    """Parameters, operations of a supervised token, and of how many blocks which ones are."""
     decoder = meta_decoder(config)
     parameters = sum(weight.numel() for weight in decoder.parameters())
-    patch, target = patch_flops(decoder.patch_projection), Flops(decoder.lm_head.weight.numel())
-    return parameters, patch, target, Counter(block.operations() for block in decoder.each_block())
+    target = Flops(decoder.lm_head.weight.numel())
+    return parameters, target, Counter(block.operations() for block in decoder.each_block())
 
 
 def _flops(config: FuyuConfig, row: CountedRow, targets: int) -> Flops:
-    _, patch, target, blocks = _counted(config)
+    """Those of the blocks and of the output projection."""
+    _, target, blocks = _counted(config)
     flops = Flops()
     for operations, times in blocks.items():
         flops = flops.plus(operations(row), times)
-    return flops.plus(target, targets).plus(patch, row.patches)
+    return flops.plus(target, targets)

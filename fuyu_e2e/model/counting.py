@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from torch import nn
-
 from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 
 Counts = Sequence[int | float]
@@ -91,8 +89,3 @@ class DenseOperations:
                 new + old if self.mask == CAUSAL else (new + old) * self.mask.keys(length + old) / (length + old)
             )
         return Flops(self.query * sum(asking) + self.key * sum(seen) + self.pair * pairs)
-
-
-def patch_flops(projection: nn.Linear) -> Flops:
-    """Returns those of one patch, which needs no gradient."""
-    return Flops(first=projection.weight.numel())

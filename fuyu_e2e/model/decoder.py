@@ -1,6 +1,7 @@
 """The decoder: one transformer for patches and text.
 
 - a patch enters through ONE linear projection, a token through the embedding; both stand in the same sequence
+  (another connector may stand in its place, `fuyu_e2e.model.images`)
 - each row of patches ends with a newline token, so that the two dimensions of an image are told in one
 - causal attention everywhere, inside images too, and never from one document to another; `config.masks` may say
   otherwise for some blocks, by a window or between the tokens of an image
@@ -23,18 +24,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.image_layout import ImageSpan
 from fuyu_e2e.model.attention import RowAttention, attention_type, rotary
 from fuyu_e2e.model.attention_kernels import AttentionBackend, plan_attention
 from fuyu_e2e.model.block import Block, DenseBlock, build_norm
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.graphs import noticing_too_many
+from fuyu_e2e.model.images.options import GridEmbeddings, ImageNorm
 from fuyu_e2e.model.mask import AttentionMask
 from fuyu_e2e.model.recomputation import ActivationCheckpointing
 from fuyu_e2e.model.routing.block import RoutedBlock
 from fuyu_e2e.model.row import Progress, Reports, Row, TokenInfo
 
-PATCH_GAIN = 3.0
-"""Brings patches of usual contrast, about a third of the range of values, to the scale of token embeddings."""
 LOSS_CHUNK = 2_048
 """Positions whose logits are in memory at once while the loss is computed."""
 
@@ -45,15 +47,30 @@ class Inputs(NamedTuple):
     tokens: Int64[Tensor, " T"]
     """Token ids; places of patches hold any."""
     patches: UInt8[Tensor, "P C"] | None = None
-    """Raw patches; None where there can be none."""
-    patch_positions: Int64[Tensor, " P"] | None = None
-    """The index in `tokens` of each patch."""
+    """Raw patches; None where there can be none, or their embeddings are given."""
+    patch_positions: Int64[Tensor, " N"] | None = None
+    """The index in `tokens` of each embedding of an image."""
+    images: tuple[ImageSpan, ...] = ()
+    """The images that the patches are of, where a connector or an option behind it reads them."""
+    embeddings: Float[Tensor, "N D"] | None = None
+    """What `embed_images` gave, in the place of patches."""
 
 
 def build_block(config: FuyuConfig, number: int) -> Block:
-    """The block of a decoder with that number, from 0."""
-    block = DenseBlock(config, number)
-    return RoutedBlock(block, config, number) if number in config.routed else block
+    """Returns the block of a decoder with that number, from 0.
+
+    Raises:
+        UserError: It is to be routed, and is of a kind that can't be.
+    """
+    block = config.blocks[number % len(config.blocks)].build(config, number)
+    if number not in config.routed:
+        return block
+    if not isinstance(block, DenseBlock):
+        raise UserError(
+            f"Block {number} is a {type(block).__name__} by decoder.blocks and routed by decoder.routing, which "
+            "routes dense blocks alone: name others in routing.blocks."
+        )
+    return RoutedBlock(block, config, number)
 
 
 @lru_cache
@@ -70,7 +87,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
-        self.patch_projection = nn.Linear(config.patch_values, config.width)
+        self.patch_projection = config.connector.build(config)
+        self.image_norm = ImageNorm(config.width, eps=config.norm_eps) if config.image_norm else None
+        self.grid_embeddings = GridEmbeddings(config.grid_embeddings, config.width) if config.grid_embeddings else None
         self.blocks = nn.ModuleList(build_block(config, number) for number in range(config.layers))
         self.norm = build_norm(config, config.width)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -87,13 +106,16 @@ class Decoder(nn.Module):
         """Draws all weights anew from torch's global generator.
 
         A new model is a uniform guesser: its loss is the logarithm of the vocabulary. That bounds the output
-        projection, and where it is tied the embedding too. A new patch projection sees contrast, not brightness: the
-        mean of a patch in each colour, which differs more from image to image than what stands in it, says nothing
-        at first. Without that, the quickstart's model takes about twice the steps to begin to read.
+        projection, and where it is tied the embedding too.
         """
         width = self.config.width
+        of_connector = set(self.patch_projection.modules())
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if module is self.patch_projection:
+                self.patch_projection.initialize()
+            elif module in of_connector:
+                continue
+            elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -103,8 +125,6 @@ class Decoder(nn.Module):
         nn.init.normal_(
             self.lm_head.weight, std=min(0.02, 2 / width) if self.config.tie_embeddings else 0.1 / width**0.5
         )
-        colours = self.patch_projection.weight.view(width, -1, 3)
-        colours.sub_(colours.mean(dim=1, keepdim=True)).mul_(PATCH_GAIN)
         for block in self.each_block():
             block.initialize()
 
@@ -119,23 +139,30 @@ class Decoder(nn.Module):
         for block in self.each_block():
             block.recompute = kind
 
-    def embed(
-        self,
-        tokens: Int64[Tensor, " T"],
-        patches: UInt8[Tensor, "P C"] | None = None,
-        patch_positions: Int64[Tensor, " P"] | None = None,
-    ) -> Float[Tensor, "T D"]:
-        """Token embeddings, with projected patches in place of their placeholders.
+    def embed_images(self, patches: UInt8[Tensor, "P C"], images: tuple[ImageSpan, ...]) -> Float[Tensor, "N D"]:
+        """Returns the embedding at each place that images have for one, in the order of the row.
 
-        Runs the projection also of no patches, so that a rank with text alone takes part in its gradient, but not
+        Raises:
+            UserError: A view has more rows or columns than `grid_embeddings`.
+        """
+        x_ND = self.patch_projection(patches, images=images)
+        if self.image_norm is not None:
+            x_ND = self.image_norm(x_ND)
+        return x_ND if self.grid_embeddings is None else self.grid_embeddings(x_ND, images)
+
+    def embed(self, inputs: Inputs) -> Float[Tensor, "T D"]:
+        """Returns token embeddings, with those of images in place of their placeholders.
+
+        Runs the connector also of no patches, so that a rank with text alone takes part in its gradient, but not
         where there can be none.
         """
-        x_TD = self.embed_tokens(tokens)
-        if patches is None or patch_positions is None:
+        x_TD = self.embed_tokens(inputs.tokens)
+        x_ND = inputs.embeddings
+        if x_ND is None and inputs.patches is not None:
+            x_ND = self.embed_images(inputs.patches, inputs.images)
+        if x_ND is None or inputs.patch_positions is None:
             return x_TD
-        weight = self.patch_projection.weight
-        x_PD = self.patch_projection((patches.to(weight.dtype) - 127.5) / 127.5)
-        return x_TD.index_copy(0, patch_positions, x_PD.to(x_TD.dtype))
+        return x_TD.index_copy(0, inputs.patch_positions, x_ND.to(x_TD.dtype))
 
     def plan(
         self,
@@ -203,14 +230,14 @@ class Decoder(nn.Module):
 
         Training, prefill, decoding steps and exported graphs all come this way. Blocks add to `row.reports`.
         """
-        x_TD = self.embed(*inputs)
+        x_TD = self.embed(inputs)
         for number, block in enumerate(self.blocks):
             x_TD = block(x_TD, row.at(number))
         return self.norm(x_TD)
 
     def _states(self, batch: PackedBatch, row: Row | None) -> Float[Tensor, "T D"]:
         """Those of a packed batch."""
-        inputs = Inputs(batch.tokens, batch.patches, batch.patch_positions)
+        inputs = Inputs(batch.tokens, batch.patches, batch.patch_positions, batch.images)
         compiled = any(block.compiled for block in self.each_block())
         with noticing_too_many() if compiled else nullcontext():
             return self.forward(inputs, self.row(batch) if row is None else row)

@@ -64,7 +64,8 @@ def memory(
     mixed = precision == "bf16-mixed"
     values = sum(weight.numel() for weight in decoder.parameters())
     matrices = sum(weight.numel() for weight in decoder.blocks.parameters() if weight.ndim == 2)
-    copies = matrices + decoder.lm_head.weight.numel() + decoder.patch_projection.weight.numel()
+    in_connector = sum(weight.numel() for weight in decoder.patch_projection.parameters() if weight.ndim == 2)
+    copies = matrices + decoder.lm_head.weight.numel() + in_connector
     through_blocks = sum(block.saved_bytes(tokens, work, size) for block in decoder.each_block())
     outside = tokens * (2 * config.width * size + 2 * config.rotary_size * 4)
     images = patches * (config.patch_values + config.width) * work

@@ -4,7 +4,6 @@ Whoever runs the decoder makes one for a packed row, a piece of it or a decoding
 need, and give a part of their tokens the row of that part.
 """
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -52,11 +51,12 @@ class TokenInfo:
     """False for the padding after the last document."""
     seed: Int64[Tensor, " T"]
     """A number of the token's document and the training step; 0 outside training."""
-    patch_positions: Int64[Tensor, " P"]
-    patch_image: Int64[Tensor, " P"]
-    """The number of the image that each patch belongs to."""
+    patch_positions: Int64[Tensor, " N"]
+    """Of tokens that are embeddings of an image."""
+    patch_image: Int64[Tensor, " N"]
+    """The number of the image that each of them belongs to, of those that have any."""
     image_sizes: Int64[Tensor, " images"]
-    """Patches of each image."""
+    """How many each such image has: its patches, in Fuyu's layout."""
     image_patches: tuple[int, ...]
     """The same on the host."""
     progress: Progress
@@ -78,12 +78,13 @@ class TokenInfo:
         ):
             types.index_fill_(0, positions, int(which))
         seed = torch.zeros(length, dtype=torch.int64, device=device)
-        if training and len(batch.keys) == len(batch.document_lengths):
-            seeds = [*(_document_seed(key, progress.step) for key in batch.keys), 0]
+        if training and len(batch.document_ids) == len(batch.document_lengths):
+            seeds = [*((number << 31) + progress.step for number in batch.document_ids), 0]
             counts = [*batch.document_lengths, batch.padding]
             documents = to_device(torch.tensor([seeds, counts], dtype=torch.int64), device)
             seed = documents[0].repeat_interleave(documents[1], output_size=length)
-        sizes = to_device(torch.tensor(batch.image_patches, dtype=torch.int64), device)
+        image_patches = tuple(span.places for span in batch.images if span.places)
+        sizes = to_device(torch.tensor(image_patches, dtype=torch.int64), device)
         images = torch.arange(len(sizes), device=device)
         progress = progress if training else Progress()
         return cls(
@@ -91,9 +92,9 @@ class TokenInfo:
             valid=torch.arange(length, device=device) < length - batch.padding,
             seed=seed,
             patch_positions=batch.patch_positions,
-            patch_image=images.repeat_interleave(sizes, output_size=sum(batch.image_patches)),
+            patch_image=images.repeat_interleave(sizes, output_size=sum(image_patches)),
             image_sizes=sizes,
-            image_patches=batch.image_patches,
+            image_patches=image_patches,
             progress=progress,
             done=torch.full((), progress.done, dtype=torch.float64, device=device),
             blocks=torch.arange(blocks, device=device),
@@ -115,10 +116,6 @@ class TokenInfo:
             done=torch.ones((), dtype=torch.float64, device=positions.device),
             blocks=torch.arange(blocks, device=positions.device),
         )
-
-
-def _document_seed(key: str, step: int) -> int:
-    return (zlib.crc32(key.encode()) << 31) + step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ Tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053, section 3) splits eac
     other norms, routing rules, biases of o and down
                         whole on each device, and given the same states there
 
-Embedding and output projection are split by the vocabulary, the patch projection by its outputs.
+Embedding and output projection are split by the vocabulary, the connector as it says (Fuyu's by its outputs); what
+stands behind it is whole on each device.
 
 FSDP2 (torch's `fully_shard`) then spreads every weight over the devices that see other data, and gathers a block's
 when it is its turn. Routed blocks are blocks like the others: their counts of scores are buffers, which stay whole and
@@ -65,9 +66,10 @@ def _split(decoder: Decoder, mesh: DeviceMesh) -> None:
     _check_heads(decoder.config, mesh.size())
     plan: dict[str, ParallelStyle] = {
         "embed_tokens": RowwiseParallel(input_layouts=Replicate()),
-        "patch_projection": ColwiseParallel(output_layouts=Replicate()),
         "lm_head": ColwiseParallel(output_layouts=Replicate()),
     }
+    for name, style in decoder.patch_projection.sharding().items():
+        plan[f"patch_projection.{name}".rstrip(".")] = style
     for layer, block in enumerate(decoder.each_block()):
         plan |= {f"blocks.{layer}.{name}": style for name, style in block.sharding().items()}
     parallelize_module(decoder, mesh, plan)

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.image import ImagePolicy, check_image, fit_policy, image_size
-from fuyu_e2e.sequence import ImageSpan
+from fuyu_e2e.image import check_image, image_size
+from fuyu_e2e.image_layout import ImagePolicy, ImageSpan, fit_policy
 from fuyu_e2e.shards.formats import document
 from fuyu_e2e.shards.parallel import map_shards
 from fuyu_e2e.shards.progress import Advance, untold
@@ -83,7 +83,7 @@ class DocumentFacts:
 def image_tokens(size: tuple[int, int], policy: ImagePolicy) -> int:
     """The tokens of an image of (width, height) pixels, newlines counted in."""
     cols, rows = (-(-side // policy.patch_size) for side in fit_policy(*size, policy))
-    return ImageSpan(0, rows, cols).stop
+    return ImageSpan.of_grid(0, rows, cols).stop
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from fuyu_e2e.document import Document, Image
 from fuyu_e2e.errors import UnusableSampleError, UserError, writing
-from fuyu_e2e.image import ImagePolicy
+from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.shards.manifest import BYTES_PER_TOKEN, DocumentFacts, image_tokens

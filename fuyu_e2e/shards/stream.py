@@ -8,11 +8,10 @@ row comes with the state from which its lane goes on behind it.
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.packing import TOO_LONG, LongDocuments, Packer
+from fuyu_e2e.packing import TOO_LONG, LongDocuments, PackedRow, Packer, pack_row
 from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.shards.manifest import ShardFacts
 from fuyu_e2e.shards.mixture import Chooser, MixBy, Source, shares
@@ -56,17 +55,12 @@ class LaneState:
     """(source, position) of each document that waits to be packed, the oldest first; read again to go on."""
 
 
-@dataclass(frozen=True)
-class StreamRow:
+@dataclass(frozen=True, kw_only=True)
+class StreamRow(PackedRow):
     """A row, and where its lane goes on behind it."""
 
-    batch: PackedBatch
     lane: int
     state: LaneState
-
-    def pin_memory(self) -> "StreamRow":
-        """The same row with its batch in page-locked memory, as torch's loader asks for."""
-        return replace(self, batch=self.batch.pin_memory())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,19 +122,19 @@ class Stream:
         while running:
             remaining = []
             for number, lane in running:
-                if (batch := lane.next_row()) is None:
+                if (row := lane.next_row()) is None:
                     skipped.add(lane.tally.take())
                     continue
                 remaining.append((number, lane))
                 if last is not None:
                     yield last
-                last = StreamRow(batch, number, lane.state)
+                last = row
                 if self.endless:
                     yield last
                     last = None
             running = remaining
         if last is not None:
-            last.batch.tally.add(skipped)
+            last.tally.add(skipped)
             yield last
         elif skipped.read:
             said = f"A reader found no usable document in its part of the shards: {skipped.summary()}"
@@ -187,7 +181,7 @@ class Lane:
             waiting=tuple(self.packer.waiting),
         )
 
-    def next_row(self) -> PackedBatch | None:
+    def next_row(self) -> StreamRow | None:
         """The next row, with the tally of what it took to fill it; None behind the last of a stream that ends."""
         mixture = [source.source for source in self.stream.sources]
         wanted = shares(mixture, (self.given * self.stream.lanes + self.index) // self.stream.rows_per_step)
@@ -199,9 +193,15 @@ class Lane:
             self.chooser.draw(source, amount if self.stream.mix_by == "tokens" else int(amount > 0), wanted)
         if not self.packer.waiting:
             return None
-        row = self.packer.fill_row()
+        sequences = self.packer.fill_row()
         self.given += 1
-        return replace(row, tally=self.tally.take())
+        return StreamRow(
+            batch=pack_row(sequences, self.stream.budget),
+            keys=tuple(sequence.key for sequence in sequences),
+            tally=self.tally.take(),
+            lane=self.index,
+            state=self.state,
+        )
 
     def _order(self, source: StreamSource) -> Order:
         order = Order(

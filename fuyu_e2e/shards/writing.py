@@ -36,7 +36,8 @@ import numpy as np
 
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.exit_codes import of_signal
-from fuyu_e2e.image import ImagePolicy, check_image
+from fuyu_e2e.image import check_image
+from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.shards.extensions import TEXTS, is_media, last_extension
 from fuyu_e2e.shards.formats import TEXT_BYTES, document
 from fuyu_e2e.shards.parallel import deaf_to_interrupts

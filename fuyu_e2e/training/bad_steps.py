@@ -152,7 +152,7 @@ class BadSteps(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PackedBatch, batch_idx: int
     ) -> None:
         """Keeps the samples' keys."""
-        self._keys = batch.keys
+        self._keys = trainer.datamodule.row.keys  # type: ignore[attr-defined]
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Keeps the row's own loss beside them, unread, so that no host waits for it."""

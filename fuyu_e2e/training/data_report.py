@@ -64,7 +64,7 @@ class DataReport(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
     ) -> None:
         """Counts a batch once its step is done, and logs the counts at every `log_every_n_steps`-th step."""
-        self._add(self._of_this_step, batch)
+        self._add(self._of_this_step, trainer)
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
         self.tallies["train"].add(self._of_this_step.take())
@@ -97,7 +97,7 @@ class DataReport(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Counts a batch."""
-        self._add(self.tallies["val"], batch)
+        self._add(self.tallies["val"], trainer)
 
     def on_test_batch_end(
         self,
@@ -109,11 +109,11 @@ class DataReport(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Counts a batch."""
-        self._add(self.tallies["test"], batch)
+        self._add(self.tallies["test"], trainer)
 
-    def _add(self, tally: Tally, batch: PackedBatch) -> None:
+    def _add(self, tally: Tally, trainer: pl.Trainer) -> None:
         if self._counts:
-            tally.add(batch.tally)
+            tally.add(trainer.datamodule.row.tally)  # type: ignore[attr-defined]
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints the validation data's counts where something was left out."""

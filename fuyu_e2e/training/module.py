@@ -16,6 +16,7 @@ from fuyu_e2e.checkpoint.description import SECTION, Description
 from fuyu_e2e.checkpoint.loading import build_decoder, load_weights, read_model
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.image_layout import same_layout
 from fuyu_e2e.inference.generation import continue_texts
 from fuyu_e2e.model.attention_kernels import AttentionBackend
 from fuyu_e2e.model.config import FuyuConfig, SizeName, named_size
@@ -171,8 +172,8 @@ class FuyuModule(pl.LightningModule):
         """Checks what can't be seen from the settings alone.
 
         Raises:
-            UserError: A setting of the trainer doesn't work here, the tokenizer doesn't fit the decoder, `fit` has no
-                end, or `predict` has several processes.
+            UserError: A setting of the trainer doesn't work here, the tokenizer or the layout of images doesn't fit
+                the decoder, `fit` has no end, or `predict` has several processes.
         """
         check_trainer(self.trainer)
         if stage == "fit":
@@ -183,6 +184,11 @@ class FuyuModule(pl.LightningModule):
                 "--trainer.strategy auto."
             )
         self.fit_vocabulary(self.datamodule)
+        if not same_layout(self.datamodule.layout, self.config.connector):
+            raise UserError(
+                "FuyuDataModule lays images out in another way than the decoder's connector reads them: give it "
+                "layout=config.connector."
+            )
         if stage == "fit" and self.trainer.max_steps < 1:
             raise UserError(
                 "trainer.max_steps is not set: training data is an endless stream and the learning rate follows the "

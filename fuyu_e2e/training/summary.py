@@ -15,7 +15,7 @@ class Summary(ModelSummary):
         """Logs the decoder's parameters and shape."""
         assert isinstance(pl_module, FuyuModule)
         config = pl_module.config
-        parameters = cost(config, document_lengths=(1,), patches=0, targets=0).parameters
+        parameters = cost(config, document_lengths=(1,), grids=(), targets=0).parameters
         routed = f", {len(config.routed)} of them routed" if config.routed else ""
         rank_zero_info(
             f"\nDecoder of {parameters:,} parameters: {config.layers} blocks of width {config.width:,}{routed}, "

@@ -75,7 +75,7 @@ class Throughput(Callback):
         row = cost(
             pl_module.config,
             document_lengths=batch.document_lengths,
-            patches=batch.patches.shape[0],
+            grids=batch.grids,
             targets=batch.targets.shape[0],
             dense=routing.dense(pl_module.decoder.progress.done) if routing is not None else 0.0,
         )

@@ -124,7 +124,7 @@ def test_train_counts_tokens_without_padding(tmp_path: Path, monkeypatch: pytest
     tokens = sum(sum(row.document_lengths) for row in rows)
     flops = sum(
         cost(
-            CASE.config, document_lengths=row.document_lengths, patches=len(row.patches), targets=len(row.targets)
+            CASE.config, document_lengths=row.document_lengths, grids=row.grids, targets=len(row.targets)
         ).training_flops
         for row in rows
     )
@@ -267,7 +267,7 @@ def test_python_counts_where_a_part_is_python() -> None:
 
 def test_decoding_counts_as_the_last_token_of_a_document() -> None:
     """The operations of a document of n tokens and logits everywhere, less those of the first n - 1, keys apart."""
-    by_hand = 2 * (cost(TINY, document_lengths=(1,), patches=0, targets=1).forward_flops)
+    by_hand = 2 * (cost(TINY, document_lengths=(1,), grids=(), targets=1).forward_flops)
     assert decode_step_flops(TINY, (1, 1)) == by_hand
     assert decode_step_flops(TINY, (10, 5)) - by_hand == 4 * 2 * 16 * 2 * (9 + 4)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fuyu_e2e.document import Document
-from fuyu_e2e.image import ImagePolicy
+from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.packing import pack_row

@@ -16,7 +16,7 @@ from fuyu_e2e.checkpoint.training_files import WEIGHTS_PREFIX, write_file
 from fuyu_e2e.cli import main
 from fuyu_e2e.export.card import card, uses_of
 from fuyu_e2e.export.folders import export_own
-from fuyu_e2e.image import ImagePolicy
+from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.tokenizer import Tokenizer
 

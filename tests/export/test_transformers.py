@@ -24,7 +24,7 @@ from fuyu_e2e.export.transformers import (
     transformers_config,
     write_transformers,
 )
-from fuyu_e2e.image import ImagePolicy
+from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing.config import RoutingConfig

@@ -49,7 +49,7 @@ def uncached(decoder: Decoder, prompt: TokenSequence, steps: int, eos_id: int) -
             target_positions=row.target_positions[:0],
             targets=row.targets[:0],
             newline_positions=row.newline_positions,
-            image_patches=row.image_patches,
+            images=row.images,
             document_lengths=(len(tokens),),
         )
         chosen = int(decoder.logits(longer)[-1].argmax())

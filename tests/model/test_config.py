@@ -50,14 +50,14 @@ def test_named_sizes_have_about_the_parameters_they_are_named_for(name: SizeName
         decoder = Decoder(named_size(name))
     parameters = sum(weight.numel() for weight in decoder.parameters())
     assert 0.8 < parameters / named < 1.2
-    assert parameters == cost(decoder.config, document_lengths=(1,), patches=0, targets=0).parameters
+    assert parameters == cost(decoder.config, document_lengths=(1,), grids=(), targets=0).parameters
 
 
 def test_the_readme_lists_each_named_size(repository: Path) -> None:
     rows = []
     for name in get_args(SizeName):
         size = named_size(name)
-        parameters = cost(size, document_lengths=(1,), patches=0, targets=0).parameters
+        parameters = cost(size, document_lengths=(1,), grids=(), targets=0).parameters
         shape = (size.layers, size.width, size.heads, size.kv_heads, size.head_size, size.feed_forward)
         numbers = (*shape, size.patch_size, size.vocab_size)
         rows.append(f"| `{name}` | {' | '.join(f'{number:,}' for number in numbers)} | {parameters / 1e6:,.1f}M |")

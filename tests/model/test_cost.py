@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.image_layout import ImageSpan
 from fuyu_e2e.model.attention import Attend, Passing, RowAttention, reference_attention
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import cost
@@ -62,7 +63,7 @@ def test_training_flops_agree_with_torchs_counter(
         targets=tokens[31:],
         document_lengths=(length,),
     )
-    counted = cost(config, document_lengths=(length,), patches=30, targets=length - 31)
+    counted = cost(config, document_lengths=(length,), grids=[(1, 30)], targets=length - 31)
 
     row = decoder.row_of(batch.positions, [Definition()] * config.layers)
 
@@ -99,7 +100,7 @@ def test_routed_flops_agree_with_torchs_counter(rule: str, skipped: str) -> None
         target_positions=torch.arange(30, length - 1),
         targets=tokens[31:],
         document_lengths=(length,),
-        image_patches=(30,),
+        images=(ImageSpan(0, ((1, 30),), bytes(30)),),
     )
 
     decoder.eval()
@@ -123,7 +124,7 @@ def test_routed_flops_agree_with_torchs_counter(rule: str, skipped: str) -> None
         result.backward()
     passing = [[int(routed.passed.sum())] for routed in routed_blocks(row)]
     assert all(0 < counts[0] < length for counts in passing)
-    counted = cost(config, document_lengths=(length,), patches=30, targets=length - 31, passing=passing)
+    counted = cost(config, document_lengths=(length,), grids=[(1, 30)], targets=length - 31, passing=passing)
     assert counted.forward_flops == pytest.approx(forward.get_total_flops(), rel=0.01)
     if rule == "threshold":
         measured = forward.get_total_flops() + backward.get_total_flops()
@@ -134,7 +135,7 @@ def test_routed_flops_agree_with_torchs_counter(rule: str, skipped: str) -> None
 def test_the_shares_asked_for_are_what_counts_where_nothing_else_is_known() -> None:
     shape = {"vocab_size": 500, "patch_size": 8, "layers": 9, "width": 64, "heads": 4, "kv_heads": 2, "head_size": 16}
     dense = FuyuConfig(**shape, feed_forward=160)
-    row = {"document_lengths": (100, 60), "patches": 80, "targets": 10}
+    row = {"document_lengths": (100, 60), "grids": [(8, 10)], "targets": 10}
     for routing, shares in (
         (RoutingConfig(share=0.25), (0.25, 0.25, 0.25)),
         (RoutingConfig(share=(0.5, 0.25, 0.125)), (0.5, 0.25, 0.125)),

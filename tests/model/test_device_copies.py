@@ -75,8 +75,8 @@ def test_token_info_copies_little_and_nothing_waits(
     ends = torch.tensor(row.document_lengths).cumsum(0)
     assert len(expected.seed[: ends[-1]].unique()) == len(ends)
     assert (expected.seed[ends[-1] :] == 0).all()
-    assert len(row.image_patches) > 1
-    assert torch.equal(expected.patch_image.bincount(), torch.tensor(row.image_patches))
+    assert len(row.images) > 1
+    assert torch.equal(expected.patch_image.bincount(), torch.tensor([span.patches for span in row.images]))
     with Copies(monkeypatch) as copies:
         info = TokenInfo.of(row.to("meta"), config.layers, Progress(3, 0.5), training=True)
     for field in fields(info):
@@ -85,7 +85,7 @@ def test_token_info_copies_little_and_nothing_waits(
             assert tensor.shape == getattr(expected, field.name).shape
     of_the_row = [tensor.numel() for tensor in vars(row).values() if isinstance(tensor, Tensor)]
     assert sorted(copies.all) == sorted(of_the_row + copies.unawaited)
-    assert sorted(copies.unawaited) == sorted([2 * (len(ends) + 1), len(row.image_patches)])
+    assert sorted(copies.unawaited) == sorted([2 * (len(ends) + 1), len(row.images)])
 
 
 def test_a_copy_to_a_gpu_is_made_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,7 +184,7 @@ def test_a_later_token_changes_nothing_before_it_and_no_other_document(
     start = changed_at
     if routing["rule"] == "image_topk":
         # An image is there as a whole, so its own patches and newlines may change its patches' choices.
-        for patches_of_one in batch.patch_positions.split(list(batch.image_patches)):
+        for patches_of_one in batch.patch_positions.split([span.patches for span in batch.images]):
             if patches_of_one[0] <= changed_at <= patches_of_one[-1]:
                 start = int(patches_of_one[0])
     assert torch.equal(passed_before[:, :start], passed_after[:, :start])
@@ -253,8 +253,8 @@ def test_shares_are_kept(
             groups = [(torch.ones_like(patches), shares.patches)]
         for group, share in groups:
             if routing["rule"] == "image_topk" and group is patches:  # whole patches of small images, at least one
-                kept = [max(1, int(share * size + 0.5)) for size in batch.image_patches]
-                share = sum(kept) / sum(batch.image_patches)
+                sizes = [span.patches for span in batch.images]
+                share = sum(max(1, int(share * size + 0.5)) for size in sizes) / sum(sizes)
             exact = routing["rule"] in ("topk", "image_topk")
             tolerance = 1e-4 if exact else 0.12
             assert routed.chosen[group].float().mean() == pytest.approx(share, rel=tolerance, abs=2e-3)
@@ -331,6 +331,7 @@ COMPILE = """
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.image_layout import ImageSpan
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
@@ -348,8 +349,8 @@ def row(lengths, images):
         target_positions=torch.arange(300, 300 + len(lengths)),
         targets=torch.arange(len(lengths)),
         document_lengths=tuple(lengths),
-        image_patches=tuple(images),
-        keys=tuple(map(str, lengths)),
+        images=tuple(ImageSpan(0, ((1, size),), bytes(size)) for size in images),
+        document_ids=tuple(lengths),
     )
 
 sizes = [([100, 200, 150], [30, 20]), ([60] * 8, [7, 50, 30]), ([400, 90], [30, 14]), ([33] * 15, [10] * 12)]

@@ -32,7 +32,7 @@ import pytest
 from PIL import Image as Pillow
 
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.image import ImagePolicy
+from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.sequence import SequenceBuilder
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.shards.manifest import Manifest, ShardFacts, verify
@@ -837,7 +837,7 @@ class Reader:
         total = Tally()
         for lane in self._lanes(original, shuffle=0):
             while (row := lane.next_row()) is not None:
-                assert len(row.tokens) == self.BUDGET
+                assert len(row.batch.tokens) == self.BUDGET
                 total.add(row.tally)
             assert not lane.state.waiting
             total.add(lane.tally)
@@ -985,7 +985,7 @@ def test_a_pass_counts_what_every_lane_skipped(tmp_path: Path, reader: Reader) -
     whole = Original("txt", [], b"", path, ShardFacts.of(path), [])
     total = Tally()
     for row in reader.stream(whole, shuffle=0).rows():
-        total.add(row.batch.tally)
+        total.add(row.tally)
     assert total.read == 4
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from fuyu_e2e import datamodule
-from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.datamodule import FuyuDataModule, RowDataset, RowLoader
+from fuyu_e2e.packing import PackedRow
 from fuyu_e2e.shards.order import Order
 from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import Tokenizer
@@ -41,10 +41,10 @@ def data(tmp_path: Path, tokenizer: Tokenizer) -> FuyuDataModule:
     )
 
 
-def digest(batch: PackedBatch) -> str:
-    parts = (getattr(batch, field.name) for field in fields(batch))
+def digest(row: PackedRow) -> str:
+    parts = (getattr(row.batch, field.name) for field in fields(row.batch))
     content = b"".join(part.numpy().tobytes() for part in parts if isinstance(part, torch.Tensor))
-    return hashlib.sha256(content + repr(batch.keys).encode()).hexdigest()
+    return hashlib.sha256(content + repr(row.keys).encode()).hexdigest()
 
 
 class Processes:
@@ -67,7 +67,7 @@ class Processes:
             if state:
                 loader.load_state_dict(state)
 
-    def rows(self) -> Iterator[PackedBatch]:
+    def rows(self) -> Iterator[PackedRow]:
         """The rows of all, in global order; one more of each is fetched ahead, as Lightning does."""
         streams = [iter(loader) for loader in self.loaders]
         ahead = [next(stream) for stream in streams]
@@ -95,7 +95,7 @@ def test_stopped_twenty_times_the_batches_are_those_of_one_uninterrupted_run(
     data: FuyuDataModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(1)
-    whole: list[PackedBatch] = []
+    whole: list[PackedRow] = []
     uninterrupted = Processes(data, 1, 0, None).rows()
     read = Counter[str]()
     while min(read.values(), default=0) < 2 or len(read) < SHARDS * PER_SHARD - len(BAD):
@@ -133,9 +133,9 @@ def test_at_any_moment_each_document_was_used_or_skipped_or_waits_once_an_epoch(
     for number, row in enumerate(stream.rows()):
         if number == rows:
             break
-        used[row.lane].update(row.batch.keys)
+        used[row.lane].update(row.keys)
         states[row.lane] = row.state
-        tallies[row.lane].add(row.batch.tally)
+        tallies[row.lane].add(row.tally)
     for lane, state in states.items():
         order = Order([PER_SHARD] * SHARDS, lane=lane, lanes=LANES, window=32, seed=5)
         drawn = [order.place(position) for position in range(state.positions[0])]

@@ -31,7 +31,7 @@ def test_rows_are_pinned_for_a_gpu(
     strategy = SingleDeviceStrategy(device)
     data.trainer = pl.Trainer(accelerator="cpu", strategy=strategy, logger=False, enable_checkpointing=False)
     data.setup("fit")
-    batch = next(iter(data.train_dataloader()))
+    batch = next(iter(data.train_dataloader())).batch
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 7
     assert all((id(tensor) in locked) == (device == "cuda") for tensor in tensors)

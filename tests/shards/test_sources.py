@@ -925,7 +925,7 @@ def remote(tmp_path: Path, train: str) -> FuyuDataModule:
 
 def rows(data: FuyuDataModule, workers: int) -> list[list[Any]]:
     loader = RowLoader(RowDataset(data.stream("train"), 0, 1), None, batch_size=None, num_workers=workers)
-    return [[batch.keys, batch.tokens.tolist(), batch.patches.tolist()] for batch in islice(loader, 40)]
+    return [[row.keys, row.batch.tokens.tolist(), row.batch.patches.tolist()] for row in islice(loader, 40)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

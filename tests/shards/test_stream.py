@@ -60,18 +60,18 @@ def stream(shards: tuple[str, ...], builder: SequenceBuilder, cache: ShardCache)
 
 
 def keys(rows: Iterable[StreamRow]) -> list[tuple[str, ...]]:
-    return [row.batch.keys for row in rows]
+    return [row.keys for row in rows]
 
 
 def test_an_evaluation_stream_gives_every_document_once_and_counts_the_rest(stream: Make) -> None:
     for lanes in (1, 2, 4, 20):
         rows = list(stream(shuffle=0, lanes=lanes).rows())
-        assert sorted(key for row in rows for key in row.batch.keys) == sorted(
+        assert sorted(key for row in rows for key in row.keys) == sorted(
             f"{shard}-{number}" for shard in range(SHARDS) for number in range(1, PER_SHARD)
         )
         total = Tally()
         for row in rows:
-            total.add(row.batch.tally)
+            total.add(row.tally)
         assert total.read == total.used + total.skipped.total() == SHARDS * PER_SHARD
         assert total.used == SHARDS * (PER_SHARD - 1)
 
@@ -95,7 +95,7 @@ def test_a_stream_continues_from_the_states_of_its_lanes(stream: Make) -> None:
 
 def test_the_order_is_shuffled_by_the_seed_and_changes_with_each_pass(stream: Make) -> None:
     def order(seed: int) -> list[str]:
-        return [key for row in islice(stream(seed=seed).rows(), 40) for key in row.batch.keys]
+        return [key for row in islice(stream(seed=seed).rows(), 40) for key in row.keys]
 
     found = order(0)
     assert order(0) == found
@@ -106,7 +106,7 @@ def test_the_order_is_shuffled_by_the_seed_and_changes_with_each_pass(stream: Ma
 
 
 def test_every_document_comes_about_equally_often(stream: Make) -> None:
-    counts = Counter(key for row in islice(stream().rows(), 400) for key in row.batch.keys)
+    counts = Counter(key for row in islice(stream().rows(), 400) for key in row.keys)
     assert len(counts) == SHARDS * (PER_SHARD - 1)
     # Lanes with longer documents lag behind by a few of them, not by more and more.
     assert max(counts.values()) <= 1.25 * min(counts.values())
@@ -140,12 +140,12 @@ def test_a_mixture_holds_its_shares_and_each_source_its_epochs(
     rows = list(islice(mixed.rows(), 200))
     total = Tally()
     for row in rows:
-        total.add(row.batch.tally)
+        total.add(row.tally)
     drawn = total.tokens_of if mix_by == "tokens" else total.used_of
     assert drawn["long"] / drawn.total() == pytest.approx(0.25, abs=0.01)
     assert total.read == total.read_of.total() >= total.used_of.total() > 0
     # Both sources give all their documents about equally often, the small one more often.
-    often = Counter(key for row in rows for key in row.batch.keys)
+    often = Counter(key for row in rows for key in row.keys)
     small = [count for key, count in often.items() if key.startswith("0-")]
     assert len(often) == SHARDS * (PER_SHARD - 1)
     assert min(small) > max(often[key] for key in often if not key.startswith("0-")) * 0.9
@@ -159,7 +159,7 @@ def test_a_mixture_goes_on_from_its_states_and_weights_follow_the_steps(shards: 
     assert keys(islice(mixed.rows(30, 1, states), 50)) == keys(whole[30:])
 
     def share_early(rows: list[StreamRow]) -> float:
-        tokens = sum((row.batch.tally.tokens_of for row in rows), Counter())
+        tokens = sum((row.tally.tokens_of for row in rows), Counter())
         return tokens["early"] / tokens.total()
 
     assert share_early(whole[:4]) > 0.9

@@ -161,7 +161,7 @@ def test_what_a_damaged_archive_lost_is_reported_against_the_manifest(
     settings: dict[str, Any] = {"cache": cache, "budget": 64, "long_documents": "skip", "lanes": 1, "shuffle": 0}
     total = Tally()
     for row in Stream(sources=(source,), builder=builder, **settings).rows():
-        total.add(row.batch.tally)
+        total.add(row.tally)
     lost = total.skipped["sample-missing"] + total.skipped["shard-broken"]
     assert total.read == facts[0].documents == total.used + lost
     assert lost > 1

@@ -70,7 +70,7 @@ def digest(batch: PackedBatch) -> str:
     """Of all that a row holds."""
     parts = (getattr(batch, field.name) for field in fields(batch))
     content = b"".join(part.numpy().tobytes() for part in parts if isinstance(part, torch.Tensor))
-    return hashlib.sha256(content + repr((batch.keys, batch.document_lengths)).encode()).hexdigest()
+    return hashlib.sha256(content + repr((batch.document_ids, batch.document_lengths)).encode()).hexdigest()
 
 
 class Watch(Callback):

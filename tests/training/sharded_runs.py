@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.datamodule import FuyuDataModule
+from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.ranks import DataRank
 from fuyu_e2e.training.bad_steps import BadSteps
@@ -49,7 +50,7 @@ class Learner(FuyuModule):
         if self.text_rows and (batch_idx * place.size + place.rank) % 2 == 0:
             none = batch.patch_positions[:0]
             without = {"patches": batch.patches[:0], "patch_positions": none, "newline_positions": none}
-            batch = replace(batch, image_patches=(), **without)
+            batch = replace(batch, images=(), **without)
         return super().training_step(batch, batch_idx)
 
 
@@ -90,7 +91,8 @@ def train(folder: Path, wanted: dict[str, Any], world_size: int) -> None:
     """One run of one process."""
     torch.manual_seed(3)
     routing = RoutingConfig(share=0.4, anneal=0.4, explore=0.2, blocks=(1,)) if wanted.get("routed") else None
-    config = replace(CONFIG, heads=4, kv_heads=2, head_size=8, routing=routing, **wanted.get("decoder", {}))
+    config = replace(CONFIG, heads=4, kv_heads=2, head_size=8, routing=routing)
+    config = FuyuConfig.from_dict(config.to_dict() | wanted.get("decoder", {}))
     shards = f"{folder}/*.tar"
     data = FuyuDataModule(
         f"{folder}/tokenizer.model", 4, cache_dir=f"{folder}/cache", budget=96, lanes=12, shuffle=16, train=shards,

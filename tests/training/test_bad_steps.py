@@ -39,7 +39,7 @@ class Plant(Callback):
         self.lr: list[float] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
-        self.keys.append(batch.keys)
+        self.keys.append(trainer.datamodule.row.keys)
 
     def on_after_backward(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.global_step in self.steps:

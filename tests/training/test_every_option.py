@@ -622,7 +622,7 @@ def start(
     built: list[FuyuCLI] = []
 
     def look(module: FuyuModule, batch: Any, batch_idx: int) -> Any:
-        seen["trained"].append(batch.keys)
+        seen["trained"].append(batch.document_ids)
         warns = torch.is_deterministic_algorithms_warn_only_enabled()
         seen["deterministic"] = (torch.are_deterministic_algorithms_enabled(), warns)
         seen["benchmark"], seen["anomaly"] = torch.backends.cudnn.benchmark, torch.is_anomaly_enabled()

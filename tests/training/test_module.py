@@ -3,6 +3,7 @@
 import io
 import tarfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.image_layout import FUYU_LAYOUT, ImagePolicy, View
 from fuyu_e2e.inference.generation import continue_texts
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.images.linear import LinearConfig
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
@@ -50,10 +53,10 @@ class Rows(Callback):
     """Keeps the keys of every batch trained on."""
 
     def __init__(self) -> None:
-        self.keys: list[tuple[str, ...]] = []
+        self.keys: list[tuple[int, ...]] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
-        self.keys.append(batch.keys)
+        self.keys.append(batch.document_ids)
 
 
 def module(config: FuyuConfig, **settings: Any) -> FuyuModule:
@@ -171,6 +174,29 @@ def test_the_same_batches_are_overfitted_in_each_epoch(
     assert rows.keys[:2] == usual.keys
     with pytest.raises(UserError, match=r"was trained with trainer\.overfit_batches"):
         trainer(tmp_path, max_steps=9).fit(module(config), question_data(budget=64), ckpt_path=saved)
+
+
+@dataclass(frozen=True)
+class Twice(LinearConfig):
+    """Two views, each the whole image."""
+
+    def views(self, width: int, height: int, policy: ImagePolicy) -> tuple[View, ...]:
+        return 2 * super().views(width, height, policy)
+
+
+def test_images_are_laid_out_as_the_connector_reads_them(
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path
+) -> None:
+    twice = replace(config, connector=Twice())
+    for layout, wanted in ((FUYU_LAYOUT, twice), (Twice(), config)):
+        with pytest.raises(UserError, match=r"another way than the decoder's connector.*layout=config\.connector"):
+            trainer(tmp_path, max_steps=1).fit(module(wanted), question_data(layout=layout))
+    learner = module(twice)
+    trainer(tmp_path, max_steps=2).fit(learner, data := question_data(layout=Twice(), budget=256))
+    assert data.row is not None
+    assert {len(span.grids) for span in data.row.batch.images} == {2}
+    assert learner.figures is not None
+    assert learner.figures.step == 2
 
 
 def test_an_endless_stream_is_not_begun_anew_in_each_epoch(

@@ -138,6 +138,21 @@ def test_every_tensor_is_the_same_under_another_strategy(folder: Path, name: str
         assert torch.equal(tensor, after[entry]), entry
 
 
+@pytest.mark.parametrize("connector", [None, "fuyu_e2e.model.images.mlp.MLPConfig"])
+def test_what_images_pass_is_the_same_in_parts(tmp_path: Path, connector: str | None) -> None:
+    """With every option, on ranks of which some have text alone."""
+    decoder: dict[str, Any] = {"image_norm": True, "grid_embeddings": 8}
+    if connector is not None:
+        decoder["connector"] = {"class_path": connector, "init_args": {"hidden": 24}}
+    places = ["one process", "ddp", "fsdp2", "tensor parallel"]
+    run(tmp_path, *({"name": place, "under": place, "text_rows": True, "decoder": decoder} for place in places))
+    alone = tensors(tmp_path, "one process")
+    assert alone["decoder.grid_embeddings.rows"].abs().sum() > 0
+    for place in places[1:]:
+        for weight, tensor in settled(tensors(tmp_path, place)):
+            torch.testing.assert_close(tensor, alone[weight], atol=1e-5, rtol=1e-4, msg=f"{place}: {weight}")
+
+
 @pytest.mark.slow
 def test_fifty_steps_under_every_strategy_give_the_losses_of_one_process(tmp_path: Path) -> None:
     """To 5 decimals, with AdamW and with Muon, dense and routed."""

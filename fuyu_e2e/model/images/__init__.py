@@ -1,0 +1,1 @@
+"""What turns an image into embeddings at its tokens: connectors, and options after any of them."""
