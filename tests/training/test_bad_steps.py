@@ -5,6 +5,7 @@ Unless it is one of many.
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Plant(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int) -> None:
         self.keys.append(trainer.datamodule.row.keys)
+        assert batch.document_ids == tuple(zlib.crc32(key.encode()) for key in self.keys[-1])
 
     def on_after_backward(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.global_step in self.steps:
