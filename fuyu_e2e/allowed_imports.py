@@ -17,7 +17,9 @@ from fuyu_e2e.setting_errors import SettingError, follows, groups_given
 
 OPTION = "--allow-imports"
 ALLOWED = (
+    "fuyu_e2e.model.block",
     "fuyu_e2e.model.config",
+    "fuyu_e2e.model.mask",
     "fuyu_e2e.model.routing.config",
     "fuyu_e2e.model.images",
     "fuyu_e2e.shards.mixture",

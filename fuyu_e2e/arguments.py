@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Any, NoReturn
 
 from fuyu_e2e.errors import UserError
@@ -75,6 +76,27 @@ class CommandParser(argparse.ArgumentParser):
         if message.endswith(NO_VALUE):
             raise UserError(without_value(message, f"{self.prog} --help"))
         raise UserError(f"{message}; {self.prog} --help tells more.")
+
+
+class _Import(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None
+    ) -> None:
+        for name in values.split(","):
+            try:
+                import_module(name)
+            except (ImportError, ValueError) as error:
+                raise UserError(f"--allow-imports {name} can't be imported ({error}).") from error
+
+
+def add_allow_imports(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that imports what a checkpoint names, parts of a model of the user's own."""
+    parser.add_argument(
+        "--allow-imports",
+        action=_Import,
+        metavar="PACKAGE[,PACKAGE]",
+        help="Packages that the model's own connectors, blocks and masks come from.",
+    )
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:

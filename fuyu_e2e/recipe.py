@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
@@ -33,6 +34,7 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.during_training import EvaluationInTraining
 from fuyu_e2e.home import with_home
 from fuyu_e2e.model.attention_kernels import check_device
+from fuyu_e2e.model.mask import AttentionMask
 from fuyu_e2e.run_directory import CHECKPOINTS, shown
 from fuyu_e2e.setting_errors import SettingError, is_of_others, reason, recipes_of, sentence
 from fuyu_e2e.shards.sources import CACHE_FOLDER
@@ -67,6 +69,9 @@ from fuyu_e2e.training.summary import Summary
 from fuyu_e2e.training.throughput import Throughput
 from fuyu_e2e.training.time_limit import TimeLimit
 from fuyu_e2e.training.watchdog import Watchdog
+
+# Recipes may name masks of their own: jsonargparse takes a dataclass for itself alone.
+set_parsing_settings(subclasses_enabled=[AttentionMask])
 
 
 class SaveRecipe(SaveConfigCallback):

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fuyu_e2e.arguments import CommandParser
+from fuyu_e2e.arguments import CommandParser, add_allow_imports
 from fuyu_e2e.errors import UserError
 
 DAMAGED = 1
@@ -21,6 +21,7 @@ def checkpoint(args: Sequence[str]) -> int:
         ("consolidate", "Write a checkpoint in shards, or the newest of a run, anew as one file."),
     ):
         action = actions.add_parser(name, help=said, description=said)
+        add_allow_imports(action)
         action.add_argument("path", help="A checkpoint, or a run's directory.")
         if name == "consolidate":
             action.add_argument("--out", required=True, help="The checkpoint to write; it must not be there yet.")

@@ -3,7 +3,7 @@
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 
-from fuyu_e2e.arguments import CommandParser, whole_number
+from fuyu_e2e.arguments import CommandParser, add_allow_imports, whole_number
 from fuyu_e2e.cli.prompting import DEVICE_HELP
 from fuyu_e2e.cli.starting import starting
 from fuyu_e2e.eval.task import BATCH_TOKENS
@@ -12,6 +12,7 @@ from fuyu_e2e.eval.task import BATCH_TOKENS
 def evaluate(args: Sequence[str]) -> int:
     """Scores a checkpoint on a task, with intervals, and tells how much of the score comes from the images."""
     parser = CommandParser(prog="fuyu-e2e evaluate", description=evaluate.__doc__)
+    add_allow_imports(parser)
     parser.add_argument("--checkpoint", required=True, help="A checkpoint, a run's directory, or an exported folder.")
     parser.add_argument("--task", required=True, help="A task file, or the name of a shipped one.")
     parser.add_argument(

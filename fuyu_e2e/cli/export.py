@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fuyu_e2e.arguments import CommandParser
+from fuyu_e2e.arguments import CommandParser, add_allow_imports
 from fuyu_e2e.cli.starting import starting
 from fuyu_e2e.errors import UserError
 
@@ -11,6 +11,7 @@ from fuyu_e2e.errors import UserError
 def export(args: Sequence[str]) -> int:
     """Writes a trained model as files that other software loads."""
     parser = CommandParser(prog="fuyu-e2e export", description=export.__doc__)
+    add_allow_imports(parser)
     parser.add_argument(
         "--checkpoint",
         required=True,

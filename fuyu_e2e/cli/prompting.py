@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from fuyu_e2e.arguments import whole_number
+from fuyu_e2e.arguments import add_allow_imports, whole_number
 
 PROMPT_HELP = "The text after the images; empty asks for a caption."
 DEVICE_HELP = (
@@ -17,6 +17,7 @@ MOST_TOKENS = 2**31 - 1
 
 def add_model_and_images(parser: ArgumentParser) -> None:
     """Adds which model, where it computes, and the images of the prompt."""
+    add_allow_imports(parser)
     parser.add_argument("--checkpoint", required=True, help="A checkpoint, a run's directory, or an exported folder.")
     parser.add_argument("--image", action="append", default=[], help="An image file; may be given several times.")
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)

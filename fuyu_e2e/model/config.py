@@ -7,8 +7,8 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.block import BlockConfig, DenseConfig
 from fuyu_e2e.model.components import from_settings, to_settings
 from fuyu_e2e.model.dialects import DIALECTS, Dialect, Parts
+from fuyu_e2e.model.images import LinearConfig
 from fuyu_e2e.model.images.connector import ConnectorConfig
-from fuyu_e2e.model.images.linear import LinearConfig
 from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.routing.config import RoutingConfig
 
@@ -17,7 +17,6 @@ SizeName = Literal["1m", "10m", "50m", "125m", "350m", "1b", "3b", "8b"]
 
 LINEAR = LinearConfig()
 """Fuyu's connector."""
-DENSE = DenseConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +55,8 @@ class FuyuConfig:
     """Which blocks only some tokens pass; None for a dense decoder."""
     masks: tuple[AttentionMask, ...] = (CAUSAL,)
     """What tokens see in each block: a pattern by depth, which repeats from the first block on."""
-    blocks: tuple[BlockConfig, ...] = (DENSE,)
-    """What the blocks are: a pattern by depth, which repeats from the first one on."""
+    blocks: tuple[BlockConfig, ...] = ()
+    """What the blocks are: a pattern by depth, which repeats from the first one on; where it is empty, all dense."""
     connector: ConnectorConfig = LINEAR
     """What turns an image's patches into embeddings at its tokens."""
     image_norm: bool = False
@@ -67,9 +66,8 @@ class FuyuConfig:
     columns, that there can be."""
 
     def __post_init__(self) -> None:
-        for name in ("masks", "blocks"):
-            if not getattr(self, name):
-                raise UserError(f"decoder.{name} is empty: list one for each block of a pattern, or leave it out.")
+        if not self.masks:
+            raise UserError("decoder.masks is empty: list one for each block of a pattern, or leave it out.")
         for name in ("vocab_size", "patch_size", "layers", "width", "heads", "kv_heads", "head_size", "feed_forward"):
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"decoder.{name} is {value}, but must be at least 1.")
@@ -128,7 +126,7 @@ class FuyuConfig:
                     from_settings(mask, AttentionMask, AttentionMask) for mask in settings.get("masks", [{}])
                 ),
                 "blocks": tuple(
-                    from_settings(block, DenseConfig, BlockConfig) for block in settings.get("blocks", [{}])
+                    from_settings(block, DenseConfig, BlockConfig) for block in settings.get("blocks", ())
                 ),
                 "connector": from_settings(settings.get("connector", {}), LinearConfig, ConnectorConfig),
             }

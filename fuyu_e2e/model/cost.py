@@ -42,7 +42,8 @@ def cost(
     """Counts a row of documents with these lengths, images and `targets` supervised tokens.
 
     Blocks and the connector count themselves (`Block.operations`, `Connector.flops`). The output projection counts at
-    supervised tokens, where it is computed. A routed block counts for the tokens that pass it; what fills its capacity beyond them doesn't count.
+    supervised tokens, where it is computed. A routed block counts for the tokens that pass it; what fills its capacity
+    beyond them doesn't count.
 
     Args:
         config: Of the decoder.

@@ -28,7 +28,7 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.image_layout import ImageSpan
 from fuyu_e2e.model.attention import RowAttention, attention_type, rotary
 from fuyu_e2e.model.attention_kernels import AttentionBackend, plan_attention
-from fuyu_e2e.model.block import Block, DenseBlock, build_norm
+from fuyu_e2e.model.block import Block, DenseBlock, DenseConfig, build_norm
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.graphs import noticing_too_many
 from fuyu_e2e.model.images.options import GridEmbeddings, ImageNorm
@@ -62,7 +62,8 @@ def build_block(config: FuyuConfig, number: int) -> Block:
     Raises:
         UserError: It is to be routed, and is of a kind that can't be.
     """
-    block = config.blocks[number % len(config.blocks)].build(config, number)
+    kinds = config.blocks or (DenseConfig(),)
+    block = kinds[number % len(kinds)].build(config, number)
     if number not in config.routed:
         return block
     if not isinstance(block, DenseBlock):
