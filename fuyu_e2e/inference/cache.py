@@ -20,6 +20,7 @@ from fuyu_e2e.model.attention import Attend, Passing, Places, RowAttention, atte
 from fuyu_e2e.model.attention_plans import TilePlan, shared_attention
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.device_copy import to_device
+from fuyu_e2e.model.images.connector import ImageStates
 from fuyu_e2e.model.mask import AttentionMask
 
 GROWTH = 8
@@ -170,6 +171,12 @@ class KeyValueCache:
         self.lengths = torch.zeros(sequences, dtype=torch.int64, device=like.device)
         self.longest = 0
         """Tokens of the longest sequence, known to the host."""
+        self.shifts: Tensor | None = None
+        """What the next token's rotary position is beyond the sequence's length; None for nothing."""
+        self.images: ImageStates | None = None
+        """What the connector made of the prompts' images."""
+        self.read_images: Tensor | None = None
+        """The image that the next token of each sequence may read, where the connector gives features."""
 
     @property
     def dense(self) -> list[DenseBlockCache]:
@@ -193,12 +200,17 @@ class KeyValueCache:
             block.keys.zero_()
             block.values.zero_()
         self.lengths = torch.zeros_like(self.lengths)
-        self.longest = 0
+        self.longest, self.shifts, self.images, self.read_images = 0, None, None, None
 
     def begin(self, document_lengths: tuple[int, ...]) -> None:
         """Counts the tokens of prompts, which are then written by `Prefill`."""
         self.lengths = to_device(torch.tensor(document_lengths), self.lengths.device)
         self.longest = max(document_lengths)
+
+    @property
+    def rotary_positions(self) -> Int64[Tensor, " B"]:
+        """Of the next token of each sequence."""
+        return self.lengths if self.shifts is None else self.lengths + self.shifts
 
     def advance(self) -> None:
         """Counts one more token of each sequence."""

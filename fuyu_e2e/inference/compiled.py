@@ -37,6 +37,11 @@ def compiled_cache(decoder: Decoder, sequences: int, capacity: int) -> KeyValueC
             "The decoding step of a decoder with routed blocks can't be compiled, as what its cache holds depends on "
             "what passes: generate with compiled=False."
         )
+    if decoder.config.connector.gives_features:
+        raise UserError(
+            "The decoding step of a decoder whose connector gives features can't be compiled, as their number differs "
+            "from prompt to prompt: generate with compiled=False."
+        )
     if PackedDecoder.serves(decoder):
         if decoder not in _packed:
             _packed[decoder] = PackedDecoder(decoder)
@@ -66,9 +71,9 @@ def compiled_step(decoder: Decoder, tokens: Int64[Tensor, " B"], cache: KeyValue
     runs = _packed[decoder].decoder if PackedDecoder.serves(decoder) else decoder
     if tokens.device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
-        logits_BV = _on_gpu(runs, tokens, cache.lengths, keys, values, places)
+        logits_BV = _on_gpu(runs, tokens, cache.lengths, cache.shifts, keys, values, places)
     else:
-        logits_BV = _on_cpu(runs, tokens, cache.lengths, keys, values, places)
+        logits_BV = _on_cpu(runs, tokens, cache.lengths, cache.shifts, keys, values, places)
     cache.advance()
     return logits_BV
 
@@ -86,12 +91,14 @@ def _step(
     decoder: Decoder,
     tokens: Int64[Tensor, " B"],
     lengths: Int64[Tensor, " B"],
+    shifts: Int64[Tensor, " B"] | None,
     keys: list[Tensor],
     values: list[Tensor],
     places: int,
 ) -> Float[Tensor, "B V"]:
     blocks = [DenseBlockCache(*stores) for stores in zip(keys, values, strict=True)]
-    row = decoder.row_of(lengths, DecodeStep(blocks, decoder.config.masks, lengths, places).attends)
+    attends = DecodeStep(blocks, decoder.config.masks, lengths, places).attends
+    row = decoder.row_of(lengths, attends, rotary_positions=None if shifts is None else lengths + shifts)
     return decoder.lm_head(decoder(Inputs(tokens), row))
 
 

@@ -171,19 +171,27 @@ def prefill(
     places = torch.searchsorted(batch.patch_positions, torch.tensor(bounds, device=batch.tokens.device)).tolist()
     batch = batch.to(device)
     # At once: pieces cut through images, which connectors may look at as wholes.
-    embeddings = decoder.embed_images(batch.patches, batch.images)
+    images = decoder.embed_images(batch.patches, batch.images)
     # Whatever else was chosen for training may not serve the type that is generated in, or only once it is compiled.
     backend: AttentionBackend = "documents" if decoder.attention == "documents" else "auto"
     plan = partial(decoder.plan, device=device, backend=backend)
     info = decoder.info(batch)
     cache.begin(batch.document_lengths)
     lasts = np.cumsum(batch.document_lengths) - 1
+    rotary_positions, read = decoder.rotary_positions(batch), decoder.read_images(batch)
+    last = to_device(torch.from_numpy(lasts), device)
+    if read is not None:
+        cache.images, cache.read_images = images, read.index_select(0, last)
+    if rotary_positions.ndim == 2:
+        cache.shifts = rotary_positions.index_select(1, last).amax(dim=0) + 1 - cache.lengths
     states = []
     for (start, stop), (first, end) in zip(pairwise(bounds), pairwise(places), strict=True):
         piece = Prefill(cache, batch.document_lengths, batch.image_bounds, start, stop, plan)
-        row = decoder.row_of(batch.positions[start:stop], piece.attends, info)
+        turned, reads = rotary_positions[..., start:stop], None if read is None else read[start:stop]
+        row = decoder.row_of(batch.positions[start:stop], piece.attends, info, turned, reads)
         positions = batch.patch_positions[first:end] - start
-        inputs = Inputs(batch.tokens[start:stop], patch_positions=positions, embeddings=embeddings[first:end])
+        of_piece = images._replace(embeddings=images.embeddings[first:end])
+        inputs = Inputs(batch.tokens[start:stop], patch_positions=positions, states=of_piece)
         with _uncompiled():
             hidden_TD = decoder(inputs, row)
         if watch is not None:
@@ -207,10 +215,10 @@ def decode_step(
 ) -> Float[Tensor, "B D"]:
     """Reads one more token of each sequence, and gives its state; `watch` hears of the row that was read."""
     step = DecodeStep(cache.blocks, cache.masks, cache.lengths, cache.longest + 1)
-    row = decoder.row_of_new_tokens(cache.lengths, step.attends)
+    row = decoder.row_of_new_tokens(cache.lengths, step.attends, cache.rotary_positions, cache.read_images)
     cache.advance()
     with _uncompiled():
-        hidden_BD = decoder(Inputs(tokens), row)
+        hidden_BD = decoder(Inputs(tokens, states=cache.images), row)
     if watch is not None:
         watch(row)
     return hidden_BD

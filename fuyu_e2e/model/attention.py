@@ -1,7 +1,7 @@
 """Attention inside each document of a packed row, of all its tokens or of those that pass a routed block.
 
-What a block asks for stands here, with its definition (`reference_attention`) and the rotary embedding. Several
-backends compute it, at the cost of the sum of squares of the documents' lengths instead of the square of the row's:
+What a block asks for stands here, with its definition (`reference_attention`). Several backends compute it, at the
+cost of the sum of squares of the documents' lengths instead of the square of the row's:
 `fuyu_e2e.model.attention_plans` on any device, `fuyu_e2e.model.attention_kernels` on GPUs.
 """
 
@@ -144,26 +144,3 @@ def reference_attention(
     scores = torch.einsum("thk,shk->hts", queries, keys) / queries.shape[-1] ** 0.5
     weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
     return torch.einsum("hts,shk->thk", weights, values)
-
-
-def rotary(
-    positions: Int64[Tensor, " T"], size: int, theta: float
-) -> tuple[Float[Tensor, "T 1 R"], Float[Tensor, "T 1 R"]]:
-    """Cosines and sines of the rotary embedding (Su et al. 2021, arXiv 2104.09864) in the rotate-half layout.
-
-    Always float32: bfloat16 can't tell neighbouring positions of a long document apart.
-    """
-    exponent = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
-    angles = positions[:, None].float() * theta**-exponent
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos(), angles.sin()
-
-
-def rotate(
-    x: Float[Tensor, "T heads K"], cos: Float[Tensor, "T 1 R"], sin: Float[Tensor, "T 1 R"]
-) -> Float[Tensor, "T heads K"]:
-    """Turns the pairs (r, r + R/2) of each head's first R values by its token's angles; the others stay."""
-    if (size := cos.shape[-1]) < x.shape[-1]:
-        return torch.cat((rotate(x[..., :size], cos, sin), x[..., size:]), dim=-1)
-    first, second = x.float().chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

@@ -211,7 +211,7 @@ class VarlenRow(RowAttention):
             0, own, torch.ones_like(own)
         )
         starts = F.pad(counts.cumsum(0), (1, 0)).int()
-        return VarlenRow(self.kernel, starts, len(own), own)
+        return VarlenRow(self.kernel, starts, len(own), own, self.mask)
 
     def asking(self, passing: Passing) -> Attend:
         """The attention of passing tokens to the whole row, whose places the kernels can't be told."""

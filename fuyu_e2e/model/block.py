@@ -19,9 +19,9 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
 )
 
-from fuyu_e2e.model.attention import rotate
 from fuyu_e2e.model.counting import DenseOperations, Operations
 from fuyu_e2e.model.recomputation import ActivationCheckpointing, recomputing
+from fuyu_e2e.model.rope import rotate
 from fuyu_e2e.model.row import Progress, Report, Row
 
 if TYPE_CHECKING:  # a configuration of a decoder holds those of its blocks

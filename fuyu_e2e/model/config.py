@@ -9,9 +9,11 @@ from fuyu_e2e.model.components import from_settings, to_settings
 from fuyu_e2e.model.dialects import DIALECTS, Dialect, Parts
 from fuyu_e2e.model.images import LinearConfig
 from fuyu_e2e.model.images.connector import ConnectorConfig
+from fuyu_e2e.model.images.masking import PatchMasking
 from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.routing.config import RoutingConfig
 
+Rotary = Literal["1d", "2d"]
 SizeName = Literal["1m", "10m", "50m", "125m", "350m", "1b", "3b", "8b"]
 
 
@@ -65,6 +67,12 @@ class FuyuConfig:
     """Where set, learnt embeddings of a patch's row and column in its image are added to its own: the most rows, and
     columns, that there can be."""
 
+    rotary: Rotary = "1d"
+    """Positions of image tokens: as the sequence counts them, or `2d`, by row and column of their patch. Text is the
+    same where no image comes before it."""
+    patch_masking: PatchMasking | None = None
+    """Which patches a learnt embedding stands in for in training."""
+
     def __post_init__(self) -> None:
         if not self.masks:
             raise UserError("decoder.masks is empty: list one for each block of a pattern, or leave it out.")
@@ -98,6 +106,8 @@ class FuyuConfig:
                 f"decoder.head_size is {self.head_size}, but rotary positions turn {turned} values in pairs: make it "
                 f"{remedy}."
             )
+        if self.rotary == "2d":
+            self._check_grid_positions()
         if self.rope_theta <= 1:
             raise UserError(f"decoder.rope_theta is {self.rope_theta}, but must be above 1; 10000 is usual.")
         if self.norm_eps <= 0:
@@ -114,14 +124,28 @@ class FuyuConfig:
                     "another connector."
                 )
 
+    def _check_grid_positions(self) -> None:
+        if self.rotary_size % 4:
+            least = 4 if self.parts.rotary_part == 1 else 8
+            raise UserError(
+                f"decoder.rotary is '2d' and decoder.head_size is {self.head_size}, but rows and columns turn as many "
+                f"pairs of its values: make it a multiple of {least}, or leave rotary at '1d'."
+            )
+        if not self.connector.one_per_patch:
+            raise UserError(
+                f"decoder.rotary is '2d', but the connector {type(self.connector).__name__} gives no embedding for "
+                "each patch that a row and a column could belong to: leave it at '1d', or take another connector."
+            )
+
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "FuyuConfig":
         """The inverse of `to_dict`; settings that are missing have their defaults."""
-        routing = settings.get("routing")
+        routing, masking = settings.get("routing"), settings.get("patch_masking")
         return cls(
             **settings
             | {
                 "routing": None if routing is None else RoutingConfig(**routing),
+                "patch_masking": None if masking is None else PatchMasking(**masking),
                 "masks": tuple(
                     from_settings(mask, AttentionMask, AttentionMask) for mask in settings.get("masks", [{}])
                 ),

@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, UInt8
@@ -26,14 +27,18 @@ from torch.utils.checkpoint import checkpoint
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.image_layout import ImageSpan
-from fuyu_e2e.model.attention import RowAttention, attention_type, rotary
+from fuyu_e2e.model.attention import RowAttention, attention_type
 from fuyu_e2e.model.attention_kernels import AttentionBackend, plan_attention
 from fuyu_e2e.model.block import Block, DenseBlock, DenseConfig, build_norm
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.device_copy import to_device
 from fuyu_e2e.model.graphs import noticing_too_many
+from fuyu_e2e.model.images.connector import ImageStates
+from fuyu_e2e.model.images.masking import MaskedPatches
 from fuyu_e2e.model.images.options import GridEmbeddings, ImageNorm
 from fuyu_e2e.model.mask import AttentionMask
 from fuyu_e2e.model.recomputation import ActivationCheckpointing
+from fuyu_e2e.model.rope import grid_positions, rotary
 from fuyu_e2e.model.routing.block import RoutedBlock
 from fuyu_e2e.model.row import Progress, Reports, Row, TokenInfo
 
@@ -52,8 +57,10 @@ class Inputs(NamedTuple):
     """The index in `tokens` of each embedding of an image."""
     images: tuple[ImageSpan, ...] = ()
     """The images that the patches are of, where a connector or an option behind it reads them."""
-    embeddings: Float[Tensor, "N D"] | None = None
+    states: ImageStates | None = None
     """What `embed_images` gave, in the place of patches."""
+    masked: Bool[Tensor, " N"] | None = None
+    """Which embeddings of images a learnt one stands in for."""
 
 
 def build_block(config: FuyuConfig, number: int) -> Block:
@@ -91,6 +98,7 @@ class Decoder(nn.Module):
         self.patch_projection = config.connector.build(config)
         self.image_norm = ImageNorm(config.width, eps=config.norm_eps) if config.image_norm else None
         self.grid_embeddings = GridEmbeddings(config.grid_embeddings, config.width) if config.grid_embeddings else None
+        self.masked_patches = MaskedPatches(config.width) if config.patch_masking else None
         self.blocks = nn.ModuleList(build_block(config, number) for number in range(config.layers))
         self.norm = build_norm(config, config.width)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -140,29 +148,31 @@ class Decoder(nn.Module):
         for block in self.each_block():
             block.recompute = kind
 
-    def embed_images(self, patches: UInt8[Tensor, "P C"], images: tuple[ImageSpan, ...]) -> Float[Tensor, "N D"]:
+    def embed_images(self, patches: UInt8[Tensor, "P C"], images: tuple[ImageSpan, ...]) -> ImageStates:
         """Returns the embedding at each place that images have for one, in the order of the row.
+
+        Runs the connector also of no patches, so that a rank with text alone takes part in its gradient.
 
         Raises:
             UserError: A view has more rows or columns than `grid_embeddings`.
         """
-        x_ND = self.patch_projection(patches, images=images)
+        made = self.patch_projection(patches, images=images)
+        states = made if isinstance(made, ImageStates) else ImageStates(made)
+        x_ND = states.embeddings
         if self.image_norm is not None:
             x_ND = self.image_norm(x_ND)
-        return x_ND if self.grid_embeddings is None else self.grid_embeddings(x_ND, images)
+        if self.grid_embeddings is not None:
+            x_ND = self.grid_embeddings(x_ND, images)
+        return states._replace(embeddings=x_ND)
 
-    def embed(self, inputs: Inputs) -> Float[Tensor, "T D"]:
-        """Returns token embeddings, with those of images in place of their placeholders.
-
-        Runs the connector also of no patches, so that a rank with text alone takes part in its gradient, but not
-        where there can be none.
-        """
+    def embed(self, inputs: Inputs, states: ImageStates | None) -> Float[Tensor, "T D"]:
+        """Returns token embeddings, with those of images in place of their placeholders."""
         x_TD = self.embed_tokens(inputs.tokens)
-        x_ND = inputs.embeddings
-        if x_ND is None and inputs.patches is not None:
-            x_ND = self.embed_images(inputs.patches, inputs.images)
-        if x_ND is None or inputs.patch_positions is None:
+        if states is None or inputs.patch_positions is None:
             return x_TD
+        x_ND = states.embeddings
+        if self.masked_patches is not None and inputs.masked is not None:
+            x_ND = self.masked_patches(x_ND, inputs.masked)
         return x_TD.index_copy(0, inputs.patch_positions, x_ND.to(x_TD.dtype))
 
     def plan(
@@ -196,7 +206,25 @@ class Decoder(nn.Module):
         lengths, images = (*batch.document_lengths, batch.padding), batch.image_bounds
         masks = [block.mask for block in self.each_block()]
         plans = {mask: self.plan(mask, lengths, images, batch.tokens.device, self.attention) for mask in set(masks)}
-        return self.row_of(batch.positions, [plans[mask] for mask in masks], self.info(batch))
+        attends = [plans[mask] for mask in masks]
+        rotary_positions, read = self.rotary_positions(batch), self.read_images(batch)
+        return self.row_of(batch.positions, attends, self.info(batch), rotary_positions, read)
+
+    def read_images(self, batch: PackedBatch) -> Int64[Tensor, " T"] | None:
+        """Returns the image that each token of a packed batch may read the features of; see `Row.read_images`."""
+        if not self.config.connector.gives_features:
+            return None
+        read, ends = np.full(len(batch.tokens), -1, np.int64), np.cumsum(batch.document_lengths)
+        for number, span in enumerate(batch.images):
+            read[span.start : ends[np.searchsorted(ends, span.start, side="right")]] = number
+        return to_device(torch.from_numpy(read), batch.tokens.device)
+
+    def rotary_positions(self, batch: PackedBatch) -> Int64[Tensor, " T"] | Int64[Tensor, "2 T"]:
+        """Returns what the rotary embedding counts of each token: its position, or its row and column."""
+        if self.config.rotary == "1d":
+            return batch.positions
+        places = grid_positions((*batch.document_lengths, batch.padding), batch.images)
+        return to_device(torch.from_numpy(places), batch.tokens.device)
 
     def info(self, batch: PackedBatch) -> TokenInfo | None:
         """What blocks read of a packed batch's tokens beside their states; None where none does."""
@@ -209,7 +237,12 @@ class Decoder(nn.Module):
         return any(block.reads_info for block in self.each_block())
 
     def row_of(
-        self, positions: Int64[Tensor, " T"], attends: Sequence[RowAttention], tokens: TokenInfo | None = None
+        self,
+        positions: Int64[Tensor, " T"],
+        attends: Sequence[RowAttention],
+        tokens: TokenInfo | None = None,
+        rotary_positions: Tensor | None = None,
+        read_images: Int64[Tensor, " T"] | None = None,
     ) -> Row:
         """The row of tokens at some positions of their documents.
 
@@ -217,28 +250,52 @@ class Decoder(nn.Module):
             positions: Of each token.
             attends: How each block attends.
             tokens: What else is known of them, where a block reads it.
+            rotary_positions: As `rotary_positions` gives them, where they differ.
+            read_images: As `read_images` gives them.
         """
-        rope = rotary(positions, self.config.rotary_size, self.config.rope_theta)
-        return Row(positions=positions, rope=rope, attends=attends, tokens=tokens, reports=Reports())
+        turned = positions if rotary_positions is None else rotary_positions
+        return Row(
+            positions=positions,
+            rope=rotary(turned, self.config.rotary_size, self.config.rope_theta),
+            attends=attends,
+            tokens=tokens,
+            read_images=read_images,
+            reports=Reports(),
+        )
 
-    def row_of_new_tokens(self, positions: Int64[Tensor, " B"], attends: Sequence[RowAttention]) -> Row:
-        """The row of the next token of each of several sequences."""
+    def row_of_new_tokens(
+        self,
+        positions: Int64[Tensor, " B"],
+        attends: Sequence[RowAttention],
+        rotary_positions: Int64[Tensor, " B"] | None = None,
+        read_images: Int64[Tensor, " B"] | None = None,
+    ) -> Row:
+        """The row of the next token of each of several sequences; arguments as those of `row_of`."""
         tokens = TokenInfo.of_new_tokens(positions, len(self.blocks)) if self._reads_info else None
-        return self.row_of(positions, attends, tokens)
+        return self.row_of(positions, attends, tokens, rotary_positions, read_images)
 
     def forward(self, inputs: Inputs, row: Row) -> Float[Tensor, "T D"]:
         """Returns the states after the last block, normalised: what the output projection reads.
 
         Training, prefill, decoding steps and exported graphs all come this way. Blocks add to `row.reports`.
         """
-        x_TD = self.embed(inputs)
+        states = inputs.states
+        if states is None and inputs.patches is not None:
+            states = self.embed_images(inputs.patches, inputs.images)
+        if states is not None and states.features is not None:
+            row = row.reading(states)
+        x_TD = self.embed(inputs, states)
         for number, block in enumerate(self.blocks):
             x_TD = block(x_TD, row.at(number))
         return self.norm(x_TD)
 
     def _states(self, batch: PackedBatch, row: Row | None) -> Float[Tensor, "T D"]:
         """Those of a packed batch."""
-        inputs = Inputs(batch.tokens, batch.patches, batch.patch_positions, batch.images)
+        masked, masking = None, self.config.patch_masking
+        if self.training and masking is not None:
+            drawn = masking.draw(batch, self.progress.step)
+            masked = to_device(torch.from_numpy(drawn), batch.tokens.device)
+        inputs = Inputs(batch.tokens, batch.patches, batch.patch_positions, batch.images, masked=masked)
         compiled = any(block.compiled for block in self.each_block())
         with noticing_too_many() if compiled else nullcontext():
             return self.forward(inputs, self.row(batch) if row is None else row)

@@ -15,9 +15,8 @@ from torch import Tensor
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.model.attention import Attend, Passing, RowAttention
 from fuyu_e2e.model.device_copy import to_device
-
-Rope = tuple[Float[Tensor, "T 1 R"], Float[Tensor, "T 1 R"]]
-"""Cosines and sines of the rotary embedding, float32."""
+from fuyu_e2e.model.images.connector import ImageStates
+from fuyu_e2e.model.rope import Rope
 
 
 class TokenType(IntEnum):
@@ -157,6 +156,11 @@ class Row:
     """How each block of the decoder attends."""
     reports: Reports
     """What blocks have to say of the row."""
+    read_images: Int64[Tensor, " T"] | None = None
+    """Of each token of the row the number of the image that it may read the features of, the last one that its
+    document began before it, or -1; None where the connector gives no features."""
+    images: ImageStates | None = None
+    """What the connector made of the row's images, where it gives features."""
     attend: Attend | None = None
     """How that block attends which the row is given to; a `RowAttention` where it has all tokens."""
     queries: Int64[Tensor, " C"] | None = None
@@ -193,6 +197,21 @@ class Row:
         return sum((report.auxiliary for report in self.reports if report.auxiliary is not None), 0.0)
 
     @property
+    def features(self) -> tuple[Float[Tensor, "F W"], Bool[Tensor, "T F"]]:
+        """The features of images, and whether each token may read each: those of the last image before it
+        (Flamingo's, Alayrac et al. 2022, arXiv 2204.14198, section 3.1.3)."""
+        assert self.images is not None
+        assert self.images.features is not None
+        assert self.images.feature_images is not None
+        assert self.read_images is not None
+        read = self.read_images if self.selected is None else self.read_images.index_select(0, self.selected.index)
+        return self.images.features, read[:, None] == self.images.feature_images
+
+    def reading(self, images: ImageStates) -> "Row":
+        """The same row, with what the connector made of its images."""
+        return self._with(self.attend, images=images)
+
+    @property
     def info(self) -> TokenInfo:
         """What else is known of the tokens."""
         assert self.tokens is not None
@@ -210,18 +229,21 @@ class Row:
 
     def _with(
         self,
-        attend: Attend,
+        attend: Attend | None,
         positions: Tensor | None = None,
         rope: Rope | None = None,
         queries: Tensor | None = None,
         selected: Passing | None = None,
         number: Tensor | None = None,
+        images: ImageStates | None = None,
     ) -> "Row":
         # Not dataclasses.replace, which torch.compile doesn't follow.
         return Row(
             positions=self.positions if positions is None else positions,
             rope=self.rope if rope is None else rope,
             attends=self.attends,
+            read_images=self.read_images,
+            images=self.images if images is None else images,
             attend=attend,
             queries=queries,
             tokens=self.tokens,

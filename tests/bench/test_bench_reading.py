@@ -15,8 +15,8 @@ import fuyu_e2e.bench.resolution as bench_resolution
 from fuyu_e2e.bench.ocr import ocr
 from fuyu_e2e.bench.resolution import resolution, stretched
 from fuyu_e2e.bench.sort_of_clevr import sort_of_clevr
-from fuyu_e2e.model.attention import rotary
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.rope import rotary
 from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.shipped import shipped
 

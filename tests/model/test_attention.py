@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuyu_e2e.model.attention import Places, reference_attention, rotary, rotate
+from fuyu_e2e.model.attention import Places, reference_attention
 from fuyu_e2e.model.attention_plans import AttentionPlan, MaskedAttention
 from fuyu_e2e.model.mask import CAUSAL
+from fuyu_e2e.model.rope import rotary, rotate
 from fuyu_e2e.model.routing.block import gather_passing
 
 lengths = st.lists(st.integers(1, 70), min_size=1, max_size=12)

@@ -37,7 +37,8 @@ def backward(gradient, *inputs):
 
 torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", forward)
 torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu", backward)
-kernel = partial(attention_kernels._torch_varlen, varlen_attn, frozenset(inspect.signature(varlen_attn).parameters))
+knows = frozenset(inspect.signature(varlen_attn).parameters)
+kernel = partial(attention_kernels._torch_varlen, varlen_attn, knows, (-1, 0))
 decoders.plan_attention = lambda lengths, device, *_, **__: attention_kernels.VarlenRow.of(lengths, device, kernel)
 counted = Counter()
 

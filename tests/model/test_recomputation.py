@@ -42,7 +42,7 @@ if kernel_name == "varlen":
     torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", forward)
     torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu", backward)
     knows = frozenset(inspect.signature(varlen_attn).parameters)
-    kernel = partial(attention_kernels._torch_varlen, varlen_attn, knows)
+    kernel = partial(attention_kernels._torch_varlen, varlen_attn, knows, (-1, 0))
 else:
     @torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
     def flash(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -16,9 +16,10 @@ from jaxtyping import config as type_checks
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.model.attention import reference_attention, rotary
+from fuyu_e2e.model.attention import reference_attention
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder, build_block
+from fuyu_e2e.model.rope import rotary
 from fuyu_e2e.model.routing.block import RoutedBlock, gather_passing, routed_blocks
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.routing.rules import Threshold, gate

@@ -6,10 +6,10 @@ are cut into patches, and which tokens the image takes. Its `Connector` is the m
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
@@ -29,17 +29,35 @@ class ConnectorConfig(ImageLayout, ABC):
     one_per_patch: ClassVar[bool] = False
     """Whether it gives one embedding for each patch, in their order."""
 
+    gives_features: ClassVar[bool] = False
+    """Whether it gives features for blocks to attend to."""
+
     @abstractmethod
     def build(self, config: "fuyu_e2e.model.config.FuyuConfig") -> "Connector":
         """Returns a new connector for a decoder of this configuration."""
+
+
+class ImageStates(NamedTuple):
+    """What a connector makes of the images of a row."""
+
+    embeddings: Float[Tensor, "N D"]
+    """At each place that images have for one, in the order of the row."""
+    features: Float[Tensor, "F W"] | None = None
+    """What blocks may attend to beside the tokens (`Row.features`), of any width."""
+    feature_images: Int64[Tensor, " F"] | None = None
+    """For each feature, the number of its image in the row."""
 
 
 class Connector(nn.Module, ABC):
     """Turns the patches of a row into embeddings."""
 
     @abstractmethod
-    def forward(self, patches: UInt8[Tensor, "P C"], *, images: tuple[ImageSpan, ...]) -> Float[Tensor, "N D"]:
+    def forward(
+        self, patches: UInt8[Tensor, "P C"], *, images: tuple[ImageSpan, ...]
+    ) -> Float[Tensor, "N D"] | ImageStates:
         """Returns the embedding at each place that images have for one, in the order of the row.
+
+        Or, where its configuration says `gives_features`, `ImageStates` with features too.
 
         Given no patches it computes nothing, but with all its weights, so that a rank whose row is text alone takes
         part in their gradients.

@@ -1,0 +1,76 @@
+"""Rotary positions: along the sequence, or along the rows and columns of images."""
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from fuyu_e2e.image_layout import ImageSpan
+
+Rope = tuple[Float[Tensor, "T 1 R"], Float[Tensor, "T 1 R"]]
+"""Cosines and sines of the rotary embedding, float32."""
+
+
+def rotary(positions: Int64[Tensor, " T"] | Int64[Tensor, "2 T"], size: int, theta: float) -> Rope:
+    """Cosines and sines of the rotary embedding (Su et al. 2021, arXiv 2104.09864) in the rotate-half layout.
+
+    Always float32: bfloat16 can't tell neighbouring positions of a long document apart.
+
+    Args:
+        positions: Of each token; or its row and its column, which frequencies then take in turn, from the highest on,
+            so that both have high and low ones. A token whose row is its column has what it has in one dimension.
+        size: Values of a head that turn.
+        theta: Base of the wavelengths.
+    """
+    exponent = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
+    angles = positions[..., None].float() * theta**-exponent
+    if positions.ndim == 2:
+        angles = torch.where(torch.arange(size // 2, device=positions.device) % 2 == 0, angles[0], angles[1])
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(
+    x: Float[Tensor, "T heads K"], cos: Float[Tensor, "T 1 R"], sin: Float[Tensor, "T 1 R"]
+) -> Float[Tensor, "T heads K"]:
+    """Turns the pairs (r, r + R/2) of each head's first R values by its token's angles; the others stay."""
+    if (size := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat((rotate(x[..., :size], cos, sin), x[..., size:]), dim=-1)
+    first, second = x.float().chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def grid_positions(lengths: tuple[int, ...], images: tuple[ImageSpan, ...]) -> Int64[np.ndarray, "2 T"]:
+    """Returns the row and the column of each token of a row of documents, as Qwen2-VL counts them (Wang et al. 2024,
+    arXiv 2409.12191, section 2.1) in two dimensions.
+
+    Words have one number for both, that of the token before and one more. An image begins at such a number: its
+    patches count on from it down and across, and the newline of a row is one more column. The token after it
+    begins behind the longer side.
+
+    Args:
+        lengths: Tokens of each document, laid end to end.
+        images: Their spans, in order; each has one embedding for each of its patches.
+    """
+    counts = np.array(lengths, np.int64)
+    ends = np.cumsum(counts)
+    found = np.tile(np.arange(counts.sum()) - np.repeat(ends - counts, counts), (2, 1))
+    for span in images:
+        inside, extent = _within(span)
+        end = ends[np.searchsorted(ends, span.start, side="right")]
+        found[:, span.start : span.stop] = found[0, span.start] + inside
+        found[:, span.stop : end] += extent - inside.shape[1]
+    return found
+
+
+def _within(span: ImageSpan) -> tuple[Int64[np.ndarray, "2 n"], int]:
+    """The row and column of each token of an image, views below one another, and the number that follows them."""
+    places, below = [], 0
+    for rows, cols in span.grids:
+        places.append(below + np.indices((rows, cols)).reshape(2, -1))
+        below += max(rows, cols + 1)
+    newline = np.frombuffer(span.layout, dtype=bool)
+    patch = np.maximum(np.cumsum(~newline) - 1, 0)
+    inside = np.concatenate(places, axis=1)[:, patch]
+    inside[1] += newline
+    return inside, below
