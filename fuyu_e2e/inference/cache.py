@@ -267,12 +267,14 @@ class Prefill:
                 attention: RowAttention | TilePlan = TilePlan.of(mask, inside, keys, device)
             else:
                 attention = plan(mask, tuple(lengths.tolist()), within)
-            index, slots = to_device(torch.from_numpy(kept), device), to_device(torch.from_numpy(seen), device)
+            index = to_device(torch.from_numpy(kept), device)
             if block is None:
                 return _Piece(attention, None, index, index)
             rows = rows_of(self.document[index], self.position[index], block, mask)
-            slots = slots_of(slots, block.keys.shape[2], mask)
-            return _Piece(attention, slots if known else None, index, rows)
+            if not known:  # torch.export can't store the empty list of them
+                return _Piece(attention, None, index, rows)
+            slots = slots_of(to_device(torch.from_numpy(seen), device), block.keys.shape[2], mask)
+            return _Piece(attention, slots, index, rows)
 
         pieces = {mask: piece(mask, cache.dense_of(mask)) for mask in set(cache.masks)}
         self.attends: list[RowAttention] = [
