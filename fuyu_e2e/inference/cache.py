@@ -118,7 +118,7 @@ class RoutedBlockCache:
             sequence, positions, keys, values = sequence[stay], positions[stay], keys[stay], values[stay]
             place, self.longest = slots_of(place[stay], room, self.mask), room
         if (more := self.longest - self.keys.shape[1]) > 0:
-            more += self.longest // GROWTH
+            more += self.longest // GROWTH if room is None else min(self.longest // GROWTH, room - self.longest)
             self.keys, self.values = (F.pad(part, (0, 0, 0, 0, 0, more)) for part in (self.keys, self.values))
             self.positions = F.pad(self.positions, (0, more))
         # The cache may have been made outside of the autocast in which it is written.
