@@ -108,6 +108,21 @@ def _with_newlines(rows: int, cols: int) -> bytes:
 FUYU_LAYOUT = ImageLayout()
 
 
+def most_tokens(layout: ImageLayout, policy: ImagePolicy) -> int:
+    """Tokens that an image has at most, by many shapes from the tallest to the widest that the policy lets in."""
+    most = 0
+    for step in range(65):
+        aspect = policy.max_aspect ** (step / 32 - 1)
+        width, height = (max(1, int((policy.max_pixels * times) ** 0.5)) for times in (aspect, 1 / aspect))
+        crops = (view.crop or (0, 0, *view.size) for view in layout.views(width, height, policy))
+        grids = [
+            (math.ceil((bottom - top) / policy.patch_size), math.ceil((right - left) / policy.patch_size))
+            for left, top, right, bottom in crops
+        ]
+        most = max(most, len(layout.tokens(tuple(grids))))
+    return most
+
+
 def same_layout(one: ImageLayout, other: ImageLayout) -> bool:
     """Whether two layouts are known to be the same: equal, or both Fuyu's."""
 

@@ -10,7 +10,7 @@ from PIL import Image as Pillow
 
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.image import load_views, to_patches
-from fuyu_e2e.image_layout import FUYU_LAYOUT, Grid, ImageLayout, ImagePolicy, ImageSpan, View, fit_policy
+from fuyu_e2e.image_layout import FUYU_LAYOUT, Grid, ImageLayout, ImagePolicy, ImageSpan, View, fit_policy, most_tokens
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
 
@@ -152,3 +152,12 @@ def test_a_cut_counts_patches_not_tokens(builder: SequenceBuilder, make_png: Mak
     assert cut is not None
     assert (len(cut), len(cut.images)) == (5, 1)
     assert (cut.patches == sequence.patches[:4]).all()
+
+
+def test_how_many_tokens_an_image_may_have_is_known_from_the_policy() -> None:
+    assert most_tokens(FUYU_LAYOUT, ImagePolicy(patch_size=4, max_patches=80)) == 160, "of one column"
+    assert most_tokens(FUYU_LAYOUT, ImagePolicy(patch_size=4, max_patches=80, max_aspect=1)) == 8 * 9
+    sized = ImagePolicy(patch_size=4, max_patches=80, max_size=(16, 32), max_aspect=2)
+    assert most_tokens(FUYU_LAYOUT, sized) == 4 * 8 + 4
+    assert most_tokens(Resampled(), ImagePolicy(patch_size=4)) == 3
+    assert most_tokens(Thumbnail(), ImagePolicy(patch_size=4, max_patches=64, max_aspect=1)) == 1 + 8 * 5

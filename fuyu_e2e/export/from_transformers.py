@@ -8,17 +8,18 @@ from fuyu_e2e.checkpoint.json_files import read_json
 from fuyu_e2e.checkpoint.loading import StoredModel, fitting
 from fuyu_e2e.checkpoint.tensor_files import read_weights
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.export.transformers import TEXT_MODELS, from_transformers
+from fuyu_e2e.export.transformers import FULL, SLIDING, TEXT_MODELS, from_transformers
 from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.dialects import Dialect
+from fuyu_e2e.model.mask import AttentionMask
 from fuyu_e2e.tokenizer import Tokenizer
 
 RELEASED_SIZE = {"height": 1080, "width": 1920}
 """What the released Fuyu scales larger images down to."""
 EXPECTED: dict[Dialect, dict[str, Any]] = {
     "fuyu": {"hidden_act": "relu2", "qk_layernorm": True},
-    "qwen3": {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+    "qwen3": {"hidden_act": "silu", "attention_bias": False},
 }
 """What each dialect fixes and the configuration of its text model leaves open."""
 
@@ -113,7 +114,24 @@ def decoder_config(folder: Path) -> FuyuConfig:
         norm_eps=known.layer_norm_eps if fuyu else known.rms_norm_eps,
         tie_embeddings=full.tie_word_embeddings,
         dialect=dialect,
+        masks=(AttentionMask(),) if fuyu else _masks(known, path),
     )
+
+
+def _masks(text: Any, path: Path) -> tuple[AttentionMask, ...]:
+    """The shortest pattern that gives every block of the text model its mask."""
+    kinds, window = text.layer_types, text.sliding_window
+    if unknown := set(kinds) - {SLIDING, FULL}:
+        raise UserError(
+            f"{path} says layer_types with {min(unknown)!r}, but only {SLIDING!r} and {FULL!r} can be imported."
+        )
+    if SLIDING in kinds and (not isinstance(window, int) or window < 1):
+        raise UserError(
+            f"{path} says layer_types with {SLIDING!r}, use_sliding_window {text.use_sliding_window!r} and "
+            f"sliding_window {window!r}, which is no window of at least 1: this model can't be imported."
+        )
+    period = next(size for size in range(1, len(kinds) + 1) if kinds[size:] == kinds[:-size])
+    return tuple(AttentionMask(window=window if kind == SLIDING else None) for kind in kinds[:period])
 
 
 def _completed(settings: dict[str, Any], path: Path) -> Any:

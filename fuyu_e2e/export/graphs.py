@@ -32,9 +32,16 @@ def export_prefill(decoder: Decoder, *, tokens: int, patches: int, capacity: int
         capacity: Places of the cache that comes out.
 
     Raises:
-        UserError: The decoder is routed or reads the grids of images, or the prompt doesn't fit the cache.
+        UserError: The decoder is routed or reads the grids of images, or where they are; or the prompt doesn't fit
+            the cache.
     """
     _check_dense(decoder)
+    if (mask := next((mask for mask in decoder.config.block_masks if mask.reads_images), None)) is not None:
+        raise UserError(
+            f"A decoder with decoder.masks that may ask which tokens are of one image (images {mask.images!r} of "
+            f"{type(mask).__name__}) has no graph for prompts, which is not given where images are: generate with "
+            "`fuyu-e2e generate`."
+        )
     if decoder.config.grid_embeddings is not None or not decoder.config.connector.one_per_patch:
         raise UserError(
             "A decoder that reads the grids of images has no graph of fixed shapes for prompts of any: generate with "

@@ -22,7 +22,9 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.tokenizer_json import UNKNOWN, fast_tokenizer
 from fuyu_e2e.image import PADDING
 from fuyu_e2e.image_layout import ImagePolicy
+from fuyu_e2e.model.block import DenseConfig
 from fuyu_e2e.model.config import LINEAR, FuyuConfig
+from fuyu_e2e.model.mask import AttentionMask
 from fuyu_e2e.sequence import TokenSequence
 from fuyu_e2e.tokenizer import BOS, EOS
 
@@ -34,6 +36,8 @@ PAD_ID = 0
 """What transformers' Fuyu processor pads with, whatever the tokenizer says."""
 MAX_POSITIONS = 16_384
 """The released Fuyu's; serving software takes it for the longest context. Rotary positions have no end."""
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""What transformers calls blocks with a window, in which it too counts the query itself, and those without one."""
 TEXT = "language_model.model."
 """What stands before the text model's own names."""
 
@@ -91,8 +95,8 @@ def to_transformers(weights: Mapping[str, Tensor], config: FuyuConfig) -> dict[s
     A tied output projection is left out: it is the embedding.
 
     Raises:
-        UserError: The decoder is routed, which no text model of transformers is, or its images pass more than
-            one linear layer.
+        UserError: The decoder computes what no text model of transformers does, or its images pass more than one
+            linear layer.
     """
     _check_stock(config)
     modules = _modules(config)
@@ -141,10 +145,10 @@ def transformers_config(
     """What goes into transformers' `config.json`.
 
     Raises:
-        UserError: The decoder is routed, which no text model of transformers is, or its images pass more than
-            one linear layer.
+        UserError: The decoder computes what no text model of transformers does, or its images pass more than one
+            linear layer.
     """
-    _check_stock(config)
+    window = _check_stock(config)
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     shared = {
         "vocab_size": config.vocab_size,
@@ -176,9 +180,14 @@ def transformers_config(
             "num_key_value_heads": config.kv_heads,
             "head_dim": config.head_size,
             "attention_bias": False,
-            "use_sliding_window": False,
+            "use_sliding_window": window is not None,
             "rope_parameters": rope,
         }
+        if window is not None:
+            text |= {
+                "sliding_window": window,
+                "layer_types": [FULL if mask.window is None else SLIDING for mask in config.block_masks],
+            }
     return shared | {
         "architectures": ["FuyuForCausalLM"],
         "model_type": "fuyu",
@@ -222,8 +231,8 @@ def write_transformers(
         fast: The fast tokenizer, where it can't be made of the model's own.
 
     Raises:
-        UserError: The decoder is routed, its images pass more than one linear layer, or the tokenizer is of a kind
-            that has no fast form.
+        UserError: The decoder computes what no text model of transformers does, its images pass more than one linear
+            layer, or the tokenizer is of a kind that has no fast form.
     """
     tokenizer, images = description.tokenizer, description.images
     named = to_transformers(weights, description.config)
@@ -285,7 +294,8 @@ def stock_inputs(prompts: Sequence[TokenSequence]) -> dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": mask, **pixels}
 
 
-def _check_stock(config: FuyuConfig) -> None:
+def _check_stock(config: FuyuConfig) -> int | None:
+    """Refuses a decoder that transformers has no model for; gives the window of its blocks, None without one."""
     for name, default in (("connector", LINEAR), ("image_norm", False), ("grid_embeddings", None)):
         if (value := getattr(config, name)) != default:
             raise UserError(
@@ -297,6 +307,35 @@ def _check_stock(config: FuyuConfig) -> None:
             "A decoder with routed blocks can't be exported as transformers' FuyuForCausalLM, which would run every "
             "token through every block: export it with `--to fuyu-e2e`, and generate with `fuyu-e2e generate`."
         )
+    for block in config.blocks:
+        if type(block) is not DenseConfig:
+            raise UserError(
+                f"A decoder with decoder.blocks of the kind {type(block).__name__} can't be exported as transformers' "
+                "FuyuForCausalLM, which has dense ones alone (DenseConfig): export it with `--to fuyu-e2e`."
+            )
+    for mask in config.block_masks:
+        if type(mask) is not AttentionMask:
+            raise _no_stock_mask(f"a {type(mask).__name__}", "whose text model knows windows of AttentionMask alone")
+        if mask.sinks:
+            raise _no_stock_mask(f"{mask.sinks:,} sinks", "whose text model has 0")
+        if mask.images != "causal":
+            raise _no_stock_mask(f"images {mask.images!r}", "whose text model reads images as 'causal'")
+    windows = sorted({mask.window for mask in config.block_masks if mask.window is not None})
+    if len(windows) > 1:
+        held = " and ".join(f"{window:,}" for window in windows)
+        raise _no_stock_mask(f"windows of {held}", "whose text model has one size for all blocks with a window")
+    if windows and config.dialect != "qwen3":
+        raise _no_stock_mask(
+            f"a window of {windows[0]:,} in the dialect {config.dialect!r}", "which knows windows in 'qwen3' alone"
+        )
+    return windows[0] if windows else None
+
+
+def _no_stock_mask(held: str, why: str) -> UserError:
+    return UserError(
+        f"A decoder with decoder.masks that hold {held} can't be exported as transformers' FuyuForCausalLM, {why}: "
+        "export it with `--to fuyu-e2e`, and generate with `fuyu-e2e generate`."
+    )
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

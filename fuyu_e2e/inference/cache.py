@@ -119,7 +119,7 @@ class RoutedBlockCache:
             sequence, positions, keys, values = sequence[stay], positions[stay], keys[stay], values[stay]
             place, self.longest = slots_of(place[stay], room, self.mask), room
         if (more := self.longest - self.keys.shape[1]) > 0:
-            more += self.longest // GROWTH
+            more += self.longest // GROWTH if room is None else min(self.longest // GROWTH, room - self.longest)
             self.keys, self.values = (F.pad(part, (0, 0, 0, 0, 0, more)) for part in (self.keys, self.values))
             self.positions = F.pad(self.positions, (0, more))
         # The cache may have been made outside of the autocast in which it is written.
@@ -279,12 +279,14 @@ class Prefill:
                 attention: RowAttention | TilePlan = TilePlan.of(mask, inside, keys, device)
             else:
                 attention = plan(mask, tuple(lengths.tolist()), within)
-            index, slots = to_device(torch.from_numpy(kept), device), to_device(torch.from_numpy(seen), device)
+            index = to_device(torch.from_numpy(kept), device)
             if block is None:
                 return _Piece(attention, None, index, index)
             rows = rows_of(self.document[index], self.position[index], block, mask)
-            slots = slots_of(slots, block.keys.shape[2], mask)
-            return _Piece(attention, slots if known else None, index, rows)
+            if not known:  # torch.export can't store the empty list of them
+                return _Piece(attention, None, index, rows)
+            slots = slots_of(to_device(torch.from_numpy(seen), device), block.keys.shape[2], mask)
+            return _Piece(attention, slots, index, rows)
 
         pieces = {mask: piece(mask, cache.dense_of(mask)) for mask in set(cache.masks)}
         self.attends: list[RowAttention] = [

@@ -16,7 +16,7 @@ from fuyu_e2e.checkpoint.description import SECTION, Description
 from fuyu_e2e.checkpoint.loading import build_decoder, load_weights, read_model
 from fuyu_e2e.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.image_layout import same_layout
+from fuyu_e2e.image_layout import most_tokens, same_layout
 from fuyu_e2e.inference.generation import continue_texts
 from fuyu_e2e.model.attention_kernels import AttentionBackend
 from fuyu_e2e.model.config import FuyuConfig, SizeName, named_size
@@ -173,7 +173,8 @@ class FuyuModule(pl.LightningModule):
 
         Raises:
             UserError: A setting of the trainer doesn't work here, the tokenizer or the layout of images doesn't fit
-                the decoder, `fit` has no end, or `predict` has several processes.
+                the decoder, an image may be larger than the window through which its tokens are to see each other,
+                `fit` has no end, or `predict` has several processes.
         """
         check_trainer(self.trainer)
         if stage == "fit":
@@ -189,6 +190,10 @@ class FuyuModule(pl.LightningModule):
                 "FuyuDataModule lays images out in another way than the decoder's connector reads them: give it "
                 "layout=config.connector."
             )
+        if stage == "fit":
+            tokens = most_tokens(self.datamodule.layout, self.datamodule.images)
+            for mask in self.config.block_masks:
+                mask.check_images(tokens)
         if stage == "fit" and self.trainer.max_steps < 1:
             raise UserError(
                 "trainer.max_steps is not set: training data is an endless stream and the learning rate follows the "

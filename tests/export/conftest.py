@@ -14,6 +14,7 @@ from fuyu_e2e.document import Document
 from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
 
@@ -21,6 +22,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3, every head its own key": {"heads": 3, "kv_heads": 3, "head_size": 16},
     "qwen3, grouped": {"heads": 6, "kv_heads": 2, "head_size": 8},
     "qwen3, one key for all": {"heads": 4, "kv_heads": 1, "head_size": 16, "rope_theta": 1e6, "norm_eps": 1e-5},
+    "qwen3, windows": {
+        "heads": 4,
+        "kv_heads": 2,
+        "head_size": 16,
+        "layers": 3,
+        "masks": (AttentionMask(window=24), CAUSAL),
+    },
+    "qwen3, windows alone": {"heads": 3, "kv_heads": 3, "head_size": 16, "masks": (AttentionMask(window=9),)},
     "fuyu, many heads": {"heads": 6, "kv_heads": 6, "head_size": 8, "dialect": "fuyu", "rope_theta": 25_000.0},
     "fuyu, two heads": {"heads": 2, "kv_heads": 2, "head_size": 24, "dialect": "fuyu", "norm_eps": 1e-5},
 }

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from fuyu_e2e.checkpoint.loading import build_decoder
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.folders import export_to_transformers
 from fuyu_e2e.export.from_transformers import decoder_config, read_transformers
-from fuyu_e2e.export.transformers import from_transformers, stock_inputs, to_transformers
+from fuyu_e2e.export.transformers import from_transformers, stock_inputs, to_transformers, transformers_config
+from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.processor import Processor
 from fuyu_e2e.sequence import SequenceBuilder
@@ -27,6 +30,7 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
 }
 Write = Callable[..., Path]
+WINDOW = AttentionMask(window=7)
 
 
 @pytest.fixture
@@ -35,6 +39,7 @@ def write(tmp_path: Path, tokenizer: Tokenizer) -> Write:
 
     def write(text_model: str, tied: bool = False, dtype: torch.dtype = torch.float32, **saving: Any) -> Path:
         torch.manual_seed(len(text_model))
+        text_model, _, windows = text_model.partition(", ")
         text = {
             "model_type": text_model,
             "vocab_size": tokenizer.vocab_size,
@@ -43,6 +48,8 @@ def write(tmp_path: Path, tokenizer: Tokenizer) -> Write:
             "num_hidden_layers": 2,
             "tie_word_embeddings": tied,
         } | TEXT_MODELS[text_model]
+        if windows:  # from the second block on
+            text |= {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
         config = transformers.FuyuConfig(
             text_config=text, patch_size=4, image_token_id=tokenizer.patch_id, tie_word_embeddings=tied
         )
@@ -66,7 +73,7 @@ def edit(path: Path, change: Callable[[dict], Any]) -> None:
     path.write_text(json.dumps(settings))
 
 
-@pytest.mark.parametrize("text_model", TEXT_MODELS)
+@pytest.mark.parametrize("text_model", [*TEXT_MODELS, "qwen3, windows"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_imported_model_computes_what_transformers_does(
     text_model: str, tied: bool, write: Write, make_png: Callable[..., bytes]
@@ -85,7 +92,7 @@ def test_an_imported_model_computes_what_transformers_does(
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("text_model", TEXT_MODELS)
+@pytest.mark.parametrize("text_model", [*TEXT_MODELS, "qwen3, windows"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back_the_weights_are_bitwise_the_same(
@@ -105,7 +112,49 @@ def test_there_and_back_the_weights_are_bitwise_the_same(
     for name in ("patch_size", "image_token_id", "tie_word_embeddings", "num_channels"):
         assert known[name] == again[name]
     differing = {name for name, value in known["text_config"].items() if again["text_config"].get(name) != value}
-    assert differing <= {"max_position_embeddings", "bos_token_id", "eos_token_id", "dtype", "head_dim"}
+    assert differing <= {
+        "max_position_embeddings", "bos_token_id", "eos_token_id", "dtype", "head_dim", "max_window_layers"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layers", "masks"),
+    [
+        (5, (WINDOW,)),
+        (5, (WINDOW, WINDOW, CAUSAL)),
+        (8, (WINDOW, WINDOW, WINDOW, CAUSAL)),
+        (3, (CAUSAL, CAUSAL, WINDOW)),
+        (2, (CAUSAL,)),
+    ],
+)
+def test_patterns_of_windows_come_back_as_they_went(
+    layers: int, masks: tuple[AttentionMask, ...], config: FuyuConfig, tmp_path: Path
+) -> None:
+    asked = replace(config, layers=layers, masks=masks)
+    written = transformers_config(asked, patch_id=3, bos_id=1, eos_id=2, dtype=torch.float32)
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert decoder_config(tmp_path) == asked
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"layer_types": ["sliding_attention", "chunked_attention"]},
+            "layer_types with 'chunked_attention', but only",
+        ),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": False},
+            "use_sliding_window False and sliding_window None",
+        ),
+        ({"sliding_window": 0}, "sliding_window 0, which is no window of at least 1"),
+    ],
+)
+def test_blocks_that_see_what_no_mask_shows_are_refused(changed: dict[str, Any], said: str, write: Write) -> None:
+    folder = write("qwen3, windows")
+    edit(folder / "config.json", lambda settings: settings["text_config"].update(changed))
+    with pytest.raises(UserError, match=said):
+        read_transformers(folder)
 
 
 def test_names_as_transformers_has_them_in_memory_are_read_too(write: Write) -> None:

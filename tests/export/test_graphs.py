@@ -1,6 +1,7 @@
 """Exported graphs say what the decoder says, on prompts that they were not exported with."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.graphs import export_decode_step, export_prefill
 from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder, TokenSequence
 
@@ -19,11 +21,33 @@ def question(builder: SequenceBuilder, png: bytes) -> TokenSequence:
     return builder.prompt(Document("key", (Image(png), Text("What is it?", loss=False))))
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnMask(AttentionMask):
+    """A user's own."""
+
+
+def masked(decoder: Decoder, *masks: AttentionMask) -> Decoder:
+    """The same weights under other masks."""
+    made = Decoder(replace(decoder.config, masks=masks))
+    made.load_state_dict(decoder.state_dict())
+    return made.eval()
+
+
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "masks",
+    [(CAUSAL,), (AttentionMask(window=5), CAUSAL), (AttentionMask(window=20, sinks=2), AttentionMask(window=3))],
+    ids=["causal", "window", "windows and sinks"],
+)
 def test_saved_graphs_continue_a_prompt_as_the_decoder_does(
-    decoder: Decoder, builder: SequenceBuilder, make_png: Callable[..., bytes], tmp_path: Path
+    masks: tuple[AttentionMask, ...],
+    decoder: Decoder,
+    builder: SequenceBuilder,
+    make_png: Callable[..., bytes],
+    tmp_path: Path,
 ) -> None:
     """Of several pictures of one shape, written with nothing but the two saved files."""
+    decoder = masked(decoder, *masks)
     prompts = [question(builder, make_png(8, 16, seed=seed)) for seed in range(3)]
     tokens, patches, capacity = len(prompts[0]), len(prompts[0].patches), len(prompts[0]) + 6
     torch.export.save(export_prefill(decoder, tokens=tokens, patches=patches, capacity=capacity), tmp_path / "a.pt2")
@@ -49,3 +73,9 @@ def test_what_has_no_graph_is_refused(decoder: Decoder, routed_decoder: Callable
         export_decode_step(routed, sequences=1, capacity=9)
     with pytest.raises(UserError, match="doesn't hold"):
         export_prefill(decoder, tokens=9, patches=4, capacity=8)
+    for mask, named in (
+        (AttentionMask(images="bidirectional"), "images 'bidirectional' of AttentionMask"),
+        (OwnMask(window=5), "images 'causal' of OwnMask"),
+    ):
+        with pytest.raises(UserError, match=rf"decoder\.masks .*{named}.* not given where images are"):
+            export_prefill(masked(decoder, CAUSAL, mask), tokens=9, patches=4, capacity=9)

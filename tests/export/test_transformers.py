@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from fuyu_e2e.export.transformers import (
 )
 from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.inference.generation import generate
+from fuyu_e2e.model.block import DenseConfig
+from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.processor import Processor
@@ -206,6 +210,51 @@ def test_a_routed_decoder_is_not_exported_as_a_dense_one(
         with pytest.raises(UserError, match=r"routed blocks can't be exported .*--to fuyu-e2e"):
             export()
     assert not list(tmp_path.iterdir())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnMask(AttentionMask):
+    """A user's own."""
+
+
+@dataclass(frozen=True)
+class OwnBlocks(DenseConfig):
+    """A user's own."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"masks": (AttentionMask(window=9, sinks=2),)}, r"decoder\.masks that hold 2 sinks .* model has 0"),
+        (
+            {"masks": (CAUSAL, AttentionMask(images="bidirectional"))},
+            r"masks that hold images 'bidirectional' .*'causal'",
+        ),
+        ({"masks": (OwnMask(window=9),)}, r"masks that hold a OwnMask .* windows of AttentionMask alone"),
+        (
+            {"masks": (AttentionMask(window=1_000), AttentionMask(window=9))},
+            r"masks that hold windows of 9 and 1,000 ",
+        ),
+        ({"masks": (AttentionMask(window=9),), "dialect": "fuyu"}, r"a window of 9 in the dialect 'fuyu' .*'qwen3'"),
+        ({"blocks": (DenseConfig(), OwnBlocks())}, r"decoder\.blocks of the kind OwnBlocks .*\(DenseConfig\)"),
+    ],
+)
+def test_masks_and_blocks_that_no_text_model_has_are_refused(
+    config: FuyuConfig, settings: dict[str, Any], said: str
+) -> None:
+    asked = replace(config, width=48, heads=4, kv_heads=4, head_size=12, **settings)
+    with pytest.raises(UserError, match=f"{said}.*--to fuyu-e2e"):
+        transformers_config(asked, patch_id=3, bos_id=1, eos_id=2, dtype=torch.float32)
+
+
+def test_what_only_unused_places_of_a_pattern_hold_is_exported(config: FuyuConfig) -> None:
+    """Three blocks have no mask of a pattern's fourth place."""
+    masks = (AttentionMask(window=9), CAUSAL, CAUSAL, AttentionMask(window=5, sinks=1))
+    text = transformers_config(replace(config, masks=masks), patch_id=3, bos_id=1, eos_id=2, dtype=torch.float32)[
+        "text_config"
+    ]
+    assert text["layer_types"] == ["sliding_attention", "full_attention", "full_attention"]
+    assert (text["use_sliding_window"], text["sliding_window"]) == (True, 9)
 
 
 def test_where_sizes_agree_and_where_they_do_not_is_known() -> None:

@@ -15,19 +15,32 @@ from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.sequence import SequenceBuilder
 
 PROGRAM = """
+import sys
+from dataclasses import dataclass
 import numpy as np, torch
 from torch._dynamo.utils import counters
 from fuyu_e2e.inference import compiled, packed
 from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 from fuyu_e2e.sequence import TokenSequence
+
+@dataclass(frozen=True, kw_only=True)
+class EvenDistance(AttentionMask):
+    def sees(self, query, key, same_image):
+        return super().sees(query, key, same_image) & ((query - key) % 2 == 0)
+
+masks = {
+    "causal": (CAUSAL,),
+    "by depth": (AttentionMask(window=5), EvenDistance(window=20, sinks=2, images="bidirectional")),
+}[sys.argv[1]]
 
 torch.set_num_threads(1)
 compiled.SMALLEST = 16
 packed.SMALLEST = 300  # so that some weights are packed, and some not
 decoder = Decoder(FuyuConfig(vocab_size=50, patch_size=4, layers=2, width=16, heads=4, kv_heads=2, head_size=8,
-                             feed_forward=24))
+                             feed_forward=24, masks=masks))
 with torch.no_grad():
     for weight in decoder.parameters():
         weight.add_(torch.randn_like(weight) * 0.3)
@@ -52,12 +65,13 @@ print(same(14, 3))
 """
 
 
-def test_a_compiled_step_writes_the_same_and_is_compiled_once_for_each_size() -> None:
+@pytest.mark.parametrize("masks", ["causal", "by depth"])
+def test_a_compiled_step_writes_the_same_and_is_compiled_once_for_each_size(masks: str) -> None:
     """In a process of its own: the checks of shapes that tests switch on can't be compiled.
 
     14 to 30 tokens lie in rooms of 16 and 32 places; other prompts and other weights of the same shapes add no graph.
     """
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, masks], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2", "2", "2", "2"]
 

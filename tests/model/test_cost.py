@@ -10,8 +10,9 @@ from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.image_layout import ImageSpan
 from fuyu_e2e.model.attention import Attend, Passing, RowAttention, reference_attention
 from fuyu_e2e.model.config import FuyuConfig
-from fuyu_e2e.model.cost import cost
+from fuyu_e2e.model.cost import cost, decode_step_flops
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.routing.block import routed_blocks
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.row import Progress, Row
@@ -147,3 +148,37 @@ def test_the_shares_asked_for_are_what_counts_where_nothing_else_is_known() -> N
         assert cost(config, **row).training_flops == cost(config, **row, passing=asked).training_flops
         whole = cost(config, **row, dense=1.0).training_flops
         assert whole == cost(dense, **row).training_flops > cost(config, **row).training_flops
+
+
+def test_a_window_counts_what_it_shows_of_each_document() -> None:
+    """By hand: a query meets so many keys in each head, once for its score and once for the sum of values."""
+    shape = {"vocab_size": 500, "patch_size": 8, "layers": 3, "width": 64, "heads": 4, "kv_heads": 2, "head_size": 16}
+    plain = FuyuConfig(**shape, feed_forward=160)
+    windowed = replace(plain, masks=(AttentionMask(window=30, sinks=2), AttentionMask(window=70), CAUSAL))
+    lengths = (100, 60, 7)
+    row = {"document_lengths": lengths, "grids": [], "targets": 10}
+    pair = 2 * 2 * 4 * 16
+    attention = pair * ((100 * 32 + 60 * 32 + 7 * 7) + (100 * 70 + 60 * 60 + 7 * 7) + (100**2 + 60**2 + 7**2))
+    others = cost(plain, **row).forward_flops - 3 * pair * (100**2 + 60**2 + 7**2)
+    assert cost(windowed, **row).forward_flops == others + attention
+    assert cost(windowed, **row).training_flops == 3 * (others + attention)
+    assert cost(windowed, **row).parameters == cost(plain, **row).parameters
+
+    keys = (101, 61, 8)
+    step = pair * ((32 + 32 + 8) + (70 + 61 + 8) + (101 + 61 + 8))
+    assert decode_step_flops(windowed, keys) == decode_step_flops(plain, keys) - 3 * pair * sum(keys) + step
+
+
+@pytest.mark.parametrize("skipped", ["nothing", "keys"])
+def test_of_a_window_the_tokens_that_pass_have_their_share(skipped: str) -> None:
+    shape = {"vocab_size": 500, "patch_size": 8, "layers": 3, "width": 64, "heads": 4, "kv_heads": 2, "head_size": 16}
+    routing = RoutingConfig(share=0.5, skipped=skipped, blocks=(1,))
+    plain = FuyuConfig(**shape, feed_forward=160, routing=routing)
+    windowed = replace(plain, masks=(CAUSAL, AttentionMask(window=30, sinks=2)))
+    row = {"document_lengths": (100, 20), "grids": [], "targets": 10, "passing": [[40, 10]]}
+    pair = 2 * 2 * 4 * 16
+    all_keys, shown = (100, 20), (32, 20)
+    if skipped == "nothing":
+        all_keys, shown = (40, 10), (12.8, 10)
+    fewer = pair * (40 * (all_keys[0] - shown[0]) + 10 * (all_keys[1] - shown[1]))
+    assert cost(plain, **row).forward_flops - cost(windowed, **row).forward_flops == pytest.approx(fewer, abs=1)
