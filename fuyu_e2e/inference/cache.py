@@ -313,15 +313,15 @@ class PrefillBlock(RowAttention):
         old = store[self.row.first].index_select(1, self.piece.known).transpose(0, 1)
         return torch.cat((old.to(new.dtype), new))  # the cache may be of another type
 
-    def among(self, passing: Passing) -> Attend:
+    def select(self, passing: Passing) -> Attend:
         """Attention of passing tokens to each other, of which alone the cache keeps something."""
         assert isinstance(self.piece.attention, RowAttention)
-        return partial(self._write_and_attend, passing.index, self.piece.attention.among(passing))
+        return partial(self._write_and_attend, passing.index, self.piece.attention.select(passing))
 
-    def asking(self, passing: Passing) -> Attend:
+    def cross(self, passing: Passing) -> Attend:
         """Attention of passing tokens to the whole row, which the cache keeps."""
         assert isinstance(self.piece.attention, RowAttention)
-        return partial(self._write_and_attend, slice(None), self.piece.attention.asking(passing))
+        return partial(self._write_and_attend, slice(None), self.piece.attention.cross(passing))
 
     def _write_and_attend(
         self,
@@ -410,22 +410,22 @@ class DecodeStepBlock(RowAttention):
         self.block.write(self.rows, keys, values)
         return self.block.attend(queries, self.seen)
 
-    def among(self, passing: Passing) -> Attend:
+    def select(self, passing: Passing) -> Attend:
         """Attention of the passing ones of the new tokens to what passed before them."""
-        return partial(self._write_and_ask, passing.index, passing.index)
+        return partial(self._write_and_attend, passing.index, passing.index)
 
-    def asking(self, passing: Passing) -> Attend:
+    def cross(self, passing: Passing) -> Attend:
         """Attention of the passing ones of the new tokens to all before them."""
-        return partial(self._write_and_ask, self.step.sequence, passing.index)
+        return partial(self._write_and_attend, self.step.sequence, passing.index)
 
-    def _write_and_ask(
+    def _write_and_attend(
         self,
         written: Int64[Tensor, " n"],
-        asking: Int64[Tensor, " m"],
+        attending: Int64[Tensor, " m"],
         queries: Float[Tensor, "m H K"],
         keys: Float[Tensor, "n G K"],
         values: Float[Tensor, "n G K"],
     ) -> Float[Tensor, "m H K"]:
         assert isinstance(self.block, RoutedBlockCache)
         self.block.write(written, self.step.lengths[written], keys, values)
-        return self.block.attend(asking, self.step.lengths[asking], queries)
+        return self.block.attend(attending, self.step.lengths[attending], queries)

@@ -37,7 +37,7 @@ class Passing:
 
     index: Int64[Tensor, " C"]
     """Where each stands in the row."""
-    real: Bool[Tensor, " C"]
+    valid: Bool[Tensor, " C"]
     """False for the tokens at the end that only fill the capacity: they skip the block, whatever is computed."""
 
     def documents(self, document: Int64[Tensor, " T"], filling: int) -> Int64[Tensor, " C"]:
@@ -47,7 +47,7 @@ class Passing:
             document: Of each token of the row, the number of its document.
             filling: A number that no document has.
         """
-        return torch.where(self.real, document.index_select(0, self.index), filling)
+        return torch.where(self.valid, document.index_select(0, self.index), filling)
 
 
 class Places(NamedTuple):
@@ -113,11 +113,11 @@ class RowAttention(ABC):
         """Attention of every token to those that the block's mask shows it."""
 
     @abstractmethod
-    def among(self, passing: Passing) -> Attend:
+    def select(self, passing: Passing) -> Attend:
         """The attention of passing tokens to passing tokens alone: queries, keys and values are theirs."""
 
     @abstractmethod
-    def asking(self, passing: Passing) -> Attend:
+    def cross(self, passing: Passing) -> Attend:
         """The attention of passing tokens to all tokens: queries are theirs, keys and values the whole row's."""
 
 

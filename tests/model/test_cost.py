@@ -27,10 +27,10 @@ class Definition(RowAttention):
             return torch.einsum("hct,thk->chk", weights, v)
         return reference_attention(q, k, v, (len(q),))
 
-    def among(self, passing: Passing) -> Attend:
+    def select(self, passing: Passing) -> Attend:
         return self
 
-    def asking(self, passing: Passing) -> Attend:
+    def cross(self, passing: Passing) -> Attend:
         return self
 
 

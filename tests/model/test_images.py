@@ -296,7 +296,7 @@ def test_routed_blocks_see_the_tokens_of_images_not_their_patches(
     decoder = make(connector=connector, routing=RoutingConfig(rule=rule, share=0.5, blocks=(1,)))
     batch = several(connector)
     row = decoder.train().row(batch)
-    assert sum(row.info.image_patches) == len(batch.patch_positions) == len(row.info.patch_image)
+    assert sum(row.info.image_lengths_host) == len(batch.patch_positions) == len(row.info.patch_image)
     assert decoder.loss(batch, row).isfinite()
 
 

@@ -117,13 +117,13 @@ class RoutedBlock(Block):
         passing = gather_passing(choice.passes, capacity)
         x_CD = x_TD.index_select(0, passing.index)
         if self.leaves_keys:
-            update_CD = self.inner.update(x_CD, x_TD, row.asking(passing))
+            update_CD = self.inner.update(x_CD, x_TD, row.cross(passing))
         else:
             update_CD = self.inner.update(x_CD, x_CD, row.select(passing))
-        gates_C = torch.where(passing.real, choice.gates.index_select(0, passing.index), 0.0)
+        gates_C = torch.where(passing.valid, choice.gates.index_select(0, passing.index), 0.0)
         x_TD = x_TD.index_add(0, passing.index, (gates_C[:, None] * update_CD).to(x_TD.dtype))
         scores = None if choice.scores is None else choice.scores.detach()
-        passed = torch.zeros_like(choice.passes).index_copy(0, passing.index, passing.real)
+        passed = torch.zeros_like(choice.passes).index_copy(0, passing.index, passing.valid)
         return x_TD, Routed(
             block=self.rule.block, chosen=choice.passes, passed=passed, scores=scores, auxiliary=choice.auxiliary
         )
@@ -138,7 +138,7 @@ class RoutedBlock(Block):
             asked = shares.patches * row.patches + shares.others * (tokens - row.patches)
             share = annealed(asked / max(1, tokens), row.dense)
             passing = [length * share for length in row.lengths]
-        return inner.among(passing, row.lengths if self.leaves_keys else passing, row).plus(choice, tokens)
+        return inner.between(passing, row.lengths if self.leaves_keys else passing, row).plus(choice, tokens)
 
     def saved_bytes(self, tokens: int, work: int, size: int) -> float:
         """Returns those of the inner block, of as many tokens as there is room for when training begins."""
