@@ -106,6 +106,8 @@ class Block(nn.Module, ABC):
 
     reads_info = False
     """Whether it reads `Row.info`, which costs something to make."""
+    selects_tokens = False
+    """Whether only some tokens pass it: how many keys a cache will hold of it isn't known before, then."""
 
     def __init__(self, config: "fuyu_e2e.model.config.FuyuConfig", number: int) -> None:
         super().__init__()
@@ -113,6 +115,11 @@ class Block(nn.Module, ABC):
         """What its tokens see."""
         self.recompute: ActivationCheckpointing = "none"
         """What its backward pass recomputes, to save memory."""
+
+    @property
+    def kind(self) -> str:
+        """What such blocks are called in front of "blocks", in what users read."""
+        return type(self).__name__
 
     @abstractmethod
     def forward(self, x_TD: Float[Tensor, "T D"], row: Row) -> Float[Tensor, "T D"]:
@@ -187,6 +194,8 @@ class DenseConfig(BlockConfig):
 
 class DenseBlock(Block):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`, for every token."""
+
+    kind = "dense"
 
     def __init__(self, config: "fuyu_e2e.model.config.FuyuConfig", number: int) -> None:
         super().__init__(config, number)

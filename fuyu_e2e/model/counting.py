@@ -44,9 +44,10 @@ class CountedRow:
     cached: Counts | None = None
     """Earlier tokens of each document, whose keys are in a cache."""
     passing: Mapping[int, Counts] = field(default_factory=dict)
-    """How many tokens of each document pass, by the number of the routed block; where missing, the share asked for."""
-    dense: float = 0.0
-    """The part by which the shares are still annealed (`RoutingConfig.dense`)."""
+    """How many tokens of each document pass, by the number of a block that selects some; where missing, the share that
+    it was asked for."""
+    done: float | None = 1.0
+    """The part of a training that is done, as blocks may compute more at first; None for the mean over all of it."""
 
 
 Operations = Callable[[CountedRow], Flops]

@@ -135,6 +135,20 @@ class Decoder(nn.Module):
             assert isinstance(block, Block)
             yield block
 
+    @property
+    def selecting(self) -> dict[int, Block]:
+        """The blocks that only some tokens pass, by their numbers."""
+        return {number: block for number, block in enumerate(self.each_block()) if block.selects_tokens}
+
+    @property
+    def other_kinds(self) -> dict[str, list[int]]:
+        """The numbers of the blocks that aren't dense, by kind."""
+        kinds: dict[str, list[int]] = {}
+        for number, block in enumerate(self.each_block()):
+            if not isinstance(block, DenseBlock):
+                kinds.setdefault(block.kind, []).append(number)
+        return kinds
+
     def recompute(self, kind: ActivationCheckpointing) -> None:
         """Sets which activations the backward pass recomputes; results stay the same."""
         for block in self.each_block():
@@ -200,12 +214,13 @@ class Decoder(nn.Module):
 
     def info(self, batch: PackedBatch) -> TokenInfo | None:
         """What blocks read of a packed batch's tokens beside their states; None where none does."""
-        if not self._reads_info:
+        if not self.reads_info:
             return None
         return TokenInfo.of(batch, len(self.blocks), self.progress, self.training)
 
     @property
-    def _reads_info(self) -> bool:
+    def reads_info(self) -> bool:
+        """Whether a block reads what is known of tokens beside their states."""
         return any(block.reads_info for block in self.each_block())
 
     def row_of(
@@ -223,7 +238,7 @@ class Decoder(nn.Module):
 
     def row_of_new_tokens(self, positions: Int64[Tensor, " B"], attends: Sequence[RowAttention]) -> Row:
         """The row of the next token of each of several sequences."""
-        tokens = TokenInfo.of_new_tokens(positions, len(self.blocks)) if self._reads_info else None
+        tokens = TokenInfo.of_new_tokens(positions, len(self.blocks)) if self.reads_info else None
         return self.row_of(positions, attends, tokens)
 
     def forward(self, inputs: Inputs, row: Row) -> Float[Tensor, "T D"]:

@@ -282,7 +282,7 @@ def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(
     monkeypatch.setitem(generation.PREFILL_TOKENS, "cpu", 7)
     decoder = make(**settings)
     batch = several(decoder.config.connector)
-    cache = KeyValueCache(decoder.config, 3, 64, like=decoder.embed_tokens.weight)
+    cache = KeyValueCache(decoder, 3, 64)
     lasts = generation.prefill(decoder, batch, cache)
     ends = torch.tensor(batch.document_lengths).cumsum(0) - 1
     torch.testing.assert_close(decoder.lm_head(lasts), decoder.logits(batch)[ends], atol=1e-5, rtol=1e-5)

@@ -65,7 +65,9 @@ class RoutedBlock(Block):
         number: Of the block.
     """
 
+    kind = "routed"
     reads_info = True
+    selects_tokens = True
 
     def __init__(self, inner: DenseBlock, config: FuyuConfig, number: int) -> None:
         super().__init__(config, number)
@@ -136,7 +138,7 @@ class RoutedBlock(Block):
         passing, tokens, shares = row.passing.get(rule.block), sum(row.lengths), rule.shares
         if passing is None:
             asked = shares.patches * row.patches + shares.others * (tokens - row.patches)
-            share = annealed(asked / max(1, tokens), row.dense)
+            share = annealed(asked / max(1, tokens), rule.routing.dense(row.done))
             passing = [length * share for length in row.lengths]
         return inner.between(passing, row.lengths if self.leaves_keys else passing, row).plus(choice, tokens)
 
