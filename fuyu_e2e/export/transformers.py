@@ -23,6 +23,7 @@ from fuyu_e2e.export.tokenizer_json import UNKNOWN, fast_tokenizer
 from fuyu_e2e.image import PADDING
 from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.model.config import LINEAR, FuyuConfig
+from fuyu_e2e.model.decoder import meta_decoder
 from fuyu_e2e.sequence import TokenSequence
 from fuyu_e2e.tokenizer import BOS, EOS
 
@@ -91,8 +92,8 @@ def to_transformers(weights: Mapping[str, Tensor], config: FuyuConfig) -> dict[s
     A tied output projection is left out: it is the embedding.
 
     Raises:
-        UserError: The decoder is routed, which no text model of transformers is, or its images pass more than
-            one linear layer.
+        UserError: The decoder computes what no text model of transformers does, or its images pass more than one
+            linear layer.
     """
     _check_stock(config)
     modules = _modules(config)
@@ -141,8 +142,8 @@ def transformers_config(
     """What goes into transformers' `config.json`.
 
     Raises:
-        UserError: The decoder is routed, which no text model of transformers is, or its images pass more than
-            one linear layer.
+        UserError: The decoder computes what no text model of transformers does, or its images pass more than one
+            linear layer.
     """
     _check_stock(config)
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -222,8 +223,8 @@ def write_transformers(
         fast: The fast tokenizer, where it can't be made of the model's own.
 
     Raises:
-        UserError: The decoder is routed, its images pass more than one linear layer, or the tokenizer is of a kind
-            that has no fast form.
+        UserError: The decoder computes what no text model of transformers does, its images pass more than one linear
+            layer, or the tokenizer is of a kind that has no fast form.
     """
     tokenizer, images = description.tokenizer, description.images
     named = to_transformers(weights, description.config)
@@ -292,10 +293,10 @@ def _check_stock(config: FuyuConfig) -> None:
                 f"A decoder with decoder.{name} {value} can't be exported as transformers' FuyuForCausalLM, whose "
                 "patches pass one linear layer and nothing else: export it with `--to fuyu-e2e`."
             )
-    if config.routing is not None:
+    for block in meta_decoder(config).selecting.values():
         raise UserError(
-            "A decoder with routed blocks can't be exported as transformers' FuyuForCausalLM, which would run every "
-            "token through every block: export it with `--to fuyu-e2e`, and generate with `fuyu-e2e generate`."
+            f"A decoder with {block.kind} blocks can't be exported as transformers' FuyuForCausalLM, which would run "
+            "every token through every block: export it with `--to fuyu-e2e`, and generate with `fuyu-e2e generate`."
         )
 
 

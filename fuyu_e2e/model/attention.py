@@ -1,4 +1,4 @@
-"""Attention inside each document of a packed row, of all its tokens or of those that pass a routed block.
+"""Attention inside each document of a packed row, of all its tokens or of some of them.
 
 What a block asks for stands here, with its definition (`reference_attention`) and the rotary embedding. Several
 backends compute it, at the cost of the sum of squares of the documents' lengths instead of the square of the row's:
@@ -33,7 +33,7 @@ def attention_type(weight: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Passing:
-    """The tokens of a row that pass a routed block, gathered in their order."""
+    """The tokens of a row that pass a block which selects some, gathered in their order."""
 
     index: Int64[Tensor, " C"]
     """Where each stands in the row."""
@@ -101,7 +101,7 @@ def seen_by(mask: AttentionMask, queries: Places, keys: Places) -> Bool[Tensor, 
 
 
 class RowAttention(ABC):
-    """Attention of all tokens of a row, which also serves those that pass a routed block."""
+    """Attention of all tokens of a row, which also serves a selection of them."""
 
     @abstractmethod
     def __call__(

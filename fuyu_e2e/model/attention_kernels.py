@@ -8,7 +8,7 @@
 
 Kernels of FlashAttention know windows and no other mask: blocks whose mask they can't compute take flex instead.
 
-Which tokens pass a routed block is known on the device alone. The lengths of what passes of each document stay there,
+Which tokens a block selects is known on the device alone. The lengths of what passes of each document stay there,
 so that the host never waits.
 """
 
@@ -196,7 +196,7 @@ class VarlenRow(RowAttention):
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
         """Attention of every token to those of its document that the mask shows it."""
-        if not len(queries):  # no token passes a routed block
+        if not len(queries):  # a block selected none
             return queries
         return self.kernel(queries, keys, values, self.starts, self.longest)
 

@@ -7,9 +7,9 @@ a group. Padding comes after the tokens of its document, where a causal token ne
 the keys that its mask can show it, and groups tiles by their number of keys: a window costs its own width, not the
 document's length.
 
-How many tokens of each document pass a routed block is known on the device alone. On the CPU, where looking costs
+How many tokens of each document a block selects is known on the device alone. On the CPU, where looking costs
 nothing, those that pass are planned like a row of their own; elsewhere `MaskedAttention` takes them as they are, at
-the price of the square of a routed block's capacity, so that the host never waits.
+the price of the square of the block's capacity, so that the host never waits.
 """
 
 from contextlib import nullcontext
@@ -85,7 +85,7 @@ class AttentionPlan(RowAttention):
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
         """Causal attention of every token to the tokens of its own document up to itself."""
-        if not self.groups:  # no token of any document passes a routed block
+        if not self.groups:  # a block selected no token of any document
             return queries
         heads, kv_heads = queries.shape[1], keys.shape[1]
         packed = torch.cat((queries, keys, values), dim=1).index_select(0, self.gather)

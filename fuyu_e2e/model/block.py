@@ -104,6 +104,10 @@ FEED_FORWARDS: dict[str, type[SwiGLU | SquaredReLU]] = {"SwiGLU": SwiGLU, "Squar
 class Block(nn.Module, ABC):
     """A block of the decoder."""
 
+    kind = "custom"
+    """What users call such blocks: an adjective."""
+    method: str | None = None
+    """What the literature calls them."""
     reads_info = False
     """Whether it reads `Row.info`, which costs something to make."""
     selects_tokens = False
@@ -115,11 +119,6 @@ class Block(nn.Module, ABC):
         """What its tokens see."""
         self.recompute: ActivationCheckpointing = "none"
         """What its backward pass recomputes, to save memory."""
-
-    @property
-    def kind(self) -> str:
-        """What such blocks are called in front of "blocks", in what users read."""
-        return type(self).__name__
 
     @abstractmethod
     def forward(self, x_TD: Float[Tensor, "T D"], row: Row) -> Float[Tensor, "T D"]:

@@ -141,12 +141,12 @@ class Decoder(nn.Module):
         return {number: block for number, block in enumerate(self.each_block()) if block.selects_tokens}
 
     @property
-    def other_kinds(self) -> dict[str, list[int]]:
-        """The numbers of the blocks that aren't dense, by kind."""
-        kinds: dict[str, list[int]] = {}
+    def other_kinds(self) -> dict[type[Block], list[int]]:
+        """The numbers of the blocks that aren't dense, by their class."""
+        kinds: dict[type[Block], list[int]] = {}
         for number, block in enumerate(self.each_block()):
             if not isinstance(block, DenseBlock):
-                kinds.setdefault(block.kind, []).append(number)
+                kinds.setdefault(type(block), []).append(number)
         return kinds
 
     def recompute(self, kind: ActivationCheckpointing) -> None:

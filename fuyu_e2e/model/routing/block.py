@@ -66,6 +66,7 @@ class RoutedBlock(Block):
     """
 
     kind = "routed"
+    method = "Mixture-of-Depths"
     reads_info = True
     selects_tokens = True
 
