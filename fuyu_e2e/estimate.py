@@ -117,14 +117,13 @@ def estimated(args: Sequence[str]) -> Estimate:
     here = "cuda" if torch.cuda.is_available() and settings.accelerator != "cpu" else "cpu"
     row = _row(cli.datamodule, config)
     processes = _devices(settings.devices, here if named is None else "named") * settings.num_nodes
-    routing = config.routing
     return Estimate(
         cost=cost(
             config,
             document_lengths=row.document_lengths,
             grids=[(1, row.patches)],
             targets=row.targets,
-            dense=routing.anneal / 2 if routing is not None else 0.0,
+            done=None,
         ),
         memory=memory(
             config,

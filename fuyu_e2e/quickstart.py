@@ -16,7 +16,7 @@ from fuyu_e2e.checkpoint.loading import TrainedModel, load_model, read_model
 from fuyu_e2e.document import Document
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.contact_sheet import Cell, contact_sheet
-from fuyu_e2e.eval.depth import depth_shares, reading_depths
+from fuyu_e2e.eval.depth import depth_shares, depth_table, reading_depths
 from fuyu_e2e.eval.digits import MAX_NEW_TOKENS, QUESTION, TEST_SEED, VOCAB_SIZE, write_shards
 from fuyu_e2e.eval.exact_match import Reading, by_group, chance_of_exchange, exact_match, exchange_images, read
 from fuyu_e2e.export.folders import export_own, export_to_transformers
@@ -28,7 +28,7 @@ from fuyu_e2e.tally import Tally
 from fuyu_e2e.tokenizer import train_tokenizer
 
 DEPTH_PICTURES = 200
-"""Test pictures over which a routed model's depth is averaged."""
+"""Test pictures over which the depth that tokens get is averaged."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ def run(options: Namespace) -> None:
     results["tokens_per_second"] = round(cli.throughput.tokens / cli.throughput.seconds)
     results["seed"] = options.seed
     results["steps"] = model.step
-    if model.decoder.config.routing is not None:
-        depths = reading_depths(model, readings[:DEPTH_PICTURES])
+    if depths := reading_depths(model, readings[:DEPTH_PICTURES]):
         results["share_of_depth"] = depth_shares(depths)
         shown = max(depths[:48], key=lambda depth: len(depth.sequence.patches))
         depth_map(shown, model.tokenizer).save(place.root / "depth_map.png")
@@ -139,11 +138,11 @@ def recipe_settings(place: Workplace, recipe: str, seed: int, max_steps: int | N
 
 
 def export_model(place: Workplace) -> None:
-    """Writes the model for transformers, or where it is routed, which transformers can't run, for `fuyu_e2e.load`."""
+    """Writes the model for transformers, or where these can't run it, for `fuyu_e2e.load`."""
     stored = read_model(place.root / "checkpoints" / "last.ckpt")
-    if stored.description.config.routing is None:
+    try:
         export_to_transformers(stored, place.exported, question=QUESTION)
-    else:
+    except UserError:
         export_own(stored, place.exported, question=QUESTION)
 
 
@@ -183,10 +182,7 @@ def report(console: Console, place: Workplace, results: dict[str, Any], sheet: P
     )
     console.print(table)
     if "share_of_depth" in results:
-        depth = Table("share of the routed blocks passed by", "")
-        for name, share in results["share_of_depth"].items():
-            depth.add_row(name.replace("_", " "), f"{share:.1%}")
-        console.print(depth)
+        console.print(depth_table(results["share_of_depth"]))
         console.print(f"Heat map of a picture: {place.root}/depth_map.png", soft_wrap=True)
     console.print(
         f"{results['seconds']:.0f} s in all, {results['tokens_per_second']:,} tokens/s in training\n\n"

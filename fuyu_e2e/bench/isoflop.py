@@ -188,22 +188,22 @@ def stored_rows(folder: Path, seed: int, row_tokens: int) -> StoredRows:
     )
 
 
-def _row_cost(config: FuyuConfig, row: PackedBatch, dense: float) -> int:
+def _row_cost(config: FuyuConfig, row: PackedBatch, done: float) -> int:
     return cost(
         config,
         document_lengths=row.document_lengths,
         grids=row.grids,
         targets=len(row.targets),
-        dense=dense,
+        done=done,
     ).training_flops
 
 
 def _steps(config: FuyuConfig, budget: int, sample: list[PackedBatch]) -> int:
     """How many steps cost what `budget` steps of the dense decoder do, the annealing counted in."""
-    dense = sum(_row_cost(DENSE, row, 0.0) for row in sample)
-    annealed = config.routing.anneal / 2 if config.routing is not None else 0.0
+    dense = sum(_row_cost(DENSE, row, 1.0) for row in sample)
+    annealed = config.routing.dense(None) if config.routing is not None else 0.0
     routed = sum(
-        (1 - annealed) * _row_cost(config, row, 0.0) + annealed * _row_cost(config, row, 1.0) for row in sample
+        (1 - annealed) * _row_cost(config, row, 1.0) + annealed * _row_cost(config, row, 0.0) for row in sample
     )
     return round(budget * dense / routed)
 
@@ -232,8 +232,7 @@ def _train(name: str, budget: int, seed: int, steps: int, data: StoredRows, fold
     seconds = time.perf_counter() - started_at
     decoder = learner.decoder
     routing = decoder.config.routing
-    anneal = (lambda step: routing.dense(step / steps)) if routing is not None else (lambda step: 0.0)
-    flops = sum(_row_cost(decoder.config, row.batch, anneal(step)) for step, row in enumerate(data.rows[:steps]))
+    flops = sum(_row_cost(decoder.config, row.batch, step / steps) for step, row in enumerate(data.rows[:steps]))
     model = TrainedModel(decoder.eval(), data.builder, steps)
     documents = list(data.documents("val", Tally()))
     prompts = list(data.builder.prompts(documents, Tally()))

@@ -122,9 +122,8 @@ def _measure(width: int, length: int, mode: str, device: str, options: Any) -> l
     def read(decoder: Decoder) -> Callable[[], KeyValueCache]:
         @torch.no_grad()
         def run() -> KeyValueCache:
-            like = torch.zeros(0, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-            cache = KeyValueCache(decoder.config, len(row.document_lengths), options.document + DECODE_TOKENS, like)
             with autocast:
+                cache = KeyValueCache(decoder, len(row.document_lengths), options.document + DECODE_TOKENS)
                 prefill(decoder, row, cache)
             return cache
 

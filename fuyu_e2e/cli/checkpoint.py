@@ -74,6 +74,7 @@ def info(path: Path) -> int:
     from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint
     from fuyu_e2e.checkpoint.whole import Manifest, is_whole
     from fuyu_e2e.model.cost import cost
+    from fuyu_e2e.model.decoder import meta_decoder
 
     found = find_checkpoint(path)
     stored = read_model(found)
@@ -88,7 +89,8 @@ def info(path: Path) -> int:
     parameters = cost(config, document_lengths=(1,), grids=(), targets=0).parameters
     table.add_row("model", f"{parameters:,} parameters, {config.layers} blocks of width {config.width:,}")
     table.add_row("dialect", config.dialect)
-    table.add_row("routed blocks", ", ".join(map(str, config.routed)) or "none")
+    for block, numbers in meta_decoder(config).other_kinds.items():
+        table.add_row(f"{block.kind} blocks", ", ".join(map(str, numbers)))
     if is_whole(found):
         manifest = Manifest.read(found)
         size = sum(file["bytes"] for file in manifest.files.values())

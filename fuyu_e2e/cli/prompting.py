@@ -1,4 +1,4 @@
-"""What `generate` and `routing` are given alike: a model, where it computes, and a prompt."""
+"""What commands that read a prompt are given alike: a model, where it computes, and the prompt."""
 
 from argparse import ArgumentParser
 from collections.abc import Sequence

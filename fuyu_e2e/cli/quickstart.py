@@ -16,7 +16,7 @@ def quickstart(args: Sequence[str]) -> int:
     parser.add_argument(
         "--recipe",
         default="recipes/quickstart.yaml",
-        help="What to train; recipes/quickstart-mod.yaml has routed blocks (default: %(default)s).",
+        help="What to train; recipes/quickstart-mod.yaml has Mixture-of-Depths (default: %(default)s).",
     )
     parser.add_argument(
         "--seed",

@@ -1,10 +1,11 @@
 """How much depth a routed model gives to what it reads: by kind of token, and to ink against empty ground."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
+from rich.table import Table
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.eval.exact_match import Reading
@@ -17,7 +18,9 @@ DARK = 128
 
 
 def reading_depths(model: TrainedModel, readings: Sequence[Reading]) -> list[TokenDepth]:
-    """The depth of every token of some prompts and of what the model wrote behind them."""
+    """The depth of every token of some prompts and of what the model wrote behind them; none for a dense model."""
+    if model.decoder.config.routing is None:
+        return []
     return [
         token_depth(model.decoder, reading.prompt.sequence, model.tokenizer.encode(reading.text))
         for reading in readings
@@ -37,6 +40,14 @@ def depth_shares(depths: Sequence[TokenDepth]) -> dict[str, float]:
     shares = {name: float(passed[names == name].mean()) for name in sorted(set(names.tolist()))}
     patches = np.array([name.startswith("patches") for name in names.tolist()])
     return {"patches": float(passed[patches].mean()), **shares}
+
+
+def depth_table(shares: Mapping[str, float]) -> Table:
+    """The same to be printed."""
+    table = Table("share of the routed blocks passed by", "")
+    for name, share in shares.items():
+        table.add_row(name.replace("_", " "), f"{share:.1%}")
+    return table
 
 
 def has_ink(sequence: TokenSequence) -> Bool[np.ndarray, " P"]:

@@ -8,6 +8,7 @@ from typing import Literal
 from fuyu_e2e.checkpoint.loading import StoredModel
 from fuyu_e2e.export.transformers import SUPPORTED, largest_size, scales_alike
 from fuyu_e2e.model.cost import cost
+from fuyu_e2e.model.decoder import meta_decoder
 from fuyu_e2e.version import __version__
 
 Use = Literal["caption", "chat"]
@@ -85,8 +86,8 @@ def card(
     config, images, told = stored.description.config, stored.description.images, stored.provenance
     parameters = cost(config, document_lengths=(1,), grids=(), targets=0).parameters
     blocks = f"{config.layers} blocks"
-    if config.routed:
-        blocks += f", of which {len(config.routed)} are routed (Mixture-of-Depths)"
+    for block, those in meta_decoder(config).other_kinds.items():
+        blocks += f", of which {len(those)} are {block.kind}" + (f" ({block.method})" if block.method else "")
     limit = f"at most {images.max_patches:,} an image"
     if images.max_size is not None:
         limit += f", scaled down to fit {images.max_size[0]} x {images.max_size[1]} pixels"

@@ -32,8 +32,8 @@ def export_prefill(decoder: Decoder, *, tokens: int, patches: int, capacity: int
         capacity: Places of the cache that comes out.
 
     Raises:
-        UserError: The decoder is routed or reads the grids of images, or where they are; or the prompt doesn't fit
-            the cache.
+        UserError: Only some tokens pass one of the decoder's blocks; it reads the grids of images, or where they are;
+            or the prompt doesn't fit the cache.
     """
     _check_dense(decoder)
     if (mask := next((mask for mask in decoder.config.block_masks if mask.reads_images), None)) is not None:
@@ -70,21 +70,25 @@ def export_decode_step(decoder: Decoder, *, sequences: int, capacity: int) -> Ex
         capacity: Places of the cache.
 
     Raises:
-        UserError: The decoder is routed.
+        UserError: Only some tokens pass one of the decoder's blocks.
     """
     _check_dense(decoder)
-    weight = decoder.embed_tokens.weight
-    cache = KeyValueCache(decoder.config, sequences, capacity, like=weight)
-    tokens = torch.zeros(sequences, dtype=torch.int64, device=weight.device)
+    cache = KeyValueCache(decoder, sequences, capacity)
+    tokens = torch.zeros_like(cache.lengths)
     keys, values = _stores(cache)
     return torch.export.export(_DecodeStep(decoder, capacity), (tokens, torch.zeros_like(tokens), keys, values))
 
 
 def _check_dense(decoder: Decoder) -> None:
-    if decoder.config.routing is not None:
+    if decoder.config.rotary == "2d":
         raise UserError(
-            "A decoder with routed blocks has no graph of fixed shapes, as what its cache holds depends on what "
-            "passes: generate with `fuyu-e2e generate`."
+            "A decoder with decoder.rotary '2d' has no graph of fixed shapes, as positions depend on the grids of "
+            "images: generate with `fuyu-e2e generate`."
+        )
+    for block in decoder.selecting.values():
+        raise UserError(
+            f"A decoder with {block.kind} blocks has no graph of fixed shapes, as what its cache holds depends on "
+            "what passes: generate with `fuyu-e2e generate`."
         )
 
 
@@ -101,7 +105,7 @@ class _Prefill(nn.Module):
         self, tokens: Int64[Tensor, " T"], patches: UInt8[Tensor, "P C"], patch_positions: Int64[Tensor, " P"]
     ) -> Outputs:
         length = tokens.shape[0]
-        cache = KeyValueCache(self.decoder.config, 1, self.capacity, like=self.decoder.embed_tokens.weight)
+        cache = KeyValueCache(self.decoder, 1, self.capacity)
         plan = partial(self.decoder.plan, device=tokens.device, backend="documents")
         positions = torch.arange(length, device=tokens.device)
         row = self.decoder.row_of(positions, Prefill(cache, (length,), (), 0, length, plan).attends)

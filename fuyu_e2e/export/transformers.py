@@ -24,6 +24,7 @@ from fuyu_e2e.image import PADDING
 from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.model.block import DenseConfig
 from fuyu_e2e.model.config import LINEAR, FuyuConfig
+from fuyu_e2e.model.decoder import meta_decoder
 from fuyu_e2e.model.mask import AttentionMask
 from fuyu_e2e.sequence import TokenSequence
 from fuyu_e2e.tokenizer import BOS, EOS
@@ -302,15 +303,20 @@ def _check_stock(config: FuyuConfig) -> int | None:
                 f"A decoder with decoder.{name} {value} can't be exported as transformers' FuyuForCausalLM, whose "
                 "patches pass one linear layer and nothing else: export it with `--to fuyu-e2e`."
             )
-    if config.routing is not None:
+    for block in meta_decoder(config).selecting.values():
         raise UserError(
-            "A decoder with routed blocks can't be exported as transformers' FuyuForCausalLM, which would run every "
-            "token through every block: export it with `--to fuyu-e2e`, and generate with `fuyu-e2e generate`."
+            f"A decoder with {block.kind} blocks can't be exported as transformers' FuyuForCausalLM, which would run "
+            "every token through every block: export it with `--to fuyu-e2e`, and generate with `fuyu-e2e generate`."
         )
-    for block in config.blocks:
-        if type(block) is not DenseConfig:
+    if config.rotary != "1d":
+        raise UserError(
+            f"A decoder with decoder.rotary {config.rotary!r} can't be exported as transformers' FuyuForCausalLM, "
+            "which counts positions along the sequence ('1d'): export it with `--to fuyu-e2e`."
+        )
+    for kind in config.blocks:
+        if type(kind) is not DenseConfig:
             raise UserError(
-                f"A decoder with decoder.blocks of the kind {type(block).__name__} can't be exported as transformers' "
+                f"A decoder with decoder.blocks of the kind {type(kind).__name__} can't be exported as transformers' "
                 "FuyuForCausalLM, which has dense ones alone (DenseConfig): export it with `--to fuyu-e2e`."
             )
     for mask in config.block_masks:

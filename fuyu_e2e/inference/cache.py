@@ -1,9 +1,9 @@
 """The key/value cache: what a decoder remembers of each sequence, block by block.
 
 A dense block remembers every token that its mask may still show to a later one, in room that is there from the start:
-shapes never change, so a step can be compiled. Under a window the room is a ring, behind the sinks. A routed block
-remembers those that passed it, or every token where skipped ones leave their keys behind; how many that will be is not
-known before, so its room grows, to the ring's size at most.
+shapes never change, so a step can be compiled. Under a window the room is a ring, behind the sinks. A block that
+selects tokens remembers those that passed it, or every token where skipped ones leave their keys behind; how many that
+will be is not known before, so its room grows, to the ring's size at most.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +19,13 @@ from torch import Tensor
 from fuyu_e2e.model.attention import Attend, Passing, Places, RowAttention, attention_type
 from fuyu_e2e.model.attention_plans import TilePlan, shared_attention
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.device_copy import to_device
 from fuyu_e2e.model.images.connector import ImageStates
 from fuyu_e2e.model.mask import AttentionMask
 
 GROWTH = 8
-"""A full cache of a routed block grows by this fraction of its places: seldom copied, and never much too large."""
+"""A full cache that grows does so by this fraction of its places: seldom copied, and never much too large."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def rows_of(
     return ((sequence[:, None] * kv_heads + heads) * size + slots_of(places, size, mask)[:, None]).flatten()
 
 
-class RoutedBlockCache:
-    """Keys and values of one routed block, those of each sequence from slot 0 on; grows as it is written to."""
+class GrowingBlockCache:
+    """Keys and values of a block that selects tokens, those of each sequence from slot 0 on; grows when written to."""
 
     def __init__(self, config: FuyuConfig, sequences: int, mask: AttentionMask, like: Tensor) -> None:
         # Slots behind a sequence's end are masked, but must hold numbers: 0 x nan would still be nan.
@@ -144,29 +145,29 @@ class RoutedBlockCache:
         return shared_attention(queries[:, :, None], keys, values, attn_mask=seen[:, None, None])[:, :, 0]
 
 
-BlockCache = DenseBlockCache | RoutedBlockCache
+BlockCache = DenseBlockCache | GrowingBlockCache
 
 
 class KeyValueCache:
     """The caches of all blocks, and how many tokens each sequence has.
 
     Args:
-        config: Of the decoder.
+        decoder: What they are of. Keys and values lie on the device of its weights, in their `attention_type`.
         sequences: How many are cached.
         capacity: Tokens of the longest that there will be.
-        like: A weight of the decoder. Keys and values lie on its device, in its `attention_type`.
     """
 
-    def __init__(self, config: FuyuConfig, sequences: int, capacity: int, like: Tensor) -> None:
-        like = like.new_empty(0, dtype=attention_type(like))
+    def __init__(self, decoder: Decoder, sequences: int, capacity: int) -> None:
+        config, weight = decoder.config, decoder.embed_tokens.weight
+        like = weight.new_empty(0, dtype=attention_type(weight))
         self.capacity = capacity
         self.masks = config.masks
         """The pattern of the blocks' masks."""
         self.blocks: list[BlockCache] = [
-            RoutedBlockCache(config, sequences, mask, like)
-            if layer in config.routed
-            else DenseBlockCache.empty(config, sequences, capacity, mask, like)
-            for layer, mask in enumerate(config.block_masks)
+            GrowingBlockCache(config, sequences, block.mask, like)
+            if block.selects_tokens
+            else DenseBlockCache.empty(config, sequences, capacity, block.mask, like)
+            for block in decoder.each_block()
         ]
         self.lengths = torch.zeros(sequences, dtype=torch.int64, device=like.device)
         self.longest = 0
@@ -327,15 +328,15 @@ class PrefillBlock(RowAttention):
         old = store[self.row.first].index_select(1, self.piece.known).transpose(0, 1)
         return torch.cat((old.to(new.dtype), new))  # the cache may be of another type
 
-    def among(self, passing: Passing) -> Attend:
+    def select(self, passing: Passing) -> Attend:
         """Attention of passing tokens to each other, of which alone the cache keeps something."""
         assert isinstance(self.piece.attention, RowAttention)
-        return partial(self._write_and_attend, passing.index, self.piece.attention.among(passing))
+        return partial(self._write_and_attend, passing.index, self.piece.attention.select(passing))
 
-    def asking(self, passing: Passing) -> Attend:
+    def cross(self, passing: Passing) -> Attend:
         """Attention of passing tokens to the whole row, which the cache keeps."""
         assert isinstance(self.piece.attention, RowAttention)
-        return partial(self._write_and_attend, slice(None), self.piece.attention.asking(passing))
+        return partial(self._write_and_attend, slice(None), self.piece.attention.cross(passing))
 
     def _write_and_attend(
         self,
@@ -345,7 +346,7 @@ class PrefillBlock(RowAttention):
         keys: Float[Tensor, "n G K"],
         values: Float[Tensor, "n G K"],
     ) -> Float[Tensor, "C H K"]:
-        assert isinstance(self.block, RoutedBlockCache)
+        assert isinstance(self.block, GrowingBlockCache)
         self.block.write(self.row.document[written], self.row.position[written], keys, values)
         return attend(queries, keys, values)
 
@@ -424,22 +425,22 @@ class DecodeStepBlock(RowAttention):
         self.block.write(self.rows, keys, values)
         return self.block.attend(queries, self.seen)
 
-    def among(self, passing: Passing) -> Attend:
+    def select(self, passing: Passing) -> Attend:
         """Attention of the passing ones of the new tokens to what passed before them."""
-        return partial(self._write_and_ask, passing.index, passing.index)
+        return partial(self._write_and_attend, passing.index, passing.index)
 
-    def asking(self, passing: Passing) -> Attend:
+    def cross(self, passing: Passing) -> Attend:
         """Attention of the passing ones of the new tokens to all before them."""
-        return partial(self._write_and_ask, self.step.sequence, passing.index)
+        return partial(self._write_and_attend, self.step.sequence, passing.index)
 
-    def _write_and_ask(
+    def _write_and_attend(
         self,
         written: Int64[Tensor, " n"],
-        asking: Int64[Tensor, " m"],
+        attending: Int64[Tensor, " m"],
         queries: Float[Tensor, "m H K"],
         keys: Float[Tensor, "n G K"],
         values: Float[Tensor, "n G K"],
     ) -> Float[Tensor, "m H K"]:
-        assert isinstance(self.block, RoutedBlockCache)
+        assert isinstance(self.block, GrowingBlockCache)
         self.block.write(written, self.step.lengths[written], keys, values)
-        return self.block.attend(asking, self.step.lengths[asking], queries)
+        return self.block.attend(attending, self.step.lengths[attending], queries)

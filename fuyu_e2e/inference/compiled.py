@@ -1,4 +1,4 @@
-"""The compiled decoding step of a dense decoder: one graph from tokens to logits, on a GPU one CUDA graph.
+"""The compiled decoding step: one graph from tokens to logits, on a GPU one CUDA graph.
 
 Shapes must not change, or it would be compiled anew: caches have room for a power of two of places, and a step looks
 at the smallest power of two that holds all sequences. So a decoder is compiled once for each number of sequences and
@@ -30,12 +30,12 @@ def compiled_cache(decoder: Decoder, sequences: int, capacity: int) -> KeyValueC
     """An empty cache for `compiled_step`. It is the one of the decoder's last call where that has the same shape.
 
     Raises:
-        UserError: The decoder is routed.
+        UserError: Only some tokens pass one of the decoder's blocks.
     """
-    if decoder.config.routing is not None:
+    for selecting in decoder.selecting.values():
         raise UserError(
-            "The decoding step of a decoder with routed blocks can't be compiled, as what its cache holds depends on "
-            "what passes: generate with compiled=False."
+            f"The decoding step of a decoder with {selecting.kind} blocks can't be compiled, as what its cache holds "
+            "depends on what passes: generate with compiled=False."
         )
     if decoder.config.connector.gives_features:
         raise UserError(
@@ -50,7 +50,7 @@ def compiled_cache(decoder: Decoder, sequences: int, capacity: int) -> KeyValueC
     capacity = _bucket(capacity)
     cache = _caches.get(decoder)
     if cache is None or _shape(cache) != (sequences, capacity, attention_type(weight), weight.device):
-        cache = _caches[decoder] = KeyValueCache(decoder.config, sequences, capacity, like=weight)
+        cache = _caches[decoder] = KeyValueCache(decoder, sequences, capacity)
         if weight.device.type == "cuda":
             for block in cache.dense:
                 # Else a graph that writes to what it was given is not recorded as a CUDA graph.

@@ -75,7 +75,7 @@ def token_depth(decoder: Decoder, sequence: TokenSequence, continuation: list[in
         raise UserError("The model is dense: every token passes every block, so there is no depth to show.")
     weight = decoder.embed_tokens.weight
     batch = pack_row([sequence])
-    cache = KeyValueCache(decoder.config, 1, len(sequence) + len(continuation), like=weight)
+    cache = KeyValueCache(decoder, 1, len(sequence) + len(continuation))
     rows: list[Row] = []
     prefill(decoder, batch, cache, rows.append)
     for token in continuation:

@@ -99,7 +99,7 @@ def generate(
     """Continues each prompt until its end of document, or for `max_new_tokens` tokens.
 
     Args:
-        decoder: In evaluation mode, or routed blocks would drop tokens.
+        decoder: In evaluation mode, or blocks that select tokens would drop some.
         prompts: As `SequenceBuilder.prompt` makes them, of any lengths.
         max_new_tokens: Tokens generated at most for a prompt, its end included.
         eos_id: The token that ends a document.
@@ -111,7 +111,7 @@ def generate(
         The new tokens of each prompt, without the end of document.
 
     Raises:
-        UserError: The decoder is in training mode, or is routed and is to be compiled; or there is no memory for so
+        UserError: The decoder is in training mode, or is to be compiled and can't be; or there is no memory for so
             many tokens.
     """
     if not prompts or max_new_tokens < 1:
@@ -124,7 +124,7 @@ def generate(
         cache = compiled_cache(decoder, len(prompts), capacity)
     else:
         try:
-            cache = KeyValueCache(decoder.config, len(prompts), capacity, like=weight)
+            cache = KeyValueCache(decoder, len(prompts), capacity)
         except RuntimeError as error:  # of torch: on a CPU it is nothing more
             raise UserError(
                 f"There is no memory for the keys and values of {len(prompts):,} x {capacity:,} tokens: lower "
@@ -154,8 +154,9 @@ def prefill(
 ) -> Float[Tensor, "B D"]:
     """Reads a packed row of prompts, best on the host, into an empty cache, and gives the last state of each prompt.
 
-    A dense decoder reads `PREFILL_TOKENS` at a time, so that a long row takes no more memory than its cache. A routed
-    one reads the row at once: rules may look at whole images. `watch` hears of each row that was read.
+    A dense decoder reads `PREFILL_TOKENS` at a time, so that a long row takes no more memory than its cache. Where a
+    block selects tokens, or knows more of them, the row is read at once: it may look at whole images. `watch` hears of
+    each row that was read.
 
     Raises:
         UserError: The decoder is in training mode.
@@ -165,7 +166,7 @@ def prefill(
     length = sum(batch.document_lengths)
     device = decoder.embed_tokens.weight.device
     step = PREFILL_TOKENS.get(device.type, PREFILL_TOKENS["cuda"])
-    if decoder.config.routing is not None:
+    if decoder.reads_info or decoder.selecting:
         step = length
     bounds = _bounds(length, step, batch.image_bounds if decoder.config.reads_images else ())
     places = torch.searchsorted(batch.patch_positions, torch.tensor(bounds, device=batch.tokens.device)).tolist()

@@ -1,4 +1,4 @@
-"""Attention inside each document of a packed row, of all its tokens or of those that pass a routed block.
+"""Attention inside each document of a packed row, of all its tokens or of some of them.
 
 What a block asks for stands here, with its definition (`reference_attention`). Several backends compute it, at the
 cost of the sum of squares of the documents' lengths instead of the square of the row's:
@@ -33,11 +33,11 @@ def attention_type(weight: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Passing:
-    """The tokens of a row that pass a routed block, gathered in their order."""
+    """The tokens of a row that pass a block which selects some, gathered in their order."""
 
     index: Int64[Tensor, " C"]
     """Where each stands in the row."""
-    real: Bool[Tensor, " C"]
+    valid: Bool[Tensor, " C"]
     """False for the tokens at the end that only fill the capacity: they skip the block, whatever is computed."""
 
     def documents(self, document: Int64[Tensor, " T"], filling: int) -> Int64[Tensor, " C"]:
@@ -47,7 +47,7 @@ class Passing:
             document: Of each token of the row, the number of its document.
             filling: A number that no document has.
         """
-        return torch.where(self.real, document.index_select(0, self.index), filling)
+        return torch.where(self.valid, document.index_select(0, self.index), filling)
 
 
 class Places(NamedTuple):
@@ -101,7 +101,7 @@ def seen_by(mask: AttentionMask, queries: Places, keys: Places) -> Bool[Tensor, 
 
 
 class RowAttention(ABC):
-    """Attention of all tokens of a row, which also serves those that pass a routed block."""
+    """Attention of all tokens of a row, which also serves a selection of them."""
 
     @abstractmethod
     def __call__(
@@ -113,11 +113,11 @@ class RowAttention(ABC):
         """Attention of every token to those that the block's mask shows it."""
 
     @abstractmethod
-    def among(self, passing: Passing) -> Attend:
+    def select(self, passing: Passing) -> Attend:
         """The attention of passing tokens to passing tokens alone: queries, keys and values are theirs."""
 
     @abstractmethod
-    def asking(self, passing: Passing) -> Attend:
+    def cross(self, passing: Passing) -> Attend:
         """The attention of passing tokens to all tokens: queries are theirs, keys and values the whole row's."""
 
 

@@ -8,7 +8,7 @@
 
 Kernels of FlashAttention know windows and no other mask: blocks whose mask they can't compute take flex instead.
 
-Which tokens pass a routed block is known on the device alone. The lengths of what passes of each document stay there,
+Which tokens a block selects is known on the device alone. The lengths of what passes of each document stay there,
 so that the host never waits.
 """
 
@@ -196,11 +196,11 @@ class VarlenRow(RowAttention):
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
         """Attention of every token to those of its document that the mask shows it."""
-        if not len(queries):  # no token passes a routed block
+        if not len(queries):  # a block selected none
             return queries
         return self.kernel(queries, keys, values, self.starts, self.longest)
 
-    def among(self, passing: Passing) -> Attend:
+    def select(self, passing: Passing) -> Attend:
         """The attention of passing tokens to each other; what only fills the capacity is one more document."""
         documents = len(self.starts) - 1
         own = passing.documents(self.document, documents)
@@ -213,7 +213,7 @@ class VarlenRow(RowAttention):
         starts = F.pad(counts.cumsum(0), (1, 0)).int()
         return VarlenRow(self.kernel, starts, len(own), own, self.mask)
 
-    def asking(self, passing: Passing) -> Attend:
+    def cross(self, passing: Passing) -> Attend:
         """The attention of passing tokens to the whole row, whose places the kernels can't be told."""
         places = self._places()
         return MaskedAttention.of(self.mask, places.take(passing.index), places)
@@ -270,13 +270,13 @@ class FlexRow(RowAttention):
         )
         return attended[0].transpose(0, 1)
 
-    def among(self, passing: Passing) -> Attend:
+    def select(self, passing: Passing) -> Attend:
         """The attention of passing tokens to each other; what only fills the capacity is one more document."""
         own = self.places.take(passing.index)
         own = own._replace(document=passing.documents(self.places.document, -1))
         return FlexRow(_block_mask(self.mask, own, own), self.mask, own)
 
-    def asking(self, passing: Passing) -> Attend:
+    def cross(self, passing: Passing) -> Attend:
         """The attention of passing tokens to the whole row."""
         own = self.places.take(passing.index)
         return FlexRow(_block_mask(self.mask, own, self.places), self.mask, self.places)

@@ -7,9 +7,9 @@ a group. Padding comes after the tokens of its document, where a causal token ne
 the keys that its mask can show it, and groups tiles by their number of keys: a window costs its own width, not the
 document's length.
 
-How many tokens of each document pass a routed block is known on the device alone. On the CPU, where looking costs
+How many tokens of each document a block selects is known on the device alone. On the CPU, where looking costs
 nothing, those that pass are planned like a row of their own; elsewhere `MaskedAttention` takes them as they are, at
-the price of the square of a routed block's capacity, so that the host never waits.
+the price of the square of the block's capacity, so that the host never waits.
 """
 
 from contextlib import nullcontext
@@ -85,7 +85,7 @@ class AttentionPlan(RowAttention):
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
         """Causal attention of every token to the tokens of its own document up to itself."""
-        if not self.groups:  # no token of any document passes a routed block
+        if not self.groups:  # a block selected no token of any document
             return queries
         heads, kv_heads = queries.shape[1], keys.shape[1]
         packed = torch.cat((queries, keys, values), dim=1).index_select(0, self.gather)
@@ -104,7 +104,7 @@ class AttentionPlan(RowAttention):
         return torch.cat(outputs).index_select(0, self.scatter)
 
     @torch.compiler.disable
-    def among(self, passing: Passing) -> Attend:
+    def select(self, passing: Passing) -> Attend:
         """The attention of passing tokens to each other."""
         document = passing.documents(self.document, len(self.lengths))
         if document.device.type != "cpu":
@@ -115,13 +115,13 @@ class AttentionPlan(RowAttention):
         return AttentionPlan.of(tuple(counts.tolist()), document.device)
 
     @torch.compiler.disable
-    def asking(self, passing: Passing) -> Attend:
+    def cross(self, passing: Passing) -> Attend:
         """The attention of passing tokens to the whole row."""
         if passing.index.device.type != "cpu":
             places = Places(self.document, torch.arange(len(self.document), device=self.document.device), None)
             return MaskedAttention.of(CAUSAL, places.take(passing.index), places)
         places = Places.of(self.lengths, ())
-        return TilePlan.of(CAUSAL, places.take(passing.index[passing.real].numpy()), places, passing.index.device)
+        return TilePlan.of(CAUSAL, places.take(passing.index[passing.valid].numpy()), places, passing.index.device)
 
 
 @dataclass(frozen=True)
@@ -153,22 +153,22 @@ class TiledRow(RowAttention):
         return self.plan(queries, keys, values)
 
     @torch.compiler.disable
-    def among(self, passing: Passing) -> Attend:
+    def select(self, passing: Passing) -> Attend:
         """The attention of passing tokens to each other."""
         if self.device.type != "cpu":
             places = self.places.on(self.device)
             own = places.take(passing.index)._replace(document=passing.documents(places.document, -1))
             return MaskedAttention.of(self.mask, own, own)
-        own = self.places.take(passing.index[passing.real].numpy())
+        own = self.places.take(passing.index[passing.valid].numpy())
         return TilePlan.of(self.mask, own, own, self.device)
 
     @torch.compiler.disable
-    def asking(self, passing: Passing) -> Attend:
+    def cross(self, passing: Passing) -> Attend:
         """The attention of passing tokens to the whole row."""
         if self.device.type != "cpu":
             places = self.places.on(self.device)
             return MaskedAttention.of(self.mask, places.take(passing.index), places)
-        own = self.places.take(passing.index[passing.real].numpy())
+        own = self.places.take(passing.index[passing.valid].numpy())
         return TilePlan.of(self.mask, own, self.places, self.device)
 
 

@@ -104,8 +104,14 @@ FEED_FORWARDS: dict[str, type[SwiGLU | SquaredReLU]] = {"SwiGLU": SwiGLU, "Squar
 class Block(nn.Module, ABC):
     """A block of the decoder."""
 
+    kind = "custom"
+    """What users call such blocks: an adjective."""
+    method: str | None = None
+    """What the literature calls them."""
     reads_info = False
     """Whether it reads `Row.info`, which costs something to make."""
+    selects_tokens = False
+    """Whether only some tokens pass it: how many keys a cache will hold of it isn't known before, then."""
 
     def __init__(self, config: "fuyu_e2e.model.config.FuyuConfig", number: int) -> None:
         super().__init__()
@@ -187,6 +193,8 @@ class DenseConfig(BlockConfig):
 
 class DenseBlock(Block):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`, for every token."""
+
+    kind = "dense"
 
     def __init__(self, config: "fuyu_e2e.model.config.FuyuConfig", number: int) -> None:
         super().__init__(config, number)

@@ -37,26 +37,27 @@ def cost(
     grids: Sequence[Grid],
     targets: int,
     passing: Sequence[Counts] | None = None,
-    dense: float = 0.0,
+    done: float | None = 1.0,
 ) -> Cost:
     """Counts a row of documents with these lengths, images and `targets` supervised tokens.
 
     Blocks and the connector count themselves (`Block.operations`, `Connector.flops`). The output projection counts at
-    supervised tokens, where it is computed. A routed block counts for the tokens that pass it; what fills its capacity
-    beyond them doesn't count.
+    supervised tokens, where it is computed. A block that selects tokens counts for those, not for what fills its
+    capacity beyond them.
 
     Args:
         config: Of the decoder.
         document_lengths: Tokens of each document.
         grids: Rows and columns of patches of each view of its images.
         targets: Supervised tokens of the row.
-        passing: How many tokens of each document pass, for each routed block; None takes the shares asked for.
-        dense: The part by which the shares are still annealed (`RoutingConfig.dense`); matters where `passing` is
-            None.
+        passing: How many tokens of each document pass, for each block that selects some; None takes the shares asked
+            for.
+        done: The part of a training that is done, as blocks may compute more at first; None for the mean over all of
+            it. Matters where `passing` is None.
     """
-    by_block = {} if passing is None else dict(zip(config.routed, passing, strict=True))
+    by_block = {} if passing is None else dict(zip(meta_decoder(config).selecting, passing, strict=True))
     patches = sum(rows * cols for rows, cols in grids)
-    row = CountedRow(lengths=document_lengths, patches=patches, passing=by_block, dense=dense)
+    row = CountedRow(lengths=document_lengths, patches=patches, passing=by_block, done=done)
     flops = _flops(config, row, targets).plus(meta_decoder(config).patch_projection.flops(grids))
     return Cost(
         parameters=_counted(config)[0],
@@ -67,8 +68,8 @@ def cost(
 
 
 def decode_step_flops(config: FuyuConfig, keys: Counts) -> int:
-    """Operations of one more token in each sequence of a dense decoder; it sees so many keys, its own among them."""
-    assert config.routing is None
+    """Operations of one more token in each sequence, which passes every block and sees so many keys, its own too."""
+    assert not meta_decoder(config).selecting
     row = CountedRow(lengths=(1,) * len(keys), cached=[seen - 1 for seen in keys])
     return round(_flops(config, row, targets=len(keys)).forward)
 

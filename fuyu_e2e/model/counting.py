@@ -44,9 +44,10 @@ class CountedRow:
     cached: Counts | None = None
     """Earlier tokens of each document, whose keys are in a cache."""
     passing: Mapping[int, Counts] = field(default_factory=dict)
-    """How many tokens of each document pass, by the number of the routed block; where missing, the share asked for."""
-    dense: float = 0.0
-    """The part by which the shares are still annealed (`RoutingConfig.dense`)."""
+    """How many tokens of each document pass, by the number of a block that selects some; where missing, the share that
+    it was asked for."""
+    done: float | None = 1.0
+    """The part of a training that is done, as blocks may compute more at first; None for the mean over all of it."""
 
 
 Operations = Callable[[CountedRow], Flops]
@@ -68,9 +69,9 @@ class DenseOperations:
 
     def __call__(self, row: CountedRow) -> Flops:
         """Returns those of all tokens of a row."""
-        return self.among(row.lengths, row.lengths, row)
+        return self.between(row.lengths, row.lengths, row)
 
-    def among(self, asking: Counts, seen: Counts, row: CountedRow) -> Flops:
+    def between(self, queries: Counts, keys: Counts, row: CountedRow) -> Flops:
         """Returns those of the tokens that attend to others.
 
         Attention counts by document and as a full square, as in PaLM (Chowdhery et al. 2022, appendix B) and torch's
@@ -78,14 +79,14 @@ class DenseOperations:
         as many keys as fit it, of which the tokens that pass a block have their share.
 
         Args:
-            asking: Tokens of each document that attend.
-            seen: Tokens of each document whose keys are computed, and attended to.
+            queries: Tokens of each document that attend.
+            keys: Tokens of each document whose keys are computed, and attended to.
             row: That they belong to.
         """
         cached = [0] * len(row.lengths) if row.cached is None else row.cached
         pairs: int | float = 0
-        for a, new, old, length in zip(asking, seen, cached, row.lengths, strict=True):
-            pairs += a * (
+        for own, new, old, length in zip(queries, keys, cached, row.lengths, strict=True):
+            pairs += own * (
                 new + old if self.mask == CAUSAL else (new + old) * self.mask.keys(length + old) / (length + old)
             )
-        return Flops(self.query * sum(asking) + self.key * sum(seen) + self.pair * pairs)
+        return Flops(self.query * sum(queries) + self.key * sum(keys) + self.pair * pairs)

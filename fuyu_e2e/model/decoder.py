@@ -143,6 +143,20 @@ class Decoder(nn.Module):
             assert isinstance(block, Block)
             yield block
 
+    @property
+    def selecting(self) -> dict[int, Block]:
+        """The blocks that only some tokens pass, by their numbers."""
+        return {number: block for number, block in enumerate(self.each_block()) if block.selects_tokens}
+
+    @property
+    def other_kinds(self) -> dict[type[Block], list[int]]:
+        """The numbers of the blocks that aren't dense, by their class."""
+        kinds: dict[type[Block], list[int]] = {}
+        for number, block in enumerate(self.each_block()):
+            if not isinstance(block, DenseBlock):
+                kinds.setdefault(type(block), []).append(number)
+        return kinds
+
     def recompute(self, kind: ActivationCheckpointing) -> None:
         """Sets which activations the backward pass recomputes; results stay the same."""
         for block in self.each_block():
@@ -228,12 +242,13 @@ class Decoder(nn.Module):
 
     def info(self, batch: PackedBatch) -> TokenInfo | None:
         """What blocks read of a packed batch's tokens beside their states; None where none does."""
-        if not self._reads_info:
+        if not self.reads_info:
             return None
         return TokenInfo.of(batch, len(self.blocks), self.progress, self.training)
 
     @property
-    def _reads_info(self) -> bool:
+    def reads_info(self) -> bool:
+        """Whether a block reads what is known of tokens beside their states."""
         return any(block.reads_info for block in self.each_block())
 
     def row_of(
@@ -271,7 +286,7 @@ class Decoder(nn.Module):
         read_images: Int64[Tensor, " B"] | None = None,
     ) -> Row:
         """The row of the next token of each of several sequences; arguments as those of `row_of`."""
-        tokens = TokenInfo.of_new_tokens(positions, len(self.blocks)) if self._reads_info else None
+        tokens = TokenInfo.of_new_tokens(positions, len(self.blocks)) if self.reads_info else None
         return self.row_of(positions, attends, tokens, rotary_positions, read_images)
 
     def forward(self, inputs: Inputs, row: Row) -> Float[Tensor, "T D"]:

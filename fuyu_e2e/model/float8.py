@@ -59,5 +59,5 @@ def use_float8(decoder: Decoder, device: torch.device, *, emulated: bool = False
 
 
 def _is_product(module: nn.Module, name: str) -> bool:
-    """Whether a module is a linear layer of attention or feed-forward; routing rules stay exact."""
+    """Whether a module is a linear layer of attention or feed-forward; rules that select tokens stay exact."""
     return isinstance(module, nn.Linear) and ".rule." not in name

@@ -12,13 +12,13 @@ GRAPHS = 64
 
 A block is compiled once for all blocks of its kind, but again with and without gradients, for another
 type, and once or twice more as each of these turns out to vary: the documents of a row, the length of the longest, and
-the capacity and number of a routed block. Of decoding steps, there is one for each number of prompts and each length's
-power of two."""
+the capacity and number of a block that selects tokens. Of decoding steps, there is one for each number of prompts and
+each length's power of two."""
 
 
 def many_graphs() -> AbstractContextManager[None]:
     """A context in which what is compiled is called: entered once for many calls, since entering takes its time."""
-    # Routed blocks know their numbers, and would each be compiled for its own.
+    # Blocks that know their numbers would each be compiled for its own.
     return torch._dynamo.config.patch(recompile_limit=GRAPHS, allow_unspec_int_on_nn_module=True)
 
 

@@ -54,9 +54,9 @@ class TokenInfo:
     """Of tokens that are embeddings of an image."""
     patch_image: Int64[Tensor, " N"]
     """The number of the image that each of them belongs to, of those that have any."""
-    image_sizes: Int64[Tensor, " images"]
-    """How many each such image has: its patches, in Fuyu's layout."""
-    image_patches: tuple[int, ...]
+    image_lengths: Int64[Tensor, " images"]
+    """How many tokens each such image has: its patches, in Fuyu's layout."""
+    image_lengths_host: tuple[int, ...]
     """The same on the host."""
     progress: Progress
     """Of the training; at its end outside of one."""
@@ -82,8 +82,8 @@ class TokenInfo:
             counts = [*batch.document_lengths, batch.padding]
             documents = to_device(torch.tensor([seeds, counts], dtype=torch.int64), device)
             seed = documents[0].repeat_interleave(documents[1], output_size=length)
-        image_patches = tuple(span.places for span in batch.images if span.places)
-        sizes = to_device(torch.tensor(image_patches, dtype=torch.int64), device)
+        lengths = tuple(span.places for span in batch.images if span.places)
+        sizes = to_device(torch.tensor(lengths, dtype=torch.int64), device)
         images = torch.arange(len(sizes), device=device)
         progress = progress if training else Progress()
         return cls(
@@ -91,9 +91,9 @@ class TokenInfo:
             valid=torch.arange(length, device=device) < length - batch.padding,
             seed=seed,
             patch_positions=batch.patch_positions,
-            patch_image=images.repeat_interleave(sizes, output_size=sum(image_patches)),
-            image_sizes=sizes,
-            image_patches=image_patches,
+            patch_image=images.repeat_interleave(sizes, output_size=sum(lengths)),
+            image_lengths=sizes,
+            image_lengths_host=lengths,
             progress=progress,
             done=torch.full((), progress.done, dtype=torch.float64, device=device),
             blocks=torch.arange(blocks, device=device),
@@ -109,8 +109,8 @@ class TokenInfo:
             seed=torch.zeros_like(positions),
             patch_positions=nothing,
             patch_image=nothing,
-            image_sizes=nothing,
-            image_patches=(),
+            image_lengths=nothing,
+            image_lengths_host=(),
             progress=Progress(),
             done=torch.ones((), dtype=torch.float64, device=positions.device),
             blocks=torch.arange(blocks, device=positions.device),
@@ -181,15 +181,15 @@ class Row:
         """The row of some of the tokens, which attend to each other alone."""
         cos, sin = self.rope
         return self._with(
-            self._attention.among(passing),
+            self._attention.select(passing),
             positions=self.positions.index_select(0, passing.index),
             rope=(cos.index_select(0, passing.index), sin.index_select(0, passing.index)),
             selected=passing,
         )
 
-    def asking(self, passing: Passing) -> "Row":
+    def cross(self, passing: Passing) -> "Row":
         """The same row, of which some of the tokens attend, to all."""
-        return self._with(self._attention.asking(passing), queries=passing.index)
+        return self._with(self._attention.cross(passing), queries=passing.index)
 
     @property
     def auxiliary(self) -> Tensor | float:

@@ -5,15 +5,15 @@ Tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053, section 3) splits eac
     q, k, v, gate, up   by their outputs: each device has some of the heads and of the feed-forward's values
     o, down             by their inputs: their outputs are summed over the devices
     norms of q and k    whole on each device, applied to its heads; their gradients are summed
-    other norms, routing rules, biases of o and down
+    other norms, rules that select tokens, biases of o and down
                         whole on each device, and given the same states there
 
 Embedding and output projection are split by the vocabulary, the connector as it says (Fuyu's by its outputs); what
 stands behind it is whole on each device.
 
 FSDP2 (torch's `fully_shard`) then spreads every weight over the devices that see other data, and gathers a block's
-when it is its turn. Routed blocks are blocks like the others: their counts of scores are buffers, which stay whole and
-of their device.
+when it is its turn. What blocks count in training (`Block.counts`) is in buffers, which stay whole and of their
+device.
 """
 
 from collections.abc import Iterator

@@ -56,7 +56,7 @@ class Running:
 class BadSteps(Callback):
     """Skips a step, on all ranks alike, whose loss or gradient norm isn't finite or is far above what it was lately.
 
-    A skipped step leaves weights, the optimizer's state and thresholds of routed blocks as they were, bit for bit. Its
+    A skipped step leaves weights, the optimizer's state and thresholds of blocks as they were, bit for bit. Its
     data are gone by, and it counts in `global_step` and the learning rate, so that rows and steps stay in line over a
     resume. It is logged with the keys of the samples whose loss wasn't finite, else of all in the step.
 

@@ -16,9 +16,11 @@ class Summary(ModelSummary):
         assert isinstance(pl_module, FuyuModule)
         config = pl_module.config
         parameters = cost(config, document_lengths=(1,), grids=(), targets=0).parameters
-        routed = f", {len(config.routed)} of them routed" if config.routed else ""
+        kinds = "".join(
+            f", {len(those)} of them {block.kind}" for block, those in pl_module.decoder.other_kinds.items()
+        )
         rank_zero_info(
-            f"\nDecoder of {parameters:,} parameters: {config.layers} blocks of width {config.width:,}{routed}, "
+            f"\nDecoder of {parameters:,} parameters: {config.layers} blocks of width {config.width:,}{kinds}, "
             f"{config.vocab_size:,} tokens, patches of {config.patch_size} pixels.\n"
             "What a step costs: fuyu-e2e estimate with the same settings."
         )

@@ -71,13 +71,12 @@ class Throughput(Callback):
         """Counts the batch, and logs at every `log_every_n_steps`-th step."""
         assert isinstance(pl_module, FuyuModule)
         window, now = self._window, time.perf_counter()
-        routing = pl_module.config.routing
         row = cost(
             pl_module.config,
             document_lengths=batch.document_lengths,
             grids=batch.grids,
             targets=batch.targets.shape[0],
-            dense=routing.dense(pl_module.decoder.progress.done) if routing is not None else 0.0,
+            done=pl_module.decoder.progress.done,
         )
         window.tokens += row.tokens
         window.budget += batch.tokens.shape[0]

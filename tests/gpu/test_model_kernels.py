@@ -85,11 +85,11 @@ def test_every_backend_gives_the_reference_of_passing_tokens(
     if skipped == "nothing":
         counts = tuple(int(part.sum()) for part in passes.split(LENGTHS))
         expected = reference_attention(*(tensor[passes] for tensor in wide), counts)
-        found = plan.among(passing)(*(tensor[passing.index] for tensor in inputs))
+        found = plan.select(passing)(*(tensor[passing.index] for tensor in inputs))
     else:
         expected = reference_attention(*wide, LENGTHS)[passes]
-        found = plan.asking(passing)(queries[passing.index], keys, values)
-    assert_same(found[passing.real], expected, inputs, wide)
+        found = plan.cross(passing)(queries[passing.index], keys, values)
+    assert_same(found[passing.valid], expected, inputs, wide)
 
 
 def decoder_and_rows(routing: RoutingConfig | None, device: str) -> tuple[Decoder, list[PackedBatch]]:
@@ -204,10 +204,10 @@ def test_no_attention_goes_through_all_scores(dtype: torch.dtype, device: str) -
     inputs = [tensor.detach().to(dtype) for tensor in draw((4, 2), device)]
     plan = plan_attention(LENGTHS, torch.device(device), dtype, "documents", head_size=64)
     passing = gather_passing(torch.ones(sum(LENGTHS), dtype=torch.bool, device=device), sum(LENGTHS))
-    asking = plan.asking(passing)
+    cross = plan.cross(passing)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         plan(*inputs)
-        asking(*inputs)
+        cross(*inputs)
     names = {event.name for event in profiled.events()}
     assert not [name for name in names if "_scaled_dot_product_attention_math" in name or "cudnn" in name.lower()]
     assert [name for name in names if "efficient_attention" in name or "flash_attention" in name]

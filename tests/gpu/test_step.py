@@ -185,7 +185,7 @@ def test_the_host_never_waits_for_a_decoding_step(speaking: Decoder, device: str
         pytest.skip("needs a CUDA device")
     speaking.eval()
     prompts = pack_row(mixture(CONFIG, rows=1, budget=256, sides=(3, 6))[0]).to(device)
-    cache = KeyValueCache(CONFIG, len(prompts.document_lengths), 300, like=speaking.embed_tokens.weight)
+    cache = KeyValueCache(speaking, len(prompts.document_lengths), 300)
     tokens = torch.full((len(prompts.document_lengths),), 20, device=device)
     with torch.no_grad():
         prefill(speaking, prompts, cache)

@@ -187,7 +187,7 @@ def test_commands_compute_in_bfloat16_where_there_is_that(device: str) -> None:
         for enabled in (False, True):
             with autocast(place) if enabled else torch.autocast(device, enabled=False):
                 count = len(prompts.document_lengths)
-                cache = KeyValueCache(CONFIG, count, 300, like=decoder.embed_tokens.weight)
+                cache = KeyValueCache(decoder, count, 300)
                 states.append(prefill(decoder, prompts, cache).float())
                 caches.append(cache)
     assert caches[1].dense[0].keys.dtype == product_type(place)

@@ -110,7 +110,7 @@ def test_a_row_read_in_pieces_leaves_what_the_whole_row_leaves(
     longest = max(row.document_lengths)
 
     def read(piece: int) -> tuple[torch.Tensor, KeyValueCache]:
-        cache = KeyValueCache(decoder.config, len(seeds), longest + 1, like=torch.zeros(1))
+        cache = KeyValueCache(decoder, len(seeds), longest + 1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(generation.PREFILL_TOKENS, "cpu", piece)
             return prefill(decoder, row, cache), cache
@@ -221,7 +221,7 @@ def test_a_decoder_in_training_mode_is_told_from_one_that_generates(
 
 
 def test_the_cache_says_what_it_takes(decoder: Decoder) -> None:
-    cache = KeyValueCache(decoder.config, sequences=3, capacity=10, like=torch.zeros(1))
+    cache = KeyValueCache(decoder, sequences=3, capacity=10)
     assert cache.bytes == 2 * 3 * 3 * 10 * 2 * 12 * 4
 
 
@@ -306,7 +306,7 @@ def test_under_autocast_a_cache_is_in_its_type_and_gives_the_uncached_logits(
     exact = decoder.logits(pack_row([sequence]))[start - 1 :]
     with torch.autocast("cpu", torch.bfloat16):
         expected = decoder.logits(pack_row([sequence]))[start - 1 :]
-        cache = KeyValueCache(decoder.config, 1, len(sequence), like=decoder.embed_tokens.weight)
+        cache = KeyValueCache(decoder, 1, len(sequence))
         states = [prefill(decoder, pack_row([prompt]), cache)]
         states += [decode_step(decoder, torch.tensor([token]), cache) for token in sequence.tokens[start:].tolist()]
         found = decoder.lm_head(torch.cat(states))
@@ -332,7 +332,7 @@ def test_a_routed_cache_holds_what_passed(
             decoder.logits(rows, row)
             decoder.observe(row)
             decoder.end_step(Progress(), lambda counts: counts)
-        cache = KeyValueCache(decoder.config, 4, max(rows.document_lengths), like=torch.zeros(1))
+        cache = KeyValueCache(decoder, 4, max(rows.document_lengths))
         prefill(decoder, rows, cache)
         sizes[skipped] = [block.keys.numel() // (4 * 2 * 12) for block in cache.blocks]
         dense = 2 * 5 * 4 * max(rows.document_lengths) * 2 * 12 * 4

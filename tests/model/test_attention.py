@@ -63,15 +63,15 @@ def test_attention_of_passing_tokens_is_the_reference(lengths: list[int], seed: 
     if skipped == "nothing":
         own = own._replace(document=passing.documents(places.document, -1))
         given = (asked, keys[passing.index], values[passing.index])
-        contenders = [plan.among(passing), MaskedAttention.of(CAUSAL, own, own)]
+        contenders = [plan.select(passing), MaskedAttention.of(CAUSAL, own, own)]
     else:
         given = (asked, keys, values)
-        contenders = [plan.asking(passing), MaskedAttention.of(CAUSAL, own, places)]
+        contenders = [plan.cross(passing), MaskedAttention.of(CAUSAL, own, places)]
     for attend in contenders:
         attended = attend(*given)
         assert attended.shape == asked.shape
         assert attended.isfinite().all()
-        torch.testing.assert_close(attended[passing.real], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(attended[passing.valid], expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "planned_heads"), [(torch.float32, 4), (torch.bfloat16, 2)])

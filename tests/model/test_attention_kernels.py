@@ -71,10 +71,10 @@ def test_passing_tokens_are_the_reference(lengths: list[int], seed: int, skipped
     for row in rows(lengths):
         asked = queries[passing.index]
         if skipped == "nothing":
-            attended = row.among(passing)(asked, keys[passing.index], values[passing.index])
+            attended = row.select(passing)(asked, keys[passing.index], values[passing.index])
         else:
-            attended = row.asking(passing)(asked, keys, values)
-        torch.testing.assert_close(attended[passing.real], expected)
+            attended = row.cross(passing)(asked, keys, values)
+        torch.testing.assert_close(attended[passing.valid], expected)
 
 
 @pytest.mark.parametrize("knows", [{"window_size", "enable_gqa"}, {"is_causal"}])

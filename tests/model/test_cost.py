@@ -28,10 +28,10 @@ class Definition(RowAttention):
             return torch.einsum("hct,thk->chk", weights, v)
         return reference_attention(q, k, v, (len(q),))
 
-    def among(self, passing: Passing) -> Attend:
+    def select(self, passing: Passing) -> Attend:
         return self
 
-    def asking(self, passing: Passing) -> Attend:
+    def cross(self, passing: Passing) -> Attend:
         return self
 
 
@@ -146,7 +146,7 @@ def test_the_shares_asked_for_are_what_counts_where_nothing_else_is_known() -> N
         config = replace(dense, routing=routing)
         asked = [[100 * share, 60 * share] for share in shares]
         assert cost(config, **row).training_flops == cost(config, **row, passing=asked).training_flops
-        whole = cost(config, **row, dense=1.0).training_flops
+        whole = cost(config, **row, done=0.0).training_flops
         assert whole == cost(dense, **row).training_flops > cost(config, **row).training_flops
 
 

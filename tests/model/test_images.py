@@ -284,7 +284,7 @@ def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(
     monkeypatch.setitem(generation.PREFILL_TOKENS, "cpu", 7)
     decoder = make(**settings)
     batch = several(decoder.config.connector)
-    cache = KeyValueCache(decoder.config, 3, 64, like=decoder.embed_tokens.weight)
+    cache = KeyValueCache(decoder, 3, 64)
     lasts = generation.prefill(decoder, batch, cache)
     ends = torch.tensor(batch.document_lengths).cumsum(0) - 1
     torch.testing.assert_close(decoder.lm_head(lasts), decoder.logits(batch)[ends], atol=1e-5, rtol=1e-5)
@@ -298,7 +298,7 @@ def test_routed_blocks_see_the_tokens_of_images_not_their_patches(
     decoder = make(connector=connector, routing=RoutingConfig(rule=rule, share=0.5, blocks=(1,)))
     batch = several(connector)
     row = decoder.train().row(batch)
-    assert sum(row.info.image_patches) == len(batch.patch_positions) == len(row.info.patch_image)
+    assert sum(row.info.image_lengths_host) == len(batch.patch_positions) == len(row.info.patch_image)
     assert decoder.loss(batch, row).isfinite()
 
 

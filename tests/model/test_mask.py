@@ -157,14 +157,14 @@ def test_passing_tokens_see_what_the_mask_says(
         asked = queries[passing.index]
         if skipped == "nothing":
             on_device = MaskedAttention.of(mask, own_only, own_only)
-            attend = on_device if row_attention is None else row_attention.among(passing)
+            attend = on_device if row_attention is None else row_attention.select(passing)
             attended = attend(asked, keys[passing.index], values[passing.index])
         else:
             on_device = MaskedAttention.of(mask, own, places)
-            attend = on_device if row_attention is None else row_attention.asking(passing)
+            attend = on_device if row_attention is None else row_attention.cross(passing)
             attended = attend(asked, keys, values)
         assert attended.isfinite().all()
-        torch.testing.assert_close(attended[passing.real], expected)
+        torch.testing.assert_close(attended[passing.valid], expected)
 
 
 def test_gradients_pass_through_tiles() -> None:

@@ -205,9 +205,9 @@ def test_what_overflows_is_dropped_by_position(passes: list[bool], data: st.Data
     capacity = data.draw(st.integers(1, len(passes)))
     passing = gather_passing(flags, capacity)
     assert len(passing.index) == capacity == len(set(passing.index.tolist()))
-    taken = passing.index[passing.real]
+    taken = passing.index[passing.valid]
     assert taken.tolist() == flags.nonzero()[:, 0].tolist()[:capacity]
-    assert not flags[passing.index[~passing.real]].any()
+    assert not flags[passing.index[~passing.valid]].any()
     assert gather_passing(flags, None).index.tolist() == flags.nonzero()[:, 0].tolist()
 
 

@@ -65,7 +65,10 @@ class RoutedBlock(Block):
         number: Of the block.
     """
 
+    kind = "routed"
+    method = "Mixture-of-Depths"
     reads_info = True
+    selects_tokens = True
 
     def __init__(self, inner: DenseBlock, config: FuyuConfig, number: int) -> None:
         super().__init__(config, number)
@@ -117,13 +120,13 @@ class RoutedBlock(Block):
         passing = gather_passing(choice.passes, capacity)
         x_CD = x_TD.index_select(0, passing.index)
         if self.leaves_keys:
-            update_CD = self.inner.update(x_CD, x_TD, row.asking(passing))
+            update_CD = self.inner.update(x_CD, x_TD, row.cross(passing))
         else:
             update_CD = self.inner.update(x_CD, x_CD, row.select(passing))
-        gates_C = torch.where(passing.real, choice.gates.index_select(0, passing.index), 0.0)
+        gates_C = torch.where(passing.valid, choice.gates.index_select(0, passing.index), 0.0)
         x_TD = x_TD.index_add(0, passing.index, (gates_C[:, None] * update_CD).to(x_TD.dtype))
         scores = None if choice.scores is None else choice.scores.detach()
-        passed = torch.zeros_like(choice.passes).index_copy(0, passing.index, passing.real)
+        passed = torch.zeros_like(choice.passes).index_copy(0, passing.index, passing.valid)
         return x_TD, Routed(
             block=self.rule.block, chosen=choice.passes, passed=passed, scores=scores, auxiliary=choice.auxiliary
         )
@@ -136,9 +139,9 @@ class RoutedBlock(Block):
         passing, tokens, shares = row.passing.get(rule.block), sum(row.lengths), rule.shares
         if passing is None:
             asked = shares.patches * row.patches + shares.others * (tokens - row.patches)
-            share = annealed(asked / max(1, tokens), row.dense)
+            share = annealed(asked / max(1, tokens), rule.routing.dense(row.done))
             passing = [length * share for length in row.lengths]
-        return inner.among(passing, row.lengths if self.leaves_keys else passing, row).plus(choice, tokens)
+        return inner.between(passing, row.lengths if self.leaves_keys else passing, row).plus(choice, tokens)
 
     def saved_bytes(self, tokens: int, work: int, size: int) -> float:
         """Returns those of the inner block, of as many tokens as there is room for when training begins."""

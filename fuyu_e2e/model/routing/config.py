@@ -81,12 +81,14 @@ class RoutingConfig:
         if not self.slack >= 0:
             raise UserError(f"routing.slack is {self.slack}, but must be 0 or above; 0.25 is usual.")
 
-    def dense(self, done: float) -> float:
+    def dense(self, done: float | None) -> float:
         """1 while all tokens pass, falling to 0 over the first part of a training, where shares are as asked.
 
         Args:
-            done: The part of the training that is done.
+            done: The part of the training that is done; None for the mean over all of it.
         """
+        if done is None:
+            return self.anneal / 2
         if done == 0:
             return 1.0  # no threshold is known in the first step
         return max(0.0, 1 - done / self.anneal) if self.anneal else 0.0

@@ -129,7 +129,7 @@ class Rule(nn.Module, ABC):
         return torch.where(done == 0, 1.0, falling).float()
 
     def _share_of_row(self, row: Row) -> float:
-        patches = sum(row.info.image_patches) / len(row.positions)
+        patches = sum(row.info.image_lengths_host) / len(row.positions)
         return patches * self.shares.patches + (1 - patches) * self.shares.others
 
     def _annealed_shares(self, row: Row) -> Float[Tensor, " T"]:
@@ -265,8 +265,8 @@ class ImageTopK(Rule):
         super().capacity(row)
         length = len(row.positions)
         share = annealed(self.shares.patches, self._dense(row))
-        kept = sum(max(1, math.floor(share * size + 0.5)) for size in row.info.image_patches)
-        return _round_up((length - sum(row.info.image_patches) + kept) / length, length)
+        kept = sum(max(1, math.floor(share * size + 0.5)) for size in row.info.image_lengths_host)
+        return _round_up((length - sum(row.info.image_lengths_host) + kept) / length, length)
 
     def choose(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> Choice:
         """Chooses among the patches of each image."""
@@ -276,9 +276,9 @@ class ImageTopK(Rule):
         # Sorted by image, and by score within each: a patch's place behind the first of its image is its rank.
         order = by_score[row.info.patch_image[by_score].argsort(stable=True)]
         rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
-        rank = rank - (row.info.image_sizes.cumsum(0) - row.info.image_sizes)[row.info.patch_image]
+        rank = rank - (row.info.image_lengths.cumsum(0) - row.info.image_lengths)[row.info.patch_image]
         share = annealed(self.shares.patches, self._dense_on_device(row).double())
-        kept = (share * row.info.image_sizes + 0.5).floor().clamp(min=1)
+        kept = (share * row.info.image_lengths + 0.5).floor().clamp(min=1)
         passes = row.info.valid.index_copy(0, row.info.patch_positions, rank < kept[row.info.patch_image])
         return Choice(passes, gate(scores), scores)
 
