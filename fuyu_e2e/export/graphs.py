@@ -122,8 +122,8 @@ class _DecodeStep(nn.Module):
         self,
         tokens: Int64[Tensor, " B"],
         lengths: Int64[Tensor, " B"],
-        keys: list[Float[Tensor, "B G S K"]],
-        values: list[Float[Tensor, "B G S K"]],
+        keys: list[Float[Tensor, "B G _ K"]],
+        values: list[Float[Tensor, "B G _ K"]],
     ) -> Outputs:
         blocks = [DenseBlockCache(*(store.clone() for store in stores)) for stores in zip(keys, values, strict=True)]
         row = self.decoder.row_of(
