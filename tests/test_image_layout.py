@@ -156,8 +156,8 @@ def test_a_cut_counts_patches_not_tokens(builder: SequenceBuilder, make_png: Mak
 
 def test_how_many_tokens_an_image_may_have_is_known_from_the_policy() -> None:
     assert most_tokens(FUYU_LAYOUT, ImagePolicy(patch_size=4, max_patches=80)) == 160, "of one column"
-    assert most_tokens(FUYU_LAYOUT, ImagePolicy(patch_size=4, max_patches=80, max_aspect=1)) == 8 * 9
-    sized = ImagePolicy(patch_size=4, max_patches=80, max_size=(16, 32), max_aspect=2)
+    assert most_tokens(FUYU_LAYOUT, ImagePolicy(patch_size=4, max_patches=80, max_aspect=1.0)) == 8 * 9
+    sized = ImagePolicy(patch_size=4, max_patches=80, max_size=(16, 32), max_aspect=2.0)
     assert most_tokens(FUYU_LAYOUT, sized) == 4 * 8 + 4
     assert most_tokens(Resampled(), ImagePolicy(patch_size=4)) == 3
-    assert most_tokens(Thumbnail(), ImagePolicy(patch_size=4, max_patches=64, max_aspect=1)) == 1 + 8 * 5
+    assert most_tokens(Thumbnail(), ImagePolicy(patch_size=4, max_patches=64, max_aspect=1.0)) == 1 + 8 * 5
