@@ -46,6 +46,8 @@ class PackedBatch:
     """Where in `tokens` the newline tokens of images stand."""
     images: tuple[ImageSpan, ...] = ()
     """Each image in this row, in the order of `patches`."""
+    image_documents: tuple[int, ...] = ()
+    """The number of each image's document in the row: one that takes no tokens may lie between two."""
     document_ids: tuple[int, ...] = ()
     """A number below 2^32 of each document's sample, the CRC of its key: it seeds what is drawn for the document."""
 

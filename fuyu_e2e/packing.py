@@ -157,5 +157,6 @@ def pack_row(sequences: list[TokenSequence], budget: int | None = None) -> Packe
             for sequence, start in zip(sequences, starts, strict=True)
             for span in sequence.images
         ),
+        image_documents=tuple(number for number, sequence in enumerate(sequences) for _ in sequence.images),
         document_ids=tuple(zlib.crc32(sequence.key.encode()) for sequence in sequences),
     )

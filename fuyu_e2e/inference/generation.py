@@ -182,7 +182,8 @@ def prefill(
     rotary_positions, read = decoder.rotary_positions(batch), decoder.read_images(batch)
     last = to_device(torch.from_numpy(lasts), device)
     if read is not None:
-        cache.images, cache.read_images = images, read.index_select(0, last)
+        of_prompts = dict.fromkeys(range(len(lasts)), -1) | {d: n for n, d in enumerate(batch.image_documents)}
+        cache.images, cache.read_images = images, to_device(torch.tensor([*of_prompts.values()]), device)
     if rotary_positions.ndim == 2:
         cache.shifts = rotary_positions.index_select(1, last).amax(dim=0) + 1 - cache.lengths
     states = []

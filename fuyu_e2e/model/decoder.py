@@ -229,8 +229,8 @@ class Decoder(nn.Module):
         if not self.config.connector.gives_features:
             return None
         read, ends = np.full(len(batch.tokens), -1, np.int64), np.cumsum(batch.document_lengths)
-        for number, span in enumerate(batch.images):
-            read[span.start : ends[np.searchsorted(ends, span.start, side="right")]] = number
+        for number, (span, document) in enumerate(zip(batch.images, batch.image_documents, strict=True)):
+            read[span.start : ends[document]] = number
         return to_device(torch.from_numpy(read), batch.tokens.device)
 
     def rotary_positions(self, batch: PackedBatch) -> Int64[Tensor, " T"] | Int64[Tensor, "2 T"]:

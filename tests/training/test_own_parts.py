@@ -27,6 +27,7 @@ from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.shipped import shipped
 from fuyu_e2e.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 FOLDER = Path(__file__).parents[1] / "own_parts"
 PARTS = {
     "pooled": {"connector": '{"class_path": "pooled.PooledConfig", "init_args": {"side": 3}}'},

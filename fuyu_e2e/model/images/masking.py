@@ -42,12 +42,10 @@ class PatchMasking:
             batch: The row.
             step: Of the training.
         """
-        ends = np.cumsum(batch.document_lengths)
+        starts = np.cumsum([0, *batch.document_lengths])
         masked = [np.empty(0, bool)]
-        for span in batch.images:
-            document = int(np.searchsorted(ends, span.start, side="right"))
-            first = ends[document] - batch.document_lengths[document]
-            key = (batch.document_ids[document], step, span.start - int(first))
+        for span, document in zip(batch.images, batch.image_documents, strict=True):
+            key = (batch.document_ids[document], step, span.start - int(starts[document]))
             random = np.random.default_rng(key)
             share = random.uniform(0, self.share) if random.random() < self.images else 0.0
             masked.append(random.random(span.places) < share)
