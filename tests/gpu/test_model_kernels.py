@@ -19,6 +19,7 @@ from fuyu_e2e.model.attention import RowAttention, reference_attention
 from fuyu_e2e.model.attention_kernels import AttentionBackend, plan_attention
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.recomputation import ActivationCheckpointing
 from fuyu_e2e.model.routing.block import gather_passing
 from fuyu_e2e.model.routing.config import RoutingConfig
@@ -32,14 +33,23 @@ pytestmark = [
 LENGTHS = (7, 64, 130, 1, 300, 64, 9)
 BACKENDS = ["documents", "varlen", "flash", "flex"]
 HEADS = [(4, 4), (4, 2), (6, 1)]
+IMAGES = ((10, 40), (75, 115), (210, 260))
+MASKS = [
+    CAUSAL,
+    AttentionMask(window=50),
+    AttentionMask(window=50, sinks=3),
+    AttentionMask(window=50, images="bidirectional"),
+]
 
 
-def planned(backend: AttentionBackend, device: str) -> RowAttention:
-    """That backend's attention of `LENGTHS` in bfloat16; skips what this machine has not."""
+def planned(backend: AttentionBackend, device: str, mask: AttentionMask) -> RowAttention:
+    """That backend's attention of `LENGTHS` and `IMAGES` in bfloat16; skips what this machine has not."""
     if device == "cpu" and backend != "documents":
         pytest.skip("needs a CUDA device")
     try:
-        return plan_attention(LENGTHS, torch.device(device), torch.bfloat16, backend, head_size=64)
+        return plan_attention(
+            LENGTHS, torch.device(device), torch.bfloat16, backend, head_size=64, mask=mask, images=IMAGES
+        )
     except UserError as error:
         if "flash_attn" not in str(error):
             raise
@@ -63,31 +73,35 @@ def assert_same(found: Tensor, expected: Tensor, inputs: list[Tensor], wide: lis
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_backend_gives_the_reference(backend: AttentionBackend, heads: tuple[int, int], device: str) -> None:
-    plan, inputs = planned(backend, device), draw(heads, device)
+def test_every_backend_gives_the_reference(
+    backend: AttentionBackend, mask: AttentionMask, heads: tuple[int, int], device: str
+) -> None:
+    plan, inputs = planned(backend, device, mask), draw(heads, device)
     wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
-    assert_same(plan(*inputs), reference_attention(*wide, LENGTHS), inputs, wide)
+    expected = reference_attention(*wide, LENGTHS, mask=mask, images=IMAGES)
+    assert_same(plan(*inputs), expected, inputs, wide)
 
 
 @pytest.mark.parametrize("skipped", ["nothing", "keys"])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_gives_the_reference_of_passing_tokens(
-    backend: AttentionBackend, heads: tuple[int, int], skipped: str, device: str
+    backend: AttentionBackend, mask: AttentionMask, heads: tuple[int, int], skipped: str, device: str
 ) -> None:
     """Those that pass a routed block, among themselves or asking all; the last only fill its capacity."""
-    plan, inputs = planned(backend, device), draw(heads, device)
+    plan, inputs = planned(backend, device, mask), draw(heads, device)
     wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
     passes = (torch.rand(sum(LENGTHS), generator=torch.Generator().manual_seed(1)) < 0.4).to(device)
     passing = gather_passing(passes, int(passes.sum()) + 5)
     queries, keys, values = inputs
+    known = passes if skipped == "nothing" else None
+    expected = reference_attention(*wide, LENGTHS, known, mask, IMAGES)[passes]
     if skipped == "nothing":
-        counts = tuple(int(part.sum()) for part in passes.split(LENGTHS))
-        expected = reference_attention(*(tensor[passes] for tensor in wide), counts)
         found = plan.select(passing)(*(tensor[passing.index] for tensor in inputs))
     else:
-        expected = reference_attention(*wide, LENGTHS)[passes]
         found = plan.cross(passing)(queries[passing.index], keys, values)
     assert_same(found[passing.valid], expected, inputs, wide)
 
