@@ -22,7 +22,7 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.device_copy import to_device
 from fuyu_e2e.model.images.connector import ImageStates
-from fuyu_e2e.model.mask import AttentionMask
+from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 
 GROWTH = 8
 """A full cache that grows does so by this fraction of its places: seldom copied, and never much too large."""
@@ -87,8 +87,8 @@ class GrowingBlockCache:
         # Slots behind a sequence's end are masked, but must hold numbers: 0 x nan would still be nan.
         self.keys = like.new_zeros((sequences, 0, config.kv_heads, config.head_size))
         self.values = self.keys
-        self.positions = like.new_zeros((sequences, 0), dtype=torch.int64)
-        """Of each token in its document: those that passed leave gaps, which a mask counts."""
+        self.positions = None if mask == CAUSAL else like.new_zeros((sequences, 0), dtype=torch.int64)
+        """Of each token in its document, where the mask counts the gaps that others leave."""
         self.mask = mask
         self.lengths = torch.zeros(sequences, dtype=torch.int64, device=like.device)
         """Tokens of each sequence that were written, whether they are still there or not."""
@@ -97,17 +97,19 @@ class GrowingBlockCache:
     def write(
         self,
         sequence: Int64[Tensor, " n"],
-        positions: Int64[Tensor, " n"],
         keys: Float[Tensor, "n G K"],
         values: Float[Tensor, "n G K"],
+        positions: Int64[Tensor, " T"],
+        index: Int64[Tensor, " n"] | slice,
     ) -> None:
         """Appends tokens.
 
         Args:
             sequence: Of each token, in ascending order.
-            positions: Of each token in its document.
             keys: Of each token.
             values: Of each token.
+            positions: Of the row's tokens in their documents.
+            index: Which of those they are.
         """
         counts = torch.bincount(sequence, minlength=len(self.lengths))
         place = torch.arange(len(sequence), device=sequence.device) - (counts.cumsum(0) - counts)[sequence]
@@ -117,31 +119,36 @@ class GrowingBlockCache:
         if room is not None and self.longest > room:
             # Tokens that later ones of the same call would take the slot of; the first ones hold all that are sinks.
             stay = (place < self.mask.sinks) | (place >= (self.lengths - (room - self.mask.sinks))[sequence])
-            sequence, positions, keys, values = sequence[stay], positions[stay], keys[stay], values[stay]
+            sequence, keys, values = sequence[stay], keys[stay], values[stay]
+            positions, index = positions[index][stay], slice(None)
             place, self.longest = slots_of(place[stay], room, self.mask), room
         if (more := self.longest - self.keys.shape[1]) > 0:
             more += self.longest // GROWTH if room is None else min(self.longest // GROWTH, room - self.longest)
             self.keys, self.values = (F.pad(part, (0, 0, 0, 0, 0, more)) for part in (self.keys, self.values))
-            self.positions = F.pad(self.positions, (0, more))
+            if self.positions is not None:
+                self.positions = F.pad(self.positions, (0, more))
         # The cache may have been made outside of the autocast in which it is written.
         self.keys[sequence, place] = keys.to(self.keys.dtype)
         self.values[sequence, place] = values.to(self.values.dtype)
-        self.positions[sequence, place] = positions
+        if self.positions is not None:
+            self.positions[sequence, place] = positions[index]
 
     def attend(
-        self, sequence: Int64[Tensor, " n"], positions: Int64[Tensor, " n"], queries: Float[Tensor, "n H K"]
+        self, sequence: Int64[Tensor, " n"], positions: Int64[Tensor, " B"], queries: Float[Tensor, "n H K"]
     ) -> Float[Tensor, "n H K"]:
         """Attention of one token of each of some sequences to those of its own that it sees.
 
         Args:
             sequence: Of each token.
-            positions: Of each token in its document.
+            positions: Of the new token of each sequence in its document.
             queries: Of each token.
         """
         lengths = self.lengths[sequence]
         keys, values = (part[sequence, : self.longest].transpose(1, 2) for part in (self.keys, self.values))
         seen = torch.arange(self.longest, device=lengths.device) < lengths[:, None]
-        seen = seen & self.mask.sees(positions[:, None], self.positions[sequence, : self.longest], False)
+        if self.positions is not None:
+            shown = self.positions[sequence, : self.longest]
+            seen = seen & self.mask.sees(positions[sequence, None], shown, False)
         return shared_attention(queries[:, :, None], keys, values, attn_mask=seen[:, None, None])[:, :, 0]
 
 
@@ -347,7 +354,7 @@ class PrefillBlock(RowAttention):
         values: Float[Tensor, "n G K"],
     ) -> Float[Tensor, "C H K"]:
         assert isinstance(self.block, GrowingBlockCache)
-        self.block.write(self.row.document[written], self.row.position[written], keys, values)
+        self.block.write(self.row.document[written], keys, values, self.row.position, written)
         return attend(queries, keys, values)
 
 
@@ -442,5 +449,5 @@ class DecodeStepBlock(RowAttention):
         values: Float[Tensor, "n G K"],
     ) -> Float[Tensor, "m H K"]:
         assert isinstance(self.block, GrowingBlockCache)
-        self.block.write(written, self.step.lengths[written], keys, values)
-        return self.block.attend(attending, self.step.lengths[attending], queries)
+        self.block.write(written, keys, values, self.step.lengths, written)
+        return self.block.attend(attending, self.step.lengths, queries)

@@ -89,7 +89,7 @@ def test_every_step_gives_the_logits_of_the_whole(
     prompt = sequence.cut(start) or replace(sequence, tokens=sequence.tokens[:start], loss=sequence.loss[:start])
     expected = reader.logits(pack_row([sequence]))[start - 1 :]
     assert len(expected) > 12
-    cache = KeyValueCache(reader.config, 1, len(sequence), like=torch.zeros(1))
+    cache = KeyValueCache(reader, 1, len(sequence))
     states = [prefill(reader, pack_row([prompt]), cache)]
     states += [decode_step(reader, torch.tensor([token]), cache) for token in sequence.tokens[start:].tolist()]
     torch.testing.assert_close(reader.lm_head(torch.cat(states)), expected, atol=1e-4, rtol=1e-4)
@@ -112,7 +112,7 @@ def test_a_row_read_in_pieces_leaves_what_the_whole_row_leaves(
     row = pack_row(short_and_long(builder, random_document, seeds))
 
     def read(piece: int) -> tuple[torch.Tensor, KeyValueCache]:
-        cache = KeyValueCache(reader.config, len(row.document_lengths), max(row.document_lengths) + 1, torch.zeros(1))
+        cache = KeyValueCache(reader, len(row.document_lengths), max(row.document_lengths) + 1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(generation.PREFILL_TOKENS, "cpu", piece)
             return prefill(reader, row, cache), cache
@@ -167,7 +167,7 @@ def test_a_windowed_block_keeps_its_window_and_sinks(
     reader = masked(decoder if skipped is None else routed_decoder(share=0.9, skipped=skipped), masks)
     row = pack_row([builder.prompt(Document(f"{side}", (Image(make_png(side, side)),))) for side in (32, 44)])
     capacity = max(row.document_lengths) + 60
-    cache = KeyValueCache(reader.config, 2, capacity, like=torch.zeros(1))
+    cache = KeyValueCache(reader, 2, capacity)
     prefill(reader, row, cache)
     for token in range(60):
         decode_step(reader, torch.tensor([token, token + 1]), cache)
