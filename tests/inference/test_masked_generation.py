@@ -60,7 +60,7 @@ def short_and_long(builder: SequenceBuilder, random_document: RandomDocument, se
 @torch.no_grad()
 @patterns
 @given(seeds=st.lists(st.integers(0, 1_000), min_size=1, max_size=4))
-@settings(max_examples=settings.default.max_examples // 7)
+@settings(max_examples=settings.default.max_examples // 20)
 def test_cached_greedy_generation_is_the_uncached_forward(
     masks: tuple[AttentionMask, ...],
     seeds: list[int],
@@ -98,7 +98,7 @@ def test_every_step_gives_the_logits_of_the_whole(
 @torch.no_grad()
 @patterns
 @given(seeds=st.lists(st.integers(0, 1_000), min_size=1, max_size=4), tokens=st.integers(1, 200))
-@settings(max_examples=settings.default.max_examples // 2)
+@settings(max_examples=settings.default.max_examples // 10)
 def test_a_row_read_in_pieces_leaves_what_the_whole_row_leaves(
     masks: tuple[AttentionMask, ...],
     seeds: list[int],
@@ -137,7 +137,7 @@ ROUTED = {
 @pytest.mark.parametrize("masks", ROUTED.values(), ids=ROUTED)
 @pytest.mark.parametrize("skipped", ["nothing", "keys"])
 @given(seeds=st.lists(st.integers(0, 1_000), min_size=1, max_size=4))
-@settings(max_examples=settings.default.max_examples // 9)
+@settings(max_examples=settings.default.max_examples // 30)
 def test_routed_cached_generation_is_the_uncached_forward(
     skipped: str,
     masks: tuple[AttentionMask, ...],

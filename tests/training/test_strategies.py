@@ -138,6 +138,7 @@ def test_every_tensor_is_the_same_under_another_strategy(folder: Path, name: str
         assert torch.equal(tensor, after[entry]), entry
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("connector", [None, "fuyu_e2e.model.images.mlp.MLPConfig"])
 def test_what_images_pass_is_the_same_in_parts(tmp_path: Path, connector: str | None) -> None:
     """With every option, on ranks of which some have text alone; also under masks by depth."""
