@@ -60,7 +60,7 @@ def short_and_long(builder: SequenceBuilder, random_document: RandomDocument, se
 @torch.no_grad()
 @patterns
 @given(seeds=st.lists(st.integers(0, 1_000), min_size=1, max_size=4))
-@settings(max_examples=settings.default.max_examples // 20)
+@settings(max_examples=settings.default.max_examples // 12)
 def test_cached_greedy_generation_is_the_uncached_forward(
     masks: tuple[AttentionMask, ...],
     seeds: list[int],
@@ -137,7 +137,7 @@ ROUTED = {
 @pytest.mark.parametrize("masks", ROUTED.values(), ids=ROUTED)
 @pytest.mark.parametrize("skipped", ["nothing", "keys"])
 @given(seeds=st.lists(st.integers(0, 1_000), min_size=1, max_size=4))
-@settings(max_examples=settings.default.max_examples // 30)
+@settings(max_examples=settings.default.max_examples // 16)
 def test_routed_cached_generation_is_the_uncached_forward(
     skipped: str,
     masks: tuple[AttentionMask, ...],
