@@ -458,8 +458,13 @@ OPTIONS: dict[str, list[Use]] = {
         ("'[{class_path: fuyu_e2e.model.block.NoConfig}]'", "NoConfig"),
     ],
     "model.decoder.connector": [("MLPConfig", changed), ("MLPConfig --model.decoder.connector.hidden 0", "hidden is 0")],
-    "model.decoder.image_norm": [("true", changed)],
-    "model.decoder.grid_embeddings": [("8", changed), ("0", "decoder.grid_embeddings is 0")],
+    "model.decoder.image_norm": [  # a new block norms once more
+        ("true", lambda run: works(run) and "decoder.image_norm.weight" in run.checkpoint["state_dict"]),
+    ],
+    "model.decoder.grid_embeddings": [
+        ("8", lambda run: works(run) and bool(run.checkpoint["state_dict"]["decoder.grid_embeddings.rows"].any())),
+        ("0", "decoder.grid_embeddings is 0"),
+    ],
     "model.decoder.rotary": [
         ("2d", changed),
         ("2d --model.decoder.head_size 6", "make it a multiple of 4, or leave rotary at '1d'"),
