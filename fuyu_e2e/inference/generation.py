@@ -21,6 +21,7 @@ from fuyu_e2e.model.attention_kernels import AttentionBackend
 from fuyu_e2e.model.decoder import Decoder, Inputs
 from fuyu_e2e.model.device_copy import to_device
 from fuyu_e2e.model.graphs import many_graphs
+from fuyu_e2e.model.rope import following_positions
 from fuyu_e2e.model.row import Row
 from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import Prompt, TokenSequence
@@ -180,12 +181,12 @@ def prefill(
     cache.begin(batch.document_lengths)
     lasts = np.cumsum(batch.document_lengths) - 1
     rotary_positions, read = decoder.rotary_positions(batch), decoder.read_images(batch)
-    last = to_device(torch.from_numpy(lasts), device)
     if read is not None:
         of_prompts = dict.fromkeys(range(len(lasts)), -1) | {d: n for n, d in enumerate(batch.image_documents)}
         cache.images, cache.read_images = images, to_device(torch.tensor([*of_prompts.values()]), device)
     if rotary_positions.ndim == 2:
-        cache.shifts = rotary_positions.index_select(1, last).amax(dim=0) + 1 - cache.lengths
+        following = following_positions(batch.document_lengths, batch.images)
+        cache.shifts = to_device(torch.from_numpy(following - np.array(batch.document_lengths)), device)
     states = []
     for (start, stop), (first, end) in zip(pairwise(bounds), pairwise(places), strict=True):
         piece = Prefill(cache, batch.document_lengths, batch.image_bounds, start, stop, plan)

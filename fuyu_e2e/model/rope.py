@@ -1,5 +1,7 @@
 """Rotary positions: along the sequence, or along the rows and columns of images."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
@@ -61,6 +63,17 @@ def grid_positions(lengths: tuple[int, ...], images: tuple[ImageSpan, ...]) -> I
         found[:, span.start : span.stop] = found[0, span.start] + inside
         found[:, span.stop : end] += extent - inside.shape[1]
     return found
+
+
+def following_positions(lengths: tuple[int, ...], images: tuple[ImageSpan, ...]) -> Int64[np.ndarray, " B"]:
+    """Returns the number, both row and column, of the token that follows each document of such a row.
+
+    Its last token doesn't tell it: an image may end there, in whatever tokens its connector lays it out in.
+    """
+    ends, longer = np.cumsum(lengths), tuple(length + 1 for length in lengths)
+    before = [int(np.searchsorted(ends, span.start, side="right")) for span in images]
+    moved = tuple(replace(span, start=span.start + count) for span, count in zip(images, before, strict=True))
+    return grid_positions(longer, moved)[0, np.cumsum(longer) - 1]
 
 
 def _within(span: ImageSpan) -> tuple[Int64[np.ndarray, "2 n"], int]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np, torch
 from torch._dynamo.utils import counters
 from fuyu_e2e.inference import compiled, packed
+from fuyu_e2e.image_layout import ImageSpan
 from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
@@ -34,13 +35,15 @@ class EvenDistance(AttentionMask):
 masks = {
     "causal": (CAUSAL,),
     "by depth": (AttentionMask(window=5), EvenDistance(window=20, sinks=2, images="bidirectional")),
+    "rows and columns": (CAUSAL, AttentionMask(window=5)),
 }[sys.argv[1]]
+rotary = "2d" if sys.argv[1] == "rows and columns" else "1d"
 
 torch.set_num_threads(1)
 compiled.SMALLEST = 16
 packed.SMALLEST = 300  # so that some weights are packed, and some not
 decoder = Decoder(FuyuConfig(vocab_size=50, patch_size=4, layers=2, width=16, heads=4, kv_heads=2, head_size=8,
-                             feed_forward=24, masks=masks))
+                             feed_forward=24, masks=masks, rotary=rotary))
 with torch.no_grad():
     for weight in decoder.parameters():
         weight.add_(torch.randn_like(weight) * 0.3)
@@ -48,8 +51,10 @@ decoder.eval()
 
 def prompts(*lengths):
     rng = np.random.default_rng(lengths)
-    return [TokenSequence(key="", tokens=rng.integers(0, 50, n), loss=np.zeros(n, bool),
-                          patches=np.empty((0, 48), np.uint8), images=()) for n in lengths]
+    images = [(ImageSpan.of_grid(1, 2, 3),) if rotary == "2d" and n > 9 else () for n in lengths]
+    patches = [rng.integers(0, 256, (6 * len(spans), 48), np.uint8) for spans in images]
+    return [TokenSequence(key="", tokens=rng.integers(0, 50, n), loss=np.zeros(n, bool), patches=own, images=spans)
+            for n, own, spans in zip(lengths, patches, images)]
 
 def same(*lengths):
     asked = {"max_new_tokens": 16, "eos_id": -1}
@@ -65,7 +70,7 @@ print(same(14, 3))
 """
 
 
-@pytest.mark.parametrize("masks", ["causal", "by depth"])
+@pytest.mark.parametrize("masks", ["causal", "by depth", "rows and columns"])
 def test_a_compiled_step_writes_the_same_and_is_compiled_once_for_each_size(masks: str) -> None:
     """In a process of its own: the checks of shapes that tests switch on can't be compiled.
 

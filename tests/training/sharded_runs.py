@@ -50,7 +50,7 @@ class Learner(FuyuModule):
         if self.text_rows and (batch_idx * place.size + place.rank) % 2 == 0:
             none = batch.patch_positions[:0]
             without = {"patches": batch.patches[:0], "patch_positions": none, "newline_positions": none}
-            batch = replace(batch, images=(), **without)
+            batch = replace(batch, images=(), image_documents=(), **without)
         return super().training_step(batch, batch_idx)
 
 

@@ -449,6 +449,31 @@ OPTIONS: dict[str, list[Use]] = {
     "model.decoder.tie_embeddings": [("true", lambda run: changed(run) and run.model.config.tie_embeddings)],
     "model.decoder.dialect": [("fuyu --model.decoder.kv_heads 2", changed), ("fuyu", "set kv_heads to 2")],
     "model.decoder.routing": [("'{share: 0.5}'", lambda run: run.scalars("routing/block2/all"))],
+    "model.decoder.masks": [
+        ("'[{window: 4, sinks: 1}, {window: null}]'", changed),
+        ("'[{window: 0}]'", "decoder.masks holds a window of 0"),
+    ],
+    "model.decoder.blocks": [
+        ("'[{class_path: fuyu_e2e.model.block.DenseConfig}]'", unchanged),
+        ("'[{class_path: fuyu_e2e.model.block.NoConfig}]'", "NoConfig"),
+    ],
+    "model.decoder.connector": [("MLPConfig", changed), ("MLPConfig --model.decoder.connector.hidden 0", "hidden is 0")],
+    "model.decoder.image_norm": [  # a new block norms once more
+        ("true", lambda run: works(run) and "decoder.image_norm.weight" in run.checkpoint["state_dict"]),
+    ],
+    "model.decoder.grid_embeddings": [
+        ("8", lambda run: works(run) and bool(run.checkpoint["state_dict"]["decoder.grid_embeddings.rows"].any())),
+        ("0", "decoder.grid_embeddings is 0"),
+    ],
+    "model.decoder.rotary": [
+        ("2d", changed),
+        ("2d --model.decoder.head_size 6", "make it a multiple of 4, or leave rotary at '1d'"),
+        ("3d", "must be 1d or 2d"),
+    ],
+    "model.decoder.patch_masking": [
+        ("'{images: 1, share: 1}'", changed),
+        ("'{images: 0}'", "decoder.patch_masking.images is 0.0"),
+    ],
     "model.routing.help": [("fuyu_e2e.model.routing.config.RoutingConfig", shown("anneal"))],
     "model.routing": [("'{share: 0.5}'", lambda run: run.scalars("routing/block2/all"))],
     "model.routing.rule": [("topk", changed), ("best", "must be threshold, topk")],

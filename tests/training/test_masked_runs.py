@@ -1,4 +1,4 @@
-"""Runs whose blocks have masks by depth: by recipe, stopped and resumed, and refused where an image can't fit."""
+"""Runs whose blocks have masks by depth, or whose images have rows and columns and masked patches: by recipe, stopped and resumed, and refused where an image can't fit."""
 
 import io
 import sys
@@ -19,6 +19,7 @@ from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.cli import main
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.images.masking import PatchMasking
 from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 from fuyu_e2e.tokenizer import Tokenizer
 from fuyu_e2e.training.module import FuyuModule
@@ -43,8 +44,16 @@ RECIPE: dict[str, Any] = {
 }  # fmt: skip
 
 
+IMAGES = ("--model.decoder.rotary", "2d", "--model.decoder.patch_masking", '{"images": 0.5, "share": 0.5}')
+
+
+@pytest.mark.parametrize("options", [(), IMAGES], ids=["masks", "images"])
 def test_a_run_by_recipe_stops_and_goes_on_bitwise(
-    tmp_path: Path, tokenizer: Tokenizer, make_png: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+    options: tuple[str, ...],
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    make_png: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tokenizer.save(tmp_path / "tokenizer.model")
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
@@ -61,7 +70,7 @@ def test_a_run_by_recipe_stops_and_goes_on_bitwise(
     monkeypatch.chdir(tmp_path)
 
     def fit(name: str, *more: str) -> list[float]:
-        arguments = ["fit", "--config", "recipe.yaml", "--trainer.default_root_dir", name, *more]
+        arguments = ["fit", "--config", "recipe.yaml", "--trainer.default_root_dir", name, *options, *more]
         monkeypatch.setattr(sys, "argv", ["fuyu-e2e", *arguments])
         assert main() == 0
         events = EventAccumulator(str(tmp_path / name / "tensorboard")).Reload()
@@ -75,8 +84,11 @@ def test_a_run_by_recipe_stops_and_goes_on_bitwise(
     first, second = (read_checkpoint(tmp_path / run / "checkpoints" / "step=6.ckpt") for run in ("whole", "resumed"))
     assert first["state_dict"].keys() == second["state_dict"].keys()
     assert all(torch.equal(tensor, second["state_dict"][name]) for name, tensor in first["state_dict"].items())
-    masks = read_model(tmp_path / "resumed").description.config.masks
-    assert masks == tuple(AttentionMask(**mask) for mask in MASKS)
+    config = read_model(tmp_path / "resumed").description.config
+    assert config.masks == tuple(AttentionMask(**mask) for mask in MASKS)
+    if options:
+        assert (config.rotary, config.patch_masking) == ("2d", PatchMasking(images=0.5, share=0.5))
+        assert first["state_dict"]["decoder.masked_patches.embedding"].any()
 
 
 @pytest.mark.parametrize("max_patches", [64, 20])

@@ -142,14 +142,16 @@ def test_every_tensor_is_the_same_under_another_strategy(folder: Path, name: str
 @pytest.mark.parametrize("connector", [None, "fuyu_e2e.model.images.mlp.MLPConfig"])
 def test_what_images_pass_is_the_same_in_parts(tmp_path: Path, connector: str | None) -> None:
     """With every option, on ranks of which some have text alone; also under masks by depth."""
-    decoder: dict[str, Any] = {"image_norm": True, "grid_embeddings": 8}
+    decoder: dict[str, Any] = {"image_norm": True, "grid_embeddings": 8, "rotary": "2d"}
+    decoder["patch_masking"] = {"images": 1.0, "share": 1.0}
     if connector is not None:
         decoder["connector"] = {"class_path": connector, "init_args": {"hidden": 24}}
         decoder["masks"] = [{"window": 9, "sinks": 1}, {"images": "bidirectional"}, {"window": 20}]
     places = ["one process", "ddp", "fsdp2", "tensor parallel"]
     run(tmp_path, *({"name": place, "under": place, "text_rows": True, "decoder": decoder} for place in places))
     alone = tensors(tmp_path, "one process")
-    assert alone["decoder.grid_embeddings.rows"].abs().sum() > 0
+    for name in ("grid_embeddings.rows", "masked_patches.embedding"):
+        assert alone[f"decoder.{name}"].abs().sum() > 0
     for place in places[1:]:
         torch.testing.assert_close(losses(tmp_path, place), losses(tmp_path, places[0]), atol=5e-6, rtol=0)
         for weight, tensor in settled(tensors(tmp_path, place)):
