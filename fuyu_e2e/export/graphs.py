@@ -85,6 +85,11 @@ def _check_dense(decoder: Decoder) -> None:
             "A decoder with decoder.rotary '2d' has no graph of fixed shapes, as positions depend on the grids of "
             "images: generate with `fuyu-e2e generate`."
         )
+    if decoder.config.connector.gives_features:
+        raise UserError(
+            f"A decoder with the connector {type(decoder.config.connector).__name__} has no graph of fixed shapes, as "
+            "its blocks read features of images beside the cache: generate with `fuyu-e2e generate`."
+        )
     for block in decoder.selecting.values():
         raise UserError(
             f"A decoder with {block.kind} blocks has no graph of fixed shapes, as what its cache holds depends on "

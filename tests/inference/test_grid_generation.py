@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.image_layout import Grid
 from fuyu_e2e.inference import generation
-from fuyu_e2e.inference.generation import generate
+from fuyu_e2e.inference.cache import KeyValueCache
+from fuyu_e2e.inference.generation import decode_step, generate, prefill
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.images.linear import LinearConfig
 from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.routing.config import RoutingConfig
+from fuyu_e2e.packing import pack_row
 from fuyu_e2e.sequence import SequenceBuilder
 
 from .test_generation import uncached
@@ -84,5 +86,10 @@ def test_a_prompt_may_end_with_an_image(
         ours.prompt(Document("key", (Text("4072", loss=True), Image(make_png(*shape, seed=2))))) for shape in shapes
     ]
     assert all(prompt.images[0].stop == len(prompt) for prompt in prompts)
-    together = generate(reader.eval(), prompts, max_new_tokens=8, eos_id=-1)
-    assert together == [uncached(reader, prompt, 8, -1) for prompt in prompts]
+    cache = KeyValueCache(reader.eval(), len(prompts), 100)
+    prefill(reader, pack_row(prompts), cache)
+    tokens = np.arange(3, 3 + len(prompts))
+    found = reader.lm_head(decode_step(reader, torch.from_numpy(tokens), cache))
+    for logits, prompt, token in zip(found, prompts, tokens, strict=True):
+        longer = replace(prompt, tokens=np.append(prompt.tokens, token), loss=np.append(prompt.loss, True))
+        torch.testing.assert_close(logits, reader.logits(pack_row([longer]))[-1], atol=1e-5, rtol=1e-5)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.document import Document, Image, Text
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.export.graphs import export_prefill
+from fuyu_e2e.export.graphs import export_decode_step, export_prefill
 from fuyu_e2e.export.transformers import to_transformers
 from fuyu_e2e.image_layout import Grid, ImagePolicy, ImageSpan, View, fit_policy
 from fuyu_e2e.inference import generation
@@ -82,6 +82,13 @@ class NoTokensConfig(MeanConfig):
 class Nothing(Mean):
     def forward(self, patches: Tensor, *, images: tuple[ImageSpan, ...]) -> Tensor:
         return super().forward(patches, images=images)[:0]
+
+
+@dataclass(frozen=True)
+class FeaturesConfig(NoTokensConfig):
+    """Features for blocks to read."""
+
+    gives_features: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -397,3 +404,5 @@ def test_a_graph_of_fixed_shapes_reads_no_grids(make: Callable[..., Decoder]) ->
         with pytest.raises(UserError, match="no graph of fixed shapes"):
             export(make(**settings))
     assert export(make(connector=MLPConfig(), image_norm=True)) is not None
+    with pytest.raises(UserError, match="the connector FeaturesConfig has no graph of fixed shapes"):
+        export_decode_step(make(connector=FeaturesConfig()), sequences=1, capacity=30)

@@ -457,7 +457,10 @@ OPTIONS: dict[str, list[Use]] = {
         ("'[{class_path: fuyu_e2e.model.block.DenseConfig}]'", unchanged),
         ("'[{class_path: fuyu_e2e.model.block.NoConfig}]'", "NoConfig"),
     ],
-    "model.decoder.connector": [("MLPConfig", changed), ("MLPConfig --model.decoder.connector.hidden 0", "hidden is 0")],
+    "model.decoder.connector": [
+        ("MLPConfig", changed),
+        ("MLPConfig --model.decoder.connector.hidden 0", "hidden is 0"),
+    ],
     "model.decoder.image_norm": [  # a new block norms once more
         ("true", lambda run: works(run) and "decoder.image_norm.weight" in run.checkpoint["state_dict"]),
     ],
@@ -514,6 +517,7 @@ OPTIONS: dict[str, list[Use]] = {
     # Data
     "data": [("'{workers: 1}'", unchanged)],
     "data.tokenizer": [("copied.model", unchanged), ("gone.model", "gone.model can't be read")],
+    "data.layout.help": [("MLPConfig", shown("--data.layout.hidden"))],
     "data.train": [("[train.tar,test.tar]", changed), ("'t*n.tar'", unchanged)],
     "data.mixture.help": [("fuyu_e2e.shards.mixture.Source", shown("weight"))],
     "data.mixture": [

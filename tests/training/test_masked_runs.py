@@ -1,4 +1,7 @@
-"""Runs whose blocks have masks by depth, or whose images have rows and columns and masked patches: by recipe, stopped and resumed, and refused where an image can't fit."""
+"""Runs with masks by depth, also with rows, columns and masked patches of images: by recipe, stopped and resumed.
+
+They are refused where an image can't fit a mask.
+"""
 
 import io
 import sys
