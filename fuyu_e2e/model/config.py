@@ -106,6 +106,8 @@ class FuyuConfig:
                 f"decoder.head_size is {self.head_size}, but rotary positions turn {turned} values in pairs: make it "
                 f"{remedy}."
             )
+        if self.rotary not in get_args(Rotary):
+            raise UserError(f"decoder.rotary is {self.rotary!r}, but must be '1d' or '2d'.")
         if self.rotary == "2d":
             self._check_grid_positions()
         if self.rope_theta <= 1:
