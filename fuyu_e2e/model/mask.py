@@ -1,7 +1,7 @@
 """What a token sees of its document: the attention mask of a block."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, no_type_check
 
 from fuyu_e2e.errors import UserError
 
@@ -44,6 +44,7 @@ class AttentionMask:
         if self.images not in get_args(ImageAttention):
             raise UserError(f"decoder.masks holds images {self.images!r}, but must be 'causal' or 'bidirectional'.")
 
+    @no_type_check  # flex compiles it into its kernel, which no check of types may be part of
     def sees(self, query: Any, key: Any, same_image: Any) -> Any:
         """Whether a query sees a key of its own document.
 
