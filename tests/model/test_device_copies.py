@@ -51,8 +51,9 @@ def test_a_row_copies_where_documents_start_and_nothing_waits(kind: Any, monkeyp
     monkeypatch.setattr(attention_kernels, "_block_mask", lambda *_: object.__new__(BlockMask))
     with Copies(monkeypatch) as copies:
         row = kind.of(LENGTHS, META, *([lambda *_: _[0]] if kind is VarlenRow else []))
-    assert row.document.device == META
-    assert row.document.shape == (sum(LENGTHS),)
+    document = row.document if kind is VarlenRow else row.places.document
+    assert document.device == META
+    assert document.shape == (sum(LENGTHS),)
     assert copies.all == copies.unawaited == [len(LENGTHS) + 1]
 
 

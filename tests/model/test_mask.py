@@ -122,7 +122,7 @@ def small_tiles() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-@settings(max_examples=5)
+@settings(max_examples=settings.default.max_examples // 7)
 @given(row=rows(), seed=st.integers(0, 100))
 def test_backends_compute_what_the_mask_says(
     mask: AttentionMask, row: tuple[tuple[int, ...], Bounds], seed: int
@@ -136,7 +136,7 @@ def test_backends_compute_what_the_mask_says(
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-@settings(max_examples=5)
+@settings(max_examples=settings.default.max_examples // 7)
 @given(row=rows(), seed=st.integers(0, 1_000), skipped=st.sampled_from(["nothing", "keys"]))
 def test_passing_tokens_see_what_the_mask_says(
     mask: AttentionMask, row: tuple[tuple[int, ...], Bounds], seed: int, skipped: str

@@ -38,10 +38,10 @@ class Definition(RowAttention):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return by_definition(q, k, v, self.shown)
 
-    def among(self, passing: Passing) -> Attend:
+    def select(self, passing: Passing) -> Attend:
         raise NotImplementedError
 
-    def asking(self, passing: Passing) -> Attend:
+    def cross(self, passing: Passing) -> Attend:
         raise NotImplementedError
 
 
