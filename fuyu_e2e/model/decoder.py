@@ -104,6 +104,8 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.reads_info = any(block.reads_info for block in self.each_block())
+        """Whether any block reads `Row.info`."""
         self.progress = Progress()
         """How far its training has come, for the annealing of shares; whoever trains it sets this in each step."""
         self.attention: AttentionBackend = "auto"
@@ -245,11 +247,6 @@ class Decoder(nn.Module):
         if not self.reads_info:
             return None
         return TokenInfo.of(batch, len(self.blocks), self.progress, self.training)
-
-    @property
-    def reads_info(self) -> bool:
-        """Whether a block reads what is known of tokens beside their states."""
-        return any(block.reads_info for block in self.each_block())
 
     def row_of(
         self,
