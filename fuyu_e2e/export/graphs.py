@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import DecodeStep, DenseBlockCache, KeyValueCache, Prefill
+from fuyu_e2e.model.attention import Places
 from fuyu_e2e.model.decoder import Decoder, Inputs
 
 Outputs = tuple[Tensor, list[Tensor], list[Tensor]]
@@ -113,7 +114,7 @@ class _Prefill(nn.Module):
         cache = KeyValueCache(self.decoder, 1, self.capacity)
         plan = partial(self.decoder.plan, device=tokens.device, backend="documents")
         positions = torch.arange(length, device=tokens.device)
-        row = self.decoder.row_of(positions, Prefill(cache, (length,), (), 0, length, plan).attends)
+        row = self.decoder.row_of(positions, Prefill(cache, Places.of((length,), ()), (), 0, length, plan).attends)
         hidden_TD = self.decoder(Inputs(tokens, patches, patch_positions), row)
         return self.decoder.lm_head(hidden_TD[-1:]), *_stores(cache)
 

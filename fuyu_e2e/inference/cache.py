@@ -234,10 +234,10 @@ class _Piece:
     """Of the piece's tokens to each other; of a continued document, to what the cache holds of it before them."""
     known: Int64[Tensor, " known"] | None
     """The slots of that; None where no document is continued."""
-    kept: Int64[Tensor, " kept"]
-    """The tokens of the piece whose keys stay in the cache of a dense block."""
-    rows: Int64[Tensor, " keptG"]
-    """Where they go there."""
+    kept: Int64[Tensor, " kept"] | None = None
+    """The tokens of the piece whose keys stay in the cache of a dense block; None for all."""
+    rows: Int64[Tensor, " keptG"] | None = None
+    """Where they go there; None where no dense block has the mask."""
 
 
 class Prefill:
@@ -247,7 +247,7 @@ class Prefill:
 
     Args:
         cache: With a place for each document of the row, filled with the row's tokens before `start`.
-        document_lengths: Tokens of each prompt of the whole row, in the order of the cache's sequences.
+        places: Of the tokens of the whole row, on the host; prompts are in the order of the cache's sequences.
         images: Where in the row each image begins and ends.
         start: Where the piece begins in the row; not within an image whose tokens see each other.
         stop: Where it ends.
@@ -258,7 +258,7 @@ class Prefill:
     def __init__(
         self,
         cache: KeyValueCache,
-        document_lengths: tuple[int, ...],
+        places: Places,
         images: tuple[tuple[int, int], ...],
         start: int,
         stop: int,
@@ -266,7 +266,6 @@ class Prefill:
     ) -> None:
         self.cache = cache
         device = cache.lengths.device
-        places = Places.of(document_lengths, images)
         inside = places.take(slice(start, stop))
         members, lengths = np.unique(inside.document, return_counts=True)
         self.first = int(members[0])
@@ -278,23 +277,24 @@ class Prefill:
         self.document, self.position, _ = inside.on(device)
 
         def piece(mask: AttentionMask, block: DenseBlockCache | None) -> _Piece:
-            seen, kept = before.position, np.arange(stop - start)
+            seen, kept = before.position, None
             if mask.window is not None:
                 seen = seen[(seen < mask.sinks) | (seen > known - mask.window)]
-                kept = kept[(inside.position < mask.sinks) | (inside.position >= ends - mask.window)]
+                stay = (inside.position < mask.sinks) | (inside.position >= ends - mask.window)
+                kept = to_device(torch.from_numpy(np.flatnonzero(stay)), device)
             if known:
                 keys = Places(*map(np.concatenate, zip(before.take(seen), inside, strict=True)))
                 attention: RowAttention | TilePlan = TilePlan.of(mask, inside, keys, device)
             else:
                 attention = plan(mask, tuple(lengths.tolist()), within)
-            index = to_device(torch.from_numpy(kept), device)
             if block is None:
-                return _Piece(attention, None, index, index)
+                return _Piece(attention, None)
+            index = slice(None) if kept is None else kept
             rows = rows_of(self.document[index], self.position[index], block, mask)
             if not known:  # torch.export can't store the empty list of them
-                return _Piece(attention, None, index, rows)
+                return _Piece(attention, None, kept, rows)
             slots = slots_of(to_device(torch.from_numpy(seen), device), block.keys.shape[2], mask)
-            return _Piece(attention, slots, index, rows)
+            return _Piece(attention, slots, kept, rows)
 
         pieces = {mask: piece(mask, cache.dense_of(mask)) for mask in set(cache.masks)}
         self.attends: list[RowAttention] = [
@@ -325,7 +325,10 @@ class PrefillBlock(RowAttention):
         block, piece = self.block, self.piece
         assert isinstance(block, DenseBlockCache)
         attended = piece.attention(queries, self._shown(block.keys, keys), self._shown(block.values, values))
-        block.write(piece.rows, keys.index_select(0, piece.kept), values.index_select(0, piece.kept))
+        assert piece.rows is not None
+        if piece.kept is not None:
+            keys, values = keys.index_select(0, piece.kept), values.index_select(0, piece.kept)
+        block.write(piece.rows, keys, values)
         return attended
 
     def _shown(self, store: Float[Tensor, "B G slots K"], new: Float[Tensor, "T G K"]) -> Float[Tensor, "S G K"]:

@@ -17,6 +17,7 @@ from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import DecodeStep, KeyValueCache, Prefill
 from fuyu_e2e.inference.compiled import compiled_cache, compiled_step
+from fuyu_e2e.model.attention import Places
 from fuyu_e2e.model.attention_kernels import AttentionBackend
 from fuyu_e2e.model.decoder import Decoder, Inputs
 from fuyu_e2e.model.device_copy import to_device
@@ -169,8 +170,9 @@ def prefill(
     step = PREFILL_TOKENS.get(device.type, PREFILL_TOKENS["cuda"])
     if decoder.reads_info or decoder.selecting:
         step = length
-    bounds = _bounds(length, step, batch.image_bounds if decoder.config.reads_images else ())
-    places = torch.searchsorted(batch.patch_positions, torch.tensor(bounds, device=batch.tokens.device)).tolist()
+    image_bounds = batch.image_bounds
+    bounds = _bounds(length, step, image_bounds if decoder.config.reads_images else ())
+    embedded = torch.searchsorted(batch.patch_positions, torch.tensor(bounds, device=batch.tokens.device)).tolist()
     batch = batch.to(device)
     # At once: pieces cut through images, which connectors may look at as wholes.
     images = decoder.embed_images(batch.patches, batch.images)
@@ -187,9 +189,10 @@ def prefill(
     if rotary_positions.ndim == 2:
         following = following_positions(batch.document_lengths, batch.images)
         cache.shifts = to_device(torch.from_numpy(following - np.array(batch.document_lengths)), device)
+    places = Places.of(batch.document_lengths, image_bounds)
     states = []
-    for (start, stop), (first, end) in zip(pairwise(bounds), pairwise(places), strict=True):
-        piece = Prefill(cache, batch.document_lengths, batch.image_bounds, start, stop, plan)
+    for (start, stop), (first, end) in zip(pairwise(bounds), pairwise(embedded), strict=True):
+        piece = Prefill(cache, places, image_bounds, start, stop, plan)
         turned, reads = rotary_positions[..., start:stop], None if read is None else read[start:stop]
         row = decoder.row_of(batch.positions[start:stop], piece.attends, info, turned, reads)
         positions = batch.patch_positions[first:end] - start
