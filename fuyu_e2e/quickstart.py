@@ -21,6 +21,7 @@ from fuyu_e2e.eval.digits import MAX_NEW_TOKENS, QUESTION, TEST_SEED, VOCAB_SIZE
 from fuyu_e2e.eval.exact_match import Reading, by_group, chance_of_exchange, exact_match, exchange_images, read
 from fuyu_e2e.export.folders import export_own, export_to_transformers
 from fuyu_e2e.inference.depth_map import depth_map
+from fuyu_e2e.model.decoder import meta_decoder
 from fuyu_e2e.recipe import FuyuCLI
 from fuyu_e2e.shards.formats import read_documents
 from fuyu_e2e.shipped import shipped
@@ -138,12 +139,13 @@ def recipe_settings(place: Workplace, recipe: str, seed: int, max_steps: int | N
 
 
 def export_model(place: Workplace) -> None:
-    """Writes the model for transformers, or where these can't run it, for `fuyu_e2e.load`."""
+    """Writes the model for transformers, or for `fuyu_e2e.load` where some of its blocks select tokens, which these
+    can't run."""
     stored = read_model(place.root / "checkpoints" / "last.ckpt")
-    try:
-        export_to_transformers(stored, place.exported, question=QUESTION)
-    except UserError:
+    if meta_decoder(stored.description.config).selecting:
         export_own(stored, place.exported, question=QUESTION)
+    else:
+        export_to_transformers(stored, place.exported, question=QUESTION)
 
 
 def score(model: TrainedModel, place: Workplace) -> tuple[dict[str, Any], list[Reading]]:

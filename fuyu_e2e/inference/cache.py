@@ -168,8 +168,8 @@ class KeyValueCache:
         config, weight = decoder.config, decoder.embed_tokens.weight
         like = weight.new_empty(0, dtype=attention_type(weight))
         self.capacity = capacity
-        self.masks = config.masks
-        """The pattern of the blocks' masks."""
+        self.masks, self.block_masks = config.masks, config.block_masks
+        """The pattern of the blocks' masks, and that of each."""
         self.blocks: list[BlockCache] = [
             GrowingBlockCache(config, sequences, block.mask, like)
             if block.selects_tokens
@@ -193,8 +193,7 @@ class KeyValueCache:
 
     def dense_of(self, mask: AttentionMask) -> DenseBlockCache | None:
         """The cache of a dense block with a mask; None where there is none."""
-        period = len(self.masks)
-        of_mask = [block for number, block in enumerate(self.blocks) if self.masks[number % period] == mask]
+        of_mask = (block for block, own in zip(self.blocks, self.block_masks, strict=True) if own == mask)
         return next((block for block in of_mask if isinstance(block, DenseBlockCache)), None)
 
     @property
@@ -298,8 +297,8 @@ class Prefill:
 
         pieces = {mask: piece(mask, cache.dense_of(mask)) for mask in set(cache.masks)}
         self.attends: list[RowAttention] = [
-            PrefillBlock(self, pieces[cache.masks[number % len(cache.masks)]], block)
-            for number, block in enumerate(cache.blocks)
+            PrefillBlock(self, pieces[mask], block)
+            for mask, block in zip(cache.block_masks, cache.blocks, strict=True)
         ]
         """How each block attends."""
 

@@ -115,7 +115,7 @@ class Block(nn.Module, ABC):
 
     def __init__(self, config: "fuyu_e2e.model.config.FuyuConfig", number: int) -> None:
         super().__init__()
-        self.mask = config.masks[number % len(config.masks)]
+        self.mask = config.block_masks[number]
         """What its tokens see."""
         self.recompute: ActivationCheckpointing = "none"
         """What its backward pass recomputes, to save memory."""
@@ -167,6 +167,15 @@ class Block(nn.Module, ABC):
     def compiled(self) -> bool:
         """Whether it is compiled."""
         return self._compiled_call_impl is not None
+
+
+def products_of(block: Block, attention: Attention) -> DenseOperations:
+    """Returns the operations of a block of linear layers, which all tokens pass, around `attention`."""
+    keys = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
+    linear = sum(part.weight.numel() for part in block.modules() if isinstance(part, nn.Linear))
+    # Each value of a query meets one of the key, and as many values are summed.
+    pair = 2 * attention.q_proj.out_features
+    return DenseOperations(query=linear - keys, key=keys, pair=pair, mask=block.mask)
 
 
 class BlockConfig(ABC):
@@ -227,12 +236,8 @@ class DenseBlock(Block):
         return attended_CD + self.mlp(self.mlp_norm(x_CD + attended_CD))
 
     def operations(self) -> DenseOperations:
-        """Returns the sizes of its weights, and of the heads."""
-        keys = self.attention.k_proj.weight.numel() + self.attention.v_proj.weight.numel()
-        linear = sum(part.weight.numel() for part in self.modules() if isinstance(part, nn.Linear))
-        # Each value of a query meets one of the key, and as many values are summed.
-        pair = 2 * self.attention.q_proj.out_features
-        return DenseOperations(query=linear - keys, key=keys, pair=pair, mask=self.mask)
+        """Returns those of its products."""
+        return products_of(self, self.attention)
 
     def saved_bytes(self, tokens: int, work: int, size: int) -> int:
         """Returns those of all tokens."""

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from fuyu_e2e.model.block import Attention, Block, BlockConfig, SwiGLU, build_norm
+from fuyu_e2e.model.block import Attention, Block, BlockConfig, SwiGLU, build_norm, products_of
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.counting import DenseOperations
 from fuyu_e2e.model.recomputation import recomputing
@@ -46,10 +46,7 @@ class ParallelBlock(Block):
         nn.init.zeros_(self.mlp.down_proj.weight)
 
     def operations(self) -> DenseOperations:
-        keys = self.attention.k_proj.weight.numel() + self.attention.v_proj.weight.numel()
-        linear = sum(part.weight.numel() for part in self.modules() if isinstance(part, nn.Linear))
-        pair = 2 * self.attention.q_proj.out_features
-        return DenseOperations(query=linear - keys, key=keys, pair=pair, mask=self.mask)
+        return products_of(self, self.attention)
 
     def saved_bytes(self, tokens: int, work: int, size: int) -> int:
         return tokens * (size * 4 * self.shared_norm.weight.numel() + work * 4 * self.mlp.up_proj.out_features)
