@@ -1,7 +1,7 @@
 """The key/value cache: what a decoder remembers of each sequence, block by block.
 
 A dense block remembers every token that its mask may still show to a later one, in room that is there from the start:
-shapes never change, so a step can be compiled. Under a window the room is a ring, behind the sinks. A block that
+shapes never change, so a step can be compiled. Under a window the room is a ring after the sinks. A block that
 selects tokens remembers those that passed it, or every token where skipped ones leave their keys behind; how many that
 will be is not known before, so its room grows, to the ring's size at most.
 """
@@ -65,7 +65,7 @@ class DenseBlockCache:
 
 
 def slots_of(places: Int64[Tensor, " n"], size: int, mask: AttentionMask) -> Int64[Tensor, " n"]:
-    """Where the tokens of these places go: to the place itself, or round the ring behind the sinks."""
+    """Where the tokens of these places go: to the place itself, or round the ring after the sinks."""
     if mask.room is None or size < mask.room:
         return places
     return torch.where(places < mask.sinks, places, mask.sinks + (places - mask.sinks) % (size - mask.sinks))

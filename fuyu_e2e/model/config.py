@@ -62,7 +62,7 @@ class FuyuConfig:
     connector: ConnectorConfig = LINEAR
     """What turns an image's patches into embeddings at its tokens."""
     image_norm: bool = False
-    """Whether embeddings of images pass an RMSNorm behind the connector."""
+    """Whether embeddings of images pass an RMSNorm after the connector."""
     grid_embeddings: int | None = None
     """Where set, learnt embeddings of a patch's row and column in its image are added to its own: the most rows, and
     columns, that there can be."""
@@ -71,7 +71,7 @@ class FuyuConfig:
     """Positions of image tokens: as the sequence counts them, or `2d`, by row and column of their patch. Text is the
     same where no image comes before it."""
     patch_masking: PatchMasking | None = None
-    """Which patches a learnt embedding stands in for in training."""
+    """Which patches a learnt embedding replaces in training."""
 
     def __post_init__(self) -> None:
         if not self.masks:

@@ -56,11 +56,11 @@ class Inputs(NamedTuple):
     patch_positions: Int64[Tensor, " N"] | None = None
     """The index in `tokens` of each embedding of an image."""
     images: tuple[ImageSpan, ...] = ()
-    """The images that the patches are of, where a connector or an option behind it reads them."""
+    """The images that the patches are of, where a connector or an option after it reads them."""
     states: ImageStates | None = None
     """What `embed_images` gave, in the place of patches."""
     masked: Bool[Tensor, " N"] | None = None
-    """Which embeddings of images a learnt one stands in for."""
+    """Which embeddings of images a learnt one replaces."""
 
 
 def build_block(config: FuyuConfig, number: int) -> Block:

@@ -48,7 +48,7 @@ def grid_positions(lengths: tuple[int, ...], images: tuple[ImageSpan, ...]) -> I
 
     Words have one number for both, that of the token before and one more. An image begins at such a number: its
     patches count on from it down and across, and the newline of a row is one more column. The token after it
-    begins behind the longer side.
+    begins after the longer side.
 
     Args:
         lengths: Tokens of each document, laid end to end.

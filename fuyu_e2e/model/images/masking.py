@@ -1,4 +1,4 @@
-"""Patch masking: in training, a learnt embedding stands in for some patches of some images."""
+"""Patch masking: in training, a learnt embedding replaces some patches of some images."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from fuyu_e2e.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class PatchMasking:
-    """Which patches are masked, drawn anew in each training step; after masked image modelling (He et al. 2021, arXiv
+    """Which patches are masked, drawn in each training step; after masked image modelling (He et al. 2021, arXiv
     2111.06377), without its reconstruction.
 
     Raises:
