@@ -8,7 +8,7 @@ cost of the sum of squares of the documents' lengths instead of the square of th
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import numpy as np
 import torch
@@ -75,6 +75,7 @@ class Places(NamedTuple):
             image[start:stop] = number
         return cls(document, np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts), image)
 
+    @no_type_check  # part of flex's kernel, as `AttentionMask.sees` is
     def take(self, index: Any) -> "Places":
         """Those of the tokens at some indices."""
         return Places(self.document[index], self.position[index], None if self.image is None else self.image[index])
@@ -82,22 +83,24 @@ class Places(NamedTuple):
     def on(self, device: torch.device) -> "Places":
         """The host's places on a device."""
         # One by one: torch.export stores no parts of a tensor.
-        return Places(*(to_device(torch.from_numpy(part), device) for part in self))
+        return Places(*(part if part is None else to_device(torch.from_numpy(part), device) for part in self))
+
+    def numpy(self) -> "Places":
+        """Those of tensors of a CPU, on the host."""
+        return Places(*(part if part is None else part.numpy() for part in self))
 
 
-def seen_by(mask: AttentionMask, queries: Places, keys: Places) -> Bool[Tensor, "*batch Q K"]:
-    """Whether each query sees each key, by the definition of the mask; places are tensors of the shapes "*batch Q" and
-    "*batch K"."""
+QUERIES, KEYS = (..., slice(None), None), (..., None, slice(None))
+"""What makes pairs of "*batch Q" queries and "*batch K" keys."""
 
-    def pairs(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return query[..., :, None], key[..., None, :]
 
-    query_document, key_document = pairs(queries.document, keys.document)
-    same_image: Tensor | bool = False
-    if queries.image is not None and mask.reads_images:
-        query_image, key_image = pairs(queries.image, keys.image)
-        same_image = (query_image == key_image) & (query_image >= 0)
-    return (query_document == key_document) & mask.sees(*pairs(queries.position, keys.position), same_image)
+@no_type_check
+def seen_by(mask: AttentionMask, query: Places, key: Places) -> Any:
+    """Returns whether each query sees the key that it is paired with; a bool tensor of the shape that they have."""
+    same_image = False
+    if query.image is not None and mask.reads_images:
+        same_image = (query.image == key.image) & (query.image >= 0)
+    return (query.document == key.document) & mask.sees(query.position, key.position, same_image)
 
 
 class RowAttention(ABC):
@@ -138,7 +141,7 @@ def reference_attention(
     repeat = queries.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(repeat, dim=1), values.repeat_interleave(repeat, dim=1)
     places = Places.of(document_lengths, images).on(queries.device)
-    allowed = seen_by(mask, places, places)
+    allowed = seen_by(mask, places.take(QUERIES), places.take(KEYS))
     if known is not None:
         allowed = allowed & known
     scores = torch.einsum("thk,shk->hts", queries, keys) / queries.shape[-1] ** 0.5

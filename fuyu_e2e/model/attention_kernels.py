@@ -21,13 +21,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.model.attention import Attend, Passing, Places, RowAttention
-from fuyu_e2e.model.attention_plans import AttentionPlan, MaskedAttention, TiledRow
+from fuyu_e2e.model.attention import Attend, Passing, Places, RowAttention, seen_by
+from fuyu_e2e.model.attention_plans import AttentionPlan, MaskedAttention, PlacedRow, TiledRow
 from fuyu_e2e.model.device_copy import to_device
 from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 
@@ -167,7 +167,7 @@ def _torch_varlen(
 
 
 @dataclass(frozen=True)
-class VarlenRow(RowAttention):
+class VarlenRow(PlacedRow):
     """A row whose documents a kernel finds by where they start."""
 
     kernel: Kernel
@@ -175,10 +175,6 @@ class VarlenRow(RowAttention):
     """Where each document starts, and where the last ends: int32."""
     longest: int
     """Tokens of the longest, rounded up to a power of two; a compiled block takes any from the second on."""
-    document: Int64[Tensor, " T"]
-    """For each token, the number of its document."""
-    mask: AttentionMask = CAUSAL
-    """That of the kernel."""
 
     @classmethod
     def of(
@@ -187,7 +183,7 @@ class VarlenRow(RowAttention):
         """Plans a row of documents with these lengths."""
         starts = _starts(lengths, device)
         longest = 1 << (max(lengths) - 1).bit_length()
-        return cls(kernel, starts, longest, _documents(starts, sum(lengths)), mask)
+        return cls(mask, _places(starts, sum(lengths)), kernel, starts, longest)
 
     def __call__(
         self,
@@ -203,35 +199,28 @@ class VarlenRow(RowAttention):
     def select(self, passing: Passing) -> Attend:
         """The attention of passing tokens to each other; what only fills the capacity is one more document."""
         documents = len(self.starts) - 1
-        own = passing.documents(self.document, documents)
+        own = passing.documents(self.places.document, documents)
         if self.mask.window is not None:  # it counts the tokens between those that pass, which the kernel doesn't see
-            places = self._places().take(passing.index)._replace(document=own)
+            places = self.places.take(passing.index)._replace(document=own)
             return MaskedAttention.of(self.mask, places, places)
         counts = torch.zeros(documents + 1, dtype=torch.int64, device=own.device).scatter_add_(
             0, own, torch.ones_like(own)
         )
         starts = F.pad(counts.cumsum(0), (1, 0)).int()
-        return VarlenRow(self.kernel, starts, len(own), own, self.mask)
+        places = Places(own, torch.arange(len(own), device=own.device), None)  # in order, as a causal mask needs
+        return VarlenRow(self.mask, places, self.kernel, starts, len(own))
 
     def cross(self, passing: Passing) -> Attend:
         """The attention of passing tokens to the whole row, whose places the kernels can't be told."""
-        places = self._places()
-        return MaskedAttention.of(self.mask, places.take(passing.index), places)
-
-    def _places(self) -> Places:
-        return _places(self.starts, self.document, None)
+        return MaskedAttention.of(self.mask, self.places.take(passing.index), self.places)
 
 
 @dataclass(frozen=True)
-class FlexRow(RowAttention):
+class FlexRow(PlacedRow):
     """A row under a mask of which blocks of queries see which blocks of keys."""
 
     shown: BlockMask
     """Which queries see which keys."""
-    mask: AttentionMask
-    """The rule for it."""
-    places: Places
-    """Of the row's tokens, on the device."""
 
     @classmethod
     def of(
@@ -250,8 +239,8 @@ class FlexRow(RowAttention):
             # Bounds alternate between beginnings and ends, so that every second stretch between them is an image.
             stretch = torch.searchsorted(bounds, order, right=True)
             image = torch.where(stretch % 2 == 1, stretch // 2, -1)
-        places = _places(starts, _documents(starts, sum(lengths)), image)
-        return cls(_block_mask(mask, places, places), mask, places)
+        places = _places(starts, sum(lengths))._replace(image=image)
+        return cls(mask, places, _block_mask(mask, places, places))
 
     def __call__(
         self,
@@ -274,12 +263,12 @@ class FlexRow(RowAttention):
         """The attention of passing tokens to each other; what only fills the capacity is one more document."""
         own = self.places.take(passing.index)
         own = own._replace(document=passing.documents(self.places.document, -1))
-        return FlexRow(_block_mask(self.mask, own, own), self.mask, own)
+        return FlexRow(self.mask, own, _block_mask(self.mask, own, own))
 
     def cross(self, passing: Passing) -> Attend:
         """The attention of passing tokens to the whole row."""
         own = self.places.take(passing.index)
-        return FlexRow(_block_mask(self.mask, own, self.places), self.mask, self.places)
+        return FlexRow(self.mask, self.places, _block_mask(self.mask, own, self.places))
 
 
 def _starts(lengths: tuple[int, ...], device: torch.device) -> Int[Tensor, " bounds"]:
@@ -287,35 +276,21 @@ def _starts(lengths: tuple[int, ...], device: torch.device) -> Int[Tensor, " bou
     return to_device(F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0)).int(), device)
 
 
-def _documents(starts: Int[Tensor, " bounds"], length: int) -> Int64[Tensor, " T"]:
-    """For each of `length` tokens, the number of its document; found on the device, so that little is copied there."""
-    order = torch.arange(length, dtype=starts.dtype, device=starts.device)
-    return torch.searchsorted(starts, order, right=True) - 1
-
-
 @cache
 def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-def _places(
-    starts: Int[Tensor, " bounds"], document: Int64[Tensor, " T"], image: Int64[Tensor, " T"] | None
-) -> Places:
-    order = torch.arange(len(document), device=document.device)
-    return Places(document, order - starts.index_select(0, document), image)
+def _places(starts: Int[Tensor, " bounds"], length: int) -> Places:
+    """Those of `length` tokens of documents that start there; found on the device, so that little is copied there."""
+    order = torch.arange(length, dtype=starts.dtype, device=starts.device)
+    document = torch.searchsorted(starts, order, right=True) - 1
+    return Places(document, order.long() - starts.index_select(0, document), None)
 
 
 def _block_mask(mask: AttentionMask, queries: Places, keys: Places) -> BlockMask:
-    image, key_image = queries.image, keys.image
     return create_block_mask(
-        lambda batch, head, query, key: (
-            (queries.document[query] == keys.document[key])
-            & mask.sees(
-                queries.position[query],
-                keys.position[key],
-                False if key_image is None else (image[query] == key_image[key]) & (image[query] >= 0),
-            )
-        ),
+        lambda batch, head, query, key: seen_by(mask, queries.take(query), keys.take(key)),
         None,
         None,
         len(queries.document),

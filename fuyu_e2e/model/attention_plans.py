@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fuyu_e2e.model.attention import Attend, Passing, Places, RowAttention, seen_by
+from fuyu_e2e.model.attention import KEYS, QUERIES, Attend, Passing, Places, RowAttention, seen_by
 from fuyu_e2e.model.device_copy import to_device
 from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 
@@ -39,7 +39,34 @@ takes seconds to plan for each new shape."""
 
 
 @dataclass(frozen=True)
-class AttentionPlan(RowAttention):
+class PlacedRow(RowAttention):
+    """A row whose tokens' places are known, so that some of them can attend under its mask."""
+
+    mask: AttentionMask
+    places: Places
+    """Of its tokens, on their device."""
+
+    @torch.compiler.disable
+    def select(self, passing: Passing) -> Attend:
+        """The attention of passing tokens to each other; what only fills the capacity is one more document."""
+        if passing.index.device.type == "cpu":
+            return self._tiles(own := self.places.take(passing.index[passing.valid]), own)
+        own = self.places.take(passing.index)._replace(document=passing.documents(self.places.document, -1))
+        return MaskedAttention.of(self.mask, own, own)
+
+    @torch.compiler.disable
+    def cross(self, passing: Passing) -> Attend:
+        """The attention of passing tokens to the whole row."""
+        if passing.index.device.type == "cpu":
+            return self._tiles(self.places.take(passing.index[passing.valid]), self.places)
+        return MaskedAttention.of(self.mask, self.places.take(passing.index), self.places)
+
+    def _tiles(self, queries: Places, keys: Places) -> "TilePlan":
+        return TilePlan.of(self.mask, queries.numpy(), keys.numpy(), keys.document.device)
+
+
+@dataclass(frozen=True)
+class AttentionPlan(PlacedRow):
     """Where each token of a row goes for attention, and where it comes back from.
 
     Holds for one row on one device, and for every block.
@@ -53,8 +80,6 @@ class AttentionPlan(RowAttention):
     """For each place in the groups, the token that fills it; padding repeats the first token of its document."""
     scatter: Int64[Tensor, " T"]
     """For each token, its place in the groups."""
-    document: Int64[Tensor, " T"]
-    """For each token, the number of its document."""
 
     @classmethod
     def of(cls, document_lengths: tuple[int, ...], device: torch.device) -> "AttentionPlan":
@@ -75,7 +100,10 @@ class AttentionPlan(RowAttention):
             base += places.size
         document = np.repeat(np.arange(len(lengths)), lengths)
         index = to_device(torch.from_numpy(np.concatenate([*gather, scatter, document])), device)
-        return cls(tuple(lengths.tolist()), tuple(groups), *index.split([base, len(scatter), len(document)]))
+        gathered, scattered, documents = index.split([base, len(scatter), len(document)])
+        # A causal mask compares positions alone: those in the row serve it.
+        order = Places(documents, torch.arange(len(document), device=device), None)
+        return cls(CAUSAL, order, tuple(lengths.tolist()), tuple(groups), gathered, scattered)
 
     @torch.compiler.disable
     def __call__(
@@ -106,34 +134,18 @@ class AttentionPlan(RowAttention):
     @torch.compiler.disable
     def select(self, passing: Passing) -> Attend:
         """The attention of passing tokens to each other."""
-        document = passing.documents(self.document, len(self.lengths))
-        if document.device.type != "cpu":
-            order = torch.arange(len(document), device=document.device)
-            places = Places(document, order, None)
-            return MaskedAttention.of(CAUSAL, places, places)
-        counts = torch.bincount(document, minlength=len(self.lengths) + 1)
-        return AttentionPlan.of(tuple(counts.tolist()), document.device)
-
-    @torch.compiler.disable
-    def cross(self, passing: Passing) -> Attend:
-        """The attention of passing tokens to the whole row."""
         if passing.index.device.type != "cpu":
-            places = Places(self.document, torch.arange(len(self.document), device=self.document.device), None)
-            return MaskedAttention.of(CAUSAL, places.take(passing.index), places)
-        places = Places.of(self.lengths, ())
-        return TilePlan.of(CAUSAL, places.take(passing.index[passing.valid].numpy()), places, passing.index.device)
+            return super().select(passing)
+        counts = torch.bincount(passing.documents(self.places.document, len(self.lengths)))
+        return AttentionPlan.of(tuple(counts.tolist()), passing.index.device)
 
 
 @dataclass(frozen=True)
-class TiledRow(RowAttention):
+class TiledRow(PlacedRow):
     """A row under any mask."""
 
-    mask: AttentionMask
-    places: Places
-    """Of its tokens, on the host."""
-    device: torch.device
     plan: "TilePlan"
-    """Of all of them."""
+    """Of all its tokens."""
 
     @classmethod
     def of(
@@ -141,7 +153,7 @@ class TiledRow(RowAttention):
     ) -> "TiledRow":
         """Plans a row of documents with these lengths, laid end to end; `images` are the bounds of each in the row."""
         places = Places.of(lengths, images)
-        return cls(mask, places, device, TilePlan.of(mask, places, places, device))
+        return cls(mask, places.on(device), TilePlan.of(mask, places, places, device))
 
     def __call__(
         self,
@@ -151,25 +163,6 @@ class TiledRow(RowAttention):
     ) -> Float[Tensor, "T H K"]:
         """Attention of every token to those that the mask shows it."""
         return self.plan(queries, keys, values)
-
-    @torch.compiler.disable
-    def select(self, passing: Passing) -> Attend:
-        """The attention of passing tokens to each other."""
-        if self.device.type != "cpu":
-            places = self.places.on(self.device)
-            own = places.take(passing.index)._replace(document=passing.documents(places.document, -1))
-            return MaskedAttention.of(self.mask, own, own)
-        own = self.places.take(passing.index[passing.valid].numpy())
-        return TilePlan.of(self.mask, own, own, self.device)
-
-    @torch.compiler.disable
-    def cross(self, passing: Passing) -> Attend:
-        """The attention of passing tokens to the whole row."""
-        if self.device.type != "cpu":
-            places = self.places.on(self.device)
-            return MaskedAttention.of(self.mask, places.take(passing.index), places)
-        own = self.places.take(passing.index[passing.valid].numpy())
-        return TilePlan.of(self.mask, own, self.places, self.device)
 
 
 @dataclass(frozen=True)
@@ -214,7 +207,7 @@ class TilePlan:
             own, others = queries.take(asked), keys.take(shown)
             # What only pads a tile's keys is of no document.
             others = others._replace(document=np.where(real, others.document, -1))
-            seen.append(seen_by(mask, own.on(device), others.on(device)))
+            seen.append(seen_by(mask, own.on(device).take(QUERIES), others.on(device).take(KEYS)))
             groups.append((len(asked), asked.shape[1], int(size)))
             query_gather.append(asked.ravel())
             key_gather.append(shown.ravel())
@@ -303,7 +296,7 @@ class MaskedAttention:
     @classmethod
     def of(cls, mask: AttentionMask, queries: Places, keys: Places) -> "MaskedAttention":
         """Of tokens with these places, on the device."""
-        return cls(seen_by(mask, queries, keys))
+        return cls(seen_by(mask, queries.take(QUERIES), keys.take(KEYS)))
 
     def __call__(
         self,

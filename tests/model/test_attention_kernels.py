@@ -139,7 +139,7 @@ def test_documents_of_tokens_are_found_from_where_they_start() -> None:
     lengths = (0, 3, 0, 0, 2, 1, 0)
     row = VarlenRow.of(lengths, CPU, by_definition)
     assert row.starts.tolist() == [0, 0, 3, 3, 3, 5, 6, 6]
-    assert row.document.tolist() == [1, 1, 1, 4, 4, 5]
+    assert row.places.document.tolist() == [1, 1, 1, 4, 4, 5]
 
 
 @pytest.mark.gpu

@@ -51,9 +51,8 @@ def test_a_row_copies_where_documents_start_and_nothing_waits(kind: Any, monkeyp
     monkeypatch.setattr(attention_kernels, "_block_mask", lambda *_: object.__new__(BlockMask))
     with Copies(monkeypatch) as copies:
         row = kind.of(LENGTHS, META, *([lambda *_: _[0]] if kind is VarlenRow else []))
-    document = row.document if kind is VarlenRow else row.places.document
-    assert document.device == META
-    assert document.shape == (sum(LENGTHS),)
+    assert row.places.document.device == META
+    assert row.places.document.shape == (sum(LENGTHS),)
     assert copies.all == copies.unawaited == [len(LENGTHS) + 1]
 
 
