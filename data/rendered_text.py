@@ -4,10 +4,10 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from fuyu_e2e.eval.rendered_text import FONT_FOLDER, TEST_SEED, VOCAB_SIZE, Pictures, Split, find_fonts, write_shards
-from fuyu_e2e.shards.formats import read_documents
-from fuyu_e2e.tally import Tally
-from fuyu_e2e.tokenizer import train_tokenizer
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.shards.formats import read_documents
+from fuyu_e2e.data.tokenizer import train_tokenizer
+from fuyu_e2e.tasks.rendered_text import FONT_FOLDER, TEST_SEED, VOCAB_SIZE, Pictures, Split, find_fonts, write_shards
 
 
 def main(args: Sequence[str] | None = None) -> None:

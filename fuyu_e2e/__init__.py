@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fuyu_e2e.version import __version__
 
 if TYPE_CHECKING:
-    from fuyu_e2e.api import Processor, Sampling, generate, load
+    from fuyu_e2e.inference.api import Processor, Sampling, generate, load
 
 __all__ = ["Processor", "Sampling", "__version__", "generate", "load"]
 
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
     """Imports the programming interface, and torch with it, once something of it is asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module("fuyu_e2e.api"), name)
+    value = globals()[name] = getattr(import_module("fuyu_e2e.inference.api"), name)
     return value
 
 

@@ -6,7 +6,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
-from fuyu_e2e.environment import set_defaults
+from fuyu_e2e.training.settings.environment import set_defaults
 
 set_defaults()  # before torch is loaded
 
@@ -27,19 +27,19 @@ from hypothesis.internal.conjecture import providers
 from PIL import Image as Pillow
 from torch.nn.modules.module import register_module_forward_hook
 
-from fuyu_e2e.datamodule import FuyuDataModule
-from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.progress_bar import Progress
+from fuyu_e2e.data.sequence import SequenceBuilder
+from fuyu_e2e.data.tokenizer import Tokenizer, train_tokenizer
 from fuyu_e2e.eval import checkpoint_scores
-from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.inference import device
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.image_layout import ImagePolicy
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.row import Progress as TrainingProgress
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import SequenceBuilder
-from fuyu_e2e.shards.progress import Progress
-from fuyu_e2e.tokenizer import Tokenizer, train_tokenizer
 
 # The usual run draws the same examples each time, on any machine; `--hypothesis-profile=explore` looks for new ones.
 # A test that needs fewer takes a part of `settings.default.max_examples`. How fast an example is decides nothing.

@@ -17,15 +17,15 @@ import torch
 import webdataset
 from PIL import Image as Pillow
 
+from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
 from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint
-from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.cli import main
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.shipped import shipped
+from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.shard_questions import read_shards
-from fuyu_e2e.shipped import shipped
-from fuyu_e2e.tally import Tally
-from fuyu_e2e.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 VOCABULARY = 320
@@ -80,9 +80,9 @@ def run(
 @pytest.fixture(scope="module")
 def tokenizer_file(folder: Path) -> Path:
     """Where the recipe expects it."""
-    from fuyu_e2e.shards.formats import read_documents
-    from fuyu_e2e.tally import Tally
-    from fuyu_e2e.tokenizer import train_tokenizer
+    from fuyu_e2e.data.sample_stats import Tally
+    from fuyu_e2e.data.shards.formats import read_documents
+    from fuyu_e2e.data.tokenizer import train_tokenizer
 
     path = folder / "runs" / "quickstart" / "data" / "tokenizer.model"
     shards = sorted((folder / "shards").glob("*.tar"))
@@ -101,7 +101,7 @@ SHORT = ("--trainer.max_steps", "3", "--trainer.enable_progress_bar", "false", "
 @pytest.fixture(scope="module")
 def trained(folder: Path, tokenizer_file: Path) -> Path:
     """A run of three steps over the folder."""
-    from fuyu_e2e.recipe import FuyuCLI
+    from fuyu_e2e.training.settings.recipe import FuyuCLI
 
     run = folder / "runs" / "trained"
     FuyuCLI(
@@ -193,7 +193,7 @@ def test_curves_hold_what_a_run_is_judged_by(run: Callable, tokenizer_file: Path
 @pytest.fixture(scope="module")
 def routed(folder: Path, tokenizer_file: Path) -> Path:
     """A run of six steps of a decoder with routed blocks."""
-    from fuyu_e2e.recipe import FuyuCLI
+    from fuyu_e2e.training.settings.recipe import FuyuCLI
 
     run = folder / "runs" / "routed"
     FuyuCLI(
@@ -648,7 +648,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_right(
 def test_a_run_is_profiled_where_a_recipe_says_so(tokenizer_file: Path) -> None:
     from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
 
-    from fuyu_e2e.recipe import FuyuCLI
+    from fuyu_e2e.training.settings.recipe import FuyuCLI
 
     settings = [f"--config={recipe()}", "--data.train=none.tar", f"--data.tokenizer={tokenizer_file}"]
     assert isinstance(FuyuCLI([*settings, "--trainer.profiler=simple"], run=False).trainer.profiler, SimpleProfiler)

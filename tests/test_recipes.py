@@ -7,12 +7,12 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping
 
+from fuyu_e2e.cli.shards_write import VOCAB_SIZE
+from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.export.transformers import scales_alike
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.recipe import FuyuCLI
-from fuyu_e2e.shards.write_command import VOCAB_SIZE
-from fuyu_e2e.shipped import shipped
-from fuyu_e2e.training.checkpoints import Checkpoints
+from fuyu_e2e.training.callbacks.checkpoints import Checkpoints
+from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 RECIPES = sorted(shipped("recipes").glob("*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -13,13 +13,13 @@ import fsspec
 import pytest
 import torch
 
-from fuyu_e2e.checkpoint.training_files import read_checkpoint
-from fuyu_e2e.checkpoint.whole import FILE, publish, unfinished
+from fuyu_e2e.checkpoint.atomic import FILE, publish, unfinished
+from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
+from fuyu_e2e.data.shipped import shipped
+from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.inspect_sample import InspectCLI
-from fuyu_e2e.recipe import FuyuCLI
-from fuyu_e2e.shipped import shipped
-from fuyu_e2e.tokenizer import Tokenizer
+from fuyu_e2e.training.inspect_sample import InspectCLI
+from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE = f"--config={shipped('recipes/quickstart.yaml')}"
@@ -142,7 +142,13 @@ def test_the_sentence_names_file_setting_and_class(outside: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "path", ["lightning.pytorch.loggers.wandb.os.system", "fuyu_e2e.recipe.FuyuCLI", "torch.load", "builtins.exec"]
+    "path",
+    [
+        "lightning.pytorch.loggers.wandb.os.system",
+        "fuyu_e2e.training.settings.recipe.FuyuCLI",
+        "torch.load",
+        "builtins.exec",
+    ],
 )
 @pytest.mark.parametrize("key", ["--trainer.callbacks={}", '--trainer.callbacks={{"class_path": "LambdaCallback", '
                                  '"init_args": {{"on_fit_start": "{}"}}}}'])  # fmt: skip

@@ -30,17 +30,17 @@ from rich.table import Table
 
 from fuyu_e2e.bench.data_peers import DECODERS, READERS, Decode, Read, decoders, pillow, readers, scaled_by_pillow
 from fuyu_e2e.bench.measure import alternate, environment, write_json
-from fuyu_e2e.datamodule import FuyuDataModule
-from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.image import decode_image, image_size, to_patches
+from fuyu_e2e.data.packing import PackedRow, Packer, pack_row
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sequence import SequenceBuilder, TokenSequence
+from fuyu_e2e.data.shards.formats import read_documents
+from fuyu_e2e.data.shards.sources import expand_patterns
+from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.errors import UnusableSampleError, UserError
-from fuyu_e2e.image import decode_image, image_size, to_patches
-from fuyu_e2e.image_layout import ImagePolicy, ImageSpan, fit_policy
-from fuyu_e2e.packing import PackedRow, Packer, pack_row
-from fuyu_e2e.sequence import SequenceBuilder, TokenSequence
-from fuyu_e2e.shards.formats import read_documents
-from fuyu_e2e.shards.sources import expand_patterns
-from fuyu_e2e.tally import Tally
-from fuyu_e2e.tokenizer import train_tokenizer
+from fuyu_e2e.model.image_layout import ImagePolicy, ImageSpan, fit_policy
 
 PATCH_SIZE = 16
 BUDGETS = {1_024: 2_048, 4_096: 8_192}

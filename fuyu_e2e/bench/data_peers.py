@@ -16,7 +16,7 @@ import webdataset
 from jaxtyping import UInt8
 from PIL import Image as Pillow
 
-from fuyu_e2e.image import scale_pixels
+from fuyu_e2e.data.image import scale_pixels
 
 Size = tuple[int, int]
 Decode = Callable[[bytes, Size], UInt8[np.ndarray, "h w 3"]]

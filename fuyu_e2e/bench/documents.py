@@ -1,15 +1,16 @@
 """Documents for benchmarks, of random pixels and words: captions, questions and text, with images of many sizes."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from torch.utils.data import IterableDataset
 
-from fuyu_e2e.image_layout import ImageSpan
+from fuyu_e2e.data.packing import PackedRow, Packer
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sequence import TokenSequence
 from fuyu_e2e.model.config import FuyuConfig
-from fuyu_e2e.packing import Packer
-from fuyu_e2e.sequence import TokenSequence
-from fuyu_e2e.tally import Tally
+from fuyu_e2e.model.image_layout import ImageSpan
 
 PATCH, NEWLINE, BOS, EOS, FIRST_WORD = 3, 4, 1, 2, 10
 """Token ids; words are all those behind."""
@@ -81,3 +82,13 @@ def histogram(lengths: Sequence[int]) -> dict[str, int]:
     """How many documents have so many tokens, in steps of a factor of two."""
     counts = Counter(max(16, 1 << (length - 1).bit_length()) for length in lengths)
     return {f"up to {most}": counts[most] for most in sorted(counts)}
+
+
+class Rows(IterableDataset):
+    """Rows that are there already, as a data set."""
+
+    def __init__(self, rows: Sequence[PackedRow]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[PackedRow]:
+        return iter(self.rows)

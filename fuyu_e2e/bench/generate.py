@@ -22,12 +22,12 @@ from fuyu_e2e.bench.decoders import new_decoder
 from fuyu_e2e.bench.documents import BOS, FIRST_WORD, NEWLINE, PATCH
 from fuyu_e2e.bench.measure import Figures, alternate, environment
 from fuyu_e2e.bench.stock import require_transformers, stock_model
-from fuyu_e2e.image_layout import ImageSpan
+from fuyu_e2e.data.sequence import TokenSequence
+from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.inference.generation import generate as generate_ours
 from fuyu_e2e.model.config import FuyuConfig, named_size
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.sequence import TokenSequence
-from fuyu_e2e.shipped import shipped
+from fuyu_e2e.model.image_layout import ImageSpan
 from fuyu_e2e.training.device_limits import copy_bandwidth
 
 NEVER = -1

@@ -25,24 +25,24 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from fuyu_e2e.bench.decoders import new_decoder
+from fuyu_e2e.bench.documents import Rows
 from fuyu_e2e.bench.generate import NEVER, bytes_of_step, random_decoder, random_prompts, sized
-from fuyu_e2e.bench.isoflop import Rows
 from fuyu_e2e.bench.measure import Figures, alternate, environment
 from fuyu_e2e.bench.plots import draw_picture
 from fuyu_e2e.bench.profile_parts import profile_parts
 from fuyu_e2e.bench.train import CASES, build
-from fuyu_e2e.eval.digits import VOCAB_SIZE, write_shards
+from fuyu_e2e.data.packing import PackedRow, pack_row
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.shards.formats import read_documents
+from fuyu_e2e.data.shipped import shipped
+from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model.cost import cost, decode_step_flops
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.packing import PackedRow, pack_row
-from fuyu_e2e.recipe import FuyuCLI
-from fuyu_e2e.shards.formats import read_documents
-from fuyu_e2e.shipped import shipped
-from fuyu_e2e.tally import Tally
-from fuyu_e2e.tokenizer import train_tokenizer
+from fuyu_e2e.tasks.digits import VOCAB_SIZE, write_shards
 from fuyu_e2e.training.device_limits import copy_bandwidth, matmul_rate
 from fuyu_e2e.training.optimizers import build_optimizer
+from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 UPDATE_TOUCHES = 10
 """Times that a step moves as many values as there are weights: weights in both passes, gradients written and read,

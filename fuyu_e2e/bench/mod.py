@@ -9,14 +9,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.bench.measure import Figures, alternate, environment
-from fuyu_e2e.image_layout import ImageSpan
 from fuyu_e2e.inference.cache import KeyValueCache
 from fuyu_e2e.inference.generation import decode_step, prefill
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import cost
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.image_layout import ImageSpan
 from fuyu_e2e.model.routing.block import routed_blocks
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.row import Progress

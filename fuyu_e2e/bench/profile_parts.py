@@ -22,8 +22,8 @@ from torch import nn
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
-from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.model.block import Block
+from fuyu_e2e.model.batch import PackedBatch
+from fuyu_e2e.model.blocks.block import Block
 from fuyu_e2e.model.decoder import Decoder
 
 PARTS = ("attention", "projections", "loss", "optimizer", "data", "rest")

@@ -22,20 +22,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.bench.decoders import new_decoder
 from fuyu_e2e.bench.documents import draw
 from fuyu_e2e.bench.measure import Figures, alternate, environment
 from fuyu_e2e.bench.own_process import peak_memory
 from fuyu_e2e.bench.plots import draw_picture
-from fuyu_e2e.eval.digits import VOCAB_SIZE, write_shards
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.shards.formats import read_documents
+from fuyu_e2e.data.shipped import shipped
+from fuyu_e2e.data.tokenizer import train_tokenizer
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import cost
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.shards.formats import read_documents
-from fuyu_e2e.shipped import shipped
-from fuyu_e2e.tally import Tally
-from fuyu_e2e.tokenizer import train_tokenizer
+from fuyu_e2e.tasks.digits import VOCAB_SIZE, write_shards
 
 TINY = FuyuConfig(
     vocab_size=512, patch_size=8, layers=2, width=64, heads=2, kv_heads=2, head_size=32, feed_forward=192

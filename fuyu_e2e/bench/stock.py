@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fuyu_e2e.bench.documents import BOS, EOS, PATCH
+from fuyu_e2e.data.sequence import TokenSequence
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.transformers import stock_inputs, to_transformers, transformers_config
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.sequence import TokenSequence
 
 NO_LOSS = -100
 """The label that its loss leaves out."""

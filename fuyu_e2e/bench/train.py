@@ -24,13 +24,13 @@ from fuyu_e2e.bench.measure import Figures, alternate, environment
 from fuyu_e2e.bench.own_process import peak_memory
 from fuyu_e2e.bench.stock import grouped_by_length, require_transformers, stock_model, stock_training_batch
 from fuyu_e2e.bench.train_report import report
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sequence import TokenSequence
 from fuyu_e2e.model.config import FuyuConfig, named_size
 from fuyu_e2e.model.cost import cost
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.float8 import has_float8, use_float8
 from fuyu_e2e.model.memory import memory
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import TokenSequence
 from fuyu_e2e.training.device_limits import peak_rate
 from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
 

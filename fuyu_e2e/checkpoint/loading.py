@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fuyu_e2e.checkpoint.description import SECTION, Description, Provenance
-from fuyu_e2e.checkpoint.folder import is_exported, read_folder
+from fuyu_e2e.checkpoint.exported_model import is_exported, read_folder
+from fuyu_e2e.checkpoint.lightning_io import WEIGHTS_PREFIX, read_checkpoint
+from fuyu_e2e.checkpoint.metadata import SECTION, Description, Provenance
 from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint
-from fuyu_e2e.checkpoint.training_files import WEIGHTS_PREFIX, read_checkpoint
+from fuyu_e2e.data.sequence import SequenceBuilder
+from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.sharding import copy_part
-from fuyu_e2e.sequence import SequenceBuilder
-from fuyu_e2e.tokenizer import Tokenizer
+from fuyu_e2e.model.parallel import copy_part
 
 OUTPUT = "lm_head.weight"
 """The output projection, which is the embedding itself where the two are tied."""

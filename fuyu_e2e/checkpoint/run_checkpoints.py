@@ -11,9 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuyu_e2e.checkpoint.whole import MANIFEST, UNFINISHED, Manifest, faults, is_sharded, is_whole
+from fuyu_e2e.checkpoint.atomic import MANIFEST, UNFINISHED, Manifest, faults, is_sharded, is_whole
+from fuyu_e2e.checkpoint.run_directory import CHECKPOINTS, RECIPE, shown
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.run_directory import CHECKPOINTS, RECIPE, shown
 
 logger = logging.getLogger(__name__)
 

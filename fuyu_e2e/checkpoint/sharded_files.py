@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from fuyu_e2e.checkpoint.whole import TABLE
+from fuyu_e2e.checkpoint.atomic import TABLE
 from fuyu_e2e.errors import UserError
 
 REST = "meta.pt"

@@ -4,8 +4,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fuyu_e2e.arguments import CommandParser, add_allow_imports
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.training.settings.arguments import CommandParser, add_allow_imports
 
 DAMAGED = 1
 """Exit code of `verify` where a checkpoint is damaged."""
@@ -34,9 +34,9 @@ def checkpoint(args: Sequence[str]) -> int:
 
 def verify(path: Path) -> int:
     """Prints what is wrong with a checkpoint, or with each of a run's; 1 where anything is."""
+    from fuyu_e2e.checkpoint.atomic import faults, is_whole
     from fuyu_e2e.checkpoint.run_checkpoints import run_checkpoints
-    from fuyu_e2e.checkpoint.whole import faults, is_whole
-    from fuyu_e2e.shards.progress import Progress
+    from fuyu_e2e.data.progress_bar import Progress
 
     found = [path] if is_whole(path) else run_checkpoints(path)
     if not found:
@@ -53,8 +53,8 @@ def verify(path: Path) -> int:
 
 def consolidate(path: Path, out: Path) -> int:
     """Writes a checkpoint in one file, as a run whose weights are whole in each process would have."""
+    from fuyu_e2e.checkpoint.lightning_io import read_checkpoint, write_file
     from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint
-    from fuyu_e2e.checkpoint.training_files import read_checkpoint, write_file
 
     if out.exists():
         raise UserError(f"{out} is already there: name another place.")
@@ -70,9 +70,9 @@ def info(path: Path) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from fuyu_e2e.checkpoint.atomic import Manifest, is_whole
     from fuyu_e2e.checkpoint.loading import read_model
     from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint
-    from fuyu_e2e.checkpoint.whole import Manifest, is_whole
     from fuyu_e2e.model.cost import cost
     from fuyu_e2e.model.decoder import meta_decoder
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fuyu_e2e.cli.starting import starting
-from fuyu_e2e.own_options import add_estimate_options, show_help
+from fuyu_e2e.training.settings.own_options import add_estimate_options, show_help
 
 
 def estimate(args: Sequence[str]) -> int:
@@ -12,7 +12,7 @@ def estimate(args: Sequence[str]) -> int:
         show_help("estimate", estimate.__doc__, add_estimate_options)
         return 0
     with starting():
-        from fuyu_e2e.estimate import estimated, show
+        from fuyu_e2e.training.estimate import estimated, show
 
     show(estimated(args))
     return 0

@@ -3,10 +3,10 @@
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 
-from fuyu_e2e.arguments import CommandParser, add_allow_imports, whole_number
 from fuyu_e2e.cli.prompting import DEVICE_HELP
 from fuyu_e2e.cli.starting import starting
 from fuyu_e2e.eval.task import BATCH_TOKENS
+from fuyu_e2e.training.settings.arguments import CommandParser, add_allow_imports, whole_number
 
 
 def evaluate(args: Sequence[str]) -> int:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fuyu_e2e.arguments import CommandParser, add_allow_imports
 from fuyu_e2e.cli.starting import starting
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.training.settings.arguments import CommandParser, add_allow_imports
 
 
 def export(args: Sequence[str]) -> int:

@@ -4,11 +4,11 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from fuyu_e2e.arguments import CommandParser, whole_number
 from fuyu_e2e.cli.prompting import PROMPT_HELP, add_max_new_tokens, add_model_and_images, prompt_parts
 from fuyu_e2e.cli.starting import starting
+from fuyu_e2e.data.home import words_with_home
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.home import words_with_home
+from fuyu_e2e.training.settings.arguments import CommandParser, whole_number
 
 MOST_SEED = 2**63 - 1
 """torch takes those of 64 bits."""
@@ -35,10 +35,10 @@ def generate(args: Sequence[str]) -> int:
 
     with starting():
         from fuyu_e2e.checkpoint.loading import load_model
+        from fuyu_e2e.data.processor import Processor
         from fuyu_e2e.inference.device import autocast, find_device
         from fuyu_e2e.inference.generation import Sampling
         from fuyu_e2e.inference.generation import generate as generate_ids
-        from fuyu_e2e.processor import Processor
 
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     device = find_device(options.device)

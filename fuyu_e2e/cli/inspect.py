@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fuyu_e2e.cli.starting import starting
-from fuyu_e2e.own_options import add_inspect_options, show_help
+from fuyu_e2e.training.settings.own_options import add_inspect_options, show_help
 
 
 def inspect(args: Sequence[str]) -> int:
@@ -12,7 +12,7 @@ def inspect(args: Sequence[str]) -> int:
         show_help("inspect", inspect.__doc__, add_inspect_options)
         return 0
     with starting():
-        from fuyu_e2e.inspect_sample import inspect_sample
+        from fuyu_e2e.training.inspect_sample import inspect_sample
 
     inspect_sample(args)
     return 0

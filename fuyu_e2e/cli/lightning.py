@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fuyu_e2e.cli.starting import starting
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.setting_errors import reason
+from fuyu_e2e.training.settings.setting_errors import reason
 
 
 def lightning(args: Sequence[str]) -> int:
@@ -16,7 +16,7 @@ def lightning(args: Sequence[str]) -> int:
     with starting():
         from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-        from fuyu_e2e.recipe import FuyuCLI
+        from fuyu_e2e.training.settings.recipe import FuyuCLI
 
     try:
         FuyuCLI(args)

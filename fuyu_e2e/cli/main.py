@@ -11,12 +11,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from pkgutil import resolve_name
 
-from fuyu_e2e.arguments import did_you_mean
-from fuyu_e2e.environment import set_defaults
-from fuyu_e2e.errors import UserError
-from fuyu_e2e.exit_codes import WRONG_USE, of_signal
-from fuyu_e2e.home import words_with_home
-from fuyu_e2e.setting_errors import reason
+from fuyu_e2e.data.home import words_with_home
+from fuyu_e2e.errors import WRONG_USE, UserError, of_signal
+from fuyu_e2e.training.settings.arguments import did_you_mean
+from fuyu_e2e.training.settings.environment import set_defaults
+from fuyu_e2e.training.settings.setting_errors import reason
 from fuyu_e2e.version import __version__
 
 USAGE = f"""fuyu-e2e {__version__}: train a multimodal decoder with no vision encoder, from scratch.
@@ -52,7 +51,7 @@ COMMANDS = {
     "evaluate": "fuyu_e2e.cli.evaluate:evaluate",
     "generate": "fuyu_e2e.cli.generate:generate",
     "routing": "fuyu_e2e.cli.routing:routing",
-    "shards": "fuyu_e2e.shards.commands:shards",
+    "shards": "fuyu_e2e.cli.shards:shards",
     "tokenizer": "fuyu_e2e.cli.tokenizer:tokenizer",
     "quickstart": "fuyu_e2e.cli.quickstart:quickstart",
 }

@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from fuyu_e2e.arguments import add_allow_imports, whole_number
+from fuyu_e2e.training.settings.arguments import add_allow_imports, whole_number
 
 PROMPT_HELP = "The text after the images; empty asks for a caption."
 DEVICE_HELP = (

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from fuyu_e2e.arguments import CommandParser, whole_number
 from fuyu_e2e.cli.starting import starting
+from fuyu_e2e.training.settings.arguments import CommandParser, whole_number
 
 MOST_SEED = 2**32 - 1
 """`fit` takes no larger one."""
@@ -34,7 +34,7 @@ def quickstart(args: Sequence[str]) -> int:
     options = parser.parse_args(args)
 
     with starting():
-        from fuyu_e2e.quickstart import run
+        from fuyu_e2e.studies.quickstart import run
 
     run(options)
     return 0

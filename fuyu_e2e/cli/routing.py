@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from fuyu_e2e.arguments import CommandParser
 from fuyu_e2e.cli.prompting import PROMPT_HELP, add_max_new_tokens, add_model_and_images, prompt_parts
 from fuyu_e2e.cli.starting import starting
+from fuyu_e2e.training.settings.arguments import CommandParser
 
 
 def routing(args: Sequence[str]) -> int:
@@ -18,11 +18,11 @@ def routing(args: Sequence[str]) -> int:
 
     with starting():
         from fuyu_e2e.checkpoint.loading import load_model
+        from fuyu_e2e.data.processor import Processor
         from fuyu_e2e.inference.depth import token_depth
         from fuyu_e2e.inference.depth_map import depth_map
         from fuyu_e2e.inference.device import autocast, find_device
         from fuyu_e2e.inference.generation import generate
-        from fuyu_e2e.processor import Processor
 
     device = find_device(options.device)
     model = load_model(options.checkpoint, device)

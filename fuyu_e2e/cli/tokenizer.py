@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fuyu_e2e.arguments import CommandParser, whole_number
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.training.settings.arguments import CommandParser, whole_number
 
 MOST_TOKENS = 2**20
 """More than any tokenizer has; what the text doesn't fill would be padding, and take a decoder's memory."""
@@ -24,11 +24,11 @@ def tokenizer(args: Sequence[str]) -> int:
     train.add_argument("--out", required=True, help="The file to write.")
     options = parser.parse_args(args)
 
-    from fuyu_e2e.shards.formats import read_documents
-    from fuyu_e2e.shards.progress import Progress
-    from fuyu_e2e.shards.sources import ShardCache, expand_patterns
-    from fuyu_e2e.tally import Tally
-    from fuyu_e2e.tokenizer import OFTEN, suggest_vocab_size, train_tokenizer
+    from fuyu_e2e.data.progress_bar import Progress
+    from fuyu_e2e.data.sample_stats import Tally
+    from fuyu_e2e.data.shards.formats import read_documents
+    from fuyu_e2e.data.shards.sources import ShardCache, expand_patterns
+    from fuyu_e2e.data.tokenizer import OFTEN, suggest_vocab_size, train_tokenizer
 
     found = expand_patterns(options.shards)
     if (out := Path(options.out)).is_dir():

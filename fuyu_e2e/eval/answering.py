@@ -13,14 +13,14 @@ import numpy as np
 from jaxtyping import Float32
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
-from fuyu_e2e.document import Document
+from fuyu_e2e.data.document import Document
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sequence import TokenSequence
 from fuyu_e2e.errors import UnusableSampleError
 from fuyu_e2e.eval.question import Question
 from fuyu_e2e.eval.task import BATCH_TOKENS, Task
 from fuyu_e2e.inference.generation import generate
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import TokenSequence
-from fuyu_e2e.tally import Tally
 
 NOT_ASKED = "not-asked"
 

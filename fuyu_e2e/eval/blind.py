@@ -8,7 +8,7 @@ from itertools import cycle
 
 import numpy as np
 
-from fuyu_e2e.document import Document, Image
+from fuyu_e2e.data.document import Document, Image
 from fuyu_e2e.eval.question import Question
 
 

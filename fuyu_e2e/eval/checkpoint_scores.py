@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fuyu_e2e.checkpoint.folder import is_exported
+from fuyu_e2e.checkpoint.exported_model import is_exported
 from fuyu_e2e.checkpoint.loading import build_model, read_model
+from fuyu_e2e.data.progress_bar import Progress
+from fuyu_e2e.data.sample_stats import Tally
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.evaluation import evaluate as evaluate_task
 from fuyu_e2e.eval.report import print_report, write_report
 from fuyu_e2e.eval.scores import score
 from fuyu_e2e.eval.task import load_task
 from fuyu_e2e.inference.device import autocast, find_device, product_type
-from fuyu_e2e.shards.progress import Progress
-from fuyu_e2e.tally import Tally
 from fuyu_e2e.version import __version__
 
 

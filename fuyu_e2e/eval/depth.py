@@ -8,10 +8,10 @@ from jaxtyping import Bool, UInt8
 from rich.table import Table
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
+from fuyu_e2e.data.image import PADDING
+from fuyu_e2e.data.sequence import TokenSequence
 from fuyu_e2e.eval.exact_match import Reading
-from fuyu_e2e.image import PADDING
 from fuyu_e2e.inference.depth import TokenDepth, token_depth
-from fuyu_e2e.sequence import TokenSequence
 
 DARK = 128
 """Brightness below which a pixel is taken for ink."""

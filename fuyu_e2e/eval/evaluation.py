@@ -8,7 +8,10 @@ from typing import Literal, get_args
 import numpy as np
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
-from fuyu_e2e.document import Document, Image
+from fuyu_e2e.data.document import Document, Image
+from fuyu_e2e.data.image import decode_image
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.shards.formats import PLACEHOLDER
 from fuyu_e2e.errors import UnusableSampleError
 from fuyu_e2e.eval.answering import Answer, answer_all
 from fuyu_e2e.eval.blind import draw_partners, with_images_of, without_images
@@ -16,9 +19,6 @@ from fuyu_e2e.eval.contact_sheet import Cell
 from fuyu_e2e.eval.metrics import METRICS
 from fuyu_e2e.eval.question import Question
 from fuyu_e2e.eval.task import BATCH_TOKENS, Task
-from fuyu_e2e.image import decode_image
-from fuyu_e2e.shards.formats import PLACEHOLDER
-from fuyu_e2e.tally import Tally
 
 Run = Literal["image", "without_image", "other_image"]
 """What a question is asked with."""

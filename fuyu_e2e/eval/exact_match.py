@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
-from fuyu_e2e.document import Document, Image
+from fuyu_e2e.data.document import Document, Image
+from fuyu_e2e.data.sequence import Prompt
 from fuyu_e2e.inference.generation import continue_texts
-from fuyu_e2e.sequence import Prompt
 
 
 @dataclass(frozen=True)

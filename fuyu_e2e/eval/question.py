@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fuyu_e2e.document import Document
+from fuyu_e2e.data.document import Document
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,12 @@ prompt.
 from collections.abc import Iterator
 from typing import Any
 
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.shards.formats import description, document
+from fuyu_e2e.data.shards.reading import Sample, Shard
+from fuyu_e2e.data.shards.sources import ShardCache, expand_patterns
 from fuyu_e2e.errors import UnusableSampleError
 from fuyu_e2e.eval.question import Question
-from fuyu_e2e.shards.formats import description, document
-from fuyu_e2e.shards.reading import Sample, Shard
-from fuyu_e2e.shards.sources import ShardCache, expand_patterns
-from fuyu_e2e.tally import Tally
 
 
 def read_shards(shards: str, tally: Tally, whole: bool = False) -> Iterator[Question]:
@@ -50,7 +50,7 @@ def questions(sample: Sample) -> list[Question]:
     is one of them.
 
     Raises:
-        UnusableSampleError: As in `read_shards`, and in `fuyu_e2e.shards.formats.document`.
+        UnusableSampleError: As in `read_shards`, and in `fuyu_e2e.data.shards.formats.document`.
     """
     asked = document(sample)
     where = f"{sample.shard}: {sample.key}"

@@ -21,15 +21,15 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from fuyu_e2e.data.home import with_home
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.shards.sources import is_local
+from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.formats import READERS as PUBLIC_READERS
 from fuyu_e2e.eval.metrics import METRICS
 from fuyu_e2e.eval.question import Question
 from fuyu_e2e.eval.shard_questions import read_shards
-from fuyu_e2e.home import with_home
-from fuyu_e2e.shards.sources import is_local
-from fuyu_e2e.shipped import shipped
-from fuyu_e2e.tally import Tally
 
 AnswerKind = Literal["generate", "choose", "perplexity"]
 READERS: dict[str, Callable[..., Iterator[Question]]] = {**PUBLIC_READERS, "shards": read_shards}

@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 from tokenizers import Tokenizer as FastTokenizer
 
-from fuyu_e2e.checkpoint.folder import CONFIG, TOKENIZER, folder_config, is_exported, new_folder
+from fuyu_e2e.checkpoint.exported_model import CONFIG, TOKENIZER, folder_config, is_exported, new_folder
 from fuyu_e2e.checkpoint.loading import StoredModel
 from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint
-from fuyu_e2e.checkpoint.tensor_files import write_weights
+from fuyu_e2e.checkpoint.safetensors_io import write_weights
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.card import QUESTION, card, find_recipe
 from fuyu_e2e.export.from_transformers import read_transformers

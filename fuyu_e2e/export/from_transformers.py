@@ -3,17 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from fuyu_e2e.checkpoint.description import Description, Provenance
 from fuyu_e2e.checkpoint.json_files import read_json
 from fuyu_e2e.checkpoint.loading import StoredModel, fitting
-from fuyu_e2e.checkpoint.tensor_files import read_weights
+from fuyu_e2e.checkpoint.metadata import Description, Provenance
+from fuyu_e2e.checkpoint.safetensors_io import read_weights
+from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.transformers import FULL, SLIDING, TEXT_MODELS, from_transformers
-from fuyu_e2e.image_layout import ImagePolicy
+from fuyu_e2e.model.attention.mask import AttentionMask
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.dialects import Dialect
-from fuyu_e2e.model.mask import AttentionMask
-from fuyu_e2e.tokenizer import Tokenizer
+from fuyu_e2e.model.image_layout import ImagePolicy
 
 RELEASED_SIZE = {"height": 1080, "width": 1920}
 """What the released Fuyu scales larger images down to."""

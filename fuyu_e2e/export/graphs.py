@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import DecodeStep, DenseBlockCache, KeyValueCache, Prefill
-from fuyu_e2e.model.attention import Places
+from fuyu_e2e.model.attention.interface import Places
 from fuyu_e2e.model.decoder import Decoder, Inputs
 
 Outputs = tuple[Tensor, list[Tensor], list[Tensor]]

@@ -6,8 +6,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
+from fuyu_e2e.data.tokenizer import ANSWER, BOS, EOS, NEWLINE, PATCH, SPACE, Tokenizer
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.tokenizer import ANSWER, BOS, EOS, NEWLINE, PATCH, SPACE, Tokenizer
 
 UNKNOWN = "<unk>"
 MARKS = ("<0x00>", "<0x01>", "<0x02>", "<0x03>", ANSWER)

@@ -16,18 +16,18 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
-from fuyu_e2e.checkpoint.description import Description
-from fuyu_e2e.checkpoint.tensor_files import write_weights
+from fuyu_e2e.checkpoint.metadata import Description
+from fuyu_e2e.checkpoint.safetensors_io import write_weights
+from fuyu_e2e.data.image import PADDING
+from fuyu_e2e.data.sequence import TokenSequence
+from fuyu_e2e.data.tokenizer import BOS, EOS
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.tokenizer_json import UNKNOWN, fast_tokenizer
-from fuyu_e2e.image import PADDING
-from fuyu_e2e.image_layout import ImagePolicy
-from fuyu_e2e.model.block import DenseConfig
+from fuyu_e2e.model.attention.mask import AttentionMask
+from fuyu_e2e.model.blocks.dense import DenseConfig
 from fuyu_e2e.model.config import LINEAR, FuyuConfig
 from fuyu_e2e.model.decoder import meta_decoder
-from fuyu_e2e.model.mask import AttentionMask
-from fuyu_e2e.sequence import TokenSequence
-from fuyu_e2e.tokenizer import BOS, EOS
+from fuyu_e2e.model.image_layout import ImagePolicy
 
 SUPPORTED = "5.16 to 5.24"
 """The versions of transformers that the exported folder is made for, both ends tested."""

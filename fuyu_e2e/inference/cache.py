@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from fuyu_e2e.model.attention import Attend, Passing, Places, RowAttention, attention_type
-from fuyu_e2e.model.attention_plans import TilePlan, shared_attention
+from fuyu_e2e.model.attention.grouped import TilePlan, shared_attention
+from fuyu_e2e.model.attention.interface import Attend, Passing, Places, RowAttention, attention_type
+from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.device_copy import to_device
 from fuyu_e2e.model.images.connector import ImageStates
-from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 
 GROWTH = 8
 """A full cache that grows does so by this fraction of its places: seldom copied, and never much too large."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import DecodeStep, DenseBlockCache, KeyValueCache
 from fuyu_e2e.inference.packed import PackedDecoder
-from fuyu_e2e.model.attention import attention_type
+from fuyu_e2e.model.attention.interface import attention_type
 from fuyu_e2e.model.decoder import Decoder, Inputs
 
 SMALLEST = 128

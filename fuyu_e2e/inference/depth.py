@@ -6,14 +6,14 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sequence import TokenSequence
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import KeyValueCache
 from fuyu_e2e.inference.generation import decode_step, prefill
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing.block import routed_blocks
 from fuyu_e2e.model.row import Row, TokenType
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import TokenSequence
 
 KIND_NAMES = {
     TokenType.PATCH: "patches",

@@ -7,8 +7,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 
+from fuyu_e2e.data.tokenizer import SPACE, Tokenizer
 from fuyu_e2e.inference.depth import TokenDepth
-from fuyu_e2e.tokenizer import SPACE, Tokenizer
 
 WIDTH = 960
 """Pixels of a picture across."""

@@ -13,20 +13,20 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sequence import Prompt, TokenSequence
+from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.cache import DecodeStep, KeyValueCache, Prefill
 from fuyu_e2e.inference.compiled import compiled_cache, compiled_step
-from fuyu_e2e.model.attention import Places
-from fuyu_e2e.model.attention_kernels import AttentionBackend
+from fuyu_e2e.model.attention.interface import Places
+from fuyu_e2e.model.attention.kernels import AttentionBackend
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.decoder import Decoder, Inputs
 from fuyu_e2e.model.device_copy import to_device
 from fuyu_e2e.model.graphs import many_graphs
 from fuyu_e2e.model.rope import following_positions
 from fuyu_e2e.model.row import Row
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import Prompt, TokenSequence
-from fuyu_e2e.tokenizer import Tokenizer
 
 Watch = Callable[[Row], None]
 """Sees a row that was read, with the blocks' reports."""

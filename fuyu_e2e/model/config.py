@@ -4,13 +4,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.model.block import BlockConfig, DenseConfig
+from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
+from fuyu_e2e.model.blocks.block import BlockConfig
+from fuyu_e2e.model.blocks.dense import DenseConfig
 from fuyu_e2e.model.components import from_settings, to_settings
 from fuyu_e2e.model.dialects import DIALECTS, Dialect, Parts
 from fuyu_e2e.model.images import LinearConfig
 from fuyu_e2e.model.images.connector import ConnectorConfig
 from fuyu_e2e.model.images.masking import PatchMasking
-from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.routing.config import RoutingConfig
 
 Rotary = Literal["1d", "2d"]

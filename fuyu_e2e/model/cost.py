@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fuyu_e2e.image_layout import Grid
 from fuyu_e2e.model.config import FuyuConfig
-from fuyu_e2e.model.counting import CountedRow, Counts, Flops, Operations
 from fuyu_e2e.model.decoder import meta_decoder
+from fuyu_e2e.model.flops import CountedRow, Counts, Flops, Operations
+from fuyu_e2e.model.image_layout import Grid
 
 
 @dataclass(frozen=True, kw_only=True)

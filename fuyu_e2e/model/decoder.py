@@ -24,19 +24,20 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.image_layout import ImageSpan
-from fuyu_e2e.model.attention import RowAttention, attention_type
-from fuyu_e2e.model.attention_kernels import AttentionBackend, plan_attention
-from fuyu_e2e.model.block import Block, DenseBlock, DenseConfig, build_norm
+from fuyu_e2e.model.attention.interface import RowAttention, attention_type
+from fuyu_e2e.model.attention.kernels import AttentionBackend, plan_attention
+from fuyu_e2e.model.attention.mask import AttentionMask
+from fuyu_e2e.model.batch import PackedBatch
+from fuyu_e2e.model.blocks.block import Block
+from fuyu_e2e.model.blocks.dense import DenseBlock, DenseConfig, build_norm
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.device_copy import to_device
 from fuyu_e2e.model.graphs import noticing_too_many
+from fuyu_e2e.model.image_layout import ImageSpan
 from fuyu_e2e.model.images.connector import ImageStates
 from fuyu_e2e.model.images.masking import MaskedPatches
 from fuyu_e2e.model.images.options import GridEmbeddings, ImageNorm
-from fuyu_e2e.model.mask import AttentionMask
 from fuyu_e2e.model.recomputation import ActivationCheckpointing
 from fuyu_e2e.model.rope import grid_positions, rotary
 from fuyu_e2e.model.routing.block import RoutedBlock

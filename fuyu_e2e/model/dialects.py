@@ -22,7 +22,7 @@ class Parts:
     norm: Literal["RMSNorm", "LayerNorm"]
     """The class in `torch.nn`."""
     feed_forward: Literal["SwiGLU", "SquaredReLU"]
-    """The class in `fuyu_e2e.model.block`."""
+    """The class in `fuyu_e2e.model.blocks.dense`."""
     biases: bool
     """Whether attention's products have biases."""
     rotary_part: float

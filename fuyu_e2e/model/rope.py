@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from fuyu_e2e.image_layout import ImageSpan
+from fuyu_e2e.model.image_layout import ImageSpan
 
 Rope = tuple[Float[Tensor, "T 1 R"], Float[Tensor, "T 1 R"]]
 """Cosines and sines of the rotary embedding, float32."""

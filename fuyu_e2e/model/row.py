@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.model.attention import Attend, Passing, RowAttention
+from fuyu_e2e.model.attention.interface import Attend, Passing, RowAttention
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.device_copy import to_device
 from fuyu_e2e.model.images.connector import ImageStates
 from fuyu_e2e.model.rope import Rope

@@ -14,10 +14,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint, run_checkpoints, written_last_first
-from fuyu_e2e.checkpoint.sharded_files import write_shards
-from fuyu_e2e.checkpoint.training_files import publish_checkpoint, read_checkpoint, write_file
-from fuyu_e2e.checkpoint.whole import (
+from fuyu_e2e.checkpoint.atomic import (
     check,
     is_whole,
     link,
@@ -25,8 +22,11 @@ from fuyu_e2e.checkpoint.whole import (
     unfinished,
     unfinished_place,
 )
+from fuyu_e2e.checkpoint.lightning_io import publish_checkpoint, read_checkpoint, write_file
+from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint, run_checkpoints, written_last_first
+from fuyu_e2e.checkpoint.run_directory import shown
+from fuyu_e2e.checkpoint.sharded_files import write_shards
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.run_directory import shown
 from fuyu_e2e.training.gradients import local
 
 

@@ -11,26 +11,24 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.checkpoint.description import SECTION, Description
 from fuyu_e2e.checkpoint.loading import build_decoder, load_weights, read_model
-from fuyu_e2e.datamodule import FuyuDataModule
+from fuyu_e2e.checkpoint.metadata import SECTION, Description
+from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.sequence import Prompt
+from fuyu_e2e.distributed import DataRank, sum_over_ranks
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.image_layout import most_tokens, same_layout
 from fuyu_e2e.inference.generation import continue_texts
-from fuyu_e2e.model.attention_kernels import AttentionBackend
+from fuyu_e2e.model.attention.kernels import AttentionBackend
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig, SizeName, named_size
 from fuyu_e2e.model.decoder import ActivationCheckpointing, Decoder
 from fuyu_e2e.model.float8 import use_float8
+from fuyu_e2e.model.image_layout import most_tokens, same_layout
+from fuyu_e2e.model.parallel import TENSOR, gather_weights, shard
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.row import Progress, Row
-from fuyu_e2e.model.sharding import TENSOR, gather_weights, shard
-from fuyu_e2e.ranks import DataRank, sum_over_ranks
-from fuyu_e2e.sequence import Prompt
-from fuyu_e2e.training.checkpoints import checkpoints_of
-from fuyu_e2e.training.curves import leave_out_later
+from fuyu_e2e.training.callbacks.checkpoints import checkpoints_of
 from fuyu_e2e.training.gradients import clamp_gradients, scale_gradients, squared_norm_part, weights_of
-from fuyu_e2e.training.lightning_settings import check_monitors, check_trainer, monitor_of
 from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
 from fuyu_e2e.training.optimizers import MuonAdamW, OptimizerConfig, build_optimizer
 from fuyu_e2e.training.resume import (
@@ -41,7 +39,9 @@ from fuyu_e2e.training.resume import (
     training_settings,
 )
 from fuyu_e2e.training.schedule import Schedule, ScheduledRate
+from fuyu_e2e.training.settings.lightning_settings import check_monitors, check_trainer, monitor_of
 from fuyu_e2e.training.step import Guard, PendingStep, StepFigures, StepSums, queues
+from fuyu_e2e.training.tensorboard import leave_out_later
 
 
 def steps_between_logs(trainer: pl.Trainer) -> int:

@@ -2,7 +2,7 @@
 
 The settings are the recipe's, not the checkpoint's. Lightning counts micro-batches of a process, and goes on in the
 middle of a step whose gradients are lost. Data goes on after the last whole step, on any number of processes (see
-`fuyu_e2e.datamodule.RowLoader`), so Lightning's counts, and what the step had gathered, are put back to there.
+`fuyu_e2e.data.datamodule.RowLoader`), so Lightning's counts, and what the step had gathered, are put back to there.
 """
 
 from dataclasses import asdict
@@ -12,8 +12,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 
+from fuyu_e2e.distributed import DataRank
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.ranks import DataRank
 from fuyu_e2e.training.optimizers import OptimizerConfig
 from fuyu_e2e.training.schedule import Schedule
 

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from fuyu_e2e.batch import PackedBatch
+from fuyu_e2e.distributed import sum_over_ranks
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.device_copy import to_device
-from fuyu_e2e.ranks import sum_over_ranks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@
     --trainer.strategy tensor_parallel  products split over the processes of a host, FSDP2 over the hosts
     --trainer.strategy ddp              Lightning's own: a copy in each process
 
-`fuyu_e2e.model.sharding` is the plan of what is split and how. Other mixes name the class:
+`fuyu_e2e.model.parallel` is the plan of what is split and how. Other mixes name the class:
 
     trainer:
       strategy:
@@ -28,15 +28,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
-from fuyu_e2e.arguments import did_you_mean
-from fuyu_e2e.checkpoint.description import Description
+from fuyu_e2e.checkpoint.atomic import is_sharded
+from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
+from fuyu_e2e.checkpoint.metadata import Description
 from fuyu_e2e.checkpoint.sharded_files import OPTIMIZER, WEIGHTS, ShardedFiles
-from fuyu_e2e.checkpoint.training_files import read_checkpoint
-from fuyu_e2e.checkpoint.whole import is_sharded
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.model.sharding import MESH, copy_part
+from fuyu_e2e.model.parallel import MESH, copy_part
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO, ShardedCheckpointIO, resolve
 from fuyu_e2e.training.gradients import weights_of
+from fuyu_e2e.training.settings.arguments import did_you_mean
 
 REFUSED = ("fsdp", "deepspeed", "ddp_spawn", "ddp_fork", "ddp_notebook")
 """How the names of strategies begin that hide the weights from the optimizer, clipping and checkpoints here, or whose

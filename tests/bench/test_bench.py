@@ -9,9 +9,9 @@ import pytest
 
 import fuyu_e2e.bench.generate as bench_generate
 from fuyu_e2e.bench.__main__ import main
-from fuyu_e2e.bench.isoflop import CONTENDERS, isoflop
 from fuyu_e2e.bench.measure import alternate
 from fuyu_e2e.bench.mod import mod
+from fuyu_e2e.studies.isoflop import CONTENDERS, isoflop
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 

@@ -21,11 +21,11 @@ from fuyu_e2e.bench.data import (
     photographs,
 )
 from fuyu_e2e.bench.data_peers import decoders, pillow, readers
-from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.image import ImagePolicy, decode_image, image_size
+from fuyu_e2e.data.sequence import SequenceBuilder
+from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.image import ImagePolicy, decode_image, image_size
-from fuyu_e2e.sequence import SequenceBuilder
-from fuyu_e2e.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image as Pillow
 
-import fuyu_e2e.bench.resolution as bench_resolution
-from fuyu_e2e.bench.ocr import ocr
-from fuyu_e2e.bench.resolution import resolution, stretched
-from fuyu_e2e.bench.sort_of_clevr import sort_of_clevr
+import fuyu_e2e.studies.resolution as bench_resolution
+from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.rope import rotary
-from fuyu_e2e.recipe import FuyuCLI
-from fuyu_e2e.shipped import shipped
+from fuyu_e2e.studies.ocr import ocr
+from fuyu_e2e.studies.resolution import resolution, stretched
+from fuyu_e2e.studies.sort_of_clevr import sort_of_clevr
+from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),

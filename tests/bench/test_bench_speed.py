@@ -25,11 +25,11 @@ from fuyu_e2e.bench.profile_parts import PARTS
 from fuyu_e2e.bench.scale import Point, Step
 from fuyu_e2e.bench.stock import NO_LOSS, grouped_by_length, stock_training_batch
 from fuyu_e2e.bench.train import CASES, CONTENDERS, build
+from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import cost, decode_step_flops
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.packing import pack_row
 from fuyu_e2e.training.optimizers import MuonAdamW
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -33,7 +33,7 @@ class Ballast(Callback):
 
 def main(folder: Path) -> None:
     from fuyu_e2e.cli import main as fuyu_e2e  # so that Ballast alone costs little to import
-    from fuyu_e2e.quickstart import Workplace, prepare
+    from fuyu_e2e.studies.quickstart import Workplace, prepare
 
     place, disk = Workplace(folder), folder / "disk"
     disk.mkdir()

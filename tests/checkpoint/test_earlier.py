@@ -13,7 +13,7 @@ import torch
 
 from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.cli.export import export
-from fuyu_e2e.recipe import FuyuCLI
+from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 EARLIER = Path(__file__).with_name("earlier")
 MADE = json.loads((EARLIER / "made.json").read_text())

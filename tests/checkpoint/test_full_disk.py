@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fuyu_e2e.training.curves import Curves
+from fuyu_e2e.training.tensorboard import Curves
 
 SCRIPT = Path(__file__).with_name("on_full_disk.py")
 

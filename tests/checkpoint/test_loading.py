@@ -17,21 +17,21 @@ import torch.distributed.checkpoint as dcp
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 import fuyu_e2e
-from fuyu_e2e.checkpoint.description import Description, Provenance
+from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
 from fuyu_e2e.checkpoint.loading import StoredModel, build_decoder, load_model, read_model
+from fuyu_e2e.checkpoint.metadata import Description, Provenance
+from fuyu_e2e.checkpoint.safetensors_io import read_weights, write_weights
 from fuyu_e2e.checkpoint.sharded_files import GROUPS, REST, TABLE
-from fuyu_e2e.checkpoint.tensor_files import read_weights, write_weights
-from fuyu_e2e.checkpoint.training_files import read_checkpoint
-from fuyu_e2e.datamodule import FuyuDataModule
+from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.tokenizer import Tokenizer, train_tokenizer
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.folders import export_own
-from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.image_layout import ImagePolicy
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.tokenizer import Tokenizer, train_tokenizer
-from fuyu_e2e.training.checkpoints import Checkpoints
+from fuyu_e2e.training.callbacks.checkpoints import Checkpoints
 from fuyu_e2e.training.module import FuyuModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fuyu_e2e.checkpoint.atomic import FILE, MANIFEST, faults, link
 from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint, newest, run_checkpoints
-from fuyu_e2e.checkpoint.whole import FILE, MANIFEST, faults, link
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.checkpoint_io import WholeCheckpointIO
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from fuyu_e2e.cli import main
-from fuyu_e2e.environment import SPIN_COUNT
+from fuyu_e2e.training.settings.environment import SPIN_COUNT
 
 
 @pytest.mark.parametrize(
@@ -32,9 +32,16 @@ def test_a_command_sets_how_threads_wait_and_leaves_what_the_user_set(
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize(("started", "name"), [("fuyu_e2e.cli.main", "fit"), ("fuyu_e2e.bench.__main__", "train")])
+@pytest.mark.parametrize(
+    ("started", "finder", "name"),
+    [
+        ("fuyu_e2e.cli.main", "fuyu_e2e.cli.main", "fit"),
+        ("fuyu_e2e.bench.__main__", "fuyu_e2e.bench.command", "train"),
+        ("fuyu_e2e.studies.__main__", "fuyu_e2e.bench.command", "isoflop"),
+    ],
+)
 def test_it_is_set_before_what_loads_torch_is_imported(
-    started: str, name: str, monkeypatch: pytest.MonkeyPatch
+    started: str, finder: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program, found = importlib.import_module(started), []
 
@@ -42,7 +49,7 @@ def test_it_is_set_before_what_loads_torch_is_imported(
         found.append(os.environ.get("GOMP_SPINCOUNT"))
         return lambda args: 0
 
-    monkeypatch.setattr(program, "resolve_name", resolve)
+    monkeypatch.setattr(f"{finder}.resolve_name", resolve)
     monkeypatch.setattr(sys, "argv", ["program", name])
     for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(variable, "")  # so that what is set here goes away again

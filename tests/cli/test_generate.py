@@ -11,14 +11,14 @@ import torch
 
 import fuyu_e2e
 from fuyu_e2e.checkpoint import loading
-from fuyu_e2e.checkpoint.description import Description, Provenance
 from fuyu_e2e.checkpoint.loading import StoredModel
+from fuyu_e2e.checkpoint.metadata import Description, Provenance
 from fuyu_e2e.cli import main
+from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.folders import export_own
 from fuyu_e2e.inference.device import find_device, product_type
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.sequence import SequenceBuilder
 
 Run = Callable[..., tuple[int, str, str]]
 

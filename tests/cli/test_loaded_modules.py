@@ -23,7 +23,7 @@ if __name__ == "__main__":
         code = leaving.code
     print(json.dumps([code, [name for name in {HEAVY} if name in sys.modules]]), file=sys.stderr)
 """
-WORKING = ["fuyu_e2e.shards.writing", "fuyu_e2e.shards.manifest", "fuyu_e2e.eval.digits"]
+WORKING = ["fuyu_e2e.data.shards.writing", "fuyu_e2e.data.shards.manifest", "fuyu_e2e.tasks.digits"]
 """Modules whose functions run in processes of pools."""
 
 
@@ -91,7 +91,7 @@ def test_a_process_that_reads_or_writes_shards_imports_no_torch() -> None:
 
 
 def test_checksums_are_compared_without_torch(tmp_path: Path) -> None:
-    from fuyu_e2e.checkpoint.whole import publish, unfinished
+    from fuyu_e2e.checkpoint.atomic import publish, unfinished
 
     with unfinished(tmp_path / "step=1.ckpt") as place:
         (place / "checkpoint.pt").write_bytes(b"weights")

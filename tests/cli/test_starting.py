@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from fuyu_e2e.cli.starting import starting
-from fuyu_e2e.shards import progress
+from fuyu_e2e.data import progress_bar as progress
 
 
 @pytest.mark.parametrize("terminal", [True, False])

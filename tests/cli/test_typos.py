@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fuyu_e2e.cli import main
-from fuyu_e2e.shipped import shipped
+from fuyu_e2e.data.shipped import shipped
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE = str(shipped("recipes/quickstart.yaml"))

@@ -26,7 +26,7 @@ from fsspec.registry import _registry
 
 from fuyu_e2e.bench.__main__ import main as bench
 from fuyu_e2e.cli import main
-from fuyu_e2e.tokenizer import Tokenizer
+from fuyu_e2e.data.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE: dict[str, Any] = {
@@ -354,7 +354,7 @@ def test_a_package_that_is_missing_is_named(
 ) -> None:
     without(package)
     if package == "sentencepiece":  # what imported it has it
-        for name in [name for name in sys.modules if name.startswith("fuyu_e2e.tokenizer")]:
+        for name in [name for name in sys.modules if name.startswith("fuyu_e2e.data.tokenizer")]:
             monkeypatch.delitem(sys.modules, name)
     assert remedy in refused(line)
 
@@ -377,7 +377,8 @@ def test_without_matplotlib_a_table_is_shown_and_no_picture(
     ("arguments", "sentence"),
     [
         (["trian"], "There is no benchmark 'trian': did you mean train?"),
-        ([], "There is no benchmark '': choose from mod, isoflop,"),
+        ([], "There is no benchmark '': choose from mod, data,"),
+        (["isoflop"], "isoflop is a study now: say python -m fuyu_e2e.studies isoflop."),
     ],
 )
 def test_a_benchmark_that_there_is_none_of_is_named(

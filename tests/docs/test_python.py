@@ -13,13 +13,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from fuyu_e2e.checkpoint.loading import read_model
+from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.eval.picture_shards import write_picture_shards
-from fuyu_e2e.recipe import FuyuCLI
-from fuyu_e2e.tokenizer import train_tokenizer
+from fuyu_e2e.tasks.picture_shards import write_picture_shards
+from fuyu_e2e.training.callbacks.signals import Stopped
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
 from fuyu_e2e.training.module import FuyuModule
-from fuyu_e2e.training.signals import Stopped
+from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 

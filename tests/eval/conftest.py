@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from fuyu_e2e.checkpoint.description import Description, Provenance
 from fuyu_e2e.checkpoint.loading import StoredModel, TrainedModel
-from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.checkpoint.metadata import Description, Provenance
+from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.eval.question import Question
 from fuyu_e2e.export.folders import export_own
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.sequence import SequenceBuilder
 
 
 @pytest.fixture(scope="session")

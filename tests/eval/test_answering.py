@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
-from fuyu_e2e.document import Document, Text
+from fuyu_e2e.data.document import Document, Text
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sample_stats import Tally
 from fuyu_e2e.eval.answering import Answer, answer_all, token_losses
 from fuyu_e2e.eval.question import Question
 from fuyu_e2e.eval.task import Task
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.tally import Tally
 
 MakeQuestion = Callable[..., Question]
 CHOOSE = Task(name="t", format="shards", data={"shards": "x"}, answer="choose", metrics=("accuracy",))

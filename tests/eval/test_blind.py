@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.data.document import Document, Image, Text
 from fuyu_e2e.eval.blind import draw_partners, share_from_image, with_images_of, without_images
 from fuyu_e2e.eval.question import Question
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
-from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.sequence import Prompt, SequenceBuilder, TokenSequence
 from fuyu_e2e.eval.depth import depth_shares, has_ink, reading_depths
-from fuyu_e2e.eval.digits import compose, load_scans
 from fuyu_e2e.eval.exact_match import Reading
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.sequence import Prompt, SequenceBuilder, TokenSequence
+from fuyu_e2e.tasks.digits import compose, load_scans
 
 
 def test_ink_is_dark_and_no_padding(builder: SequenceBuilder, encode_png: Callable[[np.ndarray], bytes]) -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fuyu_e2e.cli import main
+from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.eval.checkpoint_scores import run_folder
-from fuyu_e2e.eval.during_training import EvaluationInTraining
-from fuyu_e2e.recipe import FuyuCLI
-from fuyu_e2e.shipped import shipped
+from fuyu_e2e.training.callbacks.evaluation import EvaluationInTraining
+from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 ANSWERS = ("yes", "no", "2")
 

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
-from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.sample_stats import Tally
 from fuyu_e2e.errors import UnusableSampleError
 from fuyu_e2e.eval import evaluation as evaluation_module
 from fuyu_e2e.eval.answering import Answer
@@ -19,7 +20,6 @@ from fuyu_e2e.eval.question import Question
 from fuyu_e2e.eval.report import line, print_report, write_report
 from fuyu_e2e.eval.scores import score
 from fuyu_e2e.eval.task import Task
-from fuyu_e2e.tally import Tally
 
 MakeQuestion = Callable[..., Question]
 CHOOSE = Task(

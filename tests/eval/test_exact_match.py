@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
-from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sequence import Prompt, SequenceBuilder
 from fuyu_e2e.eval.exact_match import Reading, by_group, chance_of_exchange, exact_match, exchange_images, read
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.sequence import Prompt, SequenceBuilder
-from fuyu_e2e.tally import Tally
 
 
 def documents(truths: list[str], make_png: Callable[..., bytes]) -> list[Document]:

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuyu_e2e.document import Image, Text
+from fuyu_e2e.data.document import Image, Text
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.formats import READERS
 from fuyu_e2e.eval.question import Question
-from fuyu_e2e.sequence import SequenceBuilder
-from fuyu_e2e.tally import Tally
 
 LICENSE = {"url": "http://creativecommons.org/licenses/by/4.0/", "name": "Creative Commons Attribution 4.0"}
 VQA_INFO = {

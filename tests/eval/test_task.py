@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.task import FOLDER, READERS, load_task
-from fuyu_e2e.shipped import shipped
-from fuyu_e2e.tally import Tally
 
 GOOD = "format: shards\ndata: {shards: x.tar}\nmetrics: [accuracy]\n"
 

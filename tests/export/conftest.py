@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from fuyu_e2e.document import Document
-from fuyu_e2e.image_layout import ImagePolicy
+from fuyu_e2e.data.document import Document
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sequence import SequenceBuilder
+from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.mask import CAUSAL, AttentionMask
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import SequenceBuilder
+from fuyu_e2e.model.image_layout import ImagePolicy
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3, every head its own key": {"heads": 3, "kv_heads": 3, "head_size": 16},

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from fuyu_e2e.checkpoint.description import SECTION, Description, Provenance
+from fuyu_e2e.checkpoint.lightning_io import WEIGHTS_PREFIX, write_file
 from fuyu_e2e.checkpoint.loading import StoredModel
-from fuyu_e2e.checkpoint.training_files import WEIGHTS_PREFIX, write_file
+from fuyu_e2e.checkpoint.metadata import SECTION, Description, Provenance
 from fuyu_e2e.cli import main
+from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.export.card import card, uses_of
 from fuyu_e2e.export.folders import export_own
-from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.tokenizer import Tokenizer
+from fuyu_e2e.model.image_layout import ImagePolicy
 
 
 @pytest.fixture

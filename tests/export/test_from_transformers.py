@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fuyu_e2e.checkpoint.loading import build_decoder
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.processor import Processor
+from fuyu_e2e.data.sequence import SequenceBuilder
+from fuyu_e2e.data.tokenizer import Tokenizer, train_tokenizer
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.folders import export_to_transformers
 from fuyu_e2e.export.from_transformers import decoder_config, read_transformers
 from fuyu_e2e.export.transformers import from_transformers, stock_inputs, to_transformers, transformers_config
+from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.mask import CAUSAL, AttentionMask
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.processor import Processor
-from fuyu_e2e.sequence import SequenceBuilder
-from fuyu_e2e.tokenizer import Tokenizer, train_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `transformers`")
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sequence import SequenceBuilder, TokenSequence
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.graphs import export_decode_step, export_prefill
 from fuyu_e2e.inference.generation import generate
+from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.mask import CAUSAL, AttentionMask
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import SequenceBuilder, TokenSequence
 
 
 def question(builder: SequenceBuilder, png: bytes) -> TokenSequence:

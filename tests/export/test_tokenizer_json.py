@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 
+from fuyu_e2e.data.tokenizer import BOS, EOS, NEWLINE, PATCH, Tokenizer, train_tokenizer
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.tokenizer_json import fast_tokenizer, read_fast_tokenizer
-from fuyu_e2e.tokenizer import BOS, EOS, NEWLINE, PATCH, Tokenizer, train_tokenizer
 
 TEXT = ["banana ananas xyxyxyx aaaa aaaaaa the then there  is\t2024 3.5", "größer déjà 日本語 日本 ▁ \u0301"] * 5
 SPECIAL = ("<unk>", BOS, EOS, PATCH, NEWLINE, "<0x0")

@@ -22,8 +22,8 @@ from PIL import Image as Pillow
 import fuyu_e2e
 from fuyu_e2e.checkpoint.loading import read_model
 from fuyu_e2e.cli import main
-from fuyu_e2e.recipe import FuyuCLI
-from fuyu_e2e.tokenizer import train_tokenizer
+from fuyu_e2e.data.tokenizer import train_tokenizer
+from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 pytest.importorskip("transformers", reason="needs the extra `transformers`")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -13,7 +13,11 @@ import torch
 from PIL import Image as Pillow
 from safetensors.torch import load_file
 
-from fuyu_e2e.checkpoint.description import Description
+from fuyu_e2e.checkpoint.metadata import Description
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.processor import Processor
+from fuyu_e2e.data.sequence import SequenceBuilder
+from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.tokenizer_json import fast_tokenizer
 from fuyu_e2e.export.transformers import (
@@ -25,17 +29,13 @@ from fuyu_e2e.export.transformers import (
     transformers_config,
     write_transformers,
 )
-from fuyu_e2e.image_layout import ImagePolicy
 from fuyu_e2e.inference.generation import generate
-from fuyu_e2e.model.block import DenseConfig
+from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
+from fuyu_e2e.model.blocks.dense import DenseConfig
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.mask import CAUSAL, AttentionMask
+from fuyu_e2e.model.image_layout import ImagePolicy
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.processor import Processor
-from fuyu_e2e.sequence import SequenceBuilder
-from fuyu_e2e.tokenizer import Tokenizer
 
 from .conftest import SHAPES
 

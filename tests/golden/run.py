@@ -18,9 +18,9 @@ import torch
 from PIL import Image as Pillow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fuyu_e2e.eval.digits import QUESTION, load_scans
-from fuyu_e2e.recipe import FuyuCLI
-from fuyu_e2e.tokenizer import train_tokenizer
+from fuyu_e2e.data.tokenizer import train_tokenizer
+from fuyu_e2e.tasks.digits import QUESTION, load_scans
+from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 HERE = Path(__file__).parent
 SHARDS, SAMPLES = 3, 40

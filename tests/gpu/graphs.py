@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 
 from fuyu_e2e.bench.limit import prepare, quickstart_run
 from fuyu_e2e.bench.measure import Figures, environment
-from fuyu_e2e.eval.digits import write_shards
+from fuyu_e2e.tasks.digits import write_shards
 
 STEPS = 18
 BETWEEN = 6

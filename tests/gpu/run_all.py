@@ -53,7 +53,7 @@ def script(name: str, seconds: int, *options: str) -> Step:
 
 UNHOOKED = "addopts=--strict-markers --import-mode=importlib"
 """The project's settings but for the hook that checks types, which can't be compiled."""
-MARKED = ("tests/gpu", "tests/model/test_attention_kernels.py")
+MARKED = ("tests/gpu", "tests/model/attention/test_kernels.py")
 TESTS = ("-m", "pytest", "-p", "no:cacheprovider", "-o", UNHOOKED, "-m", "gpu", *MARKED, "--show-capture=no",
          "--outcomes", "{out}")  # fmt: skip
 PLAIN = ("transformers, sdpa", "transformers, sdpa, by length", "ours", "ours, compiled")

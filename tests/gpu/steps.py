@@ -21,8 +21,8 @@ import torch
 
 from fuyu_e2e.bench.limit import prepare
 from fuyu_e2e.bench.measure import Figures, environment
+from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.model.float8 import has_float8
-from fuyu_e2e.shipped import shipped
 
 STEPS = 4
 WARM_UP = 20

@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.bench.documents import mixture
 from fuyu_e2e.bench.generate import random_prompts
+from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.generation import generate
-from fuyu_e2e.model.attention import Places, RowAttention, reference_attention
-from fuyu_e2e.model.attention_kernels import AttentionBackend, plan_attention
-from fuyu_e2e.model.attention_plans import MaskedAttention
+from fuyu_e2e.model.attention.grouped import MaskedAttention
+from fuyu_e2e.model.attention.interface import Places, RowAttention, reference_attention
+from fuyu_e2e.model.attention.kernels import AttentionBackend, plan_attention
+from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.recomputation import ActivationCheckpointing
 from fuyu_e2e.model.routing.block import gather_passing
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.row import Progress
-from fuyu_e2e.packing import pack_row
 
 pytestmark = [
     pytest.mark.gpu,

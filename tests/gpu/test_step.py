@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.bench.documents import mixture
+from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.inference.cache import KeyValueCache
 from fuyu_e2e.inference.generation import decode_step, generate, prefill
-from fuyu_e2e.model import attention_plans
-from fuyu_e2e.model.attention import reference_attention
-from fuyu_e2e.model.attention_plans import AttentionPlan
+from fuyu_e2e.model.attention.grouped import AttentionPlan
+from fuyu_e2e.model.attention.interface import grouped as attention_plans
+from fuyu_e2e.model.attention.interface import reference_attention
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.float8 import has_float8, use_float8
-from fuyu_e2e.packing import pack_row
 from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
 
 NoWait = Callable[[], AbstractContextManager[None]]

@@ -15,12 +15,12 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from fuyu_e2e.bench.documents import mixture
+from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.inference.cache import KeyValueCache
 from fuyu_e2e.inference.device import autocast, product_type
 from fuyu_e2e.inference.generation import prefill
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.packing import pack_row
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO, WholeCheckpointIO
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import MUON_BYTES, MuonAdamW, orthogonalize

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fuyu_e2e.document import Document, Text
+from fuyu_e2e.data.document import Document, Text
+from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.compiled import compiled_cache
 from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.sequence import SequenceBuilder
 
 PROGRAM = """
 import sys
@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import numpy as np, torch
 from torch._dynamo.utils import counters
 from fuyu_e2e.inference import compiled, packed
-from fuyu_e2e.image_layout import ImageSpan
+from fuyu_e2e.model.image_layout import ImageSpan
 from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.mask import CAUSAL, AttentionMask
-from fuyu_e2e.sequence import TokenSequence
+from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
+from fuyu_e2e.data.sequence import TokenSequence
 
 @dataclass(frozen=True, kw_only=True)
 class EvenDistance(AttentionMask):

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference.depth import token_depth
 from fuyu_e2e.inference.depth_map import WIDTH, colour, depth_map
 from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing.block import routed_blocks
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import SequenceBuilder
 
 
 def question(builder: SequenceBuilder, png: bytes) -> Document:

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sequence import Prompt, SequenceBuilder, TokenSequence
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference import generation
 from fuyu_e2e.inference.cache import KeyValueCache
@@ -24,13 +26,11 @@ from fuyu_e2e.inference.generation import (
     generate,
     prefill,
 )
-from fuyu_e2e.model.attention import reference_attention
-from fuyu_e2e.model.attention_kernels import AttentionBackend, VarlenRow
+from fuyu_e2e.model.attention.interface import reference_attention
+from fuyu_e2e.model.attention.kernels import AttentionBackend, VarlenRow
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing.block import routed_blocks
 from fuyu_e2e.model.row import Progress
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import Prompt, SequenceBuilder, TokenSequence
 
 RandomDocument = Callable[[int], Document]
 

@@ -9,15 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sequence import SequenceBuilder, TokenSequence
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference import generation
 from fuyu_e2e.inference.cache import KeyValueCache
 from fuyu_e2e.inference.generation import decode_step, generate, prefill
+from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.mask import CAUSAL, AttentionMask
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import SequenceBuilder, TokenSequence
 
 from .test_generation import uncached
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.image_layout import ImageSpan
-from fuyu_e2e.model.attention import Attend, Passing, RowAttention, reference_attention
+from fuyu_e2e.model.attention.interface import Attend, Passing, RowAttention, reference_attention
+from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import cost, decode_step_flops
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.mask import CAUSAL, AttentionMask
+from fuyu_e2e.model.image_layout import ImageSpan
 from fuyu_e2e.model.routing.block import routed_blocks
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.row import Progress, Row

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.document import Document
+from fuyu_e2e.data.document import Document
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sequence import SequenceBuilder
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import SequenceBuilder
 
 seeds = st.lists(st.integers(0, 10_000), min_size=1, max_size=9)
 RandomDocument = Callable[[int], Document]

@@ -10,15 +10,17 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fuyu_e2e.document import Document
-from fuyu_e2e.model import attention_kernels, attention_plans, row
-from fuyu_e2e.model.attention_kernels import FlexRow, VarlenRow
-from fuyu_e2e.model.attention_plans import AttentionPlan
+from fuyu_e2e.data.document import Document
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sequence import SequenceBuilder
+from fuyu_e2e.model import row
+from fuyu_e2e.model.attention.grouped import AttentionPlan
+from fuyu_e2e.model.attention.interface import grouped as attention_plans
+from fuyu_e2e.model.attention.interface import kernels as attention_kernels
+from fuyu_e2e.model.attention.kernels import FlexRow, VarlenRow
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.device_copy import to_device
 from fuyu_e2e.model.row import Progress, TokenInfo
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import SequenceBuilder
 
 META = torch.device("meta")
 LENGTHS = (3_000, 0, 5_000, 200)

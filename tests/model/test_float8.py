@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 
-from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.bench.documents import mixture
+from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.float8 import use_float8
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.packing import pack_row
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 SIZES = {"vocab_size": 300, "patch_size": 8, "layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "head_size": 16}

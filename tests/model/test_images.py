@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.utils.flop_counter import FlopCounterMode
 
-from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.graphs import export_decode_step, export_prefill
 from fuyu_e2e.export.transformers import to_transformers
-from fuyu_e2e.image_layout import Grid, ImagePolicy, ImageSpan, View, fit_policy
 from fuyu_e2e.inference import generation
 from fuyu_e2e.inference.cache import KeyValueCache
 from fuyu_e2e.inference.depth import token_depth
 from fuyu_e2e.inference.depth_map import _images, depth_map
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import LINEAR, FuyuConfig, RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.image_layout import Grid, ImagePolicy, ImageSpan, View, fit_policy
 from fuyu_e2e.model.images.connector import Connector, ConnectorConfig
 from fuyu_e2e.model.images.linear import LinearConfig
 from fuyu_e2e.model.images.mlp import MLPConfig
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import SequenceBuilder
 
 MakePng = Callable[..., bytes]
 SHAPES = [(4, 20), (13, 7), (9, 9), (1, 1)]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.document import Document
-from fuyu_e2e.model.attention import Attend, Passing, RowAttention
+from fuyu_e2e.data.document import Document
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sequence import SequenceBuilder
+from fuyu_e2e.model.attention.interface import Attend, Passing, RowAttention
+from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.mask import CAUSAL, AttentionMask
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import SequenceBuilder
 
 from .test_mask import EvenDistance, by_definition, visible
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sequence import SequenceBuilder, TokenSequence
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.transformers import to_transformers
-from fuyu_e2e.image_layout import ImageSpan
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder, Inputs
+from fuyu_e2e.model.image_layout import ImageSpan
 from fuyu_e2e.model.images.masking import PatchMasking
 from fuyu_e2e.model.row import Progress
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import SequenceBuilder, TokenSequence
 
 ALWAYS = PatchMasking(images=1.0, share=1.0)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.bench.own_process import peak_memory
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.memory import Memory, memory

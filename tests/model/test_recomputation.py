@@ -22,7 +22,7 @@ from fuyu_e2e.bench.documents import mixture
 from fuyu_e2e.model import attention_kernels, decoder as decoders
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.packing import pack_row
+from fuyu_e2e.data.packing import pack_row
 
 torch.set_num_threads(1)
 kernel_name, compiled = sys.argv[1], sys.argv[2] == "compiled"

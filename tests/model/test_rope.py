@@ -9,16 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.export.graphs import export_decode_step, export_prefill
 from fuyu_e2e.export.transformers import to_transformers
-from fuyu_e2e.image_layout import FUYU_LAYOUT, Grid, ImageSpan
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.model.image_layout import FUYU_LAYOUT, Grid, ImageSpan
 from fuyu_e2e.model.rope import following_positions, grid_positions, rotary
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import SequenceBuilder
 
 from .test_images import MeanConfig
 

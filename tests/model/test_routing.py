@@ -13,10 +13,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jaxtyping import config as type_checks
 
-from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.document import Document
+from fuyu_e2e.data.document import Document
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.model.attention import reference_attention
+from fuyu_e2e.model.attention.interface import reference_attention
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder, build_block
 from fuyu_e2e.model.rope import rotary
@@ -24,8 +26,6 @@ from fuyu_e2e.model.routing.block import RoutedBlock, gather_passing, routed_blo
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.routing.rules import Threshold, gate
 from fuyu_e2e.model.row import Progress, Reports, Row, TokenInfo, TokenType
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import SequenceBuilder
 
 RandomDocument = Callable[[int], Document]
 MakeDecoder = Callable[..., Decoder]
@@ -331,8 +331,8 @@ def test_exploration_depends_on_document_position_and_step_alone(
 COMPILE = """
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.image_layout import ImageSpan
+from fuyu_e2e.model.batch import PackedBatch
+from fuyu_e2e.model.image_layout import ImageSpan
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.decoder import Decoder

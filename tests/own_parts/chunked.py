@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fuyu_e2e.model.mask import AttentionMask
+from fuyu_e2e.model.attention.mask import AttentionMask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from fuyu_e2e.image_layout import Grid, ImageSpan
-from fuyu_e2e.model.block import Block, BlockConfig
+from fuyu_e2e.model.blocks.block import Block, BlockConfig
 from fuyu_e2e.model.config import FuyuConfig
-from fuyu_e2e.model.counting import CountedRow, Flops
+from fuyu_e2e.model.flops import CountedRow, Flops
+from fuyu_e2e.model.image_layout import Grid, ImageSpan
 from fuyu_e2e.model.images.connector import Connector, ConnectorConfig, ImageStates, normalized
 from fuyu_e2e.model.row import Row
 

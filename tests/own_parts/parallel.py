@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from fuyu_e2e.model.block import Attention, Block, BlockConfig, SwiGLU, build_norm, products_of
+from fuyu_e2e.model.blocks.block import Block, BlockConfig
+from fuyu_e2e.model.blocks.dense import Attention, SwiGLU, build_norm, products_of
 from fuyu_e2e.model.config import FuyuConfig
-from fuyu_e2e.model.counting import DenseOperations
+from fuyu_e2e.model.flops import DenseOperations
 from fuyu_e2e.model.recomputation import recomputing
 from fuyu_e2e.model.row import Row
 

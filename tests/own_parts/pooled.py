@@ -9,9 +9,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from fuyu_e2e.image_layout import Grid, ImageSpan
 from fuyu_e2e.model.config import FuyuConfig
-from fuyu_e2e.model.counting import Flops
+from fuyu_e2e.model.flops import Flops
+from fuyu_e2e.model.image_layout import Grid, ImageSpan
 from fuyu_e2e.model.images.connector import Connector, ConnectorConfig, normalized
 
 

@@ -28,22 +28,22 @@ from forked_ranks import become_rank, free_port
 from lightning.pytorch.callbacks import Callback
 from resumed_runs import CONFIG, ROWS_PER_STEP, STEPS, digest, prepare
 
-from fuyu_e2e.datamodule import FuyuDataModule
-from fuyu_e2e.shards.manifest import index
-from fuyu_e2e.shards.sources import ShardCache
-from fuyu_e2e.training.bad_steps import BadSteps
+from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.shards.manifest import index
+from fuyu_e2e.data.shards.sources import ShardCache
+from fuyu_e2e.training.callbacks.bad_steps import BadSteps
+from fuyu_e2e.training.callbacks.checkpoints import Checkpoints
+from fuyu_e2e.training.callbacks.data_report import DataReport
+from fuyu_e2e.training.callbacks.heartbeat import Hosts
+from fuyu_e2e.training.callbacks.last_checkpoint import LastCheckpoint
+from fuyu_e2e.training.callbacks.signals import StopSignals
+from fuyu_e2e.training.callbacks.watchdog import Watchdog
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
-from fuyu_e2e.training.checkpoints import Checkpoints
-from fuyu_e2e.training.data_report import DataReport
 from fuyu_e2e.training.gradients import local
-from fuyu_e2e.training.hosts import Hosts
-from fuyu_e2e.training.last_checkpoint import LastCheckpoint
-from fuyu_e2e.training.launched import launched_processes
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
-from fuyu_e2e.training.signals import StopSignals
+from fuyu_e2e.training.settings.launcher_environment import launched_processes
 from fuyu_e2e.training.strategies import Sharded
-from fuyu_e2e.training.watchdog import Watchdog
 
 RANKS = 2
 ROW_SECONDS = 0.03

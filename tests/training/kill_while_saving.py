@@ -29,9 +29,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from fuyu_e2e.checkpoint import whole
+from fuyu_e2e.checkpoint import atomic as whole
+from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
 from fuyu_e2e.checkpoint.run_checkpoints import newest
-from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.training.checkpoint_io import ShardedCheckpointIO, WholeCheckpointIO
 
 TENSORS, VALUES = 40, 100_000

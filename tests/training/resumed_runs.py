@@ -23,15 +23,15 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from PIL import Image as Pillow
 
-from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.datamodule import FuyuDataModule
+from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.tokenizer import train_tokenizer
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.tokenizer import train_tokenizer
-from fuyu_e2e.training.data_report import DataReport
+from fuyu_e2e.training.callbacks.data_report import DataReport
+from fuyu_e2e.training.callbacks.random_state import RandomState
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
-from fuyu_e2e.training.random_state import RandomState
 
 STEPS, ROWS_PER_STEP, DOCUMENTS = 8, 6, 48
 SAVED_BEHIND = {"boundary": 18, "mid-accumulation": 28, "epoch-edge": 36}

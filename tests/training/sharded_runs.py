@@ -23,16 +23,16 @@ from resumed_runs import CONFIG, prepare
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fuyu_e2e.batch import PackedBatch
-from fuyu_e2e.datamodule import FuyuDataModule
+from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.distributed import DataRank
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.ranks import DataRank
-from fuyu_e2e.training.bad_steps import BadSteps
+from fuyu_e2e.training.callbacks.bad_steps import BadSteps
+from fuyu_e2e.training.callbacks.checkpoints import Checkpoints
+from fuyu_e2e.training.callbacks.data_report import DataReport
+from fuyu_e2e.training.callbacks.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
-from fuyu_e2e.training.checkpoints import Checkpoints
-from fuyu_e2e.training.data_report import DataReport
-from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
 from fuyu_e2e.training.strategies import Sharded

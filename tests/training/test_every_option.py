@@ -22,15 +22,15 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
 from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint
-from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.cli import main
+from fuyu_e2e.data.shards.mixture import Source
+from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.recipe import FuyuCLI
-from fuyu_e2e.shards.mixture import Source
-from fuyu_e2e.tokenizer import Tokenizer
 from fuyu_e2e.training.module import FuyuModule
+from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 pytestmark = [
     pytest.mark.slow,
@@ -454,8 +454,8 @@ OPTIONS: dict[str, list[Use]] = {
         ("'[{window: 0}]'", "decoder.masks holds a window of 0"),
     ],
     "model.decoder.blocks": [
-        ("'[{class_path: fuyu_e2e.model.block.DenseConfig}]'", unchanged),
-        ("'[{class_path: fuyu_e2e.model.block.NoConfig}]'", "NoConfig"),
+        ("'[{class_path: fuyu_e2e.model.blocks.dense.DenseConfig}]'", unchanged),
+        ("'[{class_path: fuyu_e2e.model.blocks.block.NoConfig}]'", "NoConfig"),
     ],
     "model.decoder.connector": [
         ("MLPConfig", changed),
@@ -519,7 +519,7 @@ OPTIONS: dict[str, list[Use]] = {
     "data.tokenizer": [("copied.model", unchanged), ("gone.model", "gone.model can't be read")],
     "data.layout.help": [("MLPConfig", shown("--data.layout.hidden"))],
     "data.train": [("[train.tar,test.tar]", changed), ("'t*n.tar'", unchanged)],
-    "data.mixture.help": [("fuyu_e2e.shards.mixture.Source", shown("weight"))],
+    "data.mixture.help": [("fuyu_e2e.data.shards.mixture.Source", shown("weight"))],
     "data.mixture": [
         ("'{a: {shards: train.tar}, b: {shards: test.tar}}' --data.train null",
          lambda run: run.step == 2 and run.last("data/share_asked/a") == 0.5),

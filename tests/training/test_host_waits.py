@@ -22,21 +22,21 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fuyu_e2e.datamodule import FuyuDataModule
+from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.training.bad_steps import BadSteps
-from fuyu_e2e.training.curves import Curves
-from fuyu_e2e.training.data_report import DataReport
+from fuyu_e2e.training.callbacks.bad_steps import BadSteps
+from fuyu_e2e.training.callbacks.data_report import DataReport
+from fuyu_e2e.training.callbacks.progress_bar import Progress
+from fuyu_e2e.training.callbacks.random_state import RandomState
+from fuyu_e2e.training.callbacks.routing_report import RoutingReport
+from fuyu_e2e.training.callbacks.signals import StopSignals
+from fuyu_e2e.training.callbacks.step_lines import StepLines
+from fuyu_e2e.training.callbacks.throughput import Throughput
+from fuyu_e2e.training.callbacks.time_limit import TimeLimit
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
-from fuyu_e2e.training.progress import Progress
-from fuyu_e2e.training.random_state import RandomState
-from fuyu_e2e.training.routing_report import RoutingReport
-from fuyu_e2e.training.signals import StopSignals
-from fuyu_e2e.training.step_lines import StepLines
-from fuyu_e2e.training.throughput import Throughput
-from fuyu_e2e.training.time_limit import TimeLimit
+from fuyu_e2e.training.tensorboard import Curves
 
 pytestmark = pytest.mark.filterwarnings(  # all of Lightning
     "ignore:.*LeafSpec:FutureWarning",

@@ -17,14 +17,14 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
 from fuyu_e2e.checkpoint.loading import read_model
-from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.cli import main
+from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.images.masking import PatchMasking
-from fuyu_e2e.model.mask import CAUSAL, AttentionMask
-from fuyu_e2e.tokenizer import Tokenizer
 from fuyu_e2e.training.module import FuyuModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

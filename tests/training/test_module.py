@@ -13,25 +13,25 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from fuyu_e2e.checkpoint.loading import load_model
-from fuyu_e2e.datamodule import FuyuDataModule
-from fuyu_e2e.document import Document
+from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.document import Document
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sequence import SequenceBuilder
+from fuyu_e2e.data.shards.mixture import Source
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.image_layout import FUYU_LAYOUT, ImagePolicy, View
 from fuyu_e2e.inference.generation import continue_texts
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.image_layout import FUYU_LAYOUT, ImagePolicy, View
 from fuyu_e2e.model.images.linear import LinearConfig
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.sequence import SequenceBuilder
-from fuyu_e2e.shards.mixture import Source
-from fuyu_e2e.tally import Tally
-from fuyu_e2e.training.data_report import DataReport
-from fuyu_e2e.training.ending import Ending
+from fuyu_e2e.training.callbacks.data_report import DataReport
+from fuyu_e2e.training.callbacks.ending import Ending
+from fuyu_e2e.training.callbacks.signals import Stopped
+from fuyu_e2e.training.callbacks.time_limit import TimeLimit
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
 from fuyu_e2e.training.schedule import Schedule
-from fuyu_e2e.training.signals import Stopped
-from fuyu_e2e.training.time_limit import TimeLimit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 RandomDocument = Callable[[int], Document]

@@ -17,15 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
 from fuyu_e2e.cli.main import main
-from fuyu_e2e.document import Document
+from fuyu_e2e.data.document import Document
+from fuyu_e2e.data.packing import pack_row
+from fuyu_e2e.data.shipped import shipped
+from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.inference import generation
-from fuyu_e2e.model.attention import Passing, RowAttention, reference_attention
+from fuyu_e2e.model.attention.interface import Passing, RowAttention, reference_attention
 from fuyu_e2e.model.cost import cost
-from fuyu_e2e.packing import pack_row
-from fuyu_e2e.recipe import FuyuCLI
-from fuyu_e2e.shipped import shipped
-from fuyu_e2e.tokenizer import Tokenizer
+from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 FOLDER = Path(__file__).parents[1] / "own_parts"
@@ -35,7 +35,7 @@ PARTS = {
     "chunked": {"masks": '[{"class_path": "chunked.Chunked", "init_args": {"window": 7}}, {"window": null}]'},
     "crossing": {
         "connector": "crossing.FeaturesConfig",
-        "blocks": '[{"class_path": "crossing.CrossingConfig"}, {"class_path": "fuyu_e2e.model.block.DenseConfig"}]',
+        "blocks": '[{"class_path": "crossing.CrossingConfig"}, {"class_path": "DenseConfig"}]',
     },
 }
 

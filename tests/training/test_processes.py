@@ -10,9 +10,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fuyu_e2e.checkpoint.training_files import read_checkpoint
-from fuyu_e2e.datamodule import FuyuDataModule
-from fuyu_e2e.shipped import shipped
+from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
+from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.shipped import shipped
 
 COMMAND = Path(sys.executable).parent / "fuyu-e2e"
 

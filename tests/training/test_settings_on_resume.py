@@ -11,17 +11,17 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging
 
+from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
 from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint
-from fuyu_e2e.checkpoint.training_files import read_checkpoint
-from fuyu_e2e.datamodule import FuyuDataModule
+from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.training.callbacks.checkpoints import Checkpoints
+from fuyu_e2e.training.callbacks.last_checkpoint import LastCheckpoint
+from fuyu_e2e.training.callbacks.random_state import RandomState
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
-from fuyu_e2e.training.checkpoints import Checkpoints
-from fuyu_e2e.training.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
-from fuyu_e2e.training.random_state import RandomState
 from fuyu_e2e.training.schedule import Schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

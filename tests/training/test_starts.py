@@ -17,17 +17,16 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
 from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint
-from fuyu_e2e.checkpoint.training_files import read_checkpoint
 from fuyu_e2e.cli import main
-from fuyu_e2e.errors import UserError
-from fuyu_e2e.estimate import estimated
-from fuyu_e2e.exit_codes import TIME_OVER
+from fuyu_e2e.data.tokenizer import Tokenizer
+from fuyu_e2e.errors import TIME_OVER, UserError
 from fuyu_e2e.model.config import named_size
-from fuyu_e2e.recipe import SaveRecipe
-from fuyu_e2e.tokenizer import Tokenizer
+from fuyu_e2e.training.callbacks.signals import Stopped
+from fuyu_e2e.training.estimate import estimated
 from fuyu_e2e.training.module import FuyuModule
-from fuyu_e2e.training.signals import Stopped
+from fuyu_e2e.training.settings.recipe import SaveRecipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE: dict[str, Any] = {

@@ -22,18 +22,18 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fuyu_e2e.datamodule import FuyuDataModule
+from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.eval.during_training import EvaluationInTraining
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.sharding import _check_heads
-from fuyu_e2e.training import hosts
+from fuyu_e2e.model.parallel import _check_heads
+from fuyu_e2e.training.callbacks import heartbeat as hosts
+from fuyu_e2e.training.callbacks.evaluation import EvaluationInTraining
+from fuyu_e2e.training.callbacks.watchdog import Watchdog
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import MuonAdamW
 from fuyu_e2e.training.strategies import Sharded, check_strategy
-from fuyu_e2e.training.watchdog import Watchdog
 
 SCRIPT = Path(__file__).with_name("sharded_runs.py")
 STRATEGIES: dict[str, tuple[int, Any]] = {

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
-from fuyu_e2e.document import Document, Image, Text
+from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.sample_stats import Tally
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.question import Question
-from fuyu_e2e.tally import Tally
 
 QUESTION = "{question}"
 """Where the question stands in a prompt."""

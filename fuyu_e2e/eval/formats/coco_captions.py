@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from fuyu_e2e.data.sample_stats import Tally
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.formats.asking import QUESTION, Entry, ask
 from fuyu_e2e.eval.formats.json_file import load
 from fuyu_e2e.eval.question import Question
-from fuyu_e2e.tally import Tally
 
 
 def read_coco_captions(

@@ -4,11 +4,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from fuyu_e2e.data.sample_stats import Tally
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.formats.asking import QUESTION, Entry, ask, filled
 from fuyu_e2e.eval.formats.json_file import Record, load
 from fuyu_e2e.eval.question import Question
-from fuyu_e2e.tally import Tally
 
 GROUPS = ("answer_type", "question_type")
 

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from fuyu_e2e.image_layout import Grid, ImageLayout, ImageSpan
-from fuyu_e2e.model.counting import Flops
+from fuyu_e2e.model.flops import Flops
+from fuyu_e2e.model.image_layout import Grid, ImageLayout, ImageSpan
 
 if TYPE_CHECKING:  # a configuration of a decoder holds one of a connector
     import fuyu_e2e.model.config

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
 
-from fuyu_e2e.image_layout import Grid, ImageSpan
-from fuyu_e2e.model.counting import Flops
+from fuyu_e2e.model.flops import Flops
+from fuyu_e2e.model.image_layout import Grid, ImageSpan
 from fuyu_e2e.model.images.connector import Connector, ConnectorConfig, draw_patch_weight, normalized
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fuyu_e2e.batch import PackedBatch
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.batch import PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True)

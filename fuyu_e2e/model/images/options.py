@@ -6,8 +6,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.image_layout import ImageSpan
 from fuyu_e2e.model.device_copy import to_device
+from fuyu_e2e.model.image_layout import ImageSpan
 
 
 class ImageNorm(nn.RMSNorm):

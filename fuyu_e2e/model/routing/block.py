@@ -10,10 +10,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from fuyu_e2e.model.attention import Passing
-from fuyu_e2e.model.block import Block, DenseBlock
+from fuyu_e2e.model.attention.interface import Passing
+from fuyu_e2e.model.blocks.block import Block
+from fuyu_e2e.model.blocks.dense import DenseBlock
 from fuyu_e2e.model.config import FuyuConfig
-from fuyu_e2e.model.counting import CountedRow, DenseOperations, Flops, Operations
+from fuyu_e2e.model.flops import CountedRow, DenseOperations, Flops, Operations
 from fuyu_e2e.model.recomputation import recomputing
 from fuyu_e2e.model.routing.config import annealed
 from fuyu_e2e.model.routing.rules import RULES, Rule, Threshold

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.config import FuyuConfig
-from fuyu_e2e.model.counting import Flops
+from fuyu_e2e.model.flops import Flops
 from fuyu_e2e.model.routing.config import annealed
 from fuyu_e2e.model.row import Row, TokenType
 

@@ -15,10 +15,10 @@ import torch
 from PIL import Image as Pillow
 
 from fuyu_e2e.checkpoint.loading import load_model
+from fuyu_e2e.data.processor import Processor
+from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.inference.generation import generate
-from fuyu_e2e.processor import Processor
-from fuyu_e2e.recipe import FuyuCLI
-from fuyu_e2e.tokenizer import train_tokenizer
+from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 STEPS = 6
 """Steps of the runs; each is saved after half of them."""

@@ -1,0 +1,488 @@
+"""Shards in, packed batches out: the LightningDataModule."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cached_property, partial
+from itertools import islice
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from fuyu_e2e.data.document import Document
+from fuyu_e2e.data.packing import LongDocuments, PackedRow, empty_row
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sequence import Prompt, SequenceBuilder
+from fuyu_e2e.data.shards.formats import read_documents
+from fuyu_e2e.data.shards.manifest import VERSION, ShardFacts, check_complete, facts_of, known_facts, totals
+from fuyu_e2e.data.shards.mixture import MixBy, Source
+from fuyu_e2e.data.shards.sources import CACHE_FOLDER, CACHE_GIGABYTES, ShardCache, expand_patterns, is_local
+from fuyu_e2e.data.shards.splits import NamedShards, check_disjoint
+from fuyu_e2e.data.shards.stream import LaneState, Stream, StreamRow, StreamSource
+from fuyu_e2e.data.tokenizer import Tokenizer
+from fuyu_e2e.distributed import DataRank, all_ranks, anywhere, in_step
+from fuyu_e2e.errors import STOP_SIGNALS, UserError
+from fuyu_e2e.model.image_layout import FUYU_LAYOUT, ImageLayout, ImagePolicy
+
+Patterns = str | list[str] | None
+
+RULES = "rules"
+"""Under which a checkpoint says by which version of the rules samples counted as documents."""
+
+
+class FuyuDataModule(pl.LightningDataModule):
+    """Streams webdataset shards of any format as packed rows; one row is one micro-batch of a process.
+
+    Args:
+        tokenizer: A sentencepiece model, as `fuyu-e2e tokenizer train` writes it.
+        patch_size: Side of a patch in pixels; the command line takes it from the decoder.
+        train: Shards to train on: a path, URL, glob or brace pattern, a folder, or a list of them. Read without end.
+        mixture: Several sources instead, by name, with shards and a weight each.
+        val: Shards for `validate` and for validation during `fit`; read once.
+        test: Shards for `test`; read once.
+        predict: Shards for `predict`, whose documents are continued from before their last supervised text.
+        budget: Tokens of a row.
+        long_documents: Whether a document longer than a row is left out (`skip`) or cut where the rest stays
+            valid (`cut`); either is counted.
+        max_patches: Patch budget of an image; a larger one is scaled down to it, a smaller one never up.
+        max_size: Height and width in pixels, whole patches, that a larger image is scaled down to fit; the released
+            Fuyu's is 1080 x 1920. With a budget that holds it, transformers' processor scales all images alike, which
+            `export --to transformers` asks for. None scales to the budget alone.
+        lanes: Sample streams that rows are drawn from in turn. Fixes the order of the data together with the
+            seed, so that it doesn't depend on processes and workers; a multiple of processes x workers.
+        shuffle: Documents that each lane shuffles together. They are read where they stand, not held in memory.
+        mix_by: Whether the weights of a mixture are shares of its `tokens` or of its `documents`.
+        workers: Worker processes that read and decode; 0 does it in the training process.
+        seed: Seeds the order of the data.
+        layout: Views and tokens of an image; the command line takes it from the decoder's connector.
+        cache_dir: Where shards from elsewhere are kept on this machine.
+        cache_gigabytes: What they may take up there at most; the least recently used go first.
+        allow_pipe: Whether `pipe:COMMAND` may stand for a shard. The command runs in a shell.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        patch_size: int,
+        train: Patterns = None,
+        mixture: dict[str, Source] | None = None,
+        val: Patterns = None,
+        test: Patterns = None,
+        predict: Patterns = None,
+        budget: int = 2048,
+        long_documents: LongDocuments = "skip",
+        max_patches: int = 1024,
+        max_size: tuple[int, int] | None = None,
+        lanes: int = 16,
+        shuffle: int = 4096,
+        mix_by: MixBy = "tokens",
+        workers: int = 0,
+        seed: int = 0,
+        layout: ImageLayout = FUYU_LAYOUT,
+        cache_dir: str = CACHE_FOLDER,
+        cache_gigabytes: float = CACHE_GIGABYTES,
+        allow_pipe: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("budget", budget), ("lanes", lanes), ("shuffle", shuffle)):
+            if value < 1:
+                raise UserError(f"data.{name} is {value}, but must be at least 1.")
+        if workers < 0:
+            raise UserError(f"data.workers is {workers}, but must be 0 (none) or above.")
+        if not 0 <= cache_gigabytes < inf:
+            raise UserError(f"data.cache_gigabytes is {cache_gigabytes}, but must be 0 or a number above.")
+        self.tokenizer_path = Path(tokenizer)
+        self.images = ImagePolicy(patch_size=patch_size, max_patches=max_patches, max_size=max_size)
+        if train and mixture:
+            raise UserError("Both data.train and data.mixture are set: leave one of them out.")
+        self.patterns: dict[str, Patterns] = {"train": train, "val": val, "test": test, "predict": predict}
+        self.mixture = mixture or {}
+        self.budget = budget
+        self.long_documents: LongDocuments = long_documents
+        self.lanes = lanes
+        self.shuffle = shuffle
+        self.mix_by: MixBy = mix_by
+        self.workers = workers
+        self.seed = seed
+        self.layout = layout
+        self.cache = ShardCache.at(cache_dir, cache_gigabytes)
+        self.allow_pipe = allow_pipe
+        self._stream_sources: dict[str, tuple[StreamSource, ...]] = {}
+        self.row: PackedRow | None = None
+        """The row whose batch is being worked on: the keys of its samples, and what was read for it."""
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run."""
+        return Tokenizer.from_file(self.tokenizer_path)
+
+    @cached_property
+    def builder(self) -> SequenceBuilder:
+        """Turns the documents of the run into sequences."""
+        return SequenceBuilder(self.tokenizer, self.images, self.layout)
+
+    def prepare_data(self) -> None:
+        """Indexes local shards that no manifest knows, in one process of a machine for all.
+
+        What is wrong with them is left to `setup`, where all processes find it: from here the others would hear only
+        that one of them is gone.
+        """
+        assert self.trainer is not None
+        assert self.trainer.state.fn is not None
+        with contextlib.suppress(UserError):
+            self._look_up(self.trainer.state.fn.value)
+
+    def setup(self, stage: str) -> None:
+        """Checks the shards that the stage is about to read.
+
+        Raises:
+            UserError: A pattern is missing or matches nothing, a shard is not what its manifest says or no tar, two
+                splits hold the same shard, the tokenizer can't be read.
+        """
+        self._look_up(stage)
+        assert self.tokenizer
+
+    def _look_up(self, stage: str) -> None:
+        """Indexes the shards that a stage reads, and compares them with those of the other splits.
+
+        Of the other splits only local shards that a manifest already knows are compared: the rest may not be here.
+        """
+        needed = [NamedShards(self._setting(split), self._facts(split)) for split in self._needed(stage)]
+        if stage == "predict":  # anything may be continued
+            return
+        others = [split for split in ("train", "val", "test") if split not in self._needed(stage)]
+        check_disjoint(needed, [NamedShards(self._setting(split), self._known_facts(split)) for split in others])
+
+    def _setting(self, split: str) -> str:
+        mixed = split == "train" and self.mixture
+        named = [source.shards for source in self.mixture.values()] if mixed else [self.patterns[split] or []]
+        patterns = [pattern for each in named for pattern in ([each] if isinstance(each, str) else each)]
+        return f"data.{'mixture' if mixed else split} {', '.join(map(repr, patterns))}"
+
+    def _facts(self, split: str) -> dict[str, ShardFacts]:
+        return {
+            shard: facts
+            for source in self.stream_sources(split)
+            for shard, facts in zip(source.shards, source.facts, strict=True)
+        }
+
+    def _known_facts(self, split: str) -> dict[str, ShardFacts]:
+        with contextlib.suppress(UserError):  # the stage can do without them
+            return known_facts(filter(is_local, self.shards(split)), self.cache)
+        return {}
+
+    def _needed(self, stage: str) -> list[str]:
+        needed = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}[stage]
+        return [*needed, "val"] if stage == "fit" and self.patterns["val"] is not None else needed
+
+    def sources(self, split: str) -> dict[str, Source]:
+        """The sources of `train`, `val`, `test` or `predict` by name; a single one is called as the split.
+
+        Raises:
+            UserError: None was named.
+        """
+        if split == "train" and self.mixture:
+            return self.mixture
+        patterns = self.patterns[split]
+        if not patterns:
+            raise UserError(f"data.{split} is not set: name the shards to read, as in --data.{split} 'folder/*.tar'.")
+        return {split: Source(patterns)}
+
+    def shards(self, split: str) -> tuple[str, ...]:
+        """The shards of all sources of a split.
+
+        Raises:
+            UserError: No pattern was given for them, or one matches nothing.
+        """
+        return tuple(shard for source in self.sources(split).values() for shard in self._expanded(split, source))
+
+    def stream_sources(self, split: str) -> tuple[StreamSource, ...]:
+        """The sources of a split with what their shards hold, looked up once.
+
+        Local shards that no manifest knows are indexed.
+
+        Raises:
+            UserError: A pattern matches nothing, or a shard is not what its manifest says, is gone, or no tar.
+        """
+        if split in self._stream_sources:
+            return self._stream_sources[split]
+        found = []
+        for name, source in self.sources(split).items():
+            shards = self._expanded(split, source)
+            check_complete(shards, self.cache)
+            found.append(StreamSource(name=name, source=source, shards=shards, facts=facts_of(shards, self.cache)))
+        self._stream_sources[split] = tuple(found)
+        return self._stream_sources[split]
+
+    def document_kinds(self) -> dict[str, int]:
+        """Usable documents of all training shards by kind, as their manifests count them."""
+        return dict(totals([facts for source in self.stream_sources("train") for facts in source.facts])["kinds"])
+
+    def _expanded(self, split: str, source: Source) -> tuple[str, ...]:
+        try:
+            return expand_patterns(source.shards, allow_pipe=self.allow_pipe)
+        except UserError as error:
+            setting = "data.mixture" if split == "train" and self.mixture else f"data.{split}"
+            raise UserError(f"{setting}: {error}") from error
+
+    def documents(self, split: str, tally: Tally) -> Iterator[Document]:
+        """All documents of a split once, in stored order; unusable samples are counted in `tally`."""
+        for shard in self.shards(split):
+            yield from read_documents(self.cache.path(shard), tally, shard)
+
+    def stream(self, split: str) -> Stream:
+        """The stream of a split: endless and shuffled for `train`, once and in stored order for the others."""
+        training = split == "train"
+        return Stream(
+            sources=self.stream_sources(split),
+            cache=self.cache,
+            builder=self.builder,
+            budget=self.budget,
+            long_documents=self.long_documents,
+            lanes=self.lanes if training else self._place.size * max(1, self.workers),
+            shuffle=self.shuffle if training else 0,
+            seed=self.seed,
+            mix_by=self.mix_by,
+            rows_per_step=self._place.size * (self.trainer.accumulate_grad_batches if self.trainer else 1),
+        )
+
+    def validation_prompts(self, count: int) -> list[Prompt]:
+        """The first usable documents of the validation shards, as prompts to be continued."""
+        return list(islice(self.builder.prompts(self.documents("val", Tally()), Tally()), count))
+
+    @property
+    def _place(self) -> DataRank:
+        return DataRank.of(self.trainer)
+
+    def _loader(self, split: str, settled: Callable[[], int] | None = None) -> "RowLoader":
+        rows = RowDataset(self.stream(split), self._place.rank, self._place.size)
+        pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        # Training rows have no end. Of others, one process may have a row more than the next.
+        ends = split != "train"
+        anyone = partial(anywhere, self.trainer) if self.trainer and ends and in_step(self.trainer) else None
+        return RowLoader(rows, settled, anyone, batch_size=None, num_workers=self.workers, pin_memory=pin)
+
+    def train_dataloader(self) -> "RowLoader":
+        """Rows without end, continued where a resumed run stopped; the first ones again and again to overfit.
+
+        Raises:
+            UserError: The trainer would make a new loader in each epoch, and so begin with the first again.
+        """
+        assert self.trainer is not None
+        if self.trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+            raise UserError(
+                "trainer.reload_dataloaders_every_n_epochs would begin the stream of training data anew: leave it out."
+            )
+        overfit = self.trainer.overfit_batches  # type: ignore[attr-defined]
+        again = isinstance(overfit, int) and overfit > 0
+        return self._loader("train", None if again else partial(settled_rows, self.trainer))
+
+    def val_dataloader(self) -> "RowLoader | list[RowLoader]":
+        """The rows of the validation shards, once; none where the recipe names no shards."""
+        return self._loader("val") if self.patterns["val"] is not None else []
+
+    def test_dataloader(self) -> "RowLoader":
+        """The rows of the test shards, once."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Lists of 32 prompts to be continued."""
+        self.prompt_tally = Tally()
+        prompts = PromptDataset(self, self.prompt_tally)
+        return DataLoader(prompts, batch_size=32, collate_fn=list, num_workers=0)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Moves the packed batch of a row, and keeps the rest as `row`; prompts stay on the host until packed.
+
+        Lightning fetches rows ahead, but calls this as it begins to work on one.
+        """
+        if not isinstance(batch, PackedRow):
+            return batch
+        self.row = batch
+        return batch.batch.to(device)
+
+
+def settled_rows(trainer: pl.Trainer) -> int:
+    """Rows of this process whose optimizer step is done.
+
+    Lightning fetches one ahead, and gradients of a step that is not done are not saved: a resumed run has to read its
+    rows again.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    done = loop.batch_progress
+    if loop._num_ready_batches_reached():  # the last step of an epoch may have fewer micro-batches
+        return done.total.processed  # type: ignore[attr-defined]
+    return done.total.processed - done.current.processed % trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Keeps a loader's worker at work when a signal goes to all processes of a run, as Ctrl-C and SLURM's do.
+
+    The trainer still needs its rows to finish the step. Only its parent's SIGTERM ends a worker, at once, as torch has
+    it: that is how a loader gets rid of one. Where the sender can't be told (macOS), every SIGTERM ends it.
+    """
+    for number in STOP_SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_leave_for, args=(os.getppid(),), daemon=True).start()
+
+
+def _leave_for(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+class RowDataset(IterableDataset):
+    """The rows of one process, shared out among its workers so that their order is that of one worker."""
+
+    def __init__(self, stream: Stream, rank: int, world_size: int) -> None:
+        self.stream = stream
+        self.rank = rank
+        self.world_size = world_size
+        self.start = 0
+        """Rows of this process to leave out, since they were read before."""
+        self.states: dict[int, LaneState] = {}
+        """Where each lane stood behind them."""
+
+    def __iter__(self) -> Iterator[StreamRow]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        first = (self.start + worker) * self.world_size + self.rank
+        return self.stream.rows(first, self.world_size * workers, self.states)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the order of rows depends on, in primitives."""
+        stream = self.stream
+        settings = {name: getattr(stream, name) for name in ("seed", "lanes", "shuffle", "budget", "mix_by")}
+        digests = {source.name: source.digest for source in stream.sources}
+        return settings | {"long_documents": stream.long_documents, "train": digests, RULES: VERSION}
+
+
+class RowLoader(DataLoader):
+    """A loader that Lightning can stop and resume, also with another number of processes and workers.
+
+    Its state is where each lane stood behind the last row whose optimizer step is done.
+
+    Args:
+        dataset: The rows of this process.
+        settled: How many of its rows are behind a step that is done; None for a loader that begins anew each time.
+        anyone: Whether any process has a row, given whether this one has, where they have to go through the same
+            number of rows: those that have no more give rows that hold nothing.
+        options: As in torch's DataLoader.
+    """
+
+    def __init__(
+        self,
+        dataset: RowDataset,
+        settled: Callable[[], int] | None,
+        anyone: Callable[[bool], bool] | None = None,
+        **options: Any,
+    ) -> None:
+        # Each iterator draws a seed for its workers, and training's random numbers are not to depend on how many there
+        # were.
+        own = torch.Generator()
+        super().__init__(dataset, worker_init_fn=leave_signals_to_the_trainer, generator=own, **options)
+        self.rows = dataset
+        self.settled = settled
+        self.anyone = anyone
+        self._given: deque[StreamRow] = deque()
+
+    def __iter__(self) -> Any:
+        if self.settled:
+            self._settle()
+            self._given.clear()
+        return self._rows(super().__iter__())
+
+    def _rows(self, rows: Iterator[StreamRow]) -> Iterator[PackedRow]:
+        try:
+            for row in rows:
+                if self.settled:
+                    self._settle()
+                    self._given.append(row)
+                if self.anyone:
+                    self.anyone(True)
+                yield row
+            while self.anyone and self.anyone(False):
+                yield PackedRow(batch=empty_row(self.rows.stream.builder.images.patch_size))
+        except Exception:
+            # Left to the garbage collector behind an error, workers are waited for 5 seconds each.
+            if isinstance(rows, _MultiProcessingDataLoaderIter):
+                rows._shutdown_workers()
+            raise
+
+    def _settle(self) -> None:
+        assert self.settled
+        while self.rows.start < self.settled() and self._given:
+            row = self._given.popleft()
+            self.rows.states[row.lane] = row.state
+            self.rows.start += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows whose step is done, over all processes, and where each lane stands behind them; in primitives."""
+        if not self.settled:
+            return {}
+        self._settle()
+        states = {lane: asdict(state) for lane, state in self.rows.states.items()}
+        if self.rows.world_size > 1:
+            # Each process knows the lanes that it reads; of the others it may know where they were when it began.
+            for rank, known in all_ranks((self.rows.rank, states)):
+                states |= {lane: state for lane, state in known.items() if lane % self.rows.world_size == rank}
+        return {
+            "rows": self.rows.start * self.rows.world_size,
+            "world_size": self.rows.world_size,
+            "lanes": states,
+            "data": self.rows.identity,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where the state was taken.
+
+        Raises:
+            UserError: The data or its order are others than the state's.
+        """
+        if not self.settled:
+            return
+        if not state:
+            raise UserError(
+                "The checkpoint was trained with trainer.overfit_batches, and has no place in the data: begin "
+                "a new run with its weights (model.weights)."
+            )
+        if (rules := state["data"].get(RULES, 1)) != VERSION:
+            raise UserError(
+                f"The checkpoint was trained under rules {rules} of which samples count as documents, and these are "
+                f"rules {VERSION}: go on with the version of fuyu-e2e that the run began with, or begin a new run."
+            )
+        for name, value in self.rows.identity.items():
+            if value != (said := state["data"][name]):
+                setting = "data.seed (seed_everything)" if name == "seed" else f"data.{name}"
+                raise UserError(
+                    f"The checkpoint was trained on other data: {setting} is not what it was"
+                    + (f" ({said} there, {value} here)" if not isinstance(value, dict) else "")
+                    + ". Give the run the same shards and settings, so that it goes on where it stopped."
+                )
+        self.rows.start = state["rows"] // self.rows.world_size
+        self.rows.states = {lane: LaneState(**kept) for lane, kept in state["lanes"].items()}
+
+
+class PromptDataset(IterableDataset):
+    """The documents to be predicted as prompts to be continued; what can't be used is counted in `tally`."""
+
+    def __init__(self, data: FuyuDataModule, tally: Tally) -> None:
+        self.data = data
+        self.tally = tally
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return self.data.builder.prompts(self.data.documents("predict", self.tally), self.tally)

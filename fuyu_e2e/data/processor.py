@@ -1,0 +1,74 @@
+"""From texts and images to prompts, and from tokens back to text: what a model needs around it to be used."""
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image as Pillow
+
+from fuyu_e2e.data.document import Document, Image, Segment, Text
+from fuyu_e2e.data.image import load_views
+from fuyu_e2e.data.sequence import SequenceBuilder, TokenSequence
+from fuyu_e2e.errors import UnusableSampleError, UserError
+
+Part = str | Path | bytes | Pillow.Image
+"""A text, or an image: its file, the bytes of its file, or opened by Pillow."""
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Makes prompts as a model was trained to read them.
+
+    model, processor = fuyu_e2e.load("runs/quickstart")
+    prompt = processor(Path("a.png"), "Read the digits.")
+    """
+
+    builder: SequenceBuilder
+
+    def __call__(self, *parts: Part) -> TokenSequence:
+        """The sequence that a model continues: texts and images in the order given, any number of either.
+
+        Raises:
+            UserError: An image can't be read or used; says which part it is.
+        """
+        segments = [self._segment(number, part) for number, part in enumerate(parts, 1)]
+        try:
+            return self.builder.prompt(Document("prompt", tuple(segments)))
+        except UnusableSampleError:
+            self._refuse_unusable(parts, segments)
+            raise
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens."""
+        return self.builder.tokenizer.decode(tokens)
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a document."""
+        return self.builder.tokenizer.eos_id
+
+    def _refuse_unusable(self, parts: Iterable[Part], segments: Iterable[Segment]) -> None:
+        """Names the first image that can't be used."""
+        for number, (part, segment) in enumerate(zip(parts, segments, strict=True), 1):
+            if isinstance(segment, Image):
+                try:
+                    load_views(segment.data, self.builder.images, self.builder.layout)
+                except UnusableSampleError as error:
+                    name = part if isinstance(part, Path) else "an image"
+                    raise UserError(f"Part {number} of the prompt, {name}, can't be used: {error}.") from error
+
+    @staticmethod
+    def _segment(number: int, part: Part) -> Segment:
+        if isinstance(part, str):
+            return Text(part, loss=False)
+        if isinstance(part, Path):
+            try:
+                return Image(part.read_bytes())
+            except OSError as error:
+                raise UserError(f"Part {number} of the prompt, {part}, can't be read: {error.strerror}.") from error
+        if isinstance(part, bytes):
+            return Image(part)
+        file = io.BytesIO()
+        part.save(file, "PNG", exif=part.getexif())
+        return Image(file.getvalue())

@@ -1,0 +1,269 @@
+"""From the members of a sample to documents, by their extensions alone.
+
+caption       jpg|jpeg|jpe|jfif|png|webp + txt, or + json with a "caption": img2dataset writes both; txt counts
+chat          json with "conversations" (LLaVA's), "messages" or their list alone (as converters to Megatron-Energon
+              write it), the images it speaks of beside it, or none
+interleaved   json with "segments": [{"text": …} | {"image": extension of a member}, …]
+text          txt, or jsonl with one object a line that has a "text", "conversations" or "messages"
+
+Text without an image is what was meant, never what is left of a sample whose image is missing, or of a kind that is
+not read. Several images come in the order of the JSON's list `image` or `images`, where it names the members; else in
+that of their names, whose numbers count as numbers.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fuyu_e2e.data.document import Document, Image, Segment, Text
+from fuyu_e2e.data.progress_bar import Advance, untold
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.shards.extensions import IMAGES, TEXTS, UNREAD, last_extension
+from fuyu_e2e.data.shards.reading import Sample, Shard
+from fuyu_e2e.errors import UnusableSampleError
+
+TEXT_BYTES = 2**22
+"""Bytes of text above which a document is left out: 4 MiB, for which sentencepiece takes 60 times as much memory."""
+PLACEHOLDER = "<image>"
+"""Where an image stands in LLaVA's conversations."""
+IMAGE_KEYS = ("image", "images")
+"""Under which a JSON object names the images that its text speaks of."""
+UNREAD_PLACEHOLDERS = ("<video>", "<audio>")
+"""Where LLaVA's conversations have what is not read."""
+MEDIA_KEYS = (*IMAGE_KEYS, "video", "videos", "audio", "audios")
+"""Under which a JSON object names what its text speaks of."""
+TURN_KEYS = (("from", "value"), ("role", "content"))
+"""Under which a turn names its speaker and what is said: LLaVA's, and those of chat templates."""
+SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assistant": True}
+"""Whether what a speaker says carries loss."""
+
+
+def read_documents(path: Path, tally: Tally, name: str | None = None, advance: Advance = untold) -> Iterator[Document]:
+    """The usable documents of a local shard, in stored order; `name` is what errors call it.
+
+    Counts every document as read, and those that can't be used by reason; and the whole shard as 1 to `advance`.
+
+    Raises:
+        UserError: The file can't be read, or is no tar.
+    """
+    shard = Shard(path, name)
+    for number in range(len(shard)):
+        tally.read += 1
+        try:
+            yield document(shard.sample(number))
+        except UnusableSampleError as error:
+            tally.skip(error)
+        advance(1 / len(shard))
+
+
+def document(sample: Sample) -> Document:
+    """The document that a sample says.
+
+    Raises:
+        UnusableSampleError: It is of no known format, or not what its format says.
+    """
+    members, where = sample.members, f"{sample.shard}: {sample.key}"
+    if "jsonl" in members:
+        return _from_line(sample.key, members["jsonl"], where)
+    if unread := sorted(name for name in members if last_extension(name) in UNREAD):
+        raise UnusableSampleError("image-extension", f"{where} has .{unread[0]}, but read are {', '.join(IMAGES)}")
+    images = {name: Image(data) for name, data in members.items() if last_extension(name) in IMAGES}
+    try:
+        described = description(sample)
+    except UnusableSampleError:
+        if "txt" not in members:
+            raise
+        described = {}  # the text is all that is needed
+    if not images:
+        _check_names_no_media(described, where)
+    if "conversations" in described:
+        return Document(sample.key, _chat(described["conversations"], _in_order(images, described, sample), where))
+    if "segments" in described:
+        return Document(sample.key, _interleaved(described["segments"], images, where))
+    if "txt" in members:
+        text = _decode(members["txt"], where).strip()
+    elif "caption" in described:
+        text = _string(described["caption"], "caption", where).strip()
+    else:
+        raise UnusableSampleError("format-unknown", _only(sample, described, where))
+    if not text:
+        raise UnusableSampleError("caption-empty" if images else "text-empty", where)
+    if len(images) > 1:
+        raise UnusableSampleError("caption-of-several-images", f"{where}: {', '.join(images)}")
+    return Document(sample.key, (*images.values(), Text(text)))
+
+
+def description(sample: Sample) -> dict[str, Any]:
+    """The JSON object beside the images of a sample, its turns as `conversations`; empty where it has none.
+
+    Raises:
+        UnusableSampleError: It is neither an object nor a list of turns.
+    """
+    return _described(sample.members["json"], f"{sample.shard}: {sample.key}") if "json" in sample.members else {}
+
+
+def _described(data: bytes, where: str) -> dict[str, Any]:
+    parsed = _parse(data, where)
+    if are_turns(parsed):
+        return {"conversations": parsed}
+    described = _object(parsed, where)
+    return {"conversations": described["messages"]} | described if are_turns(described.get("messages")) else described
+
+
+def are_turns(value: Any) -> bool:
+    """Whether a value of JSON is a list of turns, whoever speaks and whatever is said."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(turn, dict) and any(set(keys) <= turn.keys() for keys in TURN_KEYS) for turn in value)
+    )
+
+
+def _only(sample: Sample, described: dict[str, Any], where: str) -> str:
+    """What a sample of no known format has, its JSON too, and what webdataset's rule makes of names with dots."""
+    names = sorted(sample.members)
+    if not names:
+        return f"{where} has no members"
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
+    keys = f", whose json has only {', '.join(map(repr, list(described)[:8]))}" if described else ""
+    said = f"{where} has only {shown}{keys}"
+    dotted = {name.rpartition(".")[0] for name in names if "." in name and last_extension(name) in (*IMAGES, *TEXTS)}
+    if not dotted:
+        return said
+    what = "a sample" if len(dotted) == 1 else f"{len(dotted):,} samples"
+    why = f"a sample's name ends at its first dot, and {what} with dots in the name can't be used"
+    return f"{said}: {why}; rename the files"
+
+
+def _in_order(images: dict[str, Image], described: dict[str, Any], sample: Sample) -> list[Image]:
+    """The images in the order of the names that the JSON lists, or of their own."""
+    listed = next(filter(None, (_names(described.get(name)) for name in IMAGE_KEYS)), [])
+    stem = PurePosixPath(sample.key).name.lower()
+    members = {f"{stem}.{name}": image for name, image in images.items()} | images
+    named = [members.get(PurePosixPath(name).name.lower()) for name in listed]
+    if not any(named):  # paths of the data set that the shard was made from
+        return [images[name] for name in sorted(images, key=_numbers_as_numbers)]
+    found = [image for image in named if image is not None]
+    if len(found) < len(named) or len({id(image) for image in found}) < len(images):
+        raise UnusableSampleError(
+            "chat-images",
+            f"{sample.shard}: {sample.key} lists {', '.join(listed)} but has {', '.join(sorted(images))}",
+        )
+    return found
+
+
+def _numbers_as_numbers(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _names(value: Any) -> list[str]:
+    """What a value of a JSON object names: a text, or a list of texts; nothing where it is something else."""
+    texts = [value] if isinstance(value, str) else value
+    return texts if isinstance(texts, list) and all(isinstance(text, str) and text for text in texts) else []
+
+
+def _check_names_no_media(described: dict[str, Any], where: str) -> None:
+    for name in MEDIA_KEYS:
+        if named := _names(described.get(name)):
+            raise UnusableSampleError("image-missing", f"{where} names {named[0]} under {name!r}, but has no image")
+
+
+def _from_line(key: str, line: bytes, where: str) -> Document:
+    described = _described(line, where)
+    _check_names_no_media(described, where)
+    if "conversations" in described:
+        return Document(key, _chat(described["conversations"], [], where))
+    if "text" not in described:
+        raise UnusableSampleError("format-unknown", f"{where} has neither text nor conversations")
+    if not (text := _string(described["text"], "text", where)).strip():
+        raise UnusableSampleError("text-empty", where)
+    return Document(key, (Text(text),))
+
+
+def _chat(turns: Any, images: list[Image], where: str) -> tuple[Segment, ...]:
+    if not isinstance(turns, list) or not turns:
+        raise UnusableSampleError("chat-turns", f"{where}: conversations is no list of turns")
+    said: list[tuple[str, bool]] = []
+    for turn in turns:
+        given = turn if isinstance(turn, dict) else {}
+        # A row of a columnar file has all keys that any row has, and nulls under those that are not its own.
+        who, what = next((keys for keys in TURN_KEYS if given.get(keys[0]) is not None), TURN_KEYS[0])
+        speaker = given.get(who)
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
+            raise UnusableSampleError("chat-speaker", f"{where}: {speaker!r} is none of {', '.join(SPEAKERS)}")
+        said.append((_string(given.get(what), what, where), SPEAKERS[speaker]))
+    if not any(loss for _, loss in said):
+        raise UnusableSampleError("chat-no-answer", where)
+    for unread in UNREAD_PLACEHOLDERS:
+        if any(unread in value and not loss for value, loss in said):
+            raise UnusableSampleError("image-extension", f"{where} asks about {unread}, which is not read")
+    placeholders = sum(value.count(PLACEHOLDER) for value, _ in said)
+    if placeholders != len(images) and (placeholders or len(images) > 1):
+        raise UnusableSampleError("chat-images", f"{where}: {placeholders} placeholders, {len(images)} images")
+    segments: list[Segment] = []
+    remaining = iter(images)
+    if not placeholders:
+        segments.extend(remaining)  # an image that nobody points at is what the whole conversation is about
+    for value, loss in said:
+        before, *behind = value.split(PLACEHOLDER)
+        pieces: list[Segment] = [Text(before.removesuffix("\n") if behind else before, loss)]
+        for number, text in enumerate(behind):
+            text = text.removeprefix("\n")
+            last = number == len(behind) - 1
+            pieces += [next(remaining), Text(text if last else text.removesuffix("\n"), loss)]
+        segments += [piece for piece in pieces if isinstance(piece, Image) or piece.text]
+    return tuple(segments)
+
+
+def _interleaved(listed: Any, images: dict[str, Image], where: str) -> tuple[Segment, ...]:
+    if not isinstance(listed, list) or not listed:
+        raise UnusableSampleError("segments-list", f"{where}: segments is no list of segments")
+    segments: list[Segment] = []
+    for segment in listed:
+        if not isinstance(segment, dict) or ("text" in segment) == ("image" in segment):
+            raise UnusableSampleError("segments-kind", f"{where}: a segment is neither a text nor an image")
+        if "text" in segment:
+            loss = segment.get("loss", True)
+            if not isinstance(loss, bool):
+                raise UnusableSampleError("segments-loss", f"{where}: loss is {loss!r}")
+            segments.append(Text(_string(segment["text"], "text", where), loss))
+        else:
+            name = _string(segment["image"], "image", where).lower()
+            if name not in images:
+                raise UnusableSampleError("segments-image", f"{where} has no image {name!r}")
+            segments.append(images[name])
+    return tuple(segments)
+
+
+def _parse(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(_decode(data, where), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise UnusableSampleError("json-invalid", f"{where}: {error}") from error
+
+
+def _object(parsed: Any, where: str) -> dict[str, Any]:
+    if not isinstance(parsed, dict):
+        raise UnusableSampleError("json-invalid", f"{where}: a {type(parsed).__name__} where an object is expected")
+    return parsed
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _decode(data: bytes, where: str) -> str:
+    if len(data) > TEXT_BYTES:
+        raise UnusableSampleError("text-too-long", f"{where}: {len(data):,} bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnusableSampleError("text-not-utf8", f"{where}: {error}") from error
+
+
+def _string(value: Any, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise UnusableSampleError("json-type", f"{where}: {name} is {type(value).__name__}, not text")
+    return value

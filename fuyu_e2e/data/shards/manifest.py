@@ -1,0 +1,411 @@
+"""What a folder of shards holds: one small JSON beside them, `fuyu-manifest.json`.
+
+Counts make the order of a stream a function of its seed, sizes and checksums make a lost byte a sentence. Where the
+folder can't be written to, the manifest lies in the cache of this machine.
+"""
+
+import contextlib
+import fnmatch
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.image import check_image, image_size
+from fuyu_e2e.data.progress_bar import Advance, untold
+from fuyu_e2e.data.shards.formats import document
+from fuyu_e2e.data.shards.parallel import map_shards
+from fuyu_e2e.data.shards.reading import Shard
+from fuyu_e2e.data.shards.sources import ShardCache, folder_of, is_local, name_of, read_bytes, write_bytes
+from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.model.image_layout import ImagePolicy, ImageSpan, fit_policy
+from fuyu_e2e.version import __version__
+
+NAME = "fuyu-manifest.json"
+VERSION = 3
+"""Goes up whenever other samples count as documents: manifests are made again, and runs go on under their own rules.
+
+1: until 29 November 2026. 2: halves of samples, links and kinds that are not read are no texts (see `formats`).
+3: since 30 November 2026. A JSON that is a list of turns is a conversation; `jpgs` and `videos` are not read.
+"""
+_log = logging.getLogger(__name__)
+ASSUMED = ImagePolicy(patch_size=16)
+"""How images enter, for the estimate of tokens: a manifest belongs to shards, not to a model."""
+BYTES_PER_TOKEN = 4
+"""Of text, for the estimate of tokens."""
+
+Kind = Literal["caption", "chat", "interleaved", "text"]
+
+
+@dataclass(frozen=True)
+class DocumentFacts:
+    """What can be said of a document without a tokenizer or a patch size."""
+
+    kind: Kind
+    sizes: tuple[tuple[int, int], ...]
+    """(width, height) of each image in pixels, as its header says, turned as EXIF says."""
+    text_bytes: int
+
+    @classmethod
+    def of(cls, document: Document) -> "DocumentFacts":
+        """The facts of a document.
+
+        Raises:
+            UnusableSampleError: The header of an image can't be used (see `fuyu_e2e.data.image`), or a text is none.
+        """
+        images = [segment for segment in document.segments if isinstance(segment, Image)]
+        texts = [segment for segment in document.segments if isinstance(segment, Text)]
+        kind: Kind = "interleaved"
+        if not images:
+            kind = "text"
+        elif any(not text.loss for text in texts):
+            kind = "chat"
+        elif len(images) == 1 and len(texts) == 1:
+            kind = "caption"
+        sizes = tuple(image_size(image.data, ASSUMED) for image in images)
+        try:
+            return cls(kind, sizes, sum(len(text.text.encode()) for text in texts))
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+            raise UnusableSampleError("text-not-unicode", f"{document.key}: {error}") from error
+
+    def tokens(self, policy: ImagePolicy = ASSUMED) -> int:
+        """An estimate of its tokens: exact for images, a token for four bytes of text."""
+        text = -(-self.text_bytes // BYTES_PER_TOKEN)
+        return text + sum(image_tokens(size, policy) for size in self.sizes)
+
+
+def image_tokens(size: tuple[int, int], policy: ImagePolicy) -> int:
+    """The tokens of an image of (width, height) pixels, newlines counted in."""
+    cols, rows = (-(-side // policy.patch_size) for side in fit_policy(*size, policy))
+    return ImageSpan.of_grid(0, rows, cols).stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFacts:
+    """What one shard holds."""
+
+    documents: int
+    """Documents, the unusable ones among them; a shard that is damaged ends with one that stands for the damage."""
+    bytes: int
+    sha256: str
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Usable documents by kind."""
+    images: int = 0
+    tokens_estimate: int = 0
+    """See `DocumentFacts.tokens`."""
+    unusable: dict[str, int] = field(default_factory=dict)
+    """Documents that can't be used by reason, as far as headers tell."""
+
+    @classmethod
+    def of(cls, path: Path, name: str | None = None, advance: Advance = untold) -> "ShardFacts":
+        """Reads a whole local shard, which counts as 1 to `advance`.
+
+        Raises:
+            UserError: The file can't be read, or is no tar.
+        """
+        shard = Shard(path, name)
+        kinds, unusable = Counter[str](), Counter[str]()
+        images = tokens = 0
+        for number in range(len(shard)):
+            advance(1 / len(shard))
+            try:
+                facts = DocumentFacts.of(document(shard.sample(number)))
+            except UnusableSampleError as error:
+                unusable[error.reason] += 1
+                continue
+            kinds[facts.kind] += 1
+            images += len(facts.sizes)
+            tokens += facts.tokens()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(
+            documents=len(shard),
+            bytes=path.stat().st_size,
+            sha256=digest,
+            kinds=dict(kinds),
+            images=images,
+            tokens_estimate=tokens,
+            unusable=dict(unusable),
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The facts of the shards of one folder, by file name."""
+
+    folder: str
+    shards: dict[str, ShardFacts]
+    outdated: str | None = None
+    """Where a manifest of an earlier version lies, which counted other samples and is passed over."""
+
+    @classmethod
+    def load(cls, folder: str, cache: ShardCache) -> "Manifest":
+        """The manifest of a folder, from beside its shards or from this machine's cache; empty where there is none.
+
+        Raises:
+            UserError: A manifest can't be read.
+        """
+        shards: dict[str, ShardFacts] = {}
+        outdated = None
+        for place in (str(_cached(folder, cache)), *([_beside(folder)] if folder else [])):
+            data = read_bytes(place)
+            if data is None:
+                continue
+            try:
+                parsed = json.loads(data)
+                if parsed["version"] in range(1, VERSION):
+                    outdated = place
+                    continue
+                if parsed["version"] != VERSION:
+                    raise ValueError(f"version {parsed['version']}, not {VERSION}")
+                shards |= {name: ShardFacts(**facts) for name, facts in parsed["shards"].items()}
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(
+                    f"{place} is no manifest of this version of fuyu-e2e ({type(error).__name__}: {error}): remove it "
+                    "and run `fuyu-e2e shards index` on the shards."
+                ) from error
+        return cls(folder, shards, outdated)
+
+    def save(self, cache: ShardCache) -> str:
+        """Writes the manifest beside the shards, or into the cache where that can't be; gives the place."""
+        data = (json.dumps(self._described(), indent=1) + "\n").encode()
+        if self.folder and write_bytes(_beside(self.folder), data):
+            return _beside(self.folder)
+        place = _cached(self.folder, cache)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(str(place), data)
+        return str(place)
+
+    def _described(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "written_by": f"fuyu-e2e {__version__}",
+            "tokens_estimated_for": {
+                "patch_size": ASSUMED.patch_size,
+                "max_patches": ASSUMED.max_patches,
+                "bytes_per_token": BYTES_PER_TOKEN,
+            },
+            "totals": totals(self.shards.values()),
+            "shards": {name: asdict(facts) for name, facts in sorted(self.shards.items())},
+        }
+
+
+def totals(shards: Collection[ShardFacts]) -> dict[str, Any]:
+    """The sums over shards, by the names of `ShardFacts`, and how many `shards` they are."""
+    sums: dict[str, Any] = {
+        name: sum(getattr(facts, name) for facts in shards)
+        for name in ("documents", "bytes", "images", "tokens_estimate")
+    }
+    for name in ("kinds", "unusable"):
+        sums[name] = sum((Counter(getattr(facts, name)) for facts in shards), Counter())
+    return sums | {"shards": len(shards)}
+
+
+def _beside(folder: str) -> str:
+    return f"{folder.rstrip('/')}/{NAME}"
+
+
+def _cached(folder: str, cache: ShardCache) -> Path:
+    return cache.folder / "manifests" / f"{hashlib.sha256(folder.encode()).hexdigest()}.json"
+
+
+def facts_of(shards: Sequence[str], cache: ShardCache) -> tuple[ShardFacts, ...]:
+    """The facts of each shard; local shards that no manifest knows are indexed first.
+
+    Raises:
+        UserError: No manifest knows a remote shard; a local one has another size than its manifest says, can't be
+            read, or is no tar.
+    """
+    known = known_facts(shards, cache)
+    unknown = [shard for shard in shards if shard not in known]
+    for folder in dict.fromkeys(map(folder_of, unknown)):
+        if outdated := Manifest.load(folder, cache).outdated:
+            said = f"{outdated} is of an earlier version of fuyu-e2e, which took other samples for documents"
+            if not is_local(folder):
+                raise UserError(f"{said}: run `fuyu-e2e shards index` on the pattern once.")
+            _log.warning("%s: its shards are indexed again.", said)
+    if remote := [shard for shard in unknown if not is_local(shard)]:
+        raise UserError(
+            f"No manifest knows {remote[0]}{_others(remote)}: run `fuyu-e2e shards index` on the pattern once. It "
+            "reads every shard, which takes as long as that does."
+        )
+    for shard in shards:
+        if shard in known and is_local(shard):
+            _check_size(shard, known[shard])
+    if unknown:
+        known |= index(unknown, cache)[0]
+    return tuple(known[shard] for shard in shards)
+
+
+def index(shards: Sequence[str], cache: ShardCache, processes: int = 1) -> tuple[dict[str, ShardFacts], list[str]]:
+    """Reads shards whole, and writes what they hold into the manifests of their folders; gives the manifests' places.
+
+    Entries of local shards that are gone are taken out. About processes see `map_shards`.
+
+    Raises:
+        UserError: A shard can't be read, or is no tar.
+    """
+    facts = map_shards(partial(_facts_of_one, cache=cache), shards, processes, "Indexing shards")
+    found = dict(zip(shards, facts, strict=True))
+    places = []
+    for folder in dict.fromkeys(map(folder_of, shards)):
+        fresh = {name_of(shard): facts for shard, facts in found.items() if folder_of(shard) == folder}
+        # Read again just before it is written: another process may have indexed other shards of the folder.
+        kept = {
+            name: facts
+            for name, facts in Manifest.load(folder, cache).shards.items()
+            if not is_local(folder) or (Path(folder) / name).exists()
+        }
+        places.append(Manifest(folder, kept | fresh).save(cache))
+    return found, places
+
+
+def _facts_of_one(shard: str, advance: Advance, cache: ShardCache) -> ShardFacts:
+    return ShardFacts.of(cache.path(shard), shard, advance)
+
+
+def known_facts(shards: Iterable[str], cache: ShardCache) -> dict[str, ShardFacts]:
+    """The facts of those of the shards that a manifest knows; nothing is indexed.
+
+    Raises:
+        UserError: A manifest can't be read.
+    """
+    manifests: dict[str, Manifest] = {}
+    known = {}
+    for shard in shards:
+        folder = folder_of(shard)
+        if folder not in manifests:
+            manifests[folder] = Manifest.load(folder, cache)
+        if facts := manifests[folder].shards.get(name_of(shard)):
+            known[shard] = facts
+    return known
+
+
+def _check_size(shard: str, facts: ShardFacts) -> None:
+    size = Path(shard).stat().st_size
+    if size != facts.bytes:
+        raise UserError(
+            f"The shard {shard} has {size:,} bytes, but its manifest says {facts.bytes:,}: it was cut or written "
+            "anew. `fuyu-e2e shards verify` says what is missing, `fuyu-e2e shards index` takes it as it is now."
+        )
+
+
+def check_complete(shards: Iterable[str], cache: ShardCache) -> None:
+    """Sees that no shard is gone that stands in the manifests of the given ones, in the same series of names.
+
+    A series is the names that differ in digits only: a missing `train-00003.tar` is noticed among other `train-*`.
+
+    Raises:
+        UserError: Names what is gone.
+    """
+    shards = [shard for shard in shards if is_local(shard)]
+    for folder in dict.fromkeys(map(folder_of, shards)):
+        series = {_series(name_of(shard)) for shard in shards if folder_of(shard) == folder}
+        gone = [
+            name
+            for name in Manifest.load(folder, cache).shards
+            if _series(name) in series and not (Path(folder) / name).exists()
+        ]
+        if gone:
+            raise UserError(
+                f"{folder}/{gone[0]}{_others(gone)} stands in {_beside(folder)} but is gone: bring it back, or run "
+                "`fuyu-e2e shards index` on the shards that are left."
+            )
+
+
+def _series(name: str) -> str:
+    return "".join("#" if letter.isdigit() else letter for letter in name)
+
+
+def _others(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} others" if len(names) > 1 else ""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One way in which a shard is not what its manifest says."""
+
+    shard: str
+    reason: str
+
+
+def verify(
+    patterns: Sequence[str], shards: Sequence[str], cache: ShardCache, processes: int = 1, *, deep: bool = False
+) -> list[Fault]:
+    """Compares shards, and all that their manifests list under the same patterns, with the manifests.
+
+    Args:
+        patterns: What the user named, so that what is gone is noticed too.
+        shards: What the patterns match.
+        cache: Where remote shards go.
+        processes: Shards read at once, as `map_shards` says.
+        deep: Whether to decode each image as well. One that can't be is a fault where its header looks right; where it
+            doesn't, the manifest counts it as unusable already.
+
+    Raises:
+        UserError: A remote shard can't be fetched.
+    """
+    faults = []
+    for folder in dict.fromkeys(map(folder_of, shards)):
+        listed = Manifest.load(folder, cache).shards
+        here = {name_of(shard): shard for shard in shards if folder_of(shard) == folder}
+        for name in sorted(listed.keys() | here.keys()):
+            if name not in here and not _matches(name, patterns):
+                continue
+            if name not in here:
+                faults.append(Fault(f"{folder}/{name}", "is gone"))
+            elif name not in listed:
+                faults.append(Fault(here[name], "stands in no manifest"))
+    known = known_facts(shards, cache)
+    indexed = [shard for shard in shards if shard in known]
+    compare = partial(_compare, known=known, cache=cache, deep=deep)
+    for shard, reasons in zip(indexed, map_shards(compare, indexed, processes, "Verifying shards"), strict=True):
+        faults += [Fault(shard, reason) for reason in reasons]
+    return faults
+
+
+def _compare(shard: str, advance: Advance, known: dict[str, ShardFacts], cache: ShardCache, deep: bool) -> list[str]:
+    path = cache.path(shard)
+    try:
+        reasons = list(_differences(known[shard], ShardFacts.of(path, shard, untold if deep else advance)))
+        return [*reasons, *_undecodable(Shard(path, shard), advance)] if deep else reasons
+    except UserError as error:
+        return [f"can't be compared: {error}"]
+
+
+def _undecodable(shard: Shard, advance: Advance) -> Iterator[str]:
+    for number in range(len(shard)):
+        advance(1 / len(shard))
+        with contextlib.suppress(UnusableSampleError):  # the manifest counts it
+            found = document(shard.sample(number))
+            DocumentFacts.of(found)
+            try:
+                for segment in found.segments:
+                    if isinstance(segment, Image):
+                        check_image(segment.data, ASSUMED)
+            except UnusableSampleError as error:
+                yield f"has an image that can't be decoded in sample {found.key} ({error})"
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern.rsplit("/", 1)[-1]) or Path(pattern).is_dir() for pattern in patterns)
+
+
+def _differences(said: ShardFacts, found: ShardFacts) -> Iterator[str]:
+    if said.bytes != found.bytes:
+        yield f"has {found.bytes:,} bytes instead of {said.bytes:,}"
+    elif said.sha256 != found.sha256:
+        yield "has another checksum"
+    if said.documents != found.documents:
+        yield f"has {found.documents:,} documents instead of {said.documents:,}"
+    for reason in found.unusable.keys() | said.unusable.keys():
+        if found.unusable.get(reason, 0) != said.unusable.get(reason, 0):
+            yield f"has {found.unusable.get(reason, 0):,} unusable documents ({reason}) instead of " + (
+                f"{said.unusable.get(reason, 0):,}"
+            )

@@ -1,0 +1,49 @@
+"""The shards that a process reads from, local and remote alike, with what their manifests say of them."""
+
+from collections import OrderedDict
+
+from fuyu_e2e.data.document import Document
+from fuyu_e2e.data.shards.formats import document
+from fuyu_e2e.data.shards.manifest import ShardFacts
+from fuyu_e2e.data.shards.reading import Shard
+from fuyu_e2e.data.shards.sources import ShardCache
+from fuyu_e2e.errors import UserError
+
+OPEN_SHARDS = 1_024
+"""Shards whose scan a process remembers: 16 bytes a document each."""
+
+
+class OpenShards:
+    """The shards that a process reads, each scanned once while it is in use.
+
+    Args:
+        cache: Gives the files.
+    """
+
+    def __init__(self, cache: ShardCache) -> None:
+        self.cache = cache
+        self._open: OrderedDict[str, Shard] = OrderedDict()
+
+    def document(self, shard: str, facts: ShardFacts, number: int) -> Document:
+        """A document of a shard.
+
+        Raises:
+            UnusableSampleError: It can't be used, or is missing although the manifest counts it.
+            UserError: The shard can't be read, or holds more than its manifest says.
+        """
+        path = self.cache.path(shard, facts.bytes, facts.sha256)
+        opened = self._open.get(shard)
+        if opened is None:
+            opened = self._open[shard] = Shard(path, shard)
+            if len(opened) > facts.documents:
+                raise UserError(
+                    f"The shard {shard} holds {len(opened):,} documents, but its manifest says {facts.documents:,}: "
+                    "run `fuyu-e2e shards index` on the shards."
+                )
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(shard)
+        try:
+            return document(opened.sample(number))
+        except OSError as error:
+            raise UserError(f"The shard {shard} can't be read: {error.strerror}.") from error

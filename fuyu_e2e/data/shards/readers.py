@@ -1,0 +1,459 @@
+"""The containers of a user's own files, for `fuyu_e2e.data.shards.tables`: folders, and the tables that are read.
+
+A reader hands out each row with its place (a byte offset, a row number, or file names), by which another process finds
+it again, so that no row has to be kept.
+"""
+
+import csv
+import json
+import mmap
+import os
+import re
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fuyu_e2e.data.shards.extensions import IMAGES, UNREAD, is_media
+from fuyu_e2e.data.shards.formats import TEXT_BYTES
+from fuyu_e2e.data.shards.values import REMOTE, extension_of, is_embedded, is_image_type, listed, not_read
+from fuyu_e2e.errors import UnusableSampleError, UserError
+
+FILE_NAMES = ("file_name", "file_names")
+"""The columns of images of a metadata file: paths from the file's folder on."""
+BATCH = 128
+"""Rows of a Parquet file decoded at once: few, since each may hold images."""
+
+_ELEMENT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
+"""What has to be seen of JSON to know where an element ends."""
+_BLANK = re.compile(rb"\s*+")
+
+Place = int | bytes
+"""Where a row stands in its source, for its reader to find it again."""
+Row = dict[str, Any]
+
+
+class Reader(ABC):
+    """The rows of a file or folder."""
+
+    @abstractmethod
+    def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
+        """Places and makers of all rows, or of those at `places`, which are in stored order.
+
+        A maker raises UnusableSampleError where its row is none.
+
+        Raises:
+            UserError: The source as a whole can't be read.
+        """
+
+    @abstractmethod
+    def file(self, place: Place) -> str:
+        """The file that the row at a place is of, for a person who looks for it."""
+
+    def row_number(self, place: Place, number: int) -> int:
+        """The number in its file of the row at a place, which has `number` in the source."""
+        return number
+
+    def image_columns(self, row: Row) -> tuple[str, ...]:
+        """The columns that hold images themselves, not only their paths, as the first row tells."""
+        return tuple(name for name, value in row.items() if any(map(is_embedded, listed(value))))
+
+
+@dataclass(frozen=True)
+class Folder(Reader):
+    """Images, sound, films and texts below a folder, one stem a row; hidden and all other files are no rows.
+
+    Links are followed, each folder once. What isn't read joins the row of a text that has nothing else, or is a row.
+    """
+
+    root: Path
+
+    def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
+        """One row `{"files": paths}` for each stem, folder by folder, in the order of their names."""
+        for place in self._places() if places is None else places:
+            yield place, partial(self._row, place)
+
+    def file(self, place: Place) -> str:
+        """The image of the row, or its first file where it has none, from the folder on."""
+        names = [os.fsdecode(name) for name in self._names(place)]
+        return next((name for name in names if extension_of(name) != "txt"), names[0])
+
+    def _places(self) -> Iterator[bytes]:
+        for folder, files in walk(self.root):
+            stems: dict[str, list[str]] = {}
+            unread: dict[str, list[str]] = {}
+            for name in files:
+                if extension_of(name) in (*IMAGES, "txt"):
+                    stems.setdefault(Path(name).stem, []).append(name)
+                elif extension_of(name) in UNREAD:
+                    unread.setdefault(Path(name).stem, []).append(name)
+            below = folder.relative_to(self.root)
+            for stem in sorted(stems.keys() | unread.keys()):
+                names = stems.get(stem, [])
+                if all(extension_of(name) == "txt" for name in names):
+                    names = names + unread.get(stem, [])
+                yield b"\0".join(os.fsencode(below / name) for name in names)
+
+    def _row(self, place: Place) -> Row:
+        return {"files": [self.root / os.fsdecode(name) for name in self._names(place)]}
+
+    def _names(self, place: Place) -> list[bytes]:
+        assert isinstance(place, bytes)
+        return place.split(b"\0")
+
+
+@dataclass(frozen=True)
+class Lines(Reader):
+    """JSON Lines: one object a line, found again by its byte offset; blank lines are no rows."""
+
+    path: Path
+
+    def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
+        """One row for each line."""
+        with _open(self.path) as file:
+            for place in _offsets(file) if places is None else places:
+                file.seek(place)
+                if (line := _line(file)).strip():
+                    yield place, partial(_object, line)
+
+    def file(self, place: Place) -> str:
+        """The file itself."""
+        return str(self.path)
+
+
+@dataclass(frozen=True)
+class Elements(Reader):
+    """A JSON list of objects, found again by their byte offsets, so that the list need never be in memory."""
+
+    path: Path
+
+    def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
+        """One row for each element; a list that breaks off ends with a row that is none.
+
+        Raises:
+            UserError: Something follows the list.
+        """
+        with _open(self.path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            for place in self._places(text) if places is None else places:
+                end = _element_end(text, place)
+                # One byte more than is read of any text shows that it is too long.
+                yield place, partial(_object, text[place : min(end, place + TEXT_BYTES + 1)])
+
+    def file(self, place: Place) -> str:
+        """The file itself."""
+        return str(self.path)
+
+    def _places(self, text: mmap.mmap) -> Iterator[int]:
+        start = text.find(b"[") + 1
+        while True:
+            end = _element_end(text, start)
+            broken_off = end == len(text)
+            if broken_off or _blank_end(text, start) < end:
+                yield start
+            if broken_off:
+                return
+            start = end + 1
+            if text[end] in b"]}":
+                break
+        if _blank_end(text, start) < len(text):
+            raise UserError(
+                f"{self.path} goes on behind its list, at byte {start}: write one list, or one object a line."
+            )
+
+
+@dataclass(frozen=True)
+class Delimited(Reader):
+    """CSV or TSV with a header, its records found again by their byte offsets; empty lines are no rows.
+
+    A field may be quoted and hold line breaks (RFC 4180). A row that is none, as after a quote that nobody closes,
+    ends with its first line, so that it costs no other row.
+    """
+
+    path: Path
+    delimiter: str
+
+    def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
+        """One row for each record behind the header."""
+        with _open(self.path) as file:
+            header = self._record(file, None)
+            if isinstance(header, csv.Error):
+                raise UserError(f"The header of {self.path} is no line of a table: {header}.")
+            names = [name.removeprefix("\ufeff") for name in header or []]
+            for place in _offsets(file) if places is None else places:
+                file.seek(place)
+                record = self._record(file, len(names))
+                if record:
+                    yield place, partial(self._row, names, record)
+
+    def file(self, place: Place) -> str:
+        """The file itself."""
+        return str(self.path)
+
+    def _record(self, file: BinaryIO, fields: int | None) -> list[str] | csv.Error | None:
+        """The record at the file's position, expected to have `fields` fields."""
+        start = file.tell()
+        # Bytes that are not UTF-8 come back as they are, and are refused where the text is written.
+        lines = iter(lambda: _line(file).decode("utf-8", "surrogateescape"), "")
+        record: list[str] | csv.Error | None
+        try:
+            record = next(csv.reader(lines, delimiter=self.delimiter, strict=True), None)
+        except csv.Error as error:
+            record = error
+        if isinstance(record, csv.Error) or (record and fields is not None and len(record) != fields):
+            file.seek(start)
+            _line(file)
+        return record
+
+    def _row(self, names: list[str], record: list[str] | csv.Error) -> Row:
+        if isinstance(record, csv.Error):
+            raise UnusableSampleError("row-not-csv", str(record))
+        if len(record) != len(names):
+            raise UnusableSampleError("row-columns", f"{len(record)} fields under a header of {len(names)}")
+        return dict(zip(names, record, strict=True))
+
+
+@dataclass(frozen=True)
+class Parquet(Reader):
+    """A Parquet file, its rows found again by their numbers; only the row groups that hold them are read."""
+
+    path: Path
+    columns: tuple[str, ...] | None = None
+    """Those to read; all where None."""
+
+    def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
+        """One row for each row.
+
+        Raises:
+            UserError: pyarrow is missing, or can't read the file.
+        """
+        try:
+            import pyarrow as arrow
+            from pyarrow.parquet import ParquetFile
+        except ImportError as error:
+            raise UserError(
+                f"Reading {self.path} needs pyarrow: install it with pip install 'fuyu-e2e[parquet]'."
+            ) from error
+        try:
+            with ParquetFile(self.path) as file:
+                start = 0
+                for group in range(file.num_row_groups):
+                    stop = start + file.metadata.row_group(group).num_rows
+                    wanted = range(start, stop) if places is None else _between(places, start, stop)
+                    if wanted:
+                        yield from self._group(file, group, start, wanted)
+                    start = stop
+        except (arrow.ArrowException, OSError) as error:
+            raise UserError(f"{self.path} can't be read as Parquet: {str(error).splitlines()[0]}.") from error
+
+    def file(self, place: Place) -> str:
+        """The file itself."""
+        return str(self.path)
+
+    def _group(
+        self, file: Any, group: int, start: int, wanted: Sequence[int]
+    ) -> Iterator[tuple[Place, Callable[[], Row]]]:
+        for batch in file.iter_batches(BATCH, row_groups=[group], columns=self.columns and list(self.columns)):
+            for place in _between(wanted, start, start + batch.num_rows):
+                yield place, partial(self._row, batch, place - start)
+            start += batch.num_rows
+
+    def image_columns(self, row: Row) -> tuple[str, ...]:
+        """Those of the first row, and those whose type is that of images, though the first row may have none."""
+        from pyarrow.parquet import read_schema
+
+        typed = [field.name for field in read_schema(self.path) if is_image_type(field.type)]
+        told = (*super().image_columns(row), *typed)
+        return tuple(name for name in row if name in told)
+
+    def _row(self, batch: Any, index: int) -> Row:
+        try:
+            return {name: batch.column(name)[index].as_py() for name in batch.schema.names}
+        except UnicodeDecodeError as error:
+            raise UnusableSampleError("text-not-utf8", str(error)) from error
+        except (ValueError, OverflowError) as error:  # a date that Python has none for, say
+            raise UnusableSampleError("row-value", str(error)) from error
+
+
+Table = Lines | Delimited | Parquet
+"""What a metadata file may be."""
+
+
+@dataclass(frozen=True)
+class ImageFolder(Reader):
+    """The rows of the metadata files below a folder, then an unusable row for each image that stands in none."""
+
+    root: Path
+    tables: tuple[Table, ...]
+
+    def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
+        """The rows of the tables; their `file_name` and `file_names` start from the folder.
+
+        Raises:
+            UserError: A table can't be read, or an image has a .txt beside it, too.
+        """
+        yield from self._all() if places is None else self._at(places)
+
+    def file(self, place: Place) -> str:
+        """The table of a row; an image in no table itself, from the folder on."""
+        table = self._table(place)
+        return self._unlisted(place) if table is None else self.tables[table].file(place)
+
+    def row_number(self, place: Place, number: int) -> int:
+        """The number in its table."""
+        assert isinstance(place, bytes)
+        return number if self._table(place) is None else int(place.split()[1])
+
+    def _all(self) -> Iterator[tuple[Place, Callable[[], Row]]]:
+        named: set[str] = set()
+        for number, table in enumerate(self.tables):
+            for line, (place, make) in enumerate(table.rows()):
+                here = " ".join(map(str, (number, line, place))).encode()
+                try:
+                    row = self._row(table, make)
+                except UnusableSampleError:
+                    yield here, partial(self._row, table, make)
+                    continue
+                named.update(name for key in FILE_NAMES for name in listed(row.get(key)) if isinstance(name, str))
+                yield here, partial(dict, row)
+        for _, make in Folder(self.root).rows():
+            files = [file.relative_to(self.root) for file in make()["files"]]
+            images = [file for file in files if is_media(extension_of(file))]
+            if 0 < len(images) < len(files):
+                texts = [file for file in files if file not in images]
+                both = f"{self.tables[0].path} and in {self.root / texts[0]}"
+                raise UserError(f"{self.root} has captions in {both}: move the one or the other out of it.")
+            for image in images:
+                if str(image) not in named:
+                    yield b"/" + os.fsencode(image), partial(self._refuse, str(image))
+
+    def _at(self, places: Sequence[Any]) -> Iterator[tuple[Place, Callable[[], Row]]]:
+        for number, group in groupby(places, self._table):
+            here = list(group)
+            if number is None:
+                yield from ((place, partial(self._refuse, self._unlisted(place))) for place in here)
+                continue
+            table = self.tables[number]
+            within = table.rows([int(place.split()[2]) for place in here])
+            yield from (
+                (place, partial(self._row, table, make)) for place, (_, make) in zip(here, within, strict=False)
+            )
+
+    def _row(self, table: Table, make: Callable[[], Row]) -> Row:
+        row, below = make(), table.path.parent.relative_to(self.root)
+        return row | {name: _below(below, row[name]) for name in FILE_NAMES if name in row}
+
+    def _refuse(self, image: str) -> Row:
+        if extension_of(image) not in IMAGES:
+            raise not_read(image)
+        raise UnusableSampleError("caption-missing", f"{image} stands in no {self.tables[0].path.name}")
+
+    @staticmethod
+    def _table(place: Place) -> int | None:
+        """The number of the table that a place is in; None where it is an image in none."""
+        assert isinstance(place, bytes)
+        return None if place.startswith(b"/") else int(place.split()[0])
+
+    @staticmethod
+    def _unlisted(place: Place) -> str:
+        assert isinstance(place, bytes)
+        return os.fsdecode(place[1:])
+
+
+def json_reader(path: Path) -> Elements | Lines:
+    """The reader of a .json file: a list, or one object a line."""
+    with _open(path) as file:
+        return Elements(path) if file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" else Lines(path)
+
+
+def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those below it, with the names of their files; what is hidden is left out.
+
+    In the order of their names. Links are followed, each folder once.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"The folder {error.filename} can't be read: {error.strerror}.") from error
+
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link into a folder above it has no end
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(folder), sorted(name for name in files if not name.startswith("."))
+
+
+def _below(folder: Path, value: Any) -> Any:
+    """Paths, one or several, that start from a folder, as they start from where the folder's own path does."""
+    if isinstance(value, list):
+        return [_below(folder, each) for each in value]
+    return os.path.normpath(folder / value) if isinstance(value, str) and value and not REMOTE.match(value) else value
+
+
+def _object(data: bytes) -> Row:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    if len(data) > TEXT_BYTES:
+        raise UnusableSampleError("text-too-long", f"a row of more than {TEXT_BYTES:,} bytes")
+    try:
+        parsed = json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
+    except UnicodeDecodeError as error:
+        raise UnusableSampleError("text-not-utf8", str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise UnusableSampleError("row-not-json", str(error)) from error
+    if not isinstance(parsed, dict):
+        raise UnusableSampleError("row-not-json", f"a {type(parsed).__name__} where an object is expected")
+    return parsed
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}.") from error
+
+
+def _offsets(file: BinaryIO) -> Iterator[int]:
+    """Offsets up to the end of a file; whoever takes one reads what stands there before taking the next."""
+    place = -1
+    while (here := file.tell()) != place:
+        yield (place := here)
+
+
+def _line(file: BinaryIO) -> bytes:
+    """The next line, or as much of one as shows that it is longer than any text that is read."""
+    line = rest = file.readline(TEXT_BYTES + 1)
+    while len(rest) > TEXT_BYTES and not rest.endswith(b"\n"):
+        rest = file.readline(TEXT_BYTES + 1)
+    return line
+
+
+def _element_end(text: mmap.mmap, start: int) -> int:
+    """Where the list's element from `start` on ends: at a comma, at the list's end, or where the file breaks off."""
+    depth = 0
+    for match in _ELEMENT.finditer(text, start):
+        mark = text[match.start()]
+        if mark in b"[{":
+            depth += 1
+        elif mark in b",]}" and depth == 0:
+            return match.start()
+        elif mark in b"]}":
+            depth -= 1
+    return len(text)
+
+
+def _blank_end(text: mmap.mmap, start: int) -> int:
+    match = _BLANK.match(text, start)
+    assert match is not None
+    return match.end()
+
+
+def _between(places: Sequence[int], start: int, stop: int) -> Sequence[int]:
+    """The places from `start` up to `stop`, of places in order."""
+    return places[bisect_left(places, start) : bisect_left(places, stop)]

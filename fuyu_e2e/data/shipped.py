@@ -1,0 +1,18 @@
+"""Where the files that come with the project lie: `data/` and `recipes/`."""
+
+from pathlib import Path
+
+from fuyu_e2e.errors import UserError
+
+
+def shipped(name: str) -> Path:
+    """The path of a shipped file, as `recipes/quickstart.yaml`, in a clone and in an installed wheel alike.
+
+    Raises:
+        UserError: It is in neither place.
+    """
+    package = Path(__file__).parents[1]
+    for root in (package.parent, package / "_shipped"):
+        if (root / name).exists():
+            return root / name
+    raise UserError(f"{name} is missing from {package.parent}: install fuyu-e2e again.")

@@ -1,0 +1,1 @@
+"""Attention within documents: its mask, its definition, and the backends that compute it."""

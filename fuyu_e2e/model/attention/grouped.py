@@ -1,0 +1,336 @@
+"""Attention by documents with torch's own scaled dot product, on any device.
+
+`AttentionPlan`, for causal attention, sorts the documents of a row into groups of nearly equal length and pads within
+a group. Padding comes after the tokens of its document, where a causal token never looks: no mask is ever built.
+
+`TilePlan`, for every other mask and for queries that are not the keys, cuts documents into tiles of queries, each with
+the keys that its mask can show it, and groups tiles by their number of keys: a window costs its own width, not the
+document's length.
+
+How many tokens of each document a block selects is known on the device alone. On the CPU, where looking costs
+nothing, those that pass are planned like a row of their own; elsewhere `MaskedAttention` takes them as they are, at
+the price of the square of the block's capacity, so that the host never waits.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fuyu_e2e.model.attention.interface import KEYS, QUERIES, Attend, Passing, Places, RowAttention, seen_by
+from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
+from fuyu_e2e.model.device_copy import to_device
+
+LENGTH_STEP = 16
+"""Documents are padded to a multiple of this many tokens, which bounds the number of groups and of kernel calls."""
+TILE = 256
+"""Queries of a tile, or half a window where that is more: many enough for a product, and few enough to skip most of
+what the window hides; the fewer, the more often a key is copied."""
+
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of a GPU, the first that serves computes the documents of a group. cuDNN's, which torch would try first on Hopper,
+takes seconds to plan for each new shape."""
+
+
+@dataclass(frozen=True)
+class PlacedRow(RowAttention):
+    """A row whose tokens' places are known, so that some of them can attend under its mask."""
+
+    mask: AttentionMask
+    places: Places
+    """Of its tokens, on their device."""
+
+    @torch.compiler.disable
+    def select(self, passing: Passing) -> Attend:
+        """The attention of passing tokens to each other; what only fills the capacity is one more document."""
+        if passing.index.device.type == "cpu":
+            return self._tiles(own := self.places.take(passing.index[passing.valid]), own)
+        own = self.places.take(passing.index)._replace(document=passing.documents(self.places.document, -1))
+        return MaskedAttention.of(self.mask, own, own)
+
+    @torch.compiler.disable
+    def cross(self, passing: Passing) -> Attend:
+        """The attention of passing tokens to the whole row."""
+        if passing.index.device.type == "cpu":
+            return self._tiles(self.places.take(passing.index[passing.valid]), self.places)
+        return MaskedAttention.of(self.mask, self.places.take(passing.index), self.places)
+
+    def _tiles(self, queries: Places, keys: Places) -> "TilePlan":
+        return TilePlan.of(self.mask, queries.numpy(), keys.numpy(), keys.document.device)
+
+
+@dataclass(frozen=True)
+class AttentionPlan(PlacedRow):
+    """Where each token of a row goes for attention, and where it comes back from.
+
+    Holds for one row on one device, and for every block.
+    """
+
+    lengths: tuple[int, ...]
+    """Tokens of each document."""
+    groups: tuple[tuple[int, int], ...]
+    """(documents, padded length) of each group."""
+    gather: Int64[Tensor, " padded"]
+    """For each place in the groups, the token that fills it; padding repeats the first token of its document."""
+    scatter: Int64[Tensor, " T"]
+    """For each token, its place in the groups."""
+
+    @classmethod
+    def of(cls, document_lengths: tuple[int, ...], device: torch.device) -> "AttentionPlan":
+        """Plans a row of documents with these lengths, laid end to end."""
+        lengths = np.array([length for length in document_lengths if length], dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
+        padded = -(-lengths // LENGTH_STEP) * LENGTH_STEP
+        scatter = np.empty(int(lengths.sum()), dtype=np.int64)
+        groups, gather, base = [], [], 0
+        for size in np.unique(padded):
+            members = np.flatnonzero(padded == size)
+            within = np.arange(size)
+            inside = within < lengths[members, None]
+            places = np.where(inside, starts[members, None] + within, starts[members, None])
+            scatter[places[inside]] = base + np.flatnonzero(inside)
+            groups.append((len(members), int(size)))
+            gather.append(places.ravel())
+            base += places.size
+        document = np.repeat(np.arange(len(lengths)), lengths)
+        index = to_device(torch.from_numpy(np.concatenate([*gather, scatter, document])), device)
+        gathered, scattered, documents = index.split([base, len(scatter), len(document)])
+        # A causal mask compares positions alone: those in the row serve it.
+        order = Places(documents, torch.arange(len(document), device=device), None)
+        return cls(CAUSAL, order, tuple(lengths.tolist()), tuple(groups), gathered, scattered)
+
+    @torch.compiler.disable
+    def __call__(
+        self,
+        queries: Float[Tensor, "T H K"],
+        keys: Float[Tensor, "T G K"],
+        values: Float[Tensor, "T G K"],
+    ) -> Float[Tensor, "T H K"]:
+        """Causal attention of every token to the tokens of its own document up to itself."""
+        if not self.groups:  # a block selected no token of any document
+            return queries
+        heads, kv_heads = queries.shape[1], keys.shape[1]
+        packed = torch.cat((queries, keys, values), dim=1).index_select(0, self.gather)
+        outputs = []
+        for block, (documents, length) in zip(
+            packed.split([documents * length for documents, length in self.groups]), self.groups, strict=True
+        ):
+            q, k, v = (
+                block.view(documents, length, -1, block.shape[-1])
+                .transpose(1, 2)
+                .split([heads, kv_heads, kv_heads], dim=1)
+            )
+            with sdpa_kernel(KERNELS, set_priority=True) if q.is_cuda else nullcontext():
+                attended = shared_attention(q, k, v, is_causal=True)
+            outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs).index_select(0, self.scatter)
+
+    @torch.compiler.disable
+    def select(self, passing: Passing) -> Attend:
+        """The attention of passing tokens to each other."""
+        if passing.index.device.type != "cpu":
+            return super().select(passing)
+        counts = torch.bincount(passing.documents(self.places.document, len(self.lengths)))
+        return AttentionPlan.of(tuple(counts.tolist()), passing.index.device)
+
+
+@dataclass(frozen=True)
+class TiledRow(PlacedRow):
+    """A row under any mask."""
+
+    plan: "TilePlan"
+    """Of all its tokens."""
+
+    @classmethod
+    def of(
+        cls, mask: AttentionMask, lengths: tuple[int, ...], images: tuple[tuple[int, int], ...], device: torch.device
+    ) -> "TiledRow":
+        """Plans a row of documents with these lengths, laid end to end; `images` are the bounds of each in the row."""
+        places = Places.of(lengths, images)
+        return cls(mask, places.on(device), TilePlan.of(mask, places, places, device))
+
+    def __call__(
+        self,
+        queries: Float[Tensor, "T H K"],
+        keys: Float[Tensor, "T G K"],
+        values: Float[Tensor, "T G K"],
+    ) -> Float[Tensor, "T H K"]:
+        """Attention of every token to those that the mask shows it."""
+        return self.plan(queries, keys, values)
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Attention of some tokens to some tokens under a mask, by tiles of queries; planned on the host."""
+
+    groups: tuple[tuple[int, int, int], ...]
+    """(tiles, padded queries, padded keys) of each group."""
+    query_gather: Int64[Tensor, " padded_queries"]
+    """For each query's place in the groups, the query that fills it."""
+    key_gather: Int64[Tensor, " padded_keys"]
+    """For each key's place in the groups, the key that fills it."""
+    seen: tuple[Bool[Tensor, "_ _ _"], ...]
+    """Of each group, whether a query sees a key: (tiles, queries, keys)."""
+    scatter: Int64[Tensor, " queries"]
+    """For each query, its place in the groups."""
+
+    @classmethod
+    def of(cls, mask: AttentionMask, queries: Places, keys: Places, device: torch.device) -> "TilePlan":
+        """Plans attention between tokens in order of their documents, and of their positions in them.
+
+        Args:
+            mask: Which of its document's keys a query sees.
+            queries: Places of the tokens that attend; each is among the keys, too.
+            keys: Places of the tokens that are attended to.
+            device: Where they are computed.
+        """
+        tiles = _Tiles.of(mask, queries, keys)
+        padded = -(-tiles.keys // LENGTH_STEP) * LENGTH_STEP
+        groups, query_gather, key_gather, seen, base = [], [], [], [], 0
+        scatter = np.empty(len(queries.document), dtype=np.int64)
+        for size in np.unique(padded):
+            of_size = tiles.take(np.flatnonzero(padded == size))
+            within_queries, within_keys = np.arange(of_size.queries.max()), np.arange(size)
+            inside = within_queries < of_size.queries[:, None]
+            asked = of_size.first_query[:, None] + np.where(inside, within_queries, 0)
+            scatter[asked[inside]] = base + np.flatnonzero(inside)
+            near = of_size.first_key[:, None] + within_keys - of_size.sinks[:, None]
+            shown = np.where(within_keys < of_size.sinks[:, None], of_size.first_sink[:, None] + within_keys, near)
+            real = within_keys < of_size.keys[:, None]
+            shown = np.where(real, shown, 0)
+            own, others = queries.take(asked), keys.take(shown)
+            # What only pads a tile's keys is of no document.
+            others = others._replace(document=np.where(real, others.document, -1))
+            seen.append(seen_by(mask, own.on(device).take(QUERIES), others.on(device).take(KEYS)))
+            groups.append((len(asked), asked.shape[1], int(size)))
+            query_gather.append(asked.ravel())
+            key_gather.append(shown.ravel())
+            base += asked.size
+        empty = np.empty(0, np.int64)
+        parts = [np.concatenate([empty, *gather]) for gather in (query_gather, key_gather)] + [scatter]
+        index = to_device(torch.from_numpy(np.concatenate(parts)), device).split([len(part) for part in parts])
+        return cls(tuple(groups), index[0], index[1], tuple(seen), index[2])
+
+    @torch.compiler.disable
+    def __call__(
+        self,
+        queries: Float[Tensor, "C H K"],
+        keys: Float[Tensor, "S G K"],
+        values: Float[Tensor, "S G K"],
+    ) -> Float[Tensor, "C H K"]:
+        """Attention of every query; of those after the ones that were planned, which fill a capacity, 0."""
+        kv_heads = keys.shape[1]
+        asked = queries.index_select(0, self.query_gather)
+        known = torch.cat((keys, values), dim=1).index_select(0, self.key_gather)
+        outputs = []
+        query_sizes = [tiles * count for tiles, count, _ in self.groups]
+        key_sizes = [tiles * length for tiles, _, length in self.groups]
+        for (tiles, count, length), q, kv, seen in zip(
+            self.groups, asked.split(query_sizes), known.split(key_sizes), self.seen, strict=True
+        ):
+            q = q.unflatten(0, (tiles, count)).transpose(1, 2)
+            k, v = kv.unflatten(0, (tiles, length)).transpose(1, 2).split(kv_heads, dim=1)
+            attended = shared_attention(q, k, v, attn_mask=seen[:, None])
+            outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        planned = torch.cat([queries[:0], *outputs]).index_select(0, self.scatter)
+        return torch.cat((planned, torch.zeros_like(queries[len(planned) :])))
+
+
+class _Tiles(NamedTuple):
+    """Tiles of queries of one document each, and the keys that a mask can show them; int64 arrays of one length."""
+
+    first_query: Any
+    queries: Any
+    """Their number."""
+    first_sink: Any
+    sinks: Any
+    """Tokens from `first_sink` on that are seen beside those from `first_key` on."""
+    first_key: Any
+    keys: Any
+    """Number of both together."""
+
+    @classmethod
+    def of(cls, mask: AttentionMask, queries: Places, keys: Places) -> "_Tiles":
+        _, starts, counts = np.unique(queries.document, return_index=True, return_counts=True)
+        size = TILE if mask.window is None else max(TILE, mask.window // 2)
+        tiles = -(-counts // size)
+        number = np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+        first = np.repeat(starts, tiles) + number * size
+        count = np.minimum(size, np.repeat(starts + counts, tiles) - first)
+        document, last = queries.document[first], first + count - 1
+        # One number by which keys are sorted: the document before the position in it.
+        step = int(max(keys.position.max(initial=0), queries.position.max(initial=0))) + 2
+        order = keys.document * step + keys.position
+
+        def key_at(position: Any) -> Any:
+            return np.searchsorted(order, document * step + position)
+
+        begin = key_at(0 if mask.window is None else np.maximum(queries.position[first] - mask.window + 1, 0))
+        end = key_at(queries.position[last] + 1)
+        if mask.images == "bidirectional":
+            image, inside = queries.image[last], np.flatnonzero(keys.image >= 0)
+            ends = np.zeros(keys.image.max(initial=0) + 1, np.int64)
+            ends[keys.image[inside]] = inside + 1  # of several tokens of an image, the last one stays
+            end = np.maximum(end, np.where(image >= 0, ends[image], 0))
+        first_sink = key_at(0)
+        sinks = np.minimum(key_at(min(mask.sinks, step - 1)), begin) - first_sink
+        return cls(first, count, first_sink, sinks, begin, end - begin + sinks)
+
+    def take(self, index: Any) -> "_Tiles":
+        return _Tiles(*(part[index] for part in self))
+
+
+@dataclass(frozen=True)
+class MaskedAttention:
+    """Attention under a mask of every query against every key: what it costs doesn't depend on the data."""
+
+    seen: Bool[Tensor, "C S"]
+    """Whether a query sees a key."""
+
+    @classmethod
+    def of(cls, mask: AttentionMask, queries: Places, keys: Places) -> "MaskedAttention":
+        """Of tokens with these places, on the device."""
+        return cls(seen_by(mask, queries.take(QUERIES), keys.take(KEYS)))
+
+    def __call__(
+        self,
+        queries: Float[Tensor, "C H K"],
+        keys: Float[Tensor, "S G K"],
+        values: Float[Tensor, "S G K"],
+    ) -> Float[Tensor, "C H K"]:
+        """Attention of every query to the keys that it sees."""
+        attended = shared_attention(
+            queries.transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            attn_mask=self.seen,
+        )
+        return attended[0].transpose(0, 1)
+
+
+def shared_attention(
+    queries: Float[Tensor, "B H Q K"],
+    keys: Float[Tensor, "B G S K"],
+    values: Float[Tensor, "B G S K"],
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Float[Tensor, "B H Q K"]:
+    """torch's scaled dot product, where several heads of queries may share one of keys and values."""
+    shares = queries.shape[1] // keys.shape[1]
+    if shares > 1 and queries.is_cuda and (attn_mask is not None or queries.dtype == torch.float32):
+        # A GPU's kernel for masks and float32 knows no sharing: torch would take the slow way through all scores.
+        keys, values = keys.repeat_interleave(shares, dim=1), values.repeat_interleave(shares, dim=1)
+    return F.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        enable_gqa=queries.shape[1] != keys.shape[1],
+    )

@@ -1,0 +1,1 @@
+"""Generators of tasks: pictures with questions or texts, written as shards."""

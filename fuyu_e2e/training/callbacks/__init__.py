@@ -1,0 +1,1 @@
+"""What watches, reports and guards a run, each a Lightning callback."""

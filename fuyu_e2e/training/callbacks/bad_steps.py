@@ -1,0 +1,179 @@
+"""Steps whose loss or gradient is no number, or far out of line, update nothing.
+
+One such update puts NaN into every weight, or throws a run back by days, and the run goes on as if all were well.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from math import isfinite, sqrt
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from fuyu_e2e.distributed import all_ranks
+from fuyu_e2e.errors import BAD_STEPS, UserError
+from fuyu_e2e.model.batch import PackedBatch
+from fuyu_e2e.training.module import FuyuModule, steps_between_logs
+from fuyu_e2e.training.step import StepFigures
+from fuyu_e2e.training.tensorboard import tensorboard_of
+
+MEMORY = 100
+"""Steps that running figures are over; so many good ones are seen before any is out of line."""
+KEYS_SHOWN = 20
+"""Samples named in the line; TensorBoard gets them all."""
+
+
+class TooManyBadStepsError(UserError):
+    """So many steps in a row were skipped that the run can't be learning."""
+
+    exit_code = BAD_STEPS
+
+
+@dataclass
+class Running:
+    """Mean and variance over about the last `MEMORY` values."""
+
+    count: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def add(self, value: float) -> None:
+        """Counts one value; all weigh the same until there are more than `MEMORY`."""
+        self.count = min(self.count + 1, MEMORY)
+        part, away = 1 / self.count, value - self.mean
+        self.mean += part * away
+        self.variance = (1 - part) * (self.variance + part * away * away)
+
+    def limit(self, deviations: float) -> float:
+        """The value `deviations` standard deviations above the mean; until that is known the greatest finite one."""
+        return self.mean + deviations * sqrt(self.variance) if self.count == MEMORY else sys.float_info.max
+
+
+class BadSteps(Callback):
+    """Skips a step, on all ranks alike, whose loss or gradient norm isn't finite or is far above what it was lately.
+
+    A skipped step leaves weights, the optimizer's state and thresholds of blocks as they were, bit for bit. Its
+    data are gone by, and it counts in `global_step` and the learning rate, so that rows and steps stay in line over a
+    resume. It is logged with the keys of the samples whose loss wasn't finite, else of all in the step.
+
+    Args:
+        in_a_row: So many skipped steps in a row end the run.
+        deviations: Skip also where loss or gradient norm is more than so many standard deviations above its mean over
+            the last 100 good steps; 6 is out of line beyond doubt. None leaves that out.
+
+    Raises:
+        UserError: A setting is out of its range.
+    """
+
+    def __init__(self, in_a_row: int = 10, deviations: float | None = None) -> None:
+        if in_a_row < 1:
+            raise UserError(f"bad_steps.in_a_row is {in_a_row}, but must be at least 1.")
+        if deviations is not None and not deviations > 0:
+            raise UserError(f"bad_steps.deviations is {deviations}, but must be above 0.")
+        self.in_a_row = in_a_row
+        self.deviations = deviations
+        self.skipped = 0
+        """Steps skipped so far, those before a resume among them."""
+        self._streak = 0
+        self._running = {"loss": Running(), "gradient norm": Running()}
+        self._rows: dict[int, list[tuple[tuple[str, ...], Tensor]]] = {}
+        """Of each step that isn't judged yet."""
+        self._keys: tuple[str, ...] = ()
+        self._module: FuyuModule | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts and running figures, in primitives."""
+        if self._module is not None:
+            self._module.read_step()
+        running = {name: asdict(figures) for name, figures in self._running.items()}
+        return {"skipped": self.skipped, "streak": self._streak, "running": running}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.skipped, self._streak = state_dict["skipped"], state_dict["streak"]
+        self._running = {name: Running(**figures) for name, figures in state_dict["running"].items()}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Learns whose steps are to be judged."""
+        assert isinstance(pl_module, FuyuModule)
+        self._module = pl_module
+
+    def limits(self) -> tuple[float, float]:
+        """The greatest loss and gradient norm of a good step."""
+        loss, norm = (
+            sys.float_info.max if self.deviations is None else running.limit(self.deviations)
+            for running in self._running.values()
+        )
+        return loss, norm
+
+    def judge(self, figures: StepFigures) -> None:
+        """Counts a step, and reports it where it was skipped.
+
+        Raises:
+            TooManyBadStepsError: It was one too many in a row.
+        """
+        rows = self._rows.pop(figures.step, [])
+        found = {"loss": figures.loss, "gradient norm": figures.gradient_norm}
+        if not figures.skipped:
+            self._streak = 0
+            for name, running in self._running.items():
+                running.add(found[name])
+            return
+        self._streak += 1
+        self.skipped += 1
+        reason = self._why(found)
+        self._report(figures.step, reason, rows)
+        if self._streak >= self.in_a_row:
+            raise TooManyBadStepsError(
+                f"{self._streak} steps in a row were skipped, the last because {reason}: weights are those of "
+                f"step {figures.step - self._streak}, and checkpoints are from there or before. Lower the "
+                "learning rate or look at the samples named, and go on with --ckpt_path last."
+            )
+
+    def _why(self, found: dict[str, float]) -> str:
+        for (name, running), limit in zip(self._running.items(), self.limits(), strict=True):
+            if not isfinite(value := found[name]):
+                return f"its {name} is {value}"
+            if value > limit:
+                return f"its {name} is {value:.4g}, {running.mean:.4g} ± {sqrt(running.variance):.2g} until now"
+        raise AssertionError("no figure of a skipped step is out of line")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Has the module ask in each step, and begins with no rows of one."""
+        assert isinstance(pl_module, FuyuModule)
+        pl_module.guard = self
+        self._rows.clear()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PackedBatch, batch_idx: int
+    ) -> None:
+        """Keeps the samples' keys."""
+        self._keys = trainer.datamodule.row.keys  # type: ignore[attr-defined]
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Keeps the row's own loss beside them, unread, so that no host waits for it."""
+        self._rows.setdefault(trainer.global_step + 1, []).append((self._keys, loss.detach()))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Logs how many were skipped."""
+        if not trainer.fit_loop.epoch_loop._should_accumulate() and (
+            trainer.global_step % steps_between_logs(trainer) == 0
+        ):
+            pl_module.log("bad_steps/skipped", float(self.skipped))
+
+    def _report(self, step: int, reason: str, own_rows: list[tuple[tuple[str, ...], Tensor]]) -> None:
+        own = [(keys, bool(loss.isfinite())) for keys, loss in own_rows]
+        every = [row for of_rank in all_ranks(own) for row in of_rank]
+        odd = [row for row in every if not row[1]]
+        keys = [key for row_keys, _ in odd or every for key in row_keys]
+        more = f" and {len(keys) - KEYS_SHOWN} more" if len(keys) > KEYS_SHOWN else ""
+        shown = ", ".join(keys[:KEYS_SHOWN])
+        rank_zero_info(f"\nStep {step} is skipped: {reason}. Samples: {shown}{more}.")
+        assert self._module is not None
+        trainer = self._module.trainer
+        if trainer.is_global_zero and (logger := tensorboard_of(trainer)) is not None:
+            text = f"{reason}\n\n    " + "\n    ".join(keys)
+            logger.experiment.add_text("bad_steps/samples", text, step - 1)  # curves count steps from 0

@@ -1,0 +1,242 @@
+"""Which checkpoints a run keeps, and what saving them costs."""
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from fuyu_e2e.checkpoint.run_checkpoints import LAST, written_last_first
+from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
+from fuyu_e2e.training.tensorboard import shown_step
+
+MONITOR = "val/loss"
+"""What tells the best checkpoint where the recipe names no figure and there is validation data."""
+
+
+class Checkpoints(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, which keeps the newest checkpoint as well as the best.
+
+    Where a step is to be both validated and saved, validation comes first: Lightning saves before it, and records the
+    figures of the validation before. Where `monitor` is a figure of validation (`val/...`), each validation that is
+    among the `save_top_k` best is saved as well, whatever `every_n_train_steps` says. The newest checkpoint is kept
+    beside those; `save_top_k` 0 keeps it alone, and -1 keeps all. Where `monitor` is not set and the run has
+    validation data, it is `val/loss`, the lower the better.
+
+    File names have the step, which is added to a `filename` without it, and by default the monitored figure where it
+    was taken at that step. Also saves at once (`save_now`), and logs `checkpoint/stall_seconds`.
+
+    Attributes:
+        newest: The checkpoint that was saved last, or "".
+        saving: The one that is being saved, while it is.
+    """
+
+    newest = ""
+    saving = ""
+    _due_after_validation = False
+    _validated_at = -1
+    _step = -1
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Chooses the figure that tells the best checkpoint, unless the recipe names one."""
+        super().setup(trainer, pl_module, stage)
+        patterns = getattr(trainer.datamodule, "patterns", {})  # type: ignore[attr-defined]
+        if self.monitor is None and patterns.get("val") is not None:
+            self.monitor, self.mode, self.kth_value = MONITOR, "min", torch.tensor(torch.inf)
+        if self.filename is not None and "{step" not in self.filename:
+            self.filename += "-{step}"  # the newest would be written over the best
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Saves a step whose turn it is, unless it is about to be validated."""
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate() or self._should_skip_saving_checkpoint(trainer) or not self._is_due(trainer):
+            return
+        by_steps = trainer._val_check_time_interval is None  # type: ignore[attr-defined]
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        if by_steps and loop._should_check_val_fx(fetcher) and not loop.val_loop.skip:
+            self._due_after_validation = True
+        else:
+            self._save(trainer)
+
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        if self._every_n_train_steps >= 1:
+            return trainer.global_step % self._every_n_train_steps == 0
+        if self._train_time_interval is None:
+            return False
+        now = time.monotonic()
+        due = now - (self._last_time_checked or now) >= self._train_time_interval.total_seconds()
+        if due := trainer.strategy.broadcast(due):  # clocks of ranks differ
+            self._last_time_checked = now
+        return due
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes that figures of validation are about to be those of this step."""
+        self._validated_at = trainer.global_step
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves a step whose turn it was before it was validated, and one that turns out to be among the best."""
+        trial = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or trial:
+            return
+        due, self._due_after_validation = self._due_after_validation, False
+        each_epoch = self._every_n_epochs >= 1 and not self._should_save_on_train_epoch_end(trainer)
+        of_validation = self.monitor is not None and self.monitor.startswith("val/")
+        if due or each_epoch or (of_validation and self._is_among_best(trainer, self._figure(trainer))):
+            self._save(trainer)
+
+    def save_now(self, trainer: pl.Trainer) -> Path:
+        """Saves the step that is done, unless it is saved, and gives where; every rank calls it."""
+        if self._last_global_step_saved != trainer.global_step:
+            self._save(trainer)
+        return Path(self._last_checkpoint_saved)
+
+    def monitored(self, trainer: pl.Trainer) -> dict[str, Any] | None:
+        """What a checkpoint of this step records of the monitored figure: `name`, `value` and `mode`.
+
+        Returns:
+            None where nothing is monitored, or the figure was not taken at this step.
+        """
+        figure = self._figure(trainer)
+        return None if figure is None else {"name": self.monitor, "value": float(figure), "mode": self.mode}
+
+    def _figure(self, trainer: pl.Trainer) -> Tensor | None:
+        """The monitored figure of this step."""
+        if self.monitor is None:
+            return None
+        if not self.monitor.startswith("val/") or self._validated_at == trainer.global_step:
+            return trainer.callback_metrics.get(self.monitor)
+        return None
+
+    def _is_among_best(self, trainer: pl.Trainer, figure: Tensor | None) -> bool:
+        return figure is not None and self.save_top_k != 0 and self.check_monitor_top_k(trainer, figure)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        candidates = self._monitor_candidates(trainer)
+        self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
+
+    def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """Saves this step, then removes what it supersedes: the newest until now, and the least of the best."""
+        figure = self._figure(trainer)
+        if self.monitor is not None and figure is None:
+            monitor_candidates[self.monitor] = torch.tensor(torch.nan)  # an earlier one is no part of this step's name
+        default = "{step}" if figure is None else f"{{step}}-{{{self.monitor}:.4f}}"
+        path = self.format_checkpoint_name(monitor_candidates, self.filename or default)
+        superseded = {self.newest, *self.best_k_models}
+        if self._is_among_best(trainer, figure):
+            assert figure is not None
+            self._take_among_best(path, figure)
+        if self.monitor is None:
+            self.best_model_path = path
+        self.newest, self._step = path, trainer.global_step
+        if self.verbose:
+            taken = "" if figure is None else f", {self.monitor} {figure:.5g}"
+            rank_zero_info(f"Step {trainer.global_step}{taken}: saving {path}")
+        self._save_checkpoint(trainer, path)
+        if self.save_top_k == -1:
+            return
+        for old in sorted(superseded - {"", path, *self.best_k_models}):
+            if self._should_remove_checkpoint(trainer, old, path):
+                self._remove_superseded(trainer, old, path)
+
+    def _take_among_best(self, path: str, figure: Tensor) -> None:
+        """Changes what a checkpoint says of the run, and is therefore called before it is saved."""
+        worst = torch.tensor(torch.inf if self.mode == "min" else -torch.inf, device=figure.device)
+        figure = worst if figure.isnan() else figure
+        sign = 1 if self.mode == "min" else -1
+        self.current_score = figure
+        ranking = sorted((self.best_k_models | {path: figure}).items(), key=lambda item: sign * float(item[1]))
+        self.best_k_models = dict(ranking if self.save_top_k == -1 else ranking[: self.save_top_k])
+        self.best_model_path, self.best_model_score = ranking[0]
+        self.kth_best_model_path, self.kth_value = list(self.best_k_models.items())[-1]
+
+    def _remove_superseded(self, trainer: pl.Trainer, old: str, successor: str) -> None:
+        writer = trainer.strategy.checkpoint_io
+        if not isinstance(writer, BackgroundCheckpointIO):
+            self._remove_checkpoint(trainer, old)
+        elif trainer.is_global_zero:
+            writer.remove_superseded(old, successor)
+
+    def _format_checkpoint_name(
+        self,
+        filename: str | None,
+        metrics: dict[str, Tensor],
+        prefix: str | None = None,
+        auto_insert_metric_name: bool = True,
+    ) -> str:
+        """As Lightning does, but with `val_loss` for `val/loss`, which would be a folder."""
+        if filename is not None:
+            filename = re.sub(r"\{[^}:]*", lambda name: name[0].replace("/", "_"), filename)
+        metrics = {name.replace("/", "_"): value for name, value in metrics.items()}
+        return super()._format_checkpoint_name(filename, metrics, prefix, auto_insert_metric_name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's, with the newest checkpoint, which is the one that this is saved in, and its step."""
+        return super().state_dict() | {
+            "newest": self.newest,
+            "step": self._step,
+            "monitor": self.monitor,
+            "mode": self.mode,
+        }
+
+    @property
+    def state_key(self) -> str:
+        """One name, where Lightning's has the settings in it: a run that changes one still knows its checkpoints."""
+        return type(self).__name__
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up which checkpoints were kept, by their names in the run's directory, wherever that lies now.
+
+        The best are forgotten where another figure tells them from here on; none of them is removed then.
+        """
+        here = {path.name: str(path) for path in written_last_first([Path(self.dirpath or ".")])}
+        if (newest := here.get(Path(state_dict["newest"]).name)) is not None:
+            self.newest = self._last_checkpoint_saved = newest
+            self._step = self._last_global_step_saved = state_dict["step"]
+            if self.monitor is None:
+                self.best_model_path = newest
+        self.last_model_path = here.get(LAST, "")
+        if (self.monitor, self.mode) != (state_dict["monitor"], state_dict["mode"]):
+            return
+        kept = {Path(path).name: figure for path, figure in state_dict["best_k_models"].items()}
+        for name, figure in kept.items():
+            if name in here and self.save_top_k != 0:
+                self._take_among_best(here[name], figure)
+
+    def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """Lightning's, but links also where `save_top_k` is 0, for which Lightning writes a second checkpoint."""
+        if self.save_last != "link":
+            super()._save_last_checkpoint(trainer, monitor_candidates)
+            return
+        self.last_model_path = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST)
+        self._link_checkpoint(trainer, self._last_checkpoint_saved, self.last_model_path)
+
+    @staticmethod
+    def _link_checkpoint(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
+        writer = trainer.strategy.checkpoint_io
+        if isinstance(writer, BackgroundCheckpointIO):
+            if trainer.is_global_zero:
+                writer.link_checkpoint(filepath, linkpath)
+        else:
+            ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        self.saving = filepath
+        super()._save_checkpoint(trainer, filepath)
+        self.saving = ""
+        writer = trainer.strategy.checkpoint_io
+        if isinstance(writer, BackgroundCheckpointIO):
+            for logger in trainer.loggers:
+                logger.log_metrics({"checkpoint/stall_seconds": writer.stall}, step=shown_step(trainer))
+
+
+def checkpoints_of(trainer: pl.Trainer) -> Checkpoints | None:
+    """The callback that keeps a run's checkpoints, also where the recipe has more callbacks that save some."""
+    return next((one for one in trainer.checkpoint_callbacks if isinstance(one, Checkpoints)), None)

@@ -1,0 +1,144 @@
+"""What became of the samples: every sample that was left out, by reason."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.shards.mixture import shares
+from fuyu_e2e.distributed import DataRank, all_ranks
+from fuyu_e2e.model.batch import PackedBatch
+from fuyu_e2e.training.module import steps_between_logs
+
+
+class DataReport(Callback):
+    """Logs how many samples were read, used and skipped by reason, and prints those of validation, test and predict.
+
+    `Ending` prints those of training.
+
+    Of a mixture, the share of each source that was really drawn stands beside the one asked for, and how many times
+    the source was read so far. Counts of training go on in a resumed run, from the last whole step on.
+    """
+
+    def __init__(self) -> None:
+        self.tallies: dict[str, Tally] = {}
+        self._before = Tally()
+        self._of_this_step = Tally()
+        self._counts = True
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves the counting to one of the processes that see the same rows."""
+        self._counts = DataRank.of(trainer).first
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts of training over all processes and resumed runs, in primitives."""
+        return self.training().to_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on counting from there."""
+        self._before = Tally.from_dict(state_dict)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Counts this run anew; what came before it is added when counts are shown."""
+        self.tallies["train"] = Tally()
+        self._of_this_step = Tally()
+
+    def training(self) -> Tally:
+        """The counts of training over all processes and resumed runs; every process calls it."""
+        total = Tally.from_dict(self._before.to_dict())
+        total.add(_over_ranks(self.tallies.get("train", Tally())))
+        return total
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Counts anew."""
+        self.tallies["val"] = Tally()
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Counts anew."""
+        self.tallies["test"] = Tally()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
+    ) -> None:
+        """Counts a batch once its step is done, and logs the counts at every `log_every_n_steps`-th step."""
+        self._add(self._of_this_step, trainer)
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        self.tallies["train"].add(self._of_this_step.take())
+        if trainer.global_step % steps_between_logs(trainer) == 0:
+            tally = self.training()
+            pl_module.log("data/read", float(tally.read))
+            for reason, count in tally.skipped.items():
+                pl_module.log(f"data/skipped/{reason}", float(count))
+            if tally.read_of:
+                self._log_mixture(trainer, pl_module, tally)
+
+    def _log_mixture(self, trainer: pl.Trainer, pl_module: pl.LightningModule, tally: Tally) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        sources = data.stream_sources("train")
+        drawn = tally.tokens_of if data.mix_by == "tokens" else tally.used_of
+        asked = shares([source.source for source in sources], trainer.global_step)
+        for source, share in zip(sources, asked, strict=True):
+            pl_module.log(f"data/share_asked/{source.name}", share)
+            pl_module.log(f"data/share_drawn/{source.name}", drawn[source.name] / max(1, drawn.total()))
+            documents = sum(facts.documents for facts in source.facts)
+            pl_module.log(f"data/epoch/{source.name}", tally.read_of[source.name] / documents)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: PackedBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Counts a batch."""
+        self._add(self.tallies["val"], trainer)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: PackedBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Counts a batch."""
+        self._add(self.tallies["test"], trainer)
+
+    def _add(self, tally: Tally, trainer: pl.Trainer) -> None:
+        if self._counts:
+            tally.add(trainer.datamodule.row.tally)  # type: ignore[attr-defined]
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints the validation data's counts where something was left out."""
+        if not trainer.sanity_checking:
+            self._print("val", only_losses=True)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints the test data's counts."""
+        self._print("test")
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints what became of the documents to be continued."""
+        self.tallies["predict"] = trainer.datamodule.prompt_tally  # type: ignore[attr-defined]
+        self._print("predict")
+
+    def _print(self, split: str, only_losses: bool = False) -> None:
+        tally = _over_ranks(self.tallies[split])
+        if not only_losses or tally.skipped or tally.tokens_cut:
+            rank_zero_info(f"\n{split} data: {tally.summary()}")
+        for example in tally.examples.values():
+            rank_zero_warn(f"{split} data, skipped for example: {example}")
+
+
+def _over_ranks(tally: Tally) -> Tally:
+    total = Tally()
+    for one in all_ranks(tally):
+        total.add(one)
+    return total

@@ -1,0 +1,134 @@
+"""Tasks that a run evaluates every so many steps, as curves and pictures."""
+
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from fuyu_e2e.checkpoint.loading import TrainedModel
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.eval.contact_sheet import draw_sheet
+from fuyu_e2e.eval.evaluation import Evaluation, evaluate
+from fuyu_e2e.eval.question import Question
+from fuyu_e2e.eval.scores import MetricScores, score
+from fuyu_e2e.eval.task import BATCH_TOKENS, Task, load_task
+from fuyu_e2e.model.decoder import Decoder
+from fuyu_e2e.training.callbacks.random_state import put_back, read
+from fuyu_e2e.training.callbacks.throughput import Throughput
+from fuyu_e2e.training.module import FuyuModule
+from fuyu_e2e.training.settings.arguments import did_you_mean
+
+
+class EvaluationInTraining(Callback):
+    """Evaluates tasks every so many steps, on the first process while the others wait; training is as without.
+
+    Logs `eval/TASK/METRIC`, the same by group and blind, `eval/TASK/unusable`, which is how many questions are wrong
+    since they can't be used, and contact sheets of right and wrong answers. The model computes in the run's precision.
+    The time that it takes counts for `watchdog.limit`, and ends a run of several processes where it exceeds the 30
+    minutes that collectives wait: the limit is there to keep it short.
+
+    Args:
+        tasks: Task files, or names of shipped ones; none evaluates nothing.
+        every_n_steps: Optimizer steps from one evaluation to the next.
+        limit: Questions of each task, the first ones.
+        data: Files and folders in place of a task's own, by the task's name and theirs.
+        batch_tokens: Tokens that are read and written at once.
+
+    Raises:
+        UserError: A value is out of its range, or there is no such task.
+    """
+
+    def __init__(
+        self,
+        tasks: tuple[str, ...] = (),
+        every_n_steps: int = 500,
+        limit: int = 200,
+        data: dict[str, dict[str, str]] | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("limit", limit), ("batch_tokens", batch_tokens)):
+            if value < 1:
+                raise UserError(f"evaluate.{name} is {value}, but must be at least 1.")
+        if strange := next((name for name in data or {} if name not in tasks), None):
+            hint = did_you_mean(strange, tasks) or f"evaluate.tasks names {', '.join(tasks) or 'none'}."
+            raise UserError(f"evaluate.data is for the task {strange}, which is not evaluated: {hint}")
+        self.tasks = tasks
+        self.every_n_steps = every_n_steps
+        self.limit = limit
+        self.data = data or {}
+        self.batch_tokens = batch_tokens
+        self._asked: list[tuple[Task, list[Question]]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Reads the questions, on every process, so that what is wrong with them ends all.
+
+        Raises:
+            UserError: A task or its data is not what it should be.
+        """
+        if stage != "fit":
+            return
+        self._asked = []
+        for named in self.tasks:
+            task, tally = load_task(named, self.data.get(named)), Tally()
+            questions = list(islice(task.questions(tally), self.limit))
+            if not questions:
+                raise UserError(f"The task {named} has no question: {tally.summary()}.")
+            if tally.skipped:
+                rank_zero_warn(f"The task {named} is evaluated on fewer questions than it has: {tally.summary()}.")
+            self._asked.append((task, questions))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Evaluates behind a step whose turn it is."""
+        if not self._asked or trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        if trainer.global_step % self.every_n_steps:
+            return
+        assert isinstance(pl_module, FuyuModule)
+        decoder = pl_module.whole_decoder()
+        if decoder is not None:
+            self._evaluate(trainer, pl_module, decoder)
+        trainer.strategy.barrier()
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Throughput):
+                callback.leave_out()
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: FuyuModule, decoder: Decoder) -> None:
+        random_state, training = read(), decoder.training
+        model = TrainedModel(decoder.eval(), pl_module.datamodule.builder, trainer.global_step)
+        try:
+            for task, questions in self._asked:
+                with trainer.precision_plugin.forward_context():
+                    evaluation = evaluate(model, task, questions, batch_tokens=self.batch_tokens)
+                self._log(trainer, evaluation, score(evaluation, intervals=False))
+        finally:
+            decoder.train(training)
+            put_back(random_state)
+
+    @staticmethod
+    def _log(trainer: pl.Trainer, evaluation: Evaluation, scores: Mapping[str, MetricScores]) -> None:
+        name, step = evaluation.task.name, trainer.global_step
+        logged = figures(scores) | {"unusable": float(evaluation.tallies["image"].skipped.total())}
+        for logger in trainer.loggers:
+            logger.log_metrics({f"eval/{name}/{figure}": value for figure, value in logged.items()}, step)
+            if isinstance(logger, TensorBoardLogger):
+                for kind, cells in (("right", evaluation.right), ("wrong", evaluation.wrong)):
+                    if cells:
+                        sheet = np.asarray(draw_sheet(cells))
+                        logger.experiment.add_image(f"eval/{name}/{kind}", sheet, step, dataformats="HWC")
+
+
+def figures(scores: Mapping[str, MetricScores]) -> dict[str, float]:
+    """Every score that there is: `METRIC`, `METRIC/GROUP/VALUE`, `METRIC/without_image`, `METRIC/other_image`."""
+    found = {}
+    for metric, parts in scores.items():
+        found[metric] = parts.all.value
+        for group, values in parts.groups.items():
+            found |= {f"{metric}/{group}/{value}": scored.value for value, scored in values.items()}
+        found |= {f"{metric}/{run}": scored.value for run, scored in parts.blind.items()}
+    return {name: value for name, value in found.items() if value is not None}

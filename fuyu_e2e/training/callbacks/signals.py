@@ -1,0 +1,164 @@
+"""SIGTERM, SIGINT and SIGUSR1 end a run behind a whole step, with a checkpoint, on whichever ranks they come in.
+
+A handler only raises a flag. Python's KeyboardInterrupt may strike between the update of two weights, and a checkpoint
+saved then is of no step at all; a collective in a handler, as in Lightning's own for SIGTERM, meets whatever the other
+ranks are at and hangs. Flags are summed over the ranks with what each step sums anyway (`FuyuModule.votes`), so all
+ranks learn in the same step that one of them is to stop.
+"""
+
+import shlex
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+
+from fuyu_e2e.checkpoint.run_directory import RECIPE, shown
+from fuyu_e2e.distributed import anywhere, in_step, sum_over_ranks
+from fuyu_e2e.errors import STOP_SIGNALS, of_signal
+from fuyu_e2e.training.callbacks.last_checkpoint import save_last
+from fuyu_e2e.training.module import FuyuModule
+
+STORE_KEY = "fuyu_e2e/stop"
+"""What a rank sets in the process group's store when it hears a signal during validation."""
+
+
+class Stopped(SystemExit):
+    """The run ended after a whole step, its checkpoint is saved, and it can be resumed; `code` says what ended it."""
+
+
+def stop(trainer: pl.Trainer, why: str, code: int) -> NoReturn:
+    """Ends training after a whole step, with a checkpoint; all ranks call it after the same step.
+
+    Raises:
+        Stopped: Always.
+    """
+    saved = save_last(trainer)
+    rank_zero_info(f"\n{why} at step {trainer.global_step}; {f'saved {saved}' if saved else 'not saved'}.")
+    config = Path(trainer.default_root_dir) / RECIPE
+    if saved and config.is_file():
+        rank_zero_info(f"Go on with: fuyu-e2e fit --config {shlex.quote(shown(config))} --ckpt_path last")
+    raise Stopped(0 if _child_of_lightning(trainer) else code)
+
+
+class StopSignals(Callback):
+    """Ends training for a signal: all ranks finish the running step, save `last.ckpt` and raise `Stopped`.
+
+    A second Ctrl-C ends the process at once. A second SIGTERM changes nothing: where a whole job is signalled, it
+    comes both straight and passed on by torchrun. Before the first step there is nothing to save, and signals do what
+    they do by default. Stands behind all callbacks that count steps or rows, so that the checkpoint has their counts.
+    """
+
+    def __init__(self) -> None:
+        self._heard: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._heard = self._heard or signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Keeps Lightning from installing its handlers, which would take the place of ours or hang `validate`.
+
+        And from asking rank 0 about them before each row, for which all ranks and devices wait.
+        """
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes over the signals while training runs."""
+        self._heard = None
+        self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Tells the other ranks what this one heard."""
+        assert isinstance(pl_module, FuyuModule)
+        pl_module.votes |= {number.name: self._heard == number for number in STOP_SIGNALS}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Stops after the step in which a rank heard a signal; on GPUs mostly after the next one.
+
+        Raises:
+            Stopped: On all ranks.
+        """
+        assert isinstance(pl_module, FuyuModule)
+        if pl_module.figures is None or trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        for number in STOP_SIGNALS:
+            if number.name in pl_module.figures.votes:
+                stop(trainer, number.name, of_signal(number))
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Cuts a validation during training short.
+
+        Ranks may have different numbers of validation rows, so they have no collective between them, unless weights
+        are in parts over them: the word goes round through the process group's store. Lightning's loop takes
+        StopIteration for the end of the data.
+        """
+        if not self._previous:
+            return
+        if in_step(trainer):
+            if anywhere(trainer, self._heard is not None):
+                raise StopIteration
+            return
+        store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+        if self._heard:
+            if store is not None:
+                store.set(STORE_KEY, "1")
+            raise StopIteration
+        if store is not None and store.check([STORE_KEY]):
+            raise StopIteration
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stops where a rank heard a signal during validation, whose figures are dropped.
+
+        Raises:
+            Stopped: On all ranks.
+        """
+        if not self._previous:
+            return
+        heard = torch.tensor([self._heard == number for number in STOP_SIGNALS], device=pl_module.device).double()
+        for number, count in zip(STOP_SIGNALS, sum_over_ranks(heard).tolist(), strict=True):
+            if count:
+                stop(trainer, number.name, of_signal(number))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hands the signals back."""
+        self._restore(*self._previous)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Hands the signals back.
+
+        But SIGINT alone on the way out for a signal: torchrun sends SIGTERM to those that are still leaving when it
+        sees the first one gone, which must not change their exit code.
+        """
+        self._restore(*([signal.SIGINT] if isinstance(exception, Stopped) else self._previous))
+
+    def _restore(self, *numbers: signal.Signals) -> None:
+        for number in numbers:
+            if number in self._previous:
+                signal.signal(number, self._previous[number])
+        self._previous = {}
+
+
+def _child_of_lightning(trainer: pl.Trainer) -> bool:
+    """Whether Lightning itself started this process from another one, whose exit code is the one that is seen.
+
+    It kills that other one when a child leaves with anything but 0, before it has left itself.
+    """
+    strategy = trainer.strategy
+    return (
+        isinstance(strategy, ParallelStrategy)
+        and isinstance(strategy.cluster_environment, LightningEnvironment)
+        and trainer.local_rank > 0
+    )

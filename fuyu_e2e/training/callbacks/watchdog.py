@@ -1,0 +1,92 @@
+"""A run that stands still ends, and leaves in its log where each rank stood."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from fuyu_e2e.errors import STUCK, UserError
+
+TICKS = 20
+"""Looks at the training within the limit."""
+FAREWELL = 5.0
+"""Seconds at most between a rank's stack and its end, in which the other ranks write theirs."""
+
+
+class Watchdog(Callback):
+    """Ends the process when a step takes longer than a limit, also where the main thread hangs in a collective.
+
+    A thread writes the stacks of all threads to stderr and leaves with exit code 4. What counts as a step is whatever
+    lies between the ends of two training or validation batches: waiting for data, checkpoints, sample generations.
+    Time in which the whole process is stopped (Ctrl-Z, a suspended laptop) doesn't count. A main thread that hangs
+    without letting go of Python's lock can't be seen from a thread; torch's collectives let go of it.
+
+    Args:
+        limit: Seconds that a step may take; None switches the watch off.
+
+    Raises:
+        UserError: The limit is out of its range.
+    """
+
+    def __init__(self, limit: float | None = 3600.0) -> None:
+        if limit is not None and not limit > 0:
+            raise UserError(f"watchdog.limit is {limit} seconds, but must be above 0.")
+        self.limit = limit
+        self._beats = 0
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._expired = False
+        self._rank = self._step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins to watch."""
+        self._done = threading.Event()
+        self._rank, self._step = trainer.global_rank, trainer.global_step
+        if self.limit is not None:
+            arguments = (self.limit, self._done)
+            self._thread = threading.Thread(target=self._watch, args=arguments, name="watchdog", daemon=True)
+            self._thread.start()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Sees that the training goes on."""
+        self._step = trainer.global_step
+        self._beats += 1
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Sees that a validation goes on."""
+        self._beats += 1
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watches no more."""
+        self._done.set()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Watches no more; where the limit is over, the exception is that other ranks left, and this one follows."""
+        self._done.set()
+        if self._expired and self._thread is not None:
+            self._thread.join()
+
+    def _watch(self, limit: float, done: threading.Event) -> None:
+        seen, idle = self._beats, 0
+        while idle < TICKS:
+            if done.wait(limit / TICKS):
+                return
+            idle = idle + 1 if seen == self._beats else 0
+            seen = self._beats
+        self._expired = True
+        # pytest and notebooks put something without a file descriptor in the place of sys.stderr.
+        log = sys.__stderr__
+        if log is not None:
+            log.write(
+                f"\nfuyu-e2e: rank {self._rank} made no step in {limit:g} s (watchdog.limit) after step {self._step}; "
+                "its threads stand here, the main one last:\n"
+            )
+            log.flush()
+            faulthandler.dump_traceback(log)
+        time.sleep(min(FAREWELL, limit))
+        os._exit(STUCK)

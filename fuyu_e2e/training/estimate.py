@@ -1,0 +1,248 @@
+"""`fuyu-e2e estimate`: what a recipe will take of memory and time, before anything is started."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+
+from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.packing import Packer, pack_row
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.cost import Cost, cost
+from fuyu_e2e.model.memory import Memory, Precision, memory
+from fuyu_e2e.training.device_limits import matmul_rate, named_peak
+from fuyu_e2e.training.settings.own_options import add_estimate_options
+from fuyu_e2e.training.settings.recipe import FuyuCLI
+from fuyu_e2e.training.settings.setting_errors import groups_given, recipes_of
+
+ASSUMED_DOCUMENT = 512
+"""Tokens of a document where the recipe names no data: half of them patches, a quarter supervised."""
+PRECISIONS: dict[str, Precision] = {
+    "32": "32-true",
+    "32-true": "32-true",
+    "16-mixed": "bf16-mixed",
+    "bf16-mixed": "bf16-mixed",
+    "16-true": "bf16-true",
+    "bf16-true": "bf16-true",
+}
+"""Lightning's names, and which of ours takes as much memory and time."""
+
+
+class EstimateCLI(FuyuCLI):
+    """A recipe, to be looked at without running it."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(args, run=False)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what it is to run on."""
+        super().add_arguments_to_parser(parser)
+        add_estimate_options(parser)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """A trainer that leaves nothing behind; none is needed."""
+        return pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What one row of the run holds."""
+
+    document_lengths: tuple[int, ...]
+    patches: int
+    targets: int
+    source: str
+    """Where that is known from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run is expected to take."""
+
+    cost: Cost
+    """Of one row."""
+    memory: Memory
+    """Of each process."""
+    row: Row
+    precision: Precision
+    processes: int
+    rows: int
+    """Rows of the whole run, over all processes; 0 where it has no end."""
+    device: str
+    rate: float
+    """Operations per second of one device."""
+    mfu: float
+    """Share of that rate which the run is taken to reach."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.rows * self.cost.tokens
+
+    @property
+    def hours(self) -> float:
+        """What the whole run takes."""
+        return self.rows * self.cost.training_flops / (self.rate * self.mfu * self.processes) / 3600
+
+
+def estimated(args: Sequence[str]) -> Estimate:
+    """Estimates the run of a command line, `--config RECIPE` and any setting.
+
+    Raises:
+        UserError: A setting is wrong, or the device or precision unknown.
+    """
+    cli = EstimateCLI(args)
+    if cli.datamodule.tokenizer_path.is_file():  # else the size's own vocabulary, as nothing else is known
+        cli.model.fit_vocabulary(cli.datamodule)
+    settings, config = cli.config.trainer, cli.model.config
+    check_counts(settings, cli.config.rows_per_step)
+    if not 0 < cli.config.mfu <= 1:
+        raise UserError(f"--mfu is {cli.config.mfu}, but is a share: set it above 0 and at most 1.")
+    named = cli.config.device
+    asked = str(settings.precision or "32-true")
+    if named is not None and not _says_precision(args):
+        asked = "bf16-mixed"  # what FuyuCLI takes where there is a GPU
+    if asked not in PRECISIONS:
+        raise UserError(f"trainer.precision {asked} can't be estimated: it has to be one of {', '.join(PRECISIONS)}.")
+    precision = PRECISIONS[asked]
+    dtype = torch.float32 if precision == "32-true" else torch.float16 if asked[0] == "1" else torch.bfloat16
+    here = "cuda" if torch.cuda.is_available() and settings.accelerator != "cpu" else "cpu"
+    row = _row(cli.datamodule, config)
+    processes = _devices(settings.devices, here if named is None else "named") * settings.num_nodes
+    return Estimate(
+        cost=cost(
+            config,
+            document_lengths=row.document_lengths,
+            grids=[(1, row.patches)],
+            targets=row.targets,
+            done=None,
+        ),
+        memory=memory(
+            config,
+            tokens=cli.datamodule.budget,
+            patches=row.patches,
+            targets=row.targets,
+            optimizer=cli.model.optimizer_config.name,
+            precision=precision,
+            processes=processes,
+        ),
+        row=row,
+        precision=precision,
+        processes=processes,
+        rows=max(0, settings.max_steps) * (cli.config.rows_per_step or settings.accumulate_grad_batches * processes),
+        device=named or (torch.cuda.get_device_name() if here == "cuda" else f"{torch.get_num_threads()} CPU threads"),
+        rate=named_peak(named, dtype) if named is not None else matmul_rate(here, dtype, rounds=3),
+        mfu=cli.config.mfu,
+    )
+
+
+def check_counts(trainer: Any, rows_per_step: int | None) -> None:
+    """Refuses counts that `fit` would refuse as it begins.
+
+    Raises:
+        UserError: Names the setting.
+    """
+    counts = {
+        "trainer.num_nodes": trainer.num_nodes,
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "rows_per_step": rows_per_step,
+    }
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}, but must be at least 1.")
+    devices = trainer.devices
+    listed = devices if isinstance(devices, list) else str(devices).strip(",").split(",")
+    if devices != "auto" and (str(devices) == "0" or not all(str(one).lstrip("-").isdigit() for one in listed)):
+        raise UserError(f"trainer.devices is {devices!r}, but must be at least 1, or auto.")
+
+
+def _row(data: FuyuDataModule, config: FuyuConfig) -> Row:
+    """A row of the run's own data, or an assumed one where the recipe names none."""
+    if not (data.patterns["train"] or data.mixture):
+        length = min(ASSUMED_DOCUMENT, data.budget)
+        documents = data.budget // length
+        return Row(
+            document_lengths=(length,) * documents,
+            patches=documents * length // 2,
+            targets=documents * length // 4,
+            source=f"assumed: documents of {length} tokens, half of them patches, a quarter supervised, as the recipe "
+            "names no data.train",
+        )
+    tally = Tally()
+    packer = Packer(data.budget, data.long_documents, tally)
+    while not packer.full:  # training reads its shards over and over, too
+        for document in data.documents("train", tally):
+            try:
+                packer.add(data.builder.build(document))
+            except UnusableSampleError as error:
+                tally.skip(error)
+            if packer.full:
+                break
+        if not packer.waiting:
+            raise UserError(f"data.train holds no usable sample ({tally.summary()}).")
+    batch = pack_row(packer.fill_row())
+    return Row(
+        document_lengths=batch.document_lengths,
+        patches=len(batch.patches),
+        targets=len(batch.targets),
+        source="the first row of data.train",
+    )
+
+
+def _devices(asked: Any, where: str) -> int:
+    """How many devices a setting of Lightning's names; `auto` is all GPUs of this machine, or one of any other."""
+    if str(asked).lstrip("-").isdigit() and int(asked) > 0:
+        return int(asked)
+    if isinstance(asked, str | list) and asked not in ("auto", "-1"):
+        return len(asked.strip(",").split(",") if isinstance(asked, str) else asked)
+    return max(1, torch.cuda.device_count()) if where == "cuda" else 1
+
+
+def _says_precision(args: Sequence[str]) -> bool:
+    """Whether the command line, by itself or in a group, or one of its recipes sets `trainer.precision`."""
+    recipes = (yaml.safe_load(Path(path).read_text()) for path in recipes_of(args) if Path(path).is_file())
+    groups = [*groups_given("trainer", args), *(recipe.get("trainer") or {} for recipe in recipes)]
+    return any(argument.startswith("--trainer.precision") for argument in args) or any(
+        "precision" in group for group in groups
+    )
+
+
+def show(found: Estimate) -> None:
+    """Prints an estimate for people."""
+    lengths = found.row.document_lengths
+    parts = found.memory
+    lines = [
+        ("parameters", f"{found.cost.parameters:,}"),
+        ("row", f"{sum(lengths):,} tokens in {len(lengths)} documents ({found.row.source})"),
+        ("operations a token", f"{found.cost.training_flops_per_token:.3g} in training, attention by document"),
+        ("memory a process", f"{_size(parts.total)}, {found.precision}"),
+        *(
+            (f"  {name.replace('_', ' ')}", _size(getattr(parts, name)))
+            for name in ("weights", "gradients", "optimizer_state", "activations", "logits")
+        ),
+        ("device", f"{found.processes} x {found.device}: {found.rate:.3g} operations/s, of which {found.mfu:.0%} are "
+                   "assumed to be reached (--mfu)"),
+    ]  # fmt: skip
+    if found.rows:
+        lines += [("tokens of the run", f"{found.tokens:.4g}"), ("hours of the run", f"{found.hours:.3g}")]
+    else:
+        lines.append(("tokens of the run", "no end: trainer.max_steps is not set"))
+    console = Console(highlight=False, soft_wrap=True)
+    for name, value in lines:
+        console.print(f"{name:20} {value}")
+    console.print(
+        "Memory is that of tensors; CUDA's context and the process itself come on top. On a CPU, glibc may hold twice "
+        "that unless MALLOC_MMAP_THRESHOLD_=65536 is set."
+    )
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,60 @@
+"""One training sample of a recipe, as the model reads it."""
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+
+from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.inspection import draw_sequence, show_tokens
+from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.training.settings.own_options import add_inspect_options
+from fuyu_e2e.training.settings.recipe import FuyuCLI
+
+
+class InspectCLI(FuyuCLI):
+    """The same recipe, to look at one of its samples."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(args, run=False)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds which sample to show, and where to."""
+        super().add_arguments_to_parser(parser)
+        add_inspect_options(parser)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """A trainer that leaves nothing behind; none is needed to look at a sample."""
+        return pl.Trainer(logger=False, enable_checkpointing=False)
+
+
+def inspect_sample(args: Sequence[str]) -> None:
+    """Prints the tokens of the sample that a command line names, and draws its images.
+
+    Raises:
+        UserError: A setting is wrong, or there is no such sample, or it can't be used.
+    """
+    cli = InspectCLI(args)
+    data: FuyuDataModule = cli.datamodule
+    tally = Tally()
+    index = cli.config.index
+    if index < 0:
+        raise UserError(f"--index is {index}, but must be at least 0, the first sample.")
+    document = next(islice(data.documents("train", tally), index, None), None)
+    if document is None:
+        raise UserError(f"--index {index} is behind the last usable sample ({tally.summary()}).")
+    try:
+        sequence = data.builder.build(document)
+    except UnusableSampleError as error:
+        raise UserError(f"Sample {index} can't be used ({error}): it is skipped and counted in training.") from error
+    Console(highlight=False).print(show_tokens(sequence, data.tokenizer))
+    if sequence.images:
+        draw_sequence(sequence, data.images.patch_size, Path(cli.config.out))
+        print(
+            f"The images with their patches (red), newline tokens (blue) and padding (grey stripes): {cli.config.out}"
+        )

@@ -1,0 +1,491 @@
+"""From a recipe to a run: LightningCLI with our module, data and callbacks."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, ModelSummary, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from fuyu_e2e.checkpoint.atomic import UNFINISHED, Manifest, is_whole
+from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
+from fuyu_e2e.checkpoint.metadata import Description
+from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint, manifests, run_checkpoints
+from fuyu_e2e.checkpoint.run_directory import CHECKPOINTS, shown
+from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.home import with_home
+from fuyu_e2e.data.shards.sources import CACHE_FOLDER
+from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.attention.kernels import check_device
+from fuyu_e2e.model.attention.mask import AttentionMask
+from fuyu_e2e.training.callbacks.bad_steps import BadSteps
+from fuyu_e2e.training.callbacks.checkpoint_guard import CheckpointGuard
+from fuyu_e2e.training.callbacks.checkpoints import Checkpoints
+from fuyu_e2e.training.callbacks.data_report import DataReport
+from fuyu_e2e.training.callbacks.ending import Ending
+from fuyu_e2e.training.callbacks.evaluation import EvaluationInTraining
+from fuyu_e2e.training.callbacks.garbage_collection import GarbageCollection
+from fuyu_e2e.training.callbacks.heartbeat import Hosts
+from fuyu_e2e.training.callbacks.last_checkpoint import LastCheckpoint
+from fuyu_e2e.training.callbacks.progress_bar import progress
+from fuyu_e2e.training.callbacks.random_state import RandomState
+from fuyu_e2e.training.callbacks.routing_report import RoutingReport
+from fuyu_e2e.training.callbacks.samples import SampleGenerations
+from fuyu_e2e.training.callbacks.signals import StopSignals
+from fuyu_e2e.training.callbacks.summary import Summary
+from fuyu_e2e.training.callbacks.throughput import Throughput
+from fuyu_e2e.training.callbacks.time_limit import TimeLimit
+from fuyu_e2e.training.callbacks.watchdog import Watchdog
+from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
+from fuyu_e2e.training.module import FuyuModule
+from fuyu_e2e.training.no_profiler import NoProfiler
+from fuyu_e2e.training.settings.allowed_imports import (
+    ALLOWED,
+    OPTION,
+    DeniedImportError,
+    RecipeParser,
+    named_classes,
+    names_outside,
+    only_allowed_imports,
+    take_allowed,
+)
+from fuyu_e2e.training.settings.arguments import CommandParser
+from fuyu_e2e.training.settings.intervals import set_intervals
+from fuyu_e2e.training.settings.launcher_environment import launched_processes
+from fuyu_e2e.training.settings.lightning_settings import (
+    check_devices,
+    check_limits,
+    check_plugins,
+    check_settings,
+    set_monitor,
+)
+from fuyu_e2e.training.settings.setting_errors import SettingError, is_of_others, reason, recipes_of, sentence
+from fuyu_e2e.training.strategies import Sharded
+from fuyu_e2e.training.tensorboard import Curves
+
+# Recipes may name masks of their own: jsonargparse takes a dataclass for itself alone.
+set_parsing_settings(subclasses_enabled=[AttentionMask])
+
+
+class SaveRecipe(SaveConfigCallback):
+    """Writes the whole recipe, defaults included, as `config.yaml` into the directory of a run that trains.
+
+    Only once training starts: until then a checkpoint or a setting may be refused, and the recipe of the run that was
+    to be resumed has to stay what it was.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Does nothing, where Lightning would write."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes it, over that of the same run before it was resumed, on the first process.
+
+        Raises:
+            UserError: The directory can't be written; on all processes, none of which waits for another.
+        """
+        trouble = ""
+        if trainer.is_global_zero:
+            try:
+                self.save_config(trainer, pl_module, "fit")
+            except UserError as error:
+                trouble = str(error)
+        if trouble := trainer.strategy.broadcast(trouble):
+            raise UserError(trouble)
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Writes it beside its place, and renames it, so that the directory holds the old one or the new one whole.
+
+        Raises:
+            UserError: The directory can't be written.
+        """
+        root = Path(trainer.default_root_dir)
+        try:
+            self._write(root)
+        except (PermissionError, NotADirectoryError, FileNotFoundError, FileExistsError) as error:
+            raise UserError(
+                f"trainer.default_root_dir {root} can't be written ({error.strerror}): name another directory."
+            ) from error
+
+    def _write(self, root: Path) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        recipe = self.config.clone()
+        recipe.pop("ckpt_path", None)  # of this start, not of the run
+        unfinished = root / f".unfinished-{self.config_filename}"
+        unfinished.touch()  # the system says better than jsonargparse why it can't be written
+        self.parser.save(recipe, unfinished, skip_none=False, overwrite=True)
+        unfinished.replace(root / self.config_filename)
+
+
+class WritePredictions(BasePredictionWriter):
+    """Writes what `predict` generated as `predictions.jsonl` into the run's directory, one line a document.
+
+    The file appears when it is complete; a prediction that fails leaves the one from before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+        self._written = 0
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Counts from zero."""
+        self._written = 0
+
+    def write_on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Any, *_: Any) -> None:
+        """Adds a batch to the unfinished file."""
+        path = self._path(trainer, ".unfinished-")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a" if self._written else "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in prediction)
+        self._written += len(prediction)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Puts the file in its place, and says where that is."""
+        if not self._written:
+            rank_zero_info("No document of data.predict could be continued: nothing was written.")
+            return
+        path = self._path(trainer)
+        self._path(trainer, ".unfinished-").replace(path)
+        rank_zero_info(f"{self._written:,} continuations: {path}")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Removes what is not complete."""
+        if self._written:
+            self._path(trainer, ".unfinished-").unlink(missing_ok=True)
+
+    @staticmethod
+    def _path(trainer: pl.Trainer, prefix: str = "") -> Path:
+        return Path(trainer.default_root_dir) / f"{prefix}predictions.jsonl"
+
+
+class FuyuCLI(LightningCLI):
+    """LightningCLI with our module and data, one directory a run, and the callbacks that every run has.
+
+    A run's directory is `trainer.default_root_dir`: `config.yaml`, `checkpoints/` and `tensorboard/` stand in it.
+    """
+
+    def __init__(self, args: Sequence[str], run: bool = True) -> None:
+        self.throughput = Throughput()
+        self.time_limit = TimeLimit()
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        self.allowed, rest = take_allowed(args)
+        with only_allowed_imports(self.allowed):
+            super().__init__(
+                FuyuModule,
+                FuyuDataModule,
+                save_config_callback=SaveRecipe,
+                save_config_kwargs={"save_to_log_dir": False},
+                parser_class=RecipeParser,
+                seed_everything_default=0,
+                trainer_defaults={
+                    "default_root_dir": "runs/default",
+                    "precision": "bf16-mixed" if bf16 else "32-true",
+                    "callbacks": [
+                        self.throughput,
+                        DataReport(),
+                        SampleGenerations(),
+                        RoutingReport(),
+                        WritePredictions(),
+                        CheckpointGuard(),
+                        GarbageCollection(),
+                        StopSignals(),
+                        self.time_limit,
+                        Ending(),
+                    ],
+                },
+                parser_kwargs={"prog": "fuyu-e2e", "allow_abbrev": False},
+                auto_configure_optimizers=False,
+                args=rest,
+                run=run,
+            )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the settings of checkpoints and guards, and derives what a user would otherwise have to say twice."""
+        parser.usage = "%(prog)s --config RECIPE [--SETTING VALUE ...]"
+        parser.description = (
+            "Settings stand in the recipe, as `trainer:` and below it `max_steps: 100`, or behind it on the command "
+            "line, as `--trainer.max_steps 100`: those named last hold. data.train, data.tokenizer, trainer.max_steps "
+            "and trainer.default_root_dir, the run's directory, are what most runs change."
+        )
+        parser.epilog = (
+            f"{OPTION} PACKAGE[,PACKAGE] on the command line, never in a recipe, lets settings name classes of other "
+            "packages than Lightning and fuyu-e2e."
+        )
+        parser.link_arguments(
+            "model.config", "data.patch_size", compute_fn=lambda config: config.patch_size, apply_on="instantiate"
+        )
+        parser.link_arguments(
+            "model.config", "data.layout", compute_fn=lambda config: config.connector, apply_on="instantiate"
+        )
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        # `last.ckpt` is a link to the newest; a run that goes on writes over the names that it had.
+        parser.set_defaults({"checkpoint.save_last": "link", "checkpoint.enable_version_counter": False})
+        parser.add_argument(
+            "--rows_per_step",
+            type=int | None,
+            default=None,
+            help="Rows of an optimizer step, all processes together: from it and their number follows "
+            "trainer.accumulate_grad_batches, also where a run goes on with fewer or more of them.",
+        )
+        parser.add_lightning_class_args(BadSteps, "bad_steps")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
+        parser.add_lightning_class_args(Hosts, "hosts")
+        parser.add_lightning_class_args(EvaluationInTraining, "evaluate")
+        parser.link_arguments(
+            "trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: str(Path(root) / CHECKPOINTS)
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the seed, which is a number here: Lightning's `true` draws one, and a resumed run needs its own."""
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=self.seed_everything_default,
+            help="Seeds the weights, the order of the data, and all else that is drawn.",
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's commands, without the setting that would have them unpickle what stands in a checkpoint."""
+        return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: Lightning would take a checkpoint's hyperparameters for settings, class paths included."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, and refuses what Lightning would refuse with a traceback, or take for something else.
+
+        Raises:
+            UserError: A setting is wrong; the recipe names a class that is not allowed, or asks for what only a
+                command line may; or the checkpoint can't be read, or is missing.
+        """
+        try:
+            # The cache that no one chose is in the home of whoever goes on with the run: its own code expands it.
+            self.config = with_home(parser.parse_args(args), but=(CACHE_FOLDER,))
+            settings = self.config.get(str(self.config.get("subcommand")), self.config)
+            for name in ("accelerator", "strategy", "profiler"):
+                if names_outside(value := settings["trainer"][name], [*ALLOWED, *self.allowed]):
+                    raise DeniedImportError(value, f"trainer.{name}")
+            check_settings(settings)
+        except DeniedImportError as error:
+            raise UserError(
+                f"{error.key} {_where(error.path, args)}names {error.path}, and a recipe may name only classes of "
+                f"Lightning and fuyu-e2e: if you trust that code, say {OPTION} {error.path.split('.')[0]}."
+            ) from error
+        except SettingError as error:
+            raise UserError(sentence(error, args, named_classes())) from error
+        if settings["data"]["allow_pipe"] and not _allows_pipe(args):
+            raise UserError(
+                "data.allow_pipe would let the recipe run commands in your shell: if you trust it, say "
+                "--data.allow_pipe true on the command line."
+            )
+        if (command := self.config.get("subcommand")) is not None:
+            check_devices(settings["trainer"])
+            check_limits(command, settings["trainer"])
+            set_monitor(settings)
+            if command == "fit" and (said := set_intervals(settings)):
+                rank_zero_info(said)
+            settings["ckpt_path"] = checkpoint_to_read(
+                command, settings.get("ckpt_path"), Path(settings["trainer"]["default_root_dir"])
+            )
+
+    def instantiate_classes(self) -> None:
+        """Builds module, data and trainer.
+
+        Raises:
+            UserError: A setting was refused, by us or by the class that it is of; jsonargparse wraps what that says.
+        """
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
+            chain: list[BaseException] = []  # of causes, which jsonargparse lets run in a circle
+            cause: BaseException | None = error
+            while cause is not None and cause not in chain:
+                chain.append(cause)
+                cause = cause.__cause__ or cause.__context__
+            ours = next((one for one in chain if isinstance(one, UserError)), None)
+            if ours is None and not is_of_others(error):
+                raise
+            raise ours or UserError(f"{reason(str(error))}.") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Builds the trainer, with TensorBoard in the run's directory unless the recipe names another logger.
+
+        A progress bar or a summary that the recipe names takes the place of ours, and `enable_checkpointing` false
+        leaves our checkpoints out.
+        """
+        settings = self._get(self.config_init, "trainer")
+        if settings["logger"] is None:
+            trains = self.subcommand in (
+                None,
+                "fit",
+            )  # what only evaluates has no step, and no point in a run's curves
+            root = settings["default_root_dir"]
+            kwargs["logger"] = Curves(root, name="tensorboard", version="") if trains else False
+        named, plugins = (_listed(settings[name]) for name in ("callbacks", "plugins"))
+        check_plugins(plugins)
+        own_bar = settings["enable_progress_bar"] is False or any(isinstance(one, ProgressBar) for one in named)
+        shown: list[pl.Callback] = [] if own_bar else [progress()]
+        if settings["enable_model_summary"] is not False and not any(isinstance(one, ModelSummary) for one in named):
+            shown.append(Summary())
+            kwargs["enable_model_summary"] = False  # or Lightning says that it leaves its own out
+        kwargs["callbacks"] = [RandomState(), LastCheckpoint(), *named, *shown]
+        kwargs["plugins"] = [*plugins, BackgroundCheckpointIO()]
+        if settings["profiler"] is None:
+            kwargs["profiler"] = NoProfiler()
+        self.time_limit.set(settings["max_time"])
+        kwargs["max_time"] = None  # or Lightning adds its own
+        kwargs |= launched_processes()
+        if settings["enable_checkpointing"] is not False or any(isinstance(one, ModelCheckpoint) for one in named):
+            return super().instantiate_trainer(**kwargs)
+        kwargs["enable_checkpointing"] = None  # or Lightning refuses ours
+        trainer = super().instantiate_trainer(**kwargs)
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [one for one in callbacks if not isinstance(one, ModelCheckpoint)]  # type: ignore[attr-defined]
+        return trainer
+
+    def before_fit(self) -> None:
+        """Shares the rows of a step out.
+
+        Raises:
+            UserError: They don't divide by the processes; or attention can't be computed as asked here, which would be
+                told by the first step.
+        """
+        rows, strategy = self.config.fit.rows_per_step, self.trainer.strategy
+        if rows is not None:
+            sharing = strategy.tensor_parallel_size if isinstance(strategy, Sharded) else 1
+            processes = max(1, self.trainer.world_size // sharing)
+            if rows < 1 or rows % processes:
+                raise UserError(
+                    f"rows_per_step is {rows}, but must be a multiple of the {processes} processes that read rows of "
+                    "their own."
+                )
+            self.trainer.accumulate_grad_batches = rows // processes
+        check_device(self.model.attention, self.trainer.strategy.root_device)
+
+
+def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None:
+    """What a command of Lightning's reads, by the checkpoint that was named for it.
+
+    `last` is the newest checkpoint of the run that is right, `best` the one with the best figure; a directory names
+    the newest in it. The checkpoint is read here once, before Lightning does, whose errors are tracebacks.
+
+    Args:
+        command: `fit`, `validate`, `test` or `predict`.
+        named: `--ckpt_path`.
+        run: The run's directory.
+
+    Returns:
+        None where `fit` begins at step 0.
+
+    Raises:
+        UserError: It can't be read; there is none, and without one the command would tell of random weights; or `fit`
+            would mix the files of another run with those of the one in the directory.
+    """
+    found = run_checkpoints(run)
+    if named == "last":
+        if found:
+            return str(run.absolute())
+        _begin_instead(command, run)
+        return None
+    if not named:
+        if command == "fit" and (found or _without_manifest(run)):
+            raise UserError(
+                f"{run} already holds a run: continue it with --ckpt_path last, or name another directory with "
+                "--trainer.default_root_dir."
+            )
+        if command == "fit":
+            return None
+        raise UserError(
+            f"No checkpoint is named to {command}: say --ckpt_path last for the newest of {run}, or --ckpt_path "
+            "CHECKPOINT for another."
+        )
+    path = _best(run) if named == "best" else Path(named)
+    if not path.is_file() and not is_whole(path) and not run_checkpoints(path):
+        raise UserError(
+            f"--ckpt_path {named} is no checkpoint on this machine, and no directory that holds one; `last` continues "
+            "the run of trainer.default_root_dir."
+        )
+    path = find_checkpoint(path)
+    Description.of(read_checkpoint(path), str(path))
+    if command == "fit":
+        _check_own(path, run, found)
+    return str(path.absolute())  # Lightning takes what begins with http for a URL
+
+
+def _begin_instead(command: str, run: Path) -> None:
+    """Says that a run begins, where `fit` is to go on from the last checkpoint and there is none.
+
+    Raises:
+        UserError: There is one, but it can't be told when it was written; or the command can do nothing without one.
+    """
+    if other := _without_manifest(run):
+        raise UserError(f"{other} has no manifest, and no other checkpoint there has: name one with --ckpt_path.")
+    if command != "fit":
+        raise UserError(
+            f"There is no checkpoint in {run / CHECKPOINTS} to {command}: name one with --ckpt_path, or the directory "
+            "of a run that has one with --trainer.default_root_dir."
+        )
+    rank_zero_info(f"No checkpoint in {run / CHECKPOINTS}: the run begins at step 0.")
+
+
+def _without_manifest(run: Path) -> Path | None:
+    """A checkpoint of the run as Lightning alone writes it, if there is one."""
+    found = (path for path in (run / CHECKPOINTS).glob("*.ckpt") if not path.name.startswith(UNFINISHED))
+    return next(found, None)
+
+
+def _best(run: Path) -> Path:
+    if (best := best_checkpoint(run)) is None:
+        raise UserError(
+            f"--ckpt_path best: no checkpoint of {run} records a figure that tells the best; `last` is the newest."
+        )
+    rank_zero_info(f"The best checkpoint of {run} by {best.name} ({best.value:.6g}): {shown(best.path)}")
+    return best.path
+
+
+def _check_own(path: Path, run: Path, found: list[Path]) -> None:
+    """Says what becomes of later checkpoints where a run goes back to an earlier one.
+
+    Raises:
+        UserError: The run has checkpoints, and this is none of them.
+    """
+    if not found:
+        return
+    if path.resolve() not in {own.resolve() for own in found}:
+        raise UserError(
+            f"{run} already holds a run, and {path} is a checkpoint of another: name a new directory with "
+            "--trainer.default_root_dir."
+        )
+    step, later = Manifest.read(path).step, max(manifest.step for manifest in manifests(found).values())
+    if step < later:
+        rank_zero_info(
+            f"Going back to step {step}: checkpoints of later steps, up to {later}, stay, and count among the best: "
+            "remove those that are not to."
+        )
+
+
+def _listed(value: Any) -> list[Any]:
+    """A setting that may be one, a list or none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _where(path: str, args: Sequence[str]) -> str:
+    """The recipe of a command line that a class path stands in, as part of a sentence; empty where it is in none."""
+    recipes = recipes_of(args)
+    name = path.rpartition(".")[2]  # it may be spelled by another path, or by its name alone
+    found = (recipe for recipe in recipes if Path(recipe).is_file() and name in Path(recipe).read_text())
+    return f"in {recipe} " if (recipe := next(found, None)) else ""
+
+
+def _allows_pipe(args: Sequence[str]) -> bool:
+    parser = CommandParser(prog="fuyu-e2e fit", add_help=False)
+    parser.add_argument("--data.allow_pipe", dest="allow_pipe", default="false")
+    return yaml.safe_load(parser.parse_known_args(args)[0].allow_pipe) is True
