@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.inference.cache import DecodeStep, DenseBlockCache, KeyValueCache, Prefill
+from fuyu_e2e.inference.cache import DenseBlockCache, KeyValueCache
+from fuyu_e2e.inference.cached_attention import decode_attention, prefill_attention
 from fuyu_e2e.model.attention.interface import Places
 from fuyu_e2e.model.decoder import Decoder, Inputs
 
@@ -114,7 +115,8 @@ class _Prefill(nn.Module):
         cache = KeyValueCache(self.decoder, 1, self.capacity)
         plan = partial(self.decoder.plan, device=tokens.device, backend="documents")
         positions = torch.arange(length, device=tokens.device)
-        row = self.decoder.row_of(positions, Prefill(cache, Places.of((length,), ()), (), 0, length, plan).attends)
+        attends = prefill_attention(cache, Places.of((length,), ()), (), 0, length, plan)
+        row = self.decoder.row_of(positions, attends)
         hidden_TD = self.decoder(Inputs(tokens, patches, patch_positions), row)
         return self.decoder.lm_head(hidden_TD[-1:]), *_stores(cache)
 
@@ -132,8 +134,7 @@ class _DecodeStep(nn.Module):
         values: list[Float[Tensor, "B G _ K"]],
     ) -> Outputs:
         blocks = [DenseBlockCache(*(store.clone() for store in stores)) for stores in zip(keys, values, strict=True)]
-        row = self.decoder.row_of(
-            lengths, DecodeStep(blocks, self.decoder.config.masks, lengths, self.capacity).attends
-        )
+        attends = decode_attention(blocks, self.decoder.config.masks, lengths, self.capacity)
+        row = self.decoder.row_of(lengths, attends)
         hidden_BD = self.decoder(Inputs(tokens), row)
         return self.decoder.lm_head(hidden_BD), [block.keys for block in blocks], [block.values for block in blocks]

@@ -6,18 +6,15 @@ selects tokens remembers those that passed it, or every token where skipped ones
 will be is not known before, so its room grows, to the ring's size at most.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from fuyu_e2e.model.attention.grouped import TilePlan, shared_attention
-from fuyu_e2e.model.attention.interface import Attend, Passing, Places, RowAttention, attention_type
+from fuyu_e2e.model.attention.grouped import shared_attention
+from fuyu_e2e.model.attention.interface import attention_type
 from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
@@ -54,13 +51,13 @@ class DenseBlockCache:
             # The cache may have been made outside of the autocast in which it is written.
             store.view(-1, store.shape[-1]).index_copy_(0, rows, new.flatten(0, 1).to(store.dtype))
 
-    def attend(self, queries: Float[Tensor, "B H K"], seen: Bool[Tensor, "B slots"]) -> Float[Tensor, "B H K"]:
-        """Attention of one token of each sequence to those of the first slots that it sees."""
-        slots = seen.shape[1]
+    def attend(self, queries: Float[Tensor, "B H K"], hidden: Bool[Tensor, "B 1 1 slots"]) -> Float[Tensor, "B H K"]:
+        """Attention of one token of each sequence to those of the first slots that aren't hidden from it."""
+        slots = hidden.shape[-1]
         # The query heads of one key stand as rows of one product, so that the cache is read once and never repeated.
         grouped = queries.unflatten(1, (self.keys.shape[1], -1)) * queries.shape[-1] ** -0.5
         scores = grouped @ self.keys[:, :, :slots].transpose(2, 3)
-        weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(dim=-1, dtype=torch.float32)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1, dtype=torch.float32)
         return (weights.to(scores.dtype) @ self.values[:, :, :slots]).flatten(1, 2)
 
 
@@ -77,7 +74,8 @@ def rows_of(
     """Where tokens go in a dense block's room seen as one long list of heads; the same for blocks of the same mask."""
     kv_heads, size = block.keys.shape[1:3]
     heads = torch.arange(kv_heads, device=sequence.device)
-    return ((sequence[:, None] * kv_heads + heads) * size + slots_of(places, size, mask)[:, None]).flatten()
+    slots = slots_of(places, size, mask)
+    return ((sequence.unsqueeze(1) * kv_heads + heads) * size + slots.unsqueeze(1)).flatten()
 
 
 class GrowingBlockCache:
@@ -223,233 +221,3 @@ class KeyValueCache:
         """Counts one more token of each sequence."""
         self.lengths = self.lengths + 1
         self.longest += 1
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """How blocks of one mask read a piece of a row of prompts."""
-
-    attention: RowAttention | TilePlan
-    """Of the piece's tokens to each other; of a continued document, to what the cache holds of it before them."""
-    known: Int64[Tensor, " known"] | None
-    """The slots of that; None where no document is continued."""
-    kept: Int64[Tensor, " kept"] | None = None
-    """The tokens of the piece whose keys stay in the cache of a dense block; None for all."""
-    rows: Int64[Tensor, " keptG"] | None = None
-    """Where they go there; None where no dense block has the mask."""
-
-
-class Prefill:
-    """A packed row of prompts, or a piece of it, whose keys and values go to the cache.
-
-    The first prompt of a piece may have begun in an earlier one.
-
-    Args:
-        cache: With a place for each document of the row, filled with the row's tokens before `start`.
-        places: Of the tokens of the whole row, on the host; prompts are in the order of the cache's sequences.
-        images: Where in the row each image begins and ends.
-        start: Where the piece begins in the row; not within an image whose tokens see each other.
-        stop: Where it ends.
-        plan: The attention under a mask of documents of some lengths and images with some bounds in a row, the
-            piece's own.
-    """
-
-    def __init__(
-        self,
-        cache: KeyValueCache,
-        places: Places,
-        images: tuple[tuple[int, int], ...],
-        start: int,
-        stop: int,
-        plan: Callable[[AttentionMask, tuple[int, ...], tuple[tuple[int, int], ...]], RowAttention],
-    ) -> None:
-        self.cache = cache
-        device = cache.lengths.device
-        inside = places.take(slice(start, stop))
-        members, lengths = np.unique(inside.document, return_counts=True)
-        self.first = int(members[0])
-        """The document that the piece begins in."""
-        known = int(inside.position[0])
-        before = places.take(slice(start - known, start))
-        within = tuple((max(a, start) - start, min(b, stop) - start) for a, b in images if a < stop and b > start)
-        ends = np.repeat(inside.position[np.cumsum(lengths) - 1] + 1, lengths)
-        self.document, self.position, _ = inside.on(device)
-
-        def piece(mask: AttentionMask, block: DenseBlockCache | None) -> _Piece:
-            seen, kept = before.position, None
-            if mask.window is not None:
-                seen = seen[(seen < mask.sinks) | (seen > known - mask.window)]
-                stay = (inside.position < mask.sinks) | (inside.position >= ends - mask.window)
-                kept = to_device(torch.from_numpy(np.flatnonzero(stay)), device)
-            if known:
-                keys = Places(*map(np.concatenate, zip(before.take(seen), inside, strict=True)))
-                attention: RowAttention | TilePlan = TilePlan.of(mask, inside, keys, device)
-            else:
-                attention = plan(mask, tuple(lengths.tolist()), within)
-            if block is None:
-                return _Piece(attention, None)
-            index = slice(None) if kept is None else kept
-            rows = rows_of(self.document[index], self.position[index], block, mask)
-            if not known:  # torch.export can't store the empty list of them
-                return _Piece(attention, None, kept, rows)
-            slots = slots_of(to_device(torch.from_numpy(seen), device), block.keys.shape[2], mask)
-            return _Piece(attention, slots, kept, rows)
-
-        pieces = {mask: piece(mask, cache.dense_of(mask)) for mask in set(cache.masks)}
-        self.attends: list[RowAttention] = [
-            PrefillBlock(self, pieces[mask], block)
-            for mask, block in zip(cache.block_masks, cache.blocks, strict=True)
-        ]
-        """How each block attends."""
-
-
-@dataclass(frozen=True)
-class PrefillBlock(RowAttention):
-    """Attends within a piece of a row of prompts, and writes its keys and values to the cache of one block.
-
-    The tokens of a prompt that began in an earlier piece attend to the cache too.
-    """
-
-    row: Prefill
-    piece: _Piece
-    block: BlockCache
-
-    def __call__(
-        self,
-        queries: Float[Tensor, "T H K"],
-        keys: Float[Tensor, "T G K"],
-        values: Float[Tensor, "T G K"],
-    ) -> Float[Tensor, "T H K"]:
-        """Attention of every token to those of its own document that the mask shows it."""
-        block, piece = self.block, self.piece
-        assert isinstance(block, DenseBlockCache)
-        attended = piece.attention(queries, self._shown(block.keys, keys), self._shown(block.values, values))
-        assert piece.rows is not None
-        if piece.kept is not None:
-            keys, values = keys.index_select(0, piece.kept), values.index_select(0, piece.kept)
-        block.write(piece.rows, keys, values)
-        return attended
-
-    def _shown(self, store: Float[Tensor, "B G slots K"], new: Float[Tensor, "T G K"]) -> Float[Tensor, "S G K"]:
-        """What the cache holds of a continued document, and what is new; read before the ring takes the latter."""
-        if self.piece.known is None:
-            return new
-        old = store[self.row.first].index_select(1, self.piece.known).transpose(0, 1)
-        return torch.cat((old.to(new.dtype), new))  # the cache may be of another type
-
-    def select(self, passing: Passing) -> Attend:
-        """Attention of passing tokens to each other, of which alone the cache keeps something."""
-        assert isinstance(self.piece.attention, RowAttention)
-        return partial(self._write_and_attend, passing.index, self.piece.attention.select(passing))
-
-    def cross(self, passing: Passing) -> Attend:
-        """Attention of passing tokens to the whole row, which the cache keeps."""
-        assert isinstance(self.piece.attention, RowAttention)
-        return partial(self._write_and_attend, slice(None), self.piece.attention.cross(passing))
-
-    def _write_and_attend(
-        self,
-        written: Int64[Tensor, " n"] | slice,
-        attend: Attend,
-        queries: Float[Tensor, "C H K"],
-        keys: Float[Tensor, "n G K"],
-        values: Float[Tensor, "n G K"],
-    ) -> Float[Tensor, "C H K"]:
-        assert isinstance(self.block, GrowingBlockCache)
-        self.block.write(self.row.document[written], keys, values, self.row.position, written)
-        return attend(queries, keys, values)
-
-
-class DecodeStep:
-    """One new token of each sequence.
-
-    Args:
-        blocks: What the cache holds of each block.
-        masks: The pattern of their masks.
-        lengths: Tokens that each sequence has in it, which are the positions of the new ones.
-        places: Tokens that are looked at: enough for every sequence with its new token.
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[BlockCache],
-        masks: Sequence[AttentionMask],
-        lengths: Int64[Tensor, " B"],
-        places: int,
-    ) -> None:
-        self.lengths = lengths
-        self.sequence = torch.arange(len(lengths), device=lengths.device)
-        period = len(masks)
-        dense = [
-            next((block for block in blocks[first::period] if isinstance(block, DenseBlockCache)), None)
-            for first in range(period)
-        ]
-        # By the place in the pattern: torch.compile can't look masks up.
-        rows = [
-            None if b is None else rows_of(self.sequence, lengths, b, mask)
-            for b, mask in zip(dense, masks, strict=True)
-        ]
-        seen = [None if b is None else self._seen(b, mask, places) for b, mask in zip(dense, masks, strict=True)]
-        self.attends: list[RowAttention] = [
-            DecodeStepBlock(self, block, rows[number % period], seen[number % period])
-            for number, block in enumerate(blocks)
-        ]
-        """How each block attends."""
-
-    def _seen(self, block: DenseBlockCache, mask: AttentionMask, places: int) -> Bool[Tensor, "B slots"]:
-        """Which of a dense block's first slots the new tokens see, once they are written themselves."""
-        size = block.keys.shape[2]
-        slots, at = torch.arange(min(places, size), device=self.lengths.device), self.lengths[:, None]
-        seen = slots <= at
-        if type(mask) is AttentionMask:  # the ring holds what it shows, no more
-            return seen
-        positions = slots
-        if mask.window is not None and size == mask.room:
-            ring = size - mask.sinks
-            positions = torch.where(slots < mask.sinks, slots, slots + (at - slots) // ring * ring)
-        return seen & mask.sees(at, positions, False)
-
-
-@dataclass(frozen=True)
-class DecodeStepBlock(RowAttention):
-    """Attends from one new token of each sequence to what one block has cached of it, and to itself."""
-
-    step: DecodeStep
-    block: BlockCache
-    rows: Int64[Tensor, " BG"] | None
-    """Where a dense block's new keys go."""
-    seen: Bool[Tensor, "B slots"] | None
-    """Which of its slots are seen."""
-
-    def __call__(
-        self,
-        queries: Float[Tensor, "B H K"],
-        keys: Float[Tensor, "B G K"],
-        values: Float[Tensor, "B G K"],
-    ) -> Float[Tensor, "B H K"]:
-        """Attention of each sequence's new token."""
-        assert isinstance(self.block, DenseBlockCache)
-        assert self.rows is not None
-        assert self.seen is not None
-        self.block.write(self.rows, keys, values)
-        return self.block.attend(queries, self.seen)
-
-    def select(self, passing: Passing) -> Attend:
-        """Attention of the passing ones of the new tokens to what passed before them."""
-        return partial(self._write_and_attend, passing.index, passing.index)
-
-    def cross(self, passing: Passing) -> Attend:
-        """Attention of the passing ones of the new tokens to all before them."""
-        return partial(self._write_and_attend, self.step.sequence, passing.index)
-
-    def _write_and_attend(
-        self,
-        written: Int64[Tensor, " n"],
-        attending: Int64[Tensor, " m"],
-        queries: Float[Tensor, "m H K"],
-        keys: Float[Tensor, "n G K"],
-        values: Float[Tensor, "n G K"],
-    ) -> Float[Tensor, "m H K"]:
-        assert isinstance(self.block, GrowingBlockCache)
-        self.block.write(written, keys, values, self.step.lengths, written)
-        return self.block.attend(attending, self.step.lengths, queries)

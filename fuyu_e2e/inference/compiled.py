@@ -12,7 +12,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.inference.cache import DecodeStep, DenseBlockCache, KeyValueCache
+from fuyu_e2e.inference.cache import DenseBlockCache, KeyValueCache
+from fuyu_e2e.inference.cached_attention import decode_attention
 from fuyu_e2e.inference.packed import PackedDecoder
 from fuyu_e2e.model.attention.interface import attention_type
 from fuyu_e2e.model.decoder import Decoder, Inputs
@@ -97,7 +98,7 @@ def _step(
     places: int,
 ) -> Float[Tensor, "B V"]:
     blocks = [DenseBlockCache(*stores) for stores in zip(keys, values, strict=True)]
-    attends = DecodeStep(blocks, decoder.config.masks, lengths, places).attends
+    attends = decode_attention(blocks, decoder.config.masks, lengths, places)
     row = decoder.row_of(lengths, attends, rotary_positions=None if shifts is None else lengths + shifts)
     return decoder.lm_head(decoder(Inputs(tokens), row))
 

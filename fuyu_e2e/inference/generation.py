@@ -17,7 +17,8 @@ from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.data.sequence import Prompt, TokenSequence
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.inference.cache import DecodeStep, KeyValueCache, Prefill
+from fuyu_e2e.inference.cache import KeyValueCache
+from fuyu_e2e.inference.cached_attention import decode_attention, prefill_attention
 from fuyu_e2e.inference.compiled import compiled_cache, compiled_step
 from fuyu_e2e.model.attention.interface import Places
 from fuyu_e2e.model.attention.kernels import AttentionBackend
@@ -192,9 +193,9 @@ def prefill(
     places = Places.of(batch.document_lengths, image_bounds)
     states = []
     for (start, stop), (first, end) in zip(pairwise(bounds), pairwise(embedded), strict=True):
-        piece = Prefill(cache, places, image_bounds, start, stop, plan)
+        attends = prefill_attention(cache, places, image_bounds, start, stop, plan)
         turned, reads = rotary_positions[..., start:stop], None if read is None else read[start:stop]
-        row = decoder.row_of(batch.positions[start:stop], piece.attends, info, turned, reads)
+        row = decoder.row_of(batch.positions[start:stop], attends, info, turned, reads)
         positions = batch.patch_positions[first:end] - start
         of_piece = images._replace(embeddings=images.embeddings[first:end])
         inputs = Inputs(batch.tokens[start:stop], patch_positions=positions, states=of_piece)
@@ -220,8 +221,8 @@ def decode_step(
     decoder: Decoder, tokens: Int64[Tensor, " B"], cache: KeyValueCache, watch: Watch | None = None
 ) -> Float[Tensor, "B D"]:
     """Reads one more token of each sequence, and gives its state; `watch` hears of the row that was read."""
-    step = DecodeStep(cache.blocks, cache.masks, cache.lengths, cache.longest + 1)
-    row = decoder.row_of_new_tokens(cache.lengths, step.attends, cache.rotary_positions, cache.read_images)
+    attends = decode_attention(cache.blocks, cache.masks, cache.lengths, cache.longest + 1)
+    row = decoder.row_of_new_tokens(cache.lengths, attends, cache.rotary_positions, cache.read_images)
     cache.advance()
     with _uncompiled():
         hidden_BD = decoder(Inputs(tokens, states=cache.images), row)

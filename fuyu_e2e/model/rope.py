@@ -24,11 +24,12 @@ def rotary(positions: Int64[Tensor, " T"] | Int64[Tensor, "2 T"], size: int, the
         size: Values of a head that turn.
         theta: Base of the wavelengths.
     """
-    exponent = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
-    angles = positions[..., None].float() * theta**-exponent
+    # Few and plain operations: a decoding step on a CPU waits for each call.
+    exponent = torch.arange(0, -size, -2, device=positions.device, dtype=torch.float32) / size
+    angles = positions.unsqueeze(-1).float() * torch.pow(theta, exponent)
     if positions.ndim == 2:
         angles = torch.where(torch.arange(size // 2, device=positions.device) % 2 == 0, angles[0], angles[1])
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
     return angles.cos(), angles.sin()
 
 

@@ -144,7 +144,7 @@ class Reports:
         return iter(self._reports)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)  # not frozen, as one is made for each block
 class Row:
     """The tokens that a block is given."""
 

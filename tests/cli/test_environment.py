@@ -49,7 +49,7 @@ def test_it_is_set_before_what_loads_torch_is_imported(
         found.append(os.environ.get("GOMP_SPINCOUNT"))
         return lambda args: 0
 
-    monkeypatch.setattr(f"{finder}.resolve_name", resolve)
+    monkeypatch.setattr(importlib.import_module(finder), "resolve_name", resolve)
     monkeypatch.setattr(sys, "argv", ["program", name])
     for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(variable, "")  # so that what is set here goes away again

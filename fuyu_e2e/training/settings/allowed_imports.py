@@ -38,8 +38,8 @@ ALLOWED = (
     "lightning.pytorch.profilers",
     "lightning.pytorch.strategies",
 )
-"""What settings of a recipe are made of. Not whole packages: our own LightningCLI and Lightning's are classes, too, which
-take a command line; torch has classes that load code."""
+"""What settings of a recipe are made of. Not whole packages: LightningCLI and ours are classes, too, and take a
+command line; torch has classes that load code."""
 CALLBACKS = (
     "bad_steps",
     "checkpoint_guard",
@@ -108,13 +108,13 @@ class RecipeParser(LightningArgumentParser):
         super().link_arguments(source, target, *args, **kwargs)
         self._followed[target] = source
 
-    def parse_string(self, text: str, *args: Any, **kwargs: Any) -> Any:
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
         """Reads the text of a recipe.
 
         Raises:
             SettingError: It sets what follows from another setting.
         """
-        settings = super().parse_string(with_current_paths(text), *args, **kwargs)
+        settings = super().parse_string(with_current_paths(content), *args, **kwargs)
         for target, source in self._followed.items():
             if settings.get(target) is not None:
                 raise SettingError(follows(target, source), self._option_string_actions)
