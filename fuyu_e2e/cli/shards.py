@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fuyu_e2e.cli.shards_write import write
+from fuyu_e2e.data.shards.cache import CACHE_FOLDER, ShardCache
+from fuyu_e2e.data.shards.locations import expand_patterns, folder_of
 from fuyu_e2e.data.shards.manifest import ShardFacts, index, totals, verify
-from fuyu_e2e.data.shards.sources import CACHE_FOLDER, ShardCache, expand_patterns, folder_of
 from fuyu_e2e.data.shards.statistics import NoPlotsError, survey
 from fuyu_e2e.errors import WRONG_USE, UserError
 from fuyu_e2e.training.settings.arguments import CommandParser, did_you_mean

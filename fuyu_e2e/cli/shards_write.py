@@ -7,10 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fuyu_e2e.data.shards.cache import ShardCache
+from fuyu_e2e.data.shards.locations import expand_patterns
 from fuyu_e2e.data.shards.manifest import index
-from fuyu_e2e.data.shards.sources import ShardCache, expand_patterns
 from fuyu_e2e.data.shards.tables import FORMS
-from fuyu_e2e.data.shards.writing import INTERRUPTED, REPORT, Settings, WriteReport, write_shards
+from fuyu_e2e.data.shards.write_plan import Settings, WriteReport
+from fuyu_e2e.data.shards.writing import INTERRUPTED, REPORT, write_shards
 from fuyu_e2e.training.settings.arguments import CommandParser
 
 VOCAB_SIZE = 512

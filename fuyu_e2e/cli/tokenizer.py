@@ -26,8 +26,9 @@ def tokenizer(args: Sequence[str]) -> int:
 
     from fuyu_e2e.data.progress_bar import Progress
     from fuyu_e2e.data.sample_stats import Tally
+    from fuyu_e2e.data.shards.cache import ShardCache
     from fuyu_e2e.data.shards.formats import read_documents
-    from fuyu_e2e.data.shards.sources import ShardCache, expand_patterns
+    from fuyu_e2e.data.shards.locations import expand_patterns
     from fuyu_e2e.data.tokenizer import OFTEN, suggest_vocab_size, train_tokenizer
 
     found = expand_patterns(options.shards)

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.formats import description, document
+from fuyu_e2e.data.shards.locations import expand_patterns
 from fuyu_e2e.data.shards.reading import Sample, Shard
-from fuyu_e2e.data.shards.sources import ShardCache, expand_patterns
 from fuyu_e2e.errors import UnusableSampleError
 from fuyu_e2e.eval.question import Question
 

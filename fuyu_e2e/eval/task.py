@@ -23,7 +23,7 @@ import yaml
 
 from fuyu_e2e.data.home import with_home
 from fuyu_e2e.data.sample_stats import Tally
-from fuyu_e2e.data.shards.sources import is_local
+from fuyu_e2e.data.shards.locations import is_local
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.formats import READERS as PUBLIC_READERS

@@ -5,14 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.throughput import get_available_flops
 
-# The table behind Lightning's get_available_flops, which asks it for the device that is there alone.
-from lightning.fabric.utilities.throughput import _CUDA_FLOPS, get_available_flops
-
+from fuyu_e2e.data.lightning_internals import CUDA_FLOPS
 from fuyu_e2e.errors import UserError
 
 _H200_NVL = {torch.float32: 60e12, "tfloat32": 417.5e12, torch.bfloat16: 835.5e12, torch.float16: 835.5e12}
-CARDS: dict[str, Any] = _CUDA_FLOPS | {
+CARDS: dict[str, Any] = CUDA_FLOPS | {
     "h200 sxm1": {torch.float32: 67e12, "tfloat32": 494.5e12, torch.bfloat16: 989.5e12, torch.float16: 989.5e12},
     "h200 nvl1": _H200_NVL,
     "h100 nvl": _H200_NVL,

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fuyu_e2e.checkpoint.loading import build_decoder, load_weights, read_model
 from fuyu_e2e.checkpoint.metadata import SECTION, Description
 from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.lightning_internals import count_steps
 from fuyu_e2e.data.sequence import Prompt
 from fuyu_e2e.distributed import DataRank, sum_over_ranks
 from fuyu_e2e.errors import UserError
@@ -281,11 +282,8 @@ class FuyuModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Has curves count optimizer steps.
-
-        Lightning counts one too many where a run goes on from a checkpoint that was saved after its last batch.
-        """
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        """Has curves count optimizer steps."""
+        count_steps(self.trainer)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The summed loss of one micro-batch, its gradient still to be divided by the step's supervised tokens."""

@@ -2,7 +2,7 @@
 
 The settings are the recipe's, not the checkpoint's. Lightning counts micro-batches of a process, and goes on in the
 middle of a step whose gradients are lost. Data goes on after the last whole step, on any number of processes (see
-`fuyu_e2e.data.datamodule.RowLoader`), so Lightning's counts, and what the step had gathered, are put back to there.
+`fuyu_e2e.data.row_loader.RowLoader`), so Lightning's counts, and what the step had gathered, are put back to there.
 """
 
 from dataclasses import asdict

@@ -14,10 +14,11 @@ from rich.console import Console
 
 from fuyu_e2e.data import progress_bar as progress
 from fuyu_e2e.data.progress_bar import Progress
+from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.manifest import index
 from fuyu_e2e.data.shards.parallel import deaf_to_interrupts
-from fuyu_e2e.data.shards.sources import ShardCache
-from fuyu_e2e.data.shards.writing import Settings, write_shards
+from fuyu_e2e.data.shards.write_plan import Settings
+from fuyu_e2e.data.shards.writing import write_shards
 
 LINE = re.compile(r"Counting: 3 of 12 shards \(25 %\), \d:\d\d:\d\d so far, \d:\d\d:\d\d left")
 

@@ -29,8 +29,8 @@ from lightning.pytorch.callbacks import Callback
 from resumed_runs import CONFIG, ROWS_PER_STEP, STEPS, digest, prepare
 
 from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.manifest import index
-from fuyu_e2e.data.shards.sources import ShardCache
 from fuyu_e2e.training.callbacks.bad_steps import BadSteps
 from fuyu_e2e.training.callbacks.checkpoints import Checkpoints
 from fuyu_e2e.training.callbacks.data_report import DataReport

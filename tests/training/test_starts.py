@@ -23,10 +23,10 @@ from fuyu_e2e.cli import main
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import TIME_OVER, UserError
 from fuyu_e2e.model.config import named_size
+from fuyu_e2e.training.callbacks.save_recipe import SaveRecipe
 from fuyu_e2e.training.callbacks.signals import Stopped
 from fuyu_e2e.training.estimate import estimated
 from fuyu_e2e.training.module import FuyuModule
-from fuyu_e2e.training.settings.recipe import SaveRecipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE: dict[str, Any] = {

@@ -3,10 +3,10 @@
 from collections import OrderedDict
 
 from fuyu_e2e.data.document import Document
+from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.formats import document
 from fuyu_e2e.data.shards.manifest import ShardFacts
 from fuyu_e2e.data.shards.reading import Shard
-from fuyu_e2e.data.shards.sources import ShardCache
 from fuyu_e2e.errors import UserError
 
 OPEN_SHARDS = 1_024

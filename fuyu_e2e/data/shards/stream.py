@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from fuyu_e2e.data.packing import TOO_LONG, LongDocuments, PackedRow, Packer, pack_row
 from fuyu_e2e.data.sample_stats import Tally
 from fuyu_e2e.data.sequence import SequenceBuilder
+from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.manifest import ShardFacts
 from fuyu_e2e.data.shards.mixture import Chooser, MixBy, Source, shares
 from fuyu_e2e.data.shards.open_shards import OpenShards
 from fuyu_e2e.data.shards.order import Order
-from fuyu_e2e.data.shards.sources import ShardCache
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
 STORED_WINDOW = 1_024

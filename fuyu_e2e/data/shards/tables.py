@@ -23,6 +23,7 @@ from typing import Any
 
 from fuyu_e2e.data.shards.extensions import COMPRESSED
 from fuyu_e2e.data.shards.formats import IMAGE_KEYS, are_turns
+from fuyu_e2e.data.shards.image_folder import FILE_NAMES, ImageFolder, Table
 from fuyu_e2e.data.shards.kinds import (
     Captions,
     Chats,
@@ -35,20 +36,7 @@ from fuyu_e2e.data.shards.kinds import (
     Texts,
     is_exchange,
 )
-from fuyu_e2e.data.shards.readers import (
-    FILE_NAMES,
-    Delimited,
-    Folder,
-    ImageFolder,
-    Lines,
-    Parquet,
-    Place,
-    Reader,
-    Row,
-    Table,
-    json_reader,
-    walk,
-)
+from fuyu_e2e.data.shards.readers import Delimited, Folder, Lines, Parquet, Place, Reader, Row, json_reader, walk
 from fuyu_e2e.data.shards.values import extension_of, listed, names_media
 from fuyu_e2e.errors import UnusableSampleError, UserError
 

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from fuyu_e2e.data.lightning_internals import accumulates
 from fuyu_e2e.distributed import all_ranks
 from fuyu_e2e.errors import BAD_STEPS, UserError
 from fuyu_e2e.model.batch import PackedBatch
@@ -159,9 +160,7 @@ class BadSteps(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Logs how many were skipped."""
-        if not trainer.fit_loop.epoch_loop._should_accumulate() and (
-            trainer.global_step % steps_between_logs(trainer) == 0
-        ):
+        if not accumulates(trainer) and (trainer.global_step % steps_between_logs(trainer) == 0):
             pl_module.log("bad_steps/skipped", float(self.skipped))
 
     def _report(self, step: int, reason: str, own_rows: list[tuple[tuple[str, ...], Tensor]]) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from fuyu_e2e.checkpoint.run_checkpoints import LAST, written_last_first
+from fuyu_e2e.data.lightning_internals import accumulates, validates_now
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
 from fuyu_e2e.training.tensorboard import shown_step
 
@@ -54,13 +55,9 @@ class Checkpoints(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Saves a step whose turn it is, unless it is about to be validated."""
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate() or self._should_skip_saving_checkpoint(trainer) or not self._is_due(trainer):
+        if accumulates(trainer) or self._should_skip_saving_checkpoint(trainer) or not self._is_due(trainer):
             return
-        by_steps = trainer._val_check_time_interval is None  # type: ignore[attr-defined]
-        fetcher = trainer.fit_loop._data_fetcher
-        assert fetcher is not None
-        if by_steps and loop._should_check_val_fx(fetcher) and not loop.val_loop.skip:
+        if validates_now(trainer):
             self._due_after_validation = True
         else:
             self._save(trainer)

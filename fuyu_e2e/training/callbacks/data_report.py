@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from fuyu_e2e.data.lightning_internals import accumulates
 from fuyu_e2e.data.sample_stats import Tally
 from fuyu_e2e.data.shards.mixture import shares
 from fuyu_e2e.distributed import DataRank, all_ranks
@@ -65,7 +66,7 @@ class DataReport(Callback):
     ) -> None:
         """Counts a batch once its step is done, and logs the counts at every `log_every_n_steps`-th step."""
         self._add(self._of_this_step, trainer)
-        if trainer.fit_loop.epoch_loop._should_accumulate():
+        if accumulates(trainer):
             return
         self.tallies["train"].add(self._of_this_step.take())
         if trainer.global_step % steps_between_logs(trainer) == 0:

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
+from fuyu_e2e.data.lightning_internals import accumulates
 from fuyu_e2e.data.sample_stats import Tally
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.contact_sheet import draw_sheet
@@ -85,7 +86,7 @@ class EvaluationInTraining(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Evaluates behind a step whose turn it is."""
-        if not self._asked or trainer.fit_loop.epoch_loop._should_accumulate():
+        if not self._asked or accumulates(trainer):
             return
         if trainer.global_step % self.every_n_steps:
             return

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from fuyu_e2e.data.lightning_internals import accumulates
 from fuyu_e2e.distributed import all_ranks
 
 
@@ -52,7 +53,7 @@ class RandomState(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Ends the step behind its last micro-batch."""
-        if not trainer.fit_loop.epoch_loop._should_accumulate():
+        if not accumulates(trainer):
             self._before_step = None
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

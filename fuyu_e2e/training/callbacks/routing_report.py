@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from fuyu_e2e.data.lightning_internals import accumulates
 from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.data.sequence import Prompt
 from fuyu_e2e.inference.depth import KIND_NAMES, token_depth
@@ -65,7 +66,7 @@ class RoutingReport(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Logs them."""
         assert isinstance(pl_module, FuyuModule)
-        if trainer.fit_loop.epoch_loop._should_accumulate() or trainer.global_step % steps_between_logs(trainer):
+        if accumulates(trainer) or trainer.global_step % steps_between_logs(trainer):
             return
         assert pl_module.figures is not None
         for name, value in pl_module.figures.beside.items():

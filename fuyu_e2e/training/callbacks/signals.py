@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from fuyu_e2e.checkpoint.run_directory import RECIPE, shown
+from fuyu_e2e.data.lightning_internals import accumulates, leave_signals_to_us
 from fuyu_e2e.distributed import anywhere, in_step, sum_over_ranks
 from fuyu_e2e.errors import STOP_SIGNALS, of_signal
 from fuyu_e2e.training.callbacks.last_checkpoint import save_last
@@ -66,12 +67,10 @@ class StopSignals(Callback):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Keeps Lightning from installing its handlers, which would take the place of ours or hang `validate`.
-
-        And from asking rank 0 about them before each row, for which all ranks and devices wait.
+        """Keeps out Lightning's handlers, which would replace ours or hang `validate`, and what it asks before each row,
+        for which all ranks and devices wait.
         """
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        leave_signals_to_us(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes over the signals while training runs."""
@@ -92,7 +91,7 @@ class StopSignals(Callback):
             Stopped: On all ranks.
         """
         assert isinstance(pl_module, FuyuModule)
-        if pl_module.figures is None or trainer.fit_loop.epoch_loop._should_accumulate():
+        if pl_module.figures is None or accumulates(trainer):
             return
         for number in STOP_SIGNALS:
             if number.name in pl_module.figures.votes:

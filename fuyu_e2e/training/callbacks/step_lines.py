@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from fuyu_e2e.checkpoint.run_directory import shown
+from fuyu_e2e.data.lightning_internals import accumulates
 from fuyu_e2e.training.callbacks.checkpoints import checkpoints_of
 from fuyu_e2e.training.callbacks.throughput import throughput_of
 from fuyu_e2e.training.module import FuyuModule, steps_between_logs
@@ -55,7 +56,7 @@ class StepLines(ProgressBar):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Prints a step whose turn it is."""
-        if trainer.fit_loop.epoch_loop._should_accumulate():
+        if accumulates(trainer):
             return
         now, step = time.monotonic(), trainer.global_step
         first = self._first_step is None

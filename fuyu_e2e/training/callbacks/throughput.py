@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from fuyu_e2e.data.lightning_internals import accumulates
 from fuyu_e2e.distributed import DataRank, all_ranks
 from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.cost import cost
@@ -86,9 +87,9 @@ class Throughput(Callback):
         self.tokens += row.tokens
         self.seconds += now - self._last_end
         self._last_end = now
-        if not trainer.fit_loop.epoch_loop._should_accumulate():
+        if not accumulates(trainer):
             window.steps += 1
-        if trainer.fit_loop.epoch_loop._should_accumulate() or trainer.global_step % steps_between_logs(trainer):
+        if accumulates(trainer) or trainer.global_step % steps_between_logs(trainer):
             return
         self._log(trainer, pl_module)
         self._window = _Window()

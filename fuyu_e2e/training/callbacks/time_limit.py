@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from fuyu_e2e.data.lightning_internals import accumulates
 from fuyu_e2e.errors import TIME_OVER, UserError
 from fuyu_e2e.training.callbacks.signals import stop
 from fuyu_e2e.training.module import FuyuModule
@@ -68,7 +69,7 @@ class TimeLimit(Callback):
             Stopped: On all ranks, where steps are left.
         """
         assert isinstance(pl_module, FuyuModule)
-        if pl_module.figures is None or trainer.fit_loop.epoch_loop._should_accumulate():
+        if pl_module.figures is None or accumulates(trainer):
             return
         if VOTE in pl_module.figures.votes and trainer.global_step < trainer.max_steps:
             stop(trainer, f"The time of this start (trainer.max_time, {self.seconds:,.0f} s) is over", TIME_OVER)

@@ -1,6 +1,5 @@
 """From a recipe to a run: LightningCLI with our module, data and callbacks."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,19 +8,15 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, ModelSummary, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from fuyu_e2e.checkpoint.atomic import UNFINISHED, Manifest, is_whole
-from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
-from fuyu_e2e.checkpoint.metadata import Description
-from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint, manifests, run_checkpoints
-from fuyu_e2e.checkpoint.run_directory import CHECKPOINTS, shown
+from fuyu_e2e.checkpoint.run_directory import CHECKPOINTS
 from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.home import with_home
-from fuyu_e2e.data.shards.sources import CACHE_FOLDER
+from fuyu_e2e.data.shards.cache import CACHE_FOLDER
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.attention.kernels import check_device
 from fuyu_e2e.model.attention.mask import AttentionMask
@@ -34,15 +29,18 @@ from fuyu_e2e.training.callbacks.evaluation import EvaluationInTraining
 from fuyu_e2e.training.callbacks.garbage_collection import GarbageCollection
 from fuyu_e2e.training.callbacks.heartbeat import Hosts
 from fuyu_e2e.training.callbacks.last_checkpoint import LastCheckpoint
+from fuyu_e2e.training.callbacks.predictions import WritePredictions
 from fuyu_e2e.training.callbacks.progress_bar import progress
 from fuyu_e2e.training.callbacks.random_state import RandomState
 from fuyu_e2e.training.callbacks.routing_report import RoutingReport
 from fuyu_e2e.training.callbacks.samples import SampleGenerations
+from fuyu_e2e.training.callbacks.save_recipe import SaveRecipe
 from fuyu_e2e.training.callbacks.signals import StopSignals
 from fuyu_e2e.training.callbacks.summary import Summary
 from fuyu_e2e.training.callbacks.throughput import Throughput
 from fuyu_e2e.training.callbacks.time_limit import TimeLimit
 from fuyu_e2e.training.callbacks.watchdog import Watchdog
+from fuyu_e2e.training.checkpoint_choice import checkpoint_to_read
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.no_profiler import NoProfiler
@@ -72,96 +70,6 @@ from fuyu_e2e.training.tensorboard import Curves
 
 # Recipes may name masks of their own: jsonargparse takes a dataclass for itself alone.
 set_parsing_settings(subclasses_enabled=[AttentionMask])
-
-
-class SaveRecipe(SaveConfigCallback):
-    """Writes the whole recipe, defaults included, as `config.yaml` into the directory of a run that trains.
-
-    Only once training starts: until then a checkpoint or a setting may be refused, and the recipe of the run that was
-    to be resumed has to stay what it was.
-    """
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Does nothing, where Lightning would write."""
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes it, over that of the same run before it was resumed, on the first process.
-
-        Raises:
-            UserError: The directory can't be written; on all processes, none of which waits for another.
-        """
-        trouble = ""
-        if trainer.is_global_zero:
-            try:
-                self.save_config(trainer, pl_module, "fit")
-            except UserError as error:
-                trouble = str(error)
-        if trouble := trainer.strategy.broadcast(trouble):
-            raise UserError(trouble)
-
-    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Writes it beside its place, and renames it, so that the directory holds the old one or the new one whole.
-
-        Raises:
-            UserError: The directory can't be written.
-        """
-        root = Path(trainer.default_root_dir)
-        try:
-            self._write(root)
-        except (PermissionError, NotADirectoryError, FileNotFoundError, FileExistsError) as error:
-            raise UserError(
-                f"trainer.default_root_dir {root} can't be written ({error.strerror}): name another directory."
-            ) from error
-
-    def _write(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        recipe = self.config.clone()
-        recipe.pop("ckpt_path", None)  # of this start, not of the run
-        unfinished = root / f".unfinished-{self.config_filename}"
-        unfinished.touch()  # the system says better than jsonargparse why it can't be written
-        self.parser.save(recipe, unfinished, skip_none=False, overwrite=True)
-        unfinished.replace(root / self.config_filename)
-
-
-class WritePredictions(BasePredictionWriter):
-    """Writes what `predict` generated as `predictions.jsonl` into the run's directory, one line a document.
-
-    The file appears when it is complete; a prediction that fails leaves the one from before.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(write_interval="batch")
-        self._written = 0
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts from zero."""
-        self._written = 0
-
-    def write_on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Any, *_: Any) -> None:
-        """Adds a batch to the unfinished file."""
-        path = self._path(trainer, ".unfinished-")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a" if self._written else "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in prediction)
-        self._written += len(prediction)
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Puts the file in its place, and says where that is."""
-        if not self._written:
-            rank_zero_info("No document of data.predict could be continued: nothing was written.")
-            return
-        path = self._path(trainer)
-        self._path(trainer, ".unfinished-").replace(path)
-        rank_zero_info(f"{self._written:,} continuations: {path}")
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Removes what is not complete."""
-        if self._written:
-            self._path(trainer, ".unfinished-").unlink(missing_ok=True)
-
-    @staticmethod
-    def _path(trainer: pl.Trainer, prefix: str = "") -> Path:
-        return Path(trainer.default_root_dir) / f"{prefix}predictions.jsonl"
 
 
 class FuyuCLI(LightningCLI):
@@ -369,107 +277,6 @@ class FuyuCLI(LightningCLI):
                 )
             self.trainer.accumulate_grad_batches = rows // processes
         check_device(self.model.attention, self.trainer.strategy.root_device)
-
-
-def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None:
-    """What a command of Lightning's reads, by the checkpoint that was named for it.
-
-    `last` is the newest checkpoint of the run that is right, `best` the one with the best figure; a directory names
-    the newest in it. The checkpoint is read here once, before Lightning does, whose errors are tracebacks.
-
-    Args:
-        command: `fit`, `validate`, `test` or `predict`.
-        named: `--ckpt_path`.
-        run: The run's directory.
-
-    Returns:
-        None where `fit` begins at step 0.
-
-    Raises:
-        UserError: It can't be read; there is none, and without one the command would tell of random weights; or `fit`
-            would mix the files of another run with those of the one in the directory.
-    """
-    found = run_checkpoints(run)
-    if named == "last":
-        if found:
-            return str(run.absolute())
-        _begin_instead(command, run)
-        return None
-    if not named:
-        if command == "fit" and (found or _without_manifest(run)):
-            raise UserError(
-                f"{run} already holds a run: continue it with --ckpt_path last, or name another directory with "
-                "--trainer.default_root_dir."
-            )
-        if command == "fit":
-            return None
-        raise UserError(
-            f"No checkpoint is named to {command}: say --ckpt_path last for the newest of {run}, or --ckpt_path "
-            "CHECKPOINT for another."
-        )
-    path = _best(run) if named == "best" else Path(named)
-    if not path.is_file() and not is_whole(path) and not run_checkpoints(path):
-        raise UserError(
-            f"--ckpt_path {named} is no checkpoint on this machine, and no directory that holds one; `last` continues "
-            "the run of trainer.default_root_dir."
-        )
-    path = find_checkpoint(path)
-    Description.of(read_checkpoint(path), str(path))
-    if command == "fit":
-        _check_own(path, run, found)
-    return str(path.absolute())  # Lightning takes what begins with http for a URL
-
-
-def _begin_instead(command: str, run: Path) -> None:
-    """Says that a run begins, where `fit` is to go on from the last checkpoint and there is none.
-
-    Raises:
-        UserError: There is one, but it can't be told when it was written; or the command can do nothing without one.
-    """
-    if other := _without_manifest(run):
-        raise UserError(f"{other} has no manifest, and no other checkpoint there has: name one with --ckpt_path.")
-    if command != "fit":
-        raise UserError(
-            f"There is no checkpoint in {run / CHECKPOINTS} to {command}: name one with --ckpt_path, or the directory "
-            "of a run that has one with --trainer.default_root_dir."
-        )
-    rank_zero_info(f"No checkpoint in {run / CHECKPOINTS}: the run begins at step 0.")
-
-
-def _without_manifest(run: Path) -> Path | None:
-    """A checkpoint of the run as Lightning alone writes it, if there is one."""
-    found = (path for path in (run / CHECKPOINTS).glob("*.ckpt") if not path.name.startswith(UNFINISHED))
-    return next(found, None)
-
-
-def _best(run: Path) -> Path:
-    if (best := best_checkpoint(run)) is None:
-        raise UserError(
-            f"--ckpt_path best: no checkpoint of {run} records a figure that tells the best; `last` is the newest."
-        )
-    rank_zero_info(f"The best checkpoint of {run} by {best.name} ({best.value:.6g}): {shown(best.path)}")
-    return best.path
-
-
-def _check_own(path: Path, run: Path, found: list[Path]) -> None:
-    """Says what becomes of later checkpoints where a run goes back to an earlier one.
-
-    Raises:
-        UserError: The run has checkpoints, and this is none of them.
-    """
-    if not found:
-        return
-    if path.resolve() not in {own.resolve() for own in found}:
-        raise UserError(
-            f"{run} already holds a run, and {path} is a checkpoint of another: name a new directory with "
-            "--trainer.default_root_dir."
-        )
-    step, later = Manifest.read(path).step, max(manifest.step for manifest in manifests(found).values())
-    if step < later:
-        rank_zero_info(
-            f"Going back to step {step}: checkpoints of later steps, up to {later}, stay, and count among the best: "
-            "remove those that are not to."
-        )
 
 
 def _listed(value: Any) -> list[Any]:

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from fuyu_e2e.data import datamodule
-from fuyu_e2e.data.datamodule import FuyuDataModule, RowDataset, RowLoader
+from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.packing import PackedRow
+from fuyu_e2e.data.row_loader import RowDataset, RowLoader
 from fuyu_e2e.data.sample_stats import Tally
 from fuyu_e2e.data.shards.order import Order
 from fuyu_e2e.data.tokenizer import Tokenizer

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.manifest import index
 from fuyu_e2e.data.shards.mixture import Source
-from fuyu_e2e.data.shards.sources import ShardCache
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
 

@@ -19,9 +19,9 @@ from fuyu_e2e.data.document import Document, Image, Text
 from fuyu_e2e.data.image import ImagePolicy, decode_image
 from fuyu_e2e.data.sample_stats import Tally
 from fuyu_e2e.data.sequence import SequenceBuilder
+from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shards.manifest import ASSUMED, DocumentFacts, ShardFacts
-from fuyu_e2e.data.shards.sources import ShardCache
 from fuyu_e2e.data.shards.statistics import (
     ROW_LENGTHS,
     Distribution,

@@ -12,9 +12,9 @@ import pytest
 
 from fuyu_e2e.data.sample_stats import Tally
 from fuyu_e2e.data.sequence import SequenceBuilder
+from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.manifest import facts_of
 from fuyu_e2e.data.shards.mixture import Source
-from fuyu_e2e.data.shards.sources import ShardCache
 from fuyu_e2e.data.shards.stream import LaneState, Stream, StreamRow, StreamSource
 from fuyu_e2e.errors import UserError
 

@@ -28,9 +28,10 @@ from fuyu_e2e.data.image import ImagePolicy, decode_image
 from fuyu_e2e.data.sample_stats import Tally
 from fuyu_e2e.data.shards import readers, writing
 from fuyu_e2e.data.shards.formats import TEXT_BYTES, read_documents
-from fuyu_e2e.data.shards.sources import expand_patterns
+from fuyu_e2e.data.shards.locations import expand_patterns
 from fuyu_e2e.data.shards.tables import FORMS
-from fuyu_e2e.data.shards.writing import EXAMPLES, INTERRUPTED, Settings, WriteReport, write_shards
+from fuyu_e2e.data.shards.write_plan import EXAMPLES, Settings, WriteReport
+from fuyu_e2e.data.shards.writing import INTERRUPTED, write_shards
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
 ALL_TRAIN = Settings(val_share=0.0)

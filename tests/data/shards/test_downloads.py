@@ -26,18 +26,12 @@ import fsspec
 import pytest
 import webdataset
 
-from fuyu_e2e.data.datamodule import FuyuDataModule, RowDataset, RowLoader
-from fuyu_e2e.data.shards import sources
-from fuyu_e2e.data.shards.sources import (
-    ShardCache,
-    delay,
-    expand_patterns,
-    folder_of,
-    is_local,
-    name_of,
-    read_bytes,
-    write_bytes,
-)
+from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.row_loader import RowDataset, RowLoader
+from fuyu_e2e.data.shards import downloads
+from fuyu_e2e.data.shards.cache import ShardCache, read_bytes, write_bytes
+from fuyu_e2e.data.shards.downloads import delay
+from fuyu_e2e.data.shards.locations import expand_patterns, folder_of, is_local, name_of
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
 
@@ -166,7 +160,7 @@ def cache(tmp_path: Path) -> ShardCache:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Failures after which a wait would have been made; no time passes."""
     waited: list[int] = []
-    monkeypatch.setattr(sources, "_pause", waited.append)
+    monkeypatch.setattr(downloads, "_pause", waited.append)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return waited
 
@@ -710,7 +704,7 @@ def test_a_program_that_ends_does_not_wait_for_what_it_prefetches(cache: ShardCa
     web.add("a.tar", 1000)
     web.seconds = 2 * NEVER
     program = (
-        "import sys; from pathlib import Path; from fuyu_e2e.data.shards.sources import ShardCache\n"
+        "import sys; from pathlib import Path; from fuyu_e2e.data.shards.cache import ShardCache\n"
         "ShardCache(Path(sys.argv[1]), 10**6, timeout=1e6).prefetch(sys.argv[2])\nsys.stdin.read()"
     )
     command = [sys.executable, "-c", program, cache.folder, f"{web.url}/a.tar"]
@@ -882,7 +876,7 @@ def test_a_store_that_fails_is_asked_for_the_rest(
         return fetch_range(self, start, end)
 
     monkeypatch.setattr(s3fs.S3File, "_fetch_range", failing)
-    monkeypatch.setattr(sources, "CHUNK", 1000)
+    monkeypatch.setattr(downloads, "CHUNK", 1000)
     assert cache.path(f"{bucket}/a.tar").read_bytes() == (other if replaced else data)
     if not replaced:
         assert asked == [0, 1000, 2000, 3000, 3000, 4000, 5000, 6000, 6000, 7000, 8000, 9000, 9000]

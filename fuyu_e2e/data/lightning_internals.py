@@ -1,0 +1,94 @@
+"""All that we use of Lightning without its promise: private names, which any release may change.
+
+`tests/data/test_lightning_internals.py` holds them against the installed version, and the package against this list.
+"""
+
+import lightning.pytorch as pl
+
+# The table of `get_available_flops`, which asks it only for the device that is there.
+from lightning.fabric.utilities.throughput import _CUDA_FLOPS as CUDA_FLOPS
+
+INHERITED = {
+    "lightning.pytorch.callbacks.ModelCheckpoint": (
+        "_every_n_epochs",
+        "_every_n_train_steps",
+        "_format_checkpoint_name",
+        "_last_checkpoint_saved",
+        "_last_global_step_saved",
+        "_last_time_checked",
+        "_link_checkpoint",
+        "_monitor_candidates",
+        "_remove_checkpoint",
+        "_save_checkpoint",
+        "_save_last_checkpoint",
+        "_save_topk_checkpoint",
+        "_should_remove_checkpoint",
+        "_should_save_on_train_epoch_end",
+        "_should_skip_saving_checkpoint",
+        "_train_time_interval",
+    ),
+    "lightning.pytorch.callbacks.RichProgressBar": (
+        "_get_train_description",
+        "_init_progress",
+        "_initialize_train_progress_bar_id",
+        "_progress_stopped",
+        "_stop_progress",
+        "_update",
+        "_update_metrics",
+    ),
+    "lightning.pytorch.plugins.io.AsyncCheckpointIO": ("_ensure_setup", "_error", "_executor"),
+    "lightning.pytorch.cli.LightningCLI": ("_get", "_parse_ckpt_path"),
+    "lightning.pytorch.strategies.ModelParallelStrategy": ("_device_mesh", "_setup_distributed"),
+    "lightning.pytorch.loggers.TensorBoardLogger": ("_experiment", "_kwargs"),
+}
+"""Private names of Lightning's classes that subclasses of ours override or read."""
+
+__all__ = [
+    "CUDA_FLOPS",
+    "INHERITED",
+    "accumulates",
+    "completed_rows",
+    "count_steps",
+    "leave_signals_to_us",
+    "validates_now",
+]
+
+
+def accumulates(trainer: pl.Trainer) -> bool:
+    """Returns whether the micro-batch at hand ends no optimizer step."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def completed_rows(trainer: pl.Trainer) -> int:
+    """Returns the rows of this process whose optimizer step is done.
+
+    Lightning fetches one ahead, and gradients of a step that is not done are not saved: a resumed run has to read its
+    rows again.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    done = loop.batch_progress
+    if loop._num_ready_batches_reached():  # the last step of an epoch may have fewer micro-batches
+        return done.total.processed  # type: ignore[attr-defined]
+    return done.total.processed - done.current.processed % trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+
+
+def validates_now(trainer: pl.Trainer) -> bool:
+    """Returns whether a validation that is counted in steps follows the micro-batch at hand."""
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    by_steps = trainer._val_check_time_interval is None  # type: ignore[attr-defined]
+    return by_steps and loop._should_check_val_fx(fetcher) and not loop.val_loop.skip
+
+
+def count_steps(trainer: pl.Trainer) -> None:
+    """Has curves count optimizer steps.
+
+    Lightning counts one too many where a run goes on from a checkpoint that was saved after its last batch.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+def leave_signals_to_us(trainer: pl.Trainer) -> None:
+    """Keeps Lightning from installing its signal handlers, and from asking rank 0 about them before each row."""
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

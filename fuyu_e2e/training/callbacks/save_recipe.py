@@ -1,0 +1,57 @@
+"""The recipe of a run, saved with all its settings."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import SaveConfigCallback
+
+from fuyu_e2e.errors import UserError
+
+
+class SaveRecipe(SaveConfigCallback):
+    """Writes the whole recipe, defaults included, as `config.yaml` into the directory of a run that trains.
+
+    Only once training starts: until then a checkpoint or a setting may be refused, and the recipe of the run that was
+    to be resumed has to stay what it was.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Does nothing, where Lightning would write."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes it, over that of the same run before it was resumed, on the first process.
+
+        Raises:
+            UserError: The directory can't be written; on all processes, none of which waits for another.
+        """
+        trouble = ""
+        if trainer.is_global_zero:
+            try:
+                self.save_config(trainer, pl_module, "fit")
+            except UserError as error:
+                trouble = str(error)
+        if trouble := trainer.strategy.broadcast(trouble):
+            raise UserError(trouble)
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Writes it beside its place, and renames it, so that the directory holds the old one or the new one whole.
+
+        Raises:
+            UserError: The directory can't be written.
+        """
+        root = Path(trainer.default_root_dir)
+        try:
+            self._write(root)
+        except (PermissionError, NotADirectoryError, FileNotFoundError, FileExistsError) as error:
+            raise UserError(
+                f"trainer.default_root_dir {root} can't be written ({error.strerror}): name another directory."
+            ) from error
+
+    def _write(self, root: Path) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        recipe = self.config.clone()
+        recipe.pop("ckpt_path", None)  # of this start, not of the run
+        unfinished = root / f".unfinished-{self.config_filename}"
+        unfinished.touch()  # the system says better than jsonargparse why it can't be written
+        self.parser.save(recipe, unfinished, skip_none=False, overwrite=True)
+        unfinished.replace(root / self.config_filename)
