@@ -67,8 +67,9 @@ class StopSignals(Callback):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Keeps out Lightning's handlers, which would replace ours or hang `validate`, and what it asks before each row,
-        for which all ranks and devices wait.
+        """Keeps out Lightning's handlers, which would replace ours or hang `validate`, and its question before each row.
+
+        All ranks and devices would wait for that.
         """
         leave_signals_to_us(trainer)
 
