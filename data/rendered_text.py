@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.tasks.rendered_text import FONT_FOLDER, TEST_SEED, VOCAB_SIZE, Pictures, Split, find_fonts, write_shards
@@ -40,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> None:
     for split, seed, fonts, count in splits:
         pictures = Pictures(split=split, seed=seed, fonts=fonts)
         shards[split] = write_shards(options.out, pictures, count, processes=options.processes)
-    texts = (text for document in read_documents(shards["train"][0], Tally()) for text in document.texts)
+    texts = (text for document in read_documents(shards["train"][0], SampleStats()) for text in document.texts)
     train_tokenizer(texts, VOCAB_SIZE).save(options.out / "tokenizer.model")
     print(f"{options.pictures:,} training pictures in {len(trained)} fonts, tests in {len(held_out)}: {options.out}")
 

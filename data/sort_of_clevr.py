@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.tasks.sort_of_clevr import KINDS, OBJECTS, TEST_SEED, VOCAB_SIZE, write_shards
@@ -58,7 +58,9 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     write_shards(options.out, split="val", count=50, seed=TEST_SEED, processes=options.processes)
     write_shards(options.out, split="test", count=options.test_images, seed=TEST_SEED, processes=options.processes)
-    texts = (text for path in first.values() for document in read_documents(path, Tally()) for text in document.texts)
+    texts = (
+        text for path in first.values() for document in read_documents(path, SampleStats()) for text in document.texts
+    )
     train_tokenizer(texts, VOCAB_SIZE).save(options.out / "tokenizer.model")
     print(f"{options.images:,} pictures to train on, {options.test_images:,} to test on: {options.out}")
 

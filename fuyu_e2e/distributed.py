@@ -19,7 +19,7 @@ class DataRank:
     rank: int
     size: int
     """How many such places there are."""
-    copies: int
+    replicas: int
     """Processes that see the same rows as this one, itself among them."""
     first: bool
     """Whether this one counts for them."""
@@ -28,13 +28,13 @@ class DataRank:
     def of(cls, trainer: pl.Trainer | None) -> "DataRank":
         """The place of this process."""
         if trainer is None or not isinstance(strategy := trainer.strategy, ParallelStrategy):
-            return cls(rank=0, size=1, copies=1, first=True)
+            return cls(rank=0, size=1, replicas=1, first=True)
         rank, size = (int(strategy.distributed_sampler_kwargs[name]) for name in ("rank", "num_replicas"))
-        copies = trainer.world_size // size
-        return cls(rank=rank, size=size, copies=copies, first=trainer.global_rank % copies == 0)
+        replicas = trainer.world_size // size
+        return cls(rank=rank, size=size, replicas=replicas, first=trainer.global_rank % replicas == 0)
 
 
-def in_step(trainer: pl.Trainer) -> bool:
+def is_sharded(trainer: pl.Trainer) -> bool:
     """Whether no process computes a batch by itself, since each holds a part of every weight."""
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
@@ -55,6 +55,6 @@ def all_ranks(own: T) -> list[T]:
     return told
 
 
-def anywhere(trainer: pl.Trainer, here: bool) -> bool:
+def any_rank(trainer: pl.Trainer, here: bool) -> bool:
     """Whether something is so on any process; all of them ask at once."""
     return bool(sum_over_ranks(torch.tensor(float(here), device=trainer.strategy.root_device)) > 0)

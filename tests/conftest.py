@@ -30,7 +30,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.document import Document, Image, Text
 from fuyu_e2e.data.packing import pack_row
-from fuyu_e2e.data.progress_bar import Progress
+from fuyu_e2e.data.progress_bar import ProgressBar
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.tokenizer import Tokenizer, train_tokenizer
 from fuyu_e2e.eval import checkpoint_scores
@@ -39,7 +39,7 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.image_layout import ImagePolicy
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.model.row import Progress as TrainingProgress
+from fuyu_e2e.model.row import ProgressBar as TrainingProgress
 
 # The usual run draws the same examples each time, on any machine; `--hypothesis-profile=explore` looks for new ones.
 # A test that needs fewer takes a part of `settings.default.max_examples`. How fast an example is decides nothing.
@@ -231,13 +231,13 @@ def question_data(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., FuyuDat
 def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float | None, float]]:
     """What each piece of long work said there was to do, and how much of it was counted as done."""
     found: dict[str, tuple[float | None, float]] = {}
-    original = Progress.__exit__
+    original = ProgressBar.__exit__
 
-    def end(self: Progress, *error: object) -> None:
+    def end(self: ProgressBar, *error: object) -> None:
         original(self, *error)  # type: ignore[arg-type]
         found[self.title] = (self.total, self.done)
 
-    monkeypatch.setattr(Progress, "__exit__", end)
+    monkeypatch.setattr(ProgressBar, "__exit__", end)
     return found
 
 

@@ -21,7 +21,7 @@ from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
 from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint
 from fuyu_e2e.cli import main
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
@@ -80,13 +80,13 @@ def run(
 @pytest.fixture(scope="module")
 def tokenizer_file(folder: Path) -> Path:
     """Where the recipe expects it."""
-    from fuyu_e2e.data.sample_stats import Tally
+    from fuyu_e2e.data.sample_stats import SampleStats
     from fuyu_e2e.data.shards.formats import read_documents
     from fuyu_e2e.data.tokenizer import train_tokenizer
 
     path = folder / "runs" / "quickstart" / "data" / "tokenizer.model"
     shards = sorted((folder / "shards").glob("*.tar"))
-    texts = [text for shard in shards for document in read_documents(shard, Tally()) for text in document.texts]
+    texts = [text for shard in shards for document in read_documents(shard, SampleStats()) for text in document.texts]
     train_tokenizer(texts, VOCABULARY).save(path)
     return path
 
@@ -378,7 +378,7 @@ def test_compressed_shards_are_refused_wherever_they_are_named(
         for command in ("index", "verify", "stats"):
             refused(run("shards", command, named), *said)
         with pytest.raises(UserError, match="can't be read sample by sample"):
-            next(read_shards(named, Tally()))  # as `evaluate` does
+            next(read_shards(named, SampleStats()))  # as `evaluate` does
     refused(run("shards", "write", "packed/0.tar.gz", "--out", "never"), "unpack it with `tar xzf packed/0.tar.gz`")
 
 

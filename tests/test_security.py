@@ -13,7 +13,7 @@ import fsspec
 import pytest
 import torch
 
-from fuyu_e2e.checkpoint.atomic import FILE, publish, unfinished
+from fuyu_e2e.checkpoint.atomic import FILE, commit, staging_directory
 from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import Tokenizer
@@ -211,9 +211,9 @@ class Evil:
 
 def save(checkpoint: dict[str, Any], place: Path) -> None:
     """Saves a checkpoint with a manifest in which everything is right."""
-    with unfinished(place) as folder:
+    with staging_directory(place) as folder:
         torch.save(checkpoint, folder / FILE)
-        publish(folder, place, step=1, tokens_seen=0)
+        commit(folder, place, step=1, tokens_seen=0)
 
 
 @pytest.mark.parametrize("named", ["https://127.0.0.1:9/a.ckpt", "s3://bucket/a.ckpt", "hpc", "registry:a"])

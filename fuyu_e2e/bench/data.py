@@ -34,7 +34,7 @@ from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.document import Document, Image, Text
 from fuyu_e2e.data.image import decode_image, image_size, to_patches
 from fuyu_e2e.data.packing import PackedRow, Packer, pack_row
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder, TokenSequence
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shards.locations import expand_patterns
@@ -172,7 +172,7 @@ def _cut(texture: np.ndarray, height: int, width: int, rng: np.random.Generator)
 def _captioned(pattern: str) -> Iterator[Captioned]:
     """What every contender can read: RGB images that need no turning, with a caption."""
     for shard in expand_patterns(pattern):
-        for document in read_documents(Path(shard), Tally()):
+        for document in read_documents(Path(shard), SampleStats()):
             match document.segments:
                 case (Image(image), Text(caption)) if _is_plain(image):
                     yield Captioned(image, caption)
@@ -289,7 +289,7 @@ def _packed(read: Read, decoded: bool, builder: SequenceBuilder, budget: int) ->
         pixels = scaled_by_pillow(image, fit_policy(width, height, builder.images))
         return captioned_sequence(builder, key, pixels, caption)
 
-    for row in Packer(budget, "skip", Tally()).pack(build(*sample) for sample in read(decoded)):
+    for row in Packer(budget, "skip", SampleStats()).pack(build(*sample) for sample in read(decoded)):
         yield PackedRow(batch=pack_row(row, budget), keys=tuple(sequence.key for sequence in row))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from fuyu_e2e.data.packing import PackedRow, Packer
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import TokenSequence
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.image_layout import ImageSpan
@@ -61,7 +61,7 @@ def mixture(
         seed: Of all that is drawn.
     """
     rng = np.random.default_rng(seed)
-    packer = Packer(budget, "skip", Tally())
+    packer = Packer(budget, "skip", SampleStats())
     drawn = 0
     packed: list[list[TokenSequence]] = []
     while len(packed) < rows:

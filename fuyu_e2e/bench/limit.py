@@ -32,7 +32,7 @@ from fuyu_e2e.bench.plots import draw_picture
 from fuyu_e2e.bench.profile_parts import profile_parts
 from fuyu_e2e.bench.train import CASES, build
 from fuyu_e2e.data.packing import PackedRow, pack_row
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import train_tokenizer
@@ -146,7 +146,7 @@ def _decoding(size: str, device: str, rounds: int, compiled: bool) -> list[dict[
 def prepare(folder: Path) -> None:
     """The quickstart's shards and tokenizer."""
     train = write_shards(folder, split="train", count=PICTURES, seed=0, most_digits=4, processes=1)
-    texts = (text for document in read_documents(train[0], Tally()) for text in document.texts)
+    texts = (text for document in read_documents(train[0], SampleStats()) for text in document.texts)
     train_tokenizer(texts, VOCAB_SIZE).save(folder / "tokenizer.model")
 
 

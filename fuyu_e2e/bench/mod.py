@@ -19,7 +19,7 @@ from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.image_layout import ImageSpan
 from fuyu_e2e.model.routing.block import routed_blocks
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.model.row import Progress
+from fuyu_e2e.model.row import TrainingProgress
 
 PATCH_SIZE = 16
 VOCAB_SIZE = 1_024
@@ -179,7 +179,7 @@ def _settle(decoder: Decoder, row: PackedBatch) -> None:
         read = decoder.row(row)
         decoder.logits(row, read)
         decoder.observe(read)
-        decoder.end_step(Progress(), lambda counts: counts)
+        decoder.end_step(TrainingProgress(), lambda counts: counts)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from fuyu_e2e.bench.measure import Figures, alternate, environment
 from fuyu_e2e.bench.own_process import peak_memory
 from fuyu_e2e.bench.plots import draw_picture
 from fuyu_e2e.data.packing import pack_row
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import train_tokenizer
@@ -204,7 +204,7 @@ def _processes(counts: Sequence[int], steps: int, device: str) -> list[dict[str,
     with TemporaryDirectory() as name:
         folder = Path(name)
         train = write_shards(folder, split="train", count=PICTURES, seed=0, most_digits=4, processes=1)
-        texts = (text for document in read_documents(train[0], Tally()) for text in document.texts)
+        texts = (text for document in read_documents(train[0], SampleStats()) for text in document.texts)
         train_tokenizer(texts, VOCAB_SIZE).save(folder / "tokenizer.model")
         speeds: dict[int, list[float]] = {count: [] for count in counts}
         for round_ in range(2):

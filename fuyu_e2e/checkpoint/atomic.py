@@ -25,7 +25,7 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.version import __version__
 
 MANIFEST = "manifest.json"
-SEAL = f"{MANIFEST}.sha256"
+DIGEST_FILE = f"{MANIFEST}.sha256"
 FILE = "checkpoint.pt"
 """What a checkpoint that is not sharded lies in."""
 TABLE = ".metadata"
@@ -35,7 +35,7 @@ UNFINISHED = ".unfinished-"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class CheckpointManifest:
     """What a checkpoint's manifest says."""
 
     step: int
@@ -55,7 +55,7 @@ class Manifest:
     `mode`, "min" or "max", in which it is better. None where it was not taken at this step."""
 
     @classmethod
-    def read(cls, checkpoint: Path) -> "Manifest":
+    def read(cls, checkpoint: Path) -> "CheckpointManifest":
         """The manifest of a checkpoint.
 
         Raises:
@@ -63,7 +63,7 @@ class Manifest:
         """
         path = checkpoint / MANIFEST
         try:
-            sealed = _sha256(path) == (checkpoint / SEAL).read_text(encoding="ascii")
+            sealed = _sha256(path) == (checkpoint / DIGEST_FILE).read_text(encoding="ascii")
         except (OSError, ValueError) as error:
             raise UserError(f"{path} or its checksum can't be read ({error})") from error
         if not sealed:
@@ -87,8 +87,8 @@ def is_sharded(path: Path) -> bool:
 def faults(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint, file by file; nothing, where every byte is what was written."""
     try:
-        listed = Manifest.read(checkpoint).files
-        there = {path.name for path in checkpoint.iterdir()} - {MANIFEST, SEAL}
+        listed = CheckpointManifest.read(checkpoint).files
+        there = {path.name for path in checkpoint.iterdir()} - {MANIFEST, DIGEST_FILE}
         found = [f"{name} is not in its manifest" for name in sorted(there - listed.keys())]
         for name, said in sorted(listed.items()):
             path = checkpoint / name
@@ -119,7 +119,7 @@ def unfinished_place(target: Path) -> Path:
 
 
 @contextmanager
-def unfinished(target: Path) -> Iterator[Path]:
+def staging_directory(target: Path) -> Iterator[Path]:
     """A directory beside `target` to fill, which is gone when that fails."""
     place = unfinished_place(target)
     shutil.rmtree(place, ignore_errors=True)
@@ -130,9 +130,7 @@ def unfinished(target: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def publish(
-    place: Path, target: Path, *, step: int, tokens_seen: int, monitored: dict[str, Any] | None = None
-) -> None:
+def commit(place: Path, target: Path, *, step: int, tokens_seen: int, monitored: dict[str, Any] | None = None) -> None:
     """Makes a filled directory the checkpoint `target`: flushes it, writes its manifest, and renames it.
 
     A checkpoint of that name gives way to the new one.
@@ -144,7 +142,7 @@ def publish(
     for path in files:
         _flush(path)
     recipe = target.parent.parent / "config.yaml"
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         step=step,
         tokens_seen=tokens_seen,
         files={path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
@@ -153,8 +151,8 @@ def publish(
         monitored=monitored,
     )
     (place / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    (place / SEAL).write_text(_sha256(place / MANIFEST), encoding="ascii")
-    for path in (place / MANIFEST, place / SEAL, place):
+    (place / DIGEST_FILE).write_text(_sha256(place / MANIFEST), encoding="ascii")
+    for path in (place / MANIFEST, place / DIGEST_FILE, place):
         _flush(path)
     replaced = target.with_name(f"{target.stem}-replaced{target.suffix}")
     if target.exists():  # at every moment one of the two is there, and whole

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fuyu_e2e.checkpoint.json_files import read_json
-from fuyu_e2e.checkpoint.metadata import Description, Provenance
+from fuyu_e2e.checkpoint.metadata import ModelMetadata, Provenance
 from fuyu_e2e.checkpoint.safetensors_io import read_weights
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
@@ -32,18 +32,18 @@ def is_exported(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def folder_config(description: Description, provenance: Provenance) -> dict[str, Any]:
+def folder_config(metadata: ModelMetadata, provenance: Provenance) -> dict[str, Any]:
     """What goes into `config.json`."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        **description.settings(),
-        "tokenizer_sha256": description.tokenizer.digest,
+        **metadata.settings(),
+        "tokenizer_sha256": metadata.tokenizer.digest,
         "provenance": asdict(provenance),
     }
 
 
-def read_folder(folder: Path) -> tuple[Description, dict[str, Tensor], Provenance]:
+def read_folder(folder: Path) -> tuple[ModelMetadata, dict[str, Tensor], Provenance]:
     """Reads an exported folder; nothing in it is ever run.
 
     Raises:
@@ -68,12 +68,12 @@ def read_folder(folder: Path) -> tuple[Description, dict[str, Tensor], Provenanc
         raise UserError(
             f"{folder / TOKENIZER} is not the tokenizer that {path} names by its sha256: fetch the folder again."
         )
-    description = Description.of_settings(config, tokenizer, str(path))
+    metadata = ModelMetadata.of_settings(config, tokenizer, str(path))
     try:
         provenance = Provenance(**config["provenance"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} doesn't say how the model was trained ({error}): fetch it again.") from error
-    return description, read_weights(folder), provenance
+    return metadata, read_weights(folder), provenance
 
 
 @contextmanager

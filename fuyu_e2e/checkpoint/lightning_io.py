@@ -8,9 +8,9 @@ import torch
 from fuyu_e2e.checkpoint.atomic import (
     FILE,
     check,
+    commit,
     is_whole,
-    publish,
-    unfinished,
+    staging_directory,
 )
 from fuyu_e2e.checkpoint.metadata import SECTION
 from fuyu_e2e.checkpoint.sharded_files import (
@@ -58,7 +58,7 @@ def write_file(checkpoint: dict[str, Any], target: Path) -> None:
         OSError: The disk is full, or at fault.
         RuntimeError: The same, as torch says it.
     """
-    with unfinished(target) as place:
+    with staging_directory(target) as place:
         torch.save(checkpoint, place / FILE)
         publish_checkpoint(checkpoint, place, target)
 
@@ -66,7 +66,7 @@ def write_file(checkpoint: dict[str, Any], target: Path) -> None:
 def publish_checkpoint(checkpoint: dict[str, Any], place: Path, target: Path) -> None:
     """Makes the directory `place`, which holds Lightning's checkpoint, the checkpoint `target`."""
     section = checkpoint.get(SECTION, {})
-    publish(
+    commit(
         place,
         target,
         step=int(checkpoint["global_step"]),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fuyu_e2e.checkpoint.exported_model import is_exported, read_folder
 from fuyu_e2e.checkpoint.lightning_io import WEIGHTS_PREFIX, read_checkpoint
-from fuyu_e2e.checkpoint.metadata import SECTION, Description, Provenance
+from fuyu_e2e.checkpoint.metadata import SECTION, ModelMetadata, Provenance
 from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ class StoredModel:
 
     source: Path
     """The file or folder it was read from."""
-    description: Description
+    metadata: ModelMetadata
     weights: dict[str, Tensor]
     """By the decoder's own names, in the types they are stored in; without a tied output projection."""
     provenance: Provenance
@@ -65,13 +65,13 @@ def read_model(path: str | Path, averaged: bool = False) -> StoredModel:
     """
     path = Path(path)
     if is_exported(path):
-        description, weights, provenance = read_folder(path)
+        metadata, weights, provenance = read_folder(path)
         if averaged and not provenance.averaged:
             raise UserError(f"{path} holds no averaged weights: leave that option out.")
-        return StoredModel(path, description, fitting(weights, description.config, path), provenance)
+        return StoredModel(path, metadata, fitting(weights, metadata.config, path), provenance)
     file = find_checkpoint(path)
     checkpoint = read_checkpoint(file, checked=file != path)  # one that was searched for was compared on the way
-    description = Description.of(checkpoint, str(file))
+    metadata = ModelMetadata.of(checkpoint, str(file))
     # Lightning's WeightAveraging puts averaged weights in the place of the others.
     holds_average = "current_model_state" in checkpoint
     if averaged and not holds_average:
@@ -92,7 +92,7 @@ def read_model(path: str | Path, averaged: bool = False) -> StoredModel:
         documents=section.get("documents", {}),
         averaged=averaged,
     )
-    return StoredModel(file, description, fitting(weights, description.config, file), provenance)
+    return StoredModel(file, metadata, fitting(weights, metadata.config, file), provenance)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> TrainedModel:
@@ -106,9 +106,9 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> TrainedM
 
 def build_model(stored: StoredModel, device: torch.device | str = "cpu") -> TrainedModel:
     """The trained model of what was stored."""
-    description = stored.description
-    decoder = build_decoder(description.config, stored.weights, device)
-    return TrainedModel(decoder, description.builder, stored.provenance.step)
+    metadata = stored.metadata
+    decoder = build_decoder(metadata.config, stored.weights, device)
+    return TrainedModel(decoder, metadata.builder, stored.provenance.step)
 
 
 def build_decoder(config: FuyuConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Decoder:

@@ -17,7 +17,7 @@ SECTION = "fuyu_e2e"
 
 
 @dataclass(frozen=True)
-class Description:
+class ModelMetadata:
     """Everything but the weights that it takes to run a model."""
 
     config: FuyuConfig
@@ -34,7 +34,7 @@ class Description:
         return {"version": __version__, "decoder": self.config.to_dict(), "images": asdict(self.images)}
 
     @classmethod
-    def of_settings(cls, settings: dict[str, Any], tokenizer: Tokenizer, source: str) -> "Description":
+    def of_settings(cls, settings: dict[str, Any], tokenizer: Tokenizer, source: str) -> "ModelMetadata":
         """The inverse of `settings`; `source` is the file that an error names.
 
         Raises:
@@ -56,7 +56,7 @@ class Description:
         }
 
     @classmethod
-    def of(cls, checkpoint: dict[str, Any], source: str) -> "Description":
+    def of(cls, checkpoint: dict[str, Any], source: str) -> "ModelMetadata":
         """Reads the section of a loaded checkpoint; `source` is the file that an error names.
 
         Raises:
@@ -67,7 +67,7 @@ class Description:
         section = checkpoint[SECTION]
         return cls.of_settings(section, Tokenizer(section["tokenizer"].numpy().tobytes()), source)
 
-    def check_same(self, other: "Description", source: str) -> None:
+    def check_same(self, other: "ModelMetadata", source: str) -> None:
         """Refuses to go on from weights (`other`, read from `source`) of another configuration.
 
         Raises:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuyu_e2e.checkpoint.atomic import MANIFEST, UNFINISHED, Manifest, faults, is_sharded, is_whole
+from fuyu_e2e.checkpoint.atomic import MANIFEST, UNFINISHED, CheckpointManifest, faults, is_sharded, is_whole
 from fuyu_e2e.checkpoint.run_directory import CHECKPOINTS, RECIPE, shown
 from fuyu_e2e.errors import UserError
 
@@ -52,18 +52,18 @@ def written_last_first(folders: Iterable[Path]) -> list[Path]:
 
 def _written(checkpoint: Path) -> tuple[float, int, bool, str]:
     try:
-        manifest = Manifest.read(checkpoint)
+        manifest = CheckpointManifest.read(checkpoint)
     except UserError:
         return math.inf, 0, True, checkpoint.name
     return manifest.written, manifest.step, checkpoint.name != LAST, str(checkpoint)
 
 
-def manifests(checkpoints: Iterable[Path]) -> dict[Path, Manifest]:
+def manifests(checkpoints: Iterable[Path]) -> dict[Path, CheckpointManifest]:
     """What the manifests of some checkpoints say, without those that are damaged."""
     found = {}
     for path in checkpoints:
         with suppress(UserError):
-            found[path] = Manifest.read(path)
+            found[path] = CheckpointManifest.read(path)
     return found
 
 

@@ -36,13 +36,13 @@ def verify(path: Path) -> int:
     """Prints what is wrong with a checkpoint, or with each of a run's; 1 where anything is."""
     from fuyu_e2e.checkpoint.atomic import faults, is_whole
     from fuyu_e2e.checkpoint.run_checkpoints import run_checkpoints
-    from fuyu_e2e.data.progress_bar import Progress
+    from fuyu_e2e.data.progress_bar import ProgressBar
 
     found = [path] if is_whole(path) else run_checkpoints(path)
     if not found:
         raise UserError(f"{path} is no checkpoint with a manifest, and no run's directory with one.")
     damaged = False
-    with Progress("Comparing with checksums", len(found), "checkpoints") as progress:
+    with ProgressBar("Comparing with checksums", len(found), "checkpoints") as progress:
         for one in found:
             wrong = faults(one)
             damaged |= bool(wrong)
@@ -70,7 +70,7 @@ def info(path: Path) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from fuyu_e2e.checkpoint.atomic import Manifest, is_whole
+    from fuyu_e2e.checkpoint.atomic import CheckpointManifest, is_whole
     from fuyu_e2e.checkpoint.loading import read_model
     from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint
     from fuyu_e2e.model.cost import cost
@@ -78,7 +78,7 @@ def info(path: Path) -> int:
 
     found = find_checkpoint(path)
     stored = read_model(found)
-    config, told = stored.description.config, stored.provenance
+    config, told = stored.metadata.config, stored.provenance
     table = Table(show_header=False, title=str(found), title_justify="left")
     table.add_row("step", f"{told.step:,}")
     table.add_row("tokens seen", f"{told.tokens_seen:,}")
@@ -92,7 +92,7 @@ def info(path: Path) -> int:
     for block, numbers in meta_decoder(config).other_kinds.items():
         table.add_row(f"{block.kind} blocks", ", ".join(map(str, numbers)))
     if is_whole(found):
-        manifest = Manifest.read(found)
+        manifest = CheckpointManifest.read(found)
         size = sum(file["bytes"] for file in manifest.files.values())
         table.add_row("written", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.written)))
         table.add_row("by", f"fuyu-e2e {manifest.fuyu_e2e}")

@@ -52,7 +52,7 @@ def export(args: Sequence[str]) -> int:
     if options.to == "transformers":
         if not options.accept_other_scaling:
             check_scaling(stored)
-        named, tokenizer = options.tokenizer_json, stored.description.tokenizer
+        named, tokenizer = options.tokenizer_json, stored.metadata.tokenizer
         fast = None if named is None else read_fast_tokenizer(Path(named), tokenizer)
         export_to_transformers(stored, out, options.license, fast)
     else:
@@ -75,7 +75,7 @@ def import_model(args: Sequence[str]) -> int:
     out = Path(options.out)
     stored = import_folder(Path(options.source), out, Path(options.tokenizer) if options.tokenizer else None)
     print(
-        f"{out}: {len(stored.weights)} tensors in the dialect {stored.description.config.dialect!r}\n"
+        f"{out}: {len(stored.weights)} tensors in the dialect {stored.metadata.config.dialect!r}\n"
         f"Train on:  fuyu-e2e fit --config {out / RECIPE} --data.train 'FOLDER/train-*.tar'\n"
         f"Ask it:    fuyu-e2e generate --checkpoint {out} --image PICTURE.png --prompt '...'"
     )

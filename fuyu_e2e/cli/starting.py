@@ -11,7 +11,7 @@ def starting() -> Iterator[None]:
     if not sys.stderr.isatty():
         yield
         return
-    from fuyu_e2e.data.progress_bar import Progress
+    from fuyu_e2e.data.progress_bar import ProgressBar
 
-    with Progress("Starting"):
+    with ProgressBar("Starting"):
         yield

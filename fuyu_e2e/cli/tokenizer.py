@@ -24,8 +24,8 @@ def tokenizer(args: Sequence[str]) -> int:
     train.add_argument("--out", required=True, help="The file to write.")
     options = parser.parse_args(args)
 
-    from fuyu_e2e.data.progress_bar import Progress
-    from fuyu_e2e.data.sample_stats import Tally
+    from fuyu_e2e.data.progress_bar import ProgressBar
+    from fuyu_e2e.data.sample_stats import SampleStats
     from fuyu_e2e.data.shards.cache import ShardCache
     from fuyu_e2e.data.shards.formats import read_documents
     from fuyu_e2e.data.shards.locations import expand_patterns
@@ -35,23 +35,23 @@ def tokenizer(args: Sequence[str]) -> int:
     if (out := Path(options.out)).is_dir():
         raise UserError(f"--out {out} is a folder: name the file to write, such as {out / 'tokenizer.model'}.")
     cache = ShardCache.at()
-    tally = Tally()
-    with Progress("Reading shards", len(found), "shards") as progress:
+    stats = SampleStats()
+    with ProgressBar("Reading shards", len(found), "shards") as progress:
         texts = [
             text
             for shard in found
-            for document in read_documents(cache.path(shard), tally, shard, progress.advance)
+            for document in read_documents(cache.path(shard), stats, shard, progress.advance)
             for text in document.texts
         ]
-    with Progress("Training the tokenizer"):
+    with ProgressBar("Training the tokenizer"):
         trained = train_tokenizer(texts, options.vocab_size)
         suggested = suggest_vocab_size(trained, texts)
     if out.exists():
         print(f"{out} was there, and is replaced: checkpoints trained with the one before still hold it.")
     trained.save(out)
     print(
-        f"{out}: {trained.vocab_size:,} tokens from {len(found)} shards ({tally.read:,} samples read, "
-        f"{tally.skipped.total():,} skipped), {trained.vocab_size - trained.padding:,} of them real, "
+        f"{out}: {trained.vocab_size:,} tokens from {len(found)} shards ({stats.read:,} samples read, "
+        f"{stats.skipped.total():,} skipped), {trained.vocab_size - trained.padding:,} of them real, "
         f"{trained.padding:,} padding that no text uses"
     )
     if suggested:

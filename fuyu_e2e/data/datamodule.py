@@ -16,7 +16,7 @@ from fuyu_e2e.data.document import Document
 from fuyu_e2e.data.lightning_internals import completed_rows
 from fuyu_e2e.data.packing import LongDocuments, PackedRow
 from fuyu_e2e.data.row_loader import RowDataset, RowLoader
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import Prompt, SequenceBuilder
 from fuyu_e2e.data.shards.cache import CACHE_FOLDER, CACHE_GIGABYTES, ShardCache
 from fuyu_e2e.data.shards.formats import read_documents
@@ -26,7 +26,7 @@ from fuyu_e2e.data.shards.mixture import MixBy, Source
 from fuyu_e2e.data.shards.splits import NamedShards, check_disjoint
 from fuyu_e2e.data.shards.stream import Stream, StreamSource
 from fuyu_e2e.data.tokenizer import Tokenizer
-from fuyu_e2e.distributed import DataRank, anywhere, in_step
+from fuyu_e2e.distributed import DataRank, any_rank, is_sharded
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.image_layout import FUYU_LAYOUT, ImageLayout, ImagePolicy
 
@@ -228,10 +228,10 @@ class FuyuDataModule(pl.LightningDataModule):
             setting = "data.mixture" if split == "train" and self.mixture else f"data.{split}"
             raise UserError(f"{setting}: {error}") from error
 
-    def documents(self, split: str, tally: Tally) -> Iterator[Document]:
-        """All documents of a split once, in stored order; unusable samples are counted in `tally`."""
+    def documents(self, split: str, stats: SampleStats) -> Iterator[Document]:
+        """All documents of a split once, in stored order; unusable samples are counted in `stats`."""
         for shard in self.shards(split):
-            yield from read_documents(self.cache.path(shard), tally, shard)
+            yield from read_documents(self.cache.path(shard), stats, shard)
 
     def stream(self, split: str) -> Stream:
         """The stream of a split: endless and shuffled for `train`, once and in stored order for the others."""
@@ -251,19 +251,21 @@ class FuyuDataModule(pl.LightningDataModule):
 
     def validation_prompts(self, count: int) -> list[Prompt]:
         """The first usable documents of the validation shards, as prompts to be continued."""
-        return list(islice(self.builder.prompts(self.documents("val", Tally()), Tally()), count))
+        return list(islice(self.builder.prompts(self.documents("val", SampleStats()), SampleStats()), count))
 
     @property
     def _place(self) -> DataRank:
         return DataRank.of(self.trainer)
 
-    def _loader(self, split: str, settled: Callable[[], int] | None = None) -> "RowLoader":
+    def _loader(self, split: str, completed: Callable[[], int] | None = None) -> "RowLoader":
         rows = RowDataset(self.stream(split), self._place.rank, self._place.size)
         pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         # Training rows have no end. Of others, one process may have a row more than the next.
         ends = split != "train"
-        anyone = partial(anywhere, self.trainer) if self.trainer and ends and in_step(self.trainer) else None
-        return RowLoader(rows, settled, anyone, batch_size=None, num_workers=self.workers, pin_memory=pin)
+        any_rank_has_rows = (
+            partial(any_rank, self.trainer) if self.trainer and ends and is_sharded(self.trainer) else None
+        )
+        return RowLoader(rows, completed, any_rank_has_rows, batch_size=None, num_workers=self.workers, pin_memory=pin)
 
     def train_dataloader(self) -> "RowLoader":
         """Rows without end, continued where a resumed run stopped; the first ones again and again to overfit.
@@ -290,7 +292,7 @@ class FuyuDataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Lists of 32 prompts to be continued."""
-        self.prompt_tally = Tally()
+        self.prompt_tally = SampleStats()
         prompts = PromptDataset(self, self.prompt_tally)
         return DataLoader(prompts, batch_size=32, collate_fn=list, num_workers=0)
 
@@ -306,11 +308,11 @@ class FuyuDataModule(pl.LightningDataModule):
 
 
 class PromptDataset(IterableDataset):
-    """The documents to be predicted as prompts to be continued; what can't be used is counted in `tally`."""
+    """The documents to be predicted as prompts to be continued; what can't be used is counted in `stats`."""
 
-    def __init__(self, data: FuyuDataModule, tally: Tally) -> None:
+    def __init__(self, data: FuyuDataModule, stats: SampleStats) -> None:
         self.data = data
-        self.tally = tally
+        self.stats = stats
 
     def __iter__(self) -> Iterator[Prompt]:
-        return self.data.builder.prompts(self.data.documents("predict", self.tally), self.tally)
+        return self.data.builder.prompts(self.data.documents("predict", self.stats), self.stats)

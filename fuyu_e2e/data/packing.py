@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import TokenSequence
 from fuyu_e2e.errors import UnusableSampleError
 from fuyu_e2e.model.batch import PackedBatch
@@ -33,14 +33,14 @@ class Packer:
         long_documents: What becomes of a sequence longer than a row: `skip` leaves it out, counted as
             `longer-than-row`; `cut` keeps the longest beginning that is still a valid sequence, and counts the
             tokens lost.
-        tally: Where used, skipped and cut are counted.
+        stats: Where used, skipped and cut are counted.
         buffer_rows: Sequences worth this many rows wait before a row is filled; more of them fill it better.
     """
 
-    def __init__(self, budget: int, long_documents: LongDocuments, tally: Tally, buffer_rows: int = 4) -> None:
+    def __init__(self, budget: int, long_documents: LongDocuments, stats: SampleStats, buffer_rows: int = 4) -> None:
         self.budget = budget
         self.long_documents = long_documents
-        self.tally = tally
+        self.stats = stats
         self.buffer_tokens = buffer_rows * budget
         self._arrivals = 0
         self._waiting: dict[int, tuple[TokenSequence, Any]] = {}  # by arrival, the oldest first
@@ -70,9 +70,9 @@ class Packer:
         """Lets a sequence wait; `ticket` is what `waiting` gives for it. Gives its tokens, 0 where it is left out."""
         fitting = sequence.cut(self.budget) if self.long_documents == "cut" else sequence
         if fitting is None or len(fitting) > self.budget:
-            self.tally.skip(UnusableSampleError(TOO_LONG, f"{sequence.key} has {len(sequence)} tokens"))
+            self.stats.skip(UnusableSampleError(TOO_LONG, f"{sequence.key} has {len(sequence)} tokens"))
             return 0
-        self.tally.tokens_cut += len(sequence) - len(fitting)
+        self.stats.tokens_cut += len(sequence) - len(fitting)
         self._waiting[self._arrivals] = fitting, ticket
         insort(self._by_length, (len(fitting), -self._arrivals))
         self._waiting_tokens += len(fitting)
@@ -86,7 +86,7 @@ class Packer:
         while fitting := bisect_right(self._by_length, (room, 0)):
             row.append(self._take(-self._by_length[fitting - 1][1]))
             room -= len(row[-1])
-        self.tally.used += len(row)
+        self.stats.used += len(row)
         return row
 
     def _take(self, arrival: int) -> TokenSequence:
@@ -103,7 +103,7 @@ class PackedRow:
     batch: PackedBatch
     keys: tuple[str, ...] = ()
     """The key of each document's sample."""
-    tally: Tally = field(default_factory=Tally)
+    stats: SampleStats = field(default_factory=SampleStats)
     """What became of the samples read since the row before."""
 
     def pin_memory(self) -> "PackedRow":

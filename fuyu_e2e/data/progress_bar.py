@@ -28,7 +28,7 @@ def untold(amount: float) -> None:
     """An `Advance` that nobody watches."""
 
 
-class Progress:
+class ProgressBar:
     """Shows on stderr how far the work of a `with` block is, once it takes longer than `QUIET`.
 
     A thread looks at what is done, so the time goes on where the work doesn't say how far it is. Other processes
@@ -47,7 +47,7 @@ class Progress:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._show, name=title, daemon=True)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         self.started_at = time.monotonic()
         self._thread.start()
         return self

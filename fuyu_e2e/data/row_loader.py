@@ -85,8 +85,8 @@ class RowLoader(DataLoader):
     def __init__(
         self,
         dataset: RowDataset,
-        settled: Callable[[], int] | None,
-        anyone: Callable[[bool], bool] | None = None,
+        completed: Callable[[], int] | None,
+        any_rank_has_rows: Callable[[bool], bool] | None = None,
         **options: Any,
     ) -> None:
         # Each iterator draws a seed for its workers, and training's random numbers are not to depend on how many there
@@ -94,26 +94,26 @@ class RowLoader(DataLoader):
         own = torch.Generator()
         super().__init__(dataset, worker_init_fn=leave_signals_to_the_trainer, generator=own, **options)
         self.rows = dataset
-        self.settled = settled
-        self.anyone = anyone
+        self.completed = completed
+        self.any_rank_has_rows = any_rank_has_rows
         self._given: deque[StreamRow] = deque()
 
     def __iter__(self) -> Any:
-        if self.settled:
-            self._settle()
+        if self.completed:
+            self._complete()
             self._given.clear()
         return self._rows(super().__iter__())
 
     def _rows(self, rows: Iterator[StreamRow]) -> Iterator[PackedRow]:
         try:
             for row in rows:
-                if self.settled:
-                    self._settle()
+                if self.completed:
+                    self._complete()
                     self._given.append(row)
-                if self.anyone:
-                    self.anyone(True)
+                if self.any_rank_has_rows:
+                    self.any_rank_has_rows(True)
                 yield row
-            while self.anyone and self.anyone(False):
+            while self.any_rank_has_rows and self.any_rank_has_rows(False):
                 yield PackedRow(batch=empty_row(self.rows.stream.builder.images.patch_size))
         except Exception:
             # Left to the garbage collector behind an error, workers are waited for 5 seconds each.
@@ -121,18 +121,18 @@ class RowLoader(DataLoader):
                 rows._shutdown_workers()
             raise
 
-    def _settle(self) -> None:
-        assert self.settled
-        while self.rows.start < self.settled() and self._given:
+    def _complete(self) -> None:
+        assert self.completed
+        while self.rows.start < self.completed() and self._given:
             row = self._given.popleft()
             self.rows.states[row.lane] = row.state
             self.rows.start += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Rows whose step is done, over all processes, and where each lane stands behind them; in primitives."""
-        if not self.settled:
+        if not self.completed:
             return {}
-        self._settle()
+        self._complete()
         states = {lane: asdict(state) for lane, state in self.rows.states.items()}
         if self.rows.world_size > 1:
             # Each process knows the lanes that it reads; of the others it may know where they were when it began.
@@ -151,7 +151,7 @@ class RowLoader(DataLoader):
         Raises:
             UserError: The data or its order are others than the state's.
         """
-        if not self.settled:
+        if not self.completed:
             return
         if not state:
             raise UserError(

@@ -8,7 +8,7 @@ from fuyu_e2e.errors import UnusableSampleError
 
 
 @dataclass
-class Tally:
+class SampleStats:
     """How many documents were read, and what became of those that were not used.
 
     Every document that was `read` is used, skipped or still waiting to be packed.
@@ -36,12 +36,12 @@ class Tally:
         return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
 
     @classmethod
-    def from_dict(cls, counts: dict[str, Any]) -> "Tally":
-        """The tally that `to_dict` described."""
-        tally = cls()
+    def from_dict(cls, counts: dict[str, Any]) -> "SampleStats":
+        """The stats that `to_dict` described."""
+        stats = cls()
         for name, value in counts.items():
-            setattr(tally, name, type(getattr(tally, name))(value))
-        return tally
+            setattr(stats, name, type(getattr(stats, name))(value))
+        return stats
 
     def skip(self, error: UnusableSampleError, where: str | None = None) -> None:
         """Counts one sample that is left out; `where` is its shard and key, for errors that don't say them."""
@@ -49,7 +49,7 @@ class Tally:
         said = str(error)
         self.examples.setdefault(error.reason, said if where is None or where in said else f"{said} ({where})")
 
-    def add(self, other: "Tally") -> None:
+    def add(self, other: "SampleStats") -> None:
         """Adds the counts of `other`, made by another stream or at another time."""
         self.read += other.read
         self.used += other.used
@@ -60,7 +60,7 @@ class Tally:
         self.tokens_of.update(other.tokens_of)
         self.examples = other.examples | self.examples
 
-    def take(self) -> "Tally":
+    def take(self) -> "SampleStats":
         """The counts so far, which start from zero again here."""
         taken = replace(self)
         self.read = self.used = self.tokens_cut = 0

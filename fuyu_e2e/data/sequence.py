@@ -25,7 +25,7 @@ from jaxtyping import Bool, Int64, UInt8
 
 from fuyu_e2e.data.document import Document, Image, Segment
 from fuyu_e2e.data.image import ImagePatches, load_views, to_pixels
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UnusableSampleError
 from fuyu_e2e.model.image_layout import FUYU_LAYOUT, ImageLayout, ImagePolicy, ImageSpan
@@ -154,14 +154,14 @@ class SequenceBuilder:
             loss=np.concatenate([prompt.loss, np.ones(len(written), bool)]),
         )
 
-    def prompts(self, documents: Iterable[Document], tally: Tally) -> Iterator[Prompt]:
-        """Each document as a prompt; those whose images can't be used are counted in `tally`."""
+    def prompts(self, documents: Iterable[Document], stats: SampleStats) -> Iterator[Prompt]:
+        """Each document as a prompt; those whose images can't be used are counted in `stats`."""
         for document in documents:
             try:
                 yield Prompt(document, self.prompt(document.prompt))
-                tally.used += 1
+                stats.used += 1
             except UnusableSampleError as error:
-                tally.skip(error)
+                stats.skip(error)
 
     def _lay_out(self, segments: Iterable[Segment]) -> "_Tokens":
         tokens = _Tokens(self.tokenizer, self.images, self.layout)

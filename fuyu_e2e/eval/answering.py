@@ -15,7 +15,7 @@ from jaxtyping import Float32
 from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.data.document import Document
 from fuyu_e2e.data.packing import pack_row
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import TokenSequence
 from fuyu_e2e.errors import UnusableSampleError
 from fuyu_e2e.eval.question import Question
@@ -45,7 +45,7 @@ def answer_all(
     task: Task,
     questions: Sequence[Question],
     documents: Sequence[Document | None],
-    tally: Tally,
+    stats: SampleStats,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[Answer]:
     """Answers each question, given what stands before its answer.
@@ -56,7 +56,7 @@ def answer_all(
         questions: What is asked.
         documents: What the model reads for each: the question's own document, or another; None where it is left out,
             since it can't be used.
-        tally: Counts what is used, and by reason what can't be: an image that can't be read, `longer-than-batch`,
+        stats: Counts what is used, and by reason what can't be: an image that can't be read, `longer-than-batch`,
             `no-choices`, `choices-lack-answer`.
         batch_tokens: Tokens that are read and written at once.
     """
@@ -67,9 +67,9 @@ def answer_all(
             continue
         try:
             prompts[number] = _prompt(model, task, question, document, batch_tokens)
-            tally.used += 1
+            stats.used += 1
         except UnusableSampleError as error:
-            tally.skip(error)
+            stats.skip(error)
             answers[number] = Answer(skipped=error.reason)
     if task.answer == "generate":
         found = _generate(model, prompts, task.max_new_tokens, batch_tokens)

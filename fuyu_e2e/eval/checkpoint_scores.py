@@ -12,8 +12,8 @@ from rich.console import Console
 
 from fuyu_e2e.checkpoint.exported_model import is_exported
 from fuyu_e2e.checkpoint.loading import build_model, read_model
-from fuyu_e2e.data.progress_bar import Progress
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.progress_bar import ProgressBar
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.evaluation import evaluate as evaluate_task
 from fuyu_e2e.eval.report import print_report, write_report
@@ -35,8 +35,8 @@ def score_checkpoint(options: Namespace) -> None:
     model = build_model(stored, device)
     console = Console(highlight=False)
     started_at = time.perf_counter()
-    read = Tally()
-    with Progress(f"Asking {task.name}", unit="questions") as progress, autocast(device):
+    read = SampleStats()
+    with ProgressBar(f"Asking {task.name}", unit="questions") as progress, autocast(device):
         evaluation = evaluate_task(
             model,
             task,
@@ -47,11 +47,11 @@ def score_checkpoint(options: Namespace) -> None:
             read=read,
             tell=Told(progress),
         )
-    if not evaluation.tallies["image"].used:
-        skipped = read.skipped + evaluation.tallies["image"].skipped
+    if not evaluation.all_stats["image"].used:
+        skipped = read.skipped + evaluation.all_stats["image"].skipped
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.most_common())
         raise UserError(f"No question of {task.name} could be asked ({reasons or 'there are none'}).")
-    with Progress(f"Scoring {task.name}"):
+    with ProgressBar(f"Scoring {task.name}"):
         scores = score(evaluation)
     folder = Path(options.out) if options.out else run_folder(stored.source) / "evaluate" / task.name
     about = {
@@ -80,7 +80,7 @@ def score_checkpoint(options: Namespace) -> None:
 class Told:
     """Counts how far an evaluation has come."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: ProgressBar) -> None:
         self.progress, self.done = progress, 0
 
     def __call__(self, done: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.data.document import Document, Image
 from fuyu_e2e.data.image import decode_image
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import PLACEHOLDER
 from fuyu_e2e.errors import UnusableSampleError
 from fuyu_e2e.eval.answering import Answer, answer_all
@@ -55,9 +55,9 @@ class Evaluation:
     task: Task
     seed: int
     outcomes: list[Outcome] = field(default_factory=list)
-    read: Tally = field(default_factory=Tally)
+    read: SampleStats = field(default_factory=SampleStats)
     """What was read, and by reason what is no question and so has no score."""
-    tallies: dict[Run, Tally] = field(default_factory=lambda: {run: Tally() for run in RUNS})
+    all_stats: dict[Run, SampleStats] = field(default_factory=lambda: {run: SampleStats() for run in RUNS})
     """Of each run, the questions that were used, and by reason those that can't be and are scored as wrong."""
     right: list[Cell] = field(default_factory=list)
     wrong: list[Cell] = field(default_factory=list)
@@ -71,7 +71,7 @@ def evaluate(
     limit: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
-    read: Tally | None = None,
+    read: SampleStats | None = None,
     tell: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Has a model answer questions, with and without looking.
@@ -86,7 +86,7 @@ def evaluate(
         read: What counts the questions as they are read.
         tell: Is told now and then how many questions are done.
     """
-    evaluation = Evaluation(task, seed, read=read or Tally())
+    evaluation = Evaluation(task, seed, read=read or SampleStats())
     rng = np.random.default_rng(seed)
     for chunk in _chunks(islice(questions, limit)):
         _ask(model, evaluation, chunk, batch_tokens, rng)
@@ -111,8 +111,8 @@ def _chunks(questions: Iterable[Question]) -> Iterator[list[Question]]:
 def _ask(
     model: TrainedModel, evaluation: Evaluation, chunk: list[Question], batch_tokens: int, rng: np.random.Generator
 ) -> None:
-    task, tallies = evaluation.task, evaluation.tallies
-    seen = answer_all(model, task, chunk, [question.document for question in chunk], tallies["image"], batch_tokens)
+    task, all_stats = evaluation.task, evaluation.all_stats
+    seen = answer_all(model, task, chunk, [question.document for question in chunk], all_stats["image"], batch_tokens)
     # What can't be used with its image is wrong in every run, and its image is given to nobody: the runs differ in
     # images alone.
     usable = [question for question, answer in zip(chunk, seen, strict=True) if answer.skipped is None]
@@ -122,12 +122,12 @@ def _ask(
     for question, looking in zip(chunk, looks, strict=True):
         partner = partners.get(question.image)
         if looking and partner is None:
-            tallies["other_image"].skip(UnusableSampleError(NO_OTHER_IMAGE, question.document.key))
+            all_stats["other_image"].skip(UnusableSampleError(NO_OTHER_IMAGE, question.document.key))
         blind["without_image"].append(without_images(question.document) if looking else None)
         blind["other_image"].append(with_images_of(question.document, partner) if looking and partner else None)
     answers: dict[Run, list[Answer]] = {"image": seen}
     for run, documents in blind.items():
-        asked = answer_all(model, task, chunk, documents, tallies[run], batch_tokens)
+        asked = answer_all(model, task, chunk, documents, all_stats[run], batch_tokens)
         # Where there is nothing to look at, nothing changes.
         answers[run] = [new if looking else old for new, old, looking in zip(asked, seen, looks, strict=True)]
     texts = [answer.text or "" for answer in seen]

@@ -48,8 +48,8 @@ def counts(evaluation: Evaluation) -> dict[str, Any]:
         "images": len({outcome.image for outcome in evaluation.outcomes}),
         "no_question": {"skipped": dict(evaluation.read.skipped), "examples": evaluation.read.examples},
         "runs": {
-            run: {"used": tally.used, "scored_as_wrong": dict(tally.skipped), "examples": tally.examples}
-            for run, tally in evaluation.tallies.items()
+            run: {"used": stats.used, "scored_as_wrong": dict(stats.skipped), "examples": stats.examples}
+            for run, stats in evaluation.all_stats.items()
         },
     }
 
@@ -93,7 +93,7 @@ def print_report(console: Console, evaluation: Evaluation, scores: Mapping[str, 
     if evaluation.read.skipped:
         console.print(f"No questions, so without a score: {evaluation.read.summary()}", soft_wrap=True)
     for run in RUNS:
-        skipped = evaluation.tallies[run].skipped
+        skipped = evaluation.all_stats[run].skipped
         if skipped:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.most_common())
             console.print(f"Scored as wrong, {BLIND.get(run, 'with its image')}: {reasons}", soft_wrap=True)

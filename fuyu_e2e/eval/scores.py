@@ -121,7 +121,7 @@ def statistics(evaluation: Evaluation, run: Run) -> dict[str, tuple[Score, Float
 
 def _was_asked(evaluation: Evaluation, run: Run) -> bool:
     """Whether any question was asked in this way."""
-    return run == "image" or evaluation.tallies[run].used > 0
+    return run == "image" or evaluation.all_stats[run].used > 0
 
 
 def _scored(metric: Score, rows: Float64[np.ndarray, "N K"], images: np.ndarray, seed: int | None) -> Scored:

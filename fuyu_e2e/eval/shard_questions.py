@@ -7,7 +7,7 @@ prompt.
 from collections.abc import Iterator
 from typing import Any
 
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.formats import description, document
 from fuyu_e2e.data.shards.locations import expand_patterns
@@ -16,7 +16,7 @@ from fuyu_e2e.errors import UnusableSampleError
 from fuyu_e2e.eval.question import Question
 
 
-def read_shards(shards: str, tally: Tally, whole: bool = False) -> Iterator[Question]:
+def read_shards(shards: str, stats: SampleStats, whole: bool = False) -> Iterator[Question]:
     """The questions of shards, in stored order: of a conversation one a turn, of all else one a sample.
 
     Beside what its format has, the JSON of a sample may hold `"groups": {"kind": "relational"}`, `"choices": [...]`
@@ -25,7 +25,7 @@ def read_shards(shards: str, tally: Tally, whole: bool = False) -> Iterator[Ques
     Args:
         shards: Path, glob, brace pattern or URL.
         whole: Whether to ask for the last turn only, whose prompt and answer are the whole document.
-        tally: Counts all samples as read, and by reason those that are no question: among them `no-answer`, and
+        stats: Counts all samples as read, and by reason those that are no question: among them `no-answer`, and
             `json-type` where one of the three is something else.
 
     Raises:
@@ -35,11 +35,11 @@ def read_shards(shards: str, tally: Tally, whole: bool = False) -> Iterator[Ques
     for name in expand_patterns(shards):
         shard = Shard(cache.path(name), name)
         for number in range(len(shard)):
-            tally.read += 1
+            stats.read += 1
             try:
                 found = questions(shard.sample(number))
             except UnusableSampleError as error:
-                tally.skip(error)
+                stats.skip(error)
                 continue
             yield from found[-1:] if whole else found
 

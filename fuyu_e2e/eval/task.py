@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from fuyu_e2e.data.home import with_home
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.locations import is_local
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.errors import UserError
@@ -90,10 +90,10 @@ class Task:
 
     @property
     def _files(self) -> dict[str, inspect.Parameter]:
-        return {name: taken for name, taken in self._takes.items() if name not in ("prompt", "tally", "whole")}
+        return {name: taken for name, taken in self._takes.items() if name not in ("prompt", "stats", "whole")}
 
-    def questions(self, tally: Tally) -> Iterator[Question]:
-        """All questions, in stored order; what can't be read as one is counted in `tally`.
+    def questions(self, stats: SampleStats) -> Iterator[Question]:
+        """All questions, in stored order; what can't be read as one is counted in `stats`.
 
         Raises:
             UserError: A file is missing, or not of the format.
@@ -101,7 +101,7 @@ class Task:
         prompt = {} if self.prompt is None else {"prompt": self.prompt}
         # A likelihood of whole documents, in which each token counts once.
         whole = {"whole": True} if self.answer == "perplexity" and "whole" in self._takes else {}
-        return READERS[self.format](**self.data, **prompt, **whole, tally=tally)
+        return READERS[self.format](**self.data, **prompt, **whole, stats=stats)
 
 
 def load_task(named: str, data: Mapping[str, str] | None = None) -> Task:

@@ -83,7 +83,7 @@ def card(
         for_transformers: Whether the folder is one for transformers.
         question: What the example asks a model that was trained on questions.
     """
-    config, images, told = stored.description.config, stored.description.images, stored.provenance
+    config, images, told = stored.metadata.config, stored.metadata.images, stored.provenance
     parameters = cost(config, document_lengths=(1,), grids=(), targets=0).parameters
     blocks = f"{config.layers} blocks"
     for block, those in meta_decoder(config).other_kinds.items():
@@ -91,7 +91,7 @@ def card(
     limit = f"at most {images.max_patches:,} an image"
     if images.max_size is not None:
         limit += f", scaled down to fit {images.max_size[0]} x {images.max_size[1]} pixels"
-    tokenizer = stored.description.tokenizer
+    tokenizer = stored.metadata.tokenizer
     rows = {
         "optimizer steps": f"{told.step:,}" if told.step else "not trained here",
         "tokens seen": f"{told.tokens_seen:,}",

@@ -40,7 +40,7 @@ def check_scaling(stored: StoredModel) -> None:
     Raises:
         UserError: Names the setting, and the value with which both scale alike.
     """
-    images = stored.description.images
+    images = stored.metadata.images
     if scales_alike(images):
         return
     height, width = largest_size(images)
@@ -92,7 +92,7 @@ def export_to_transformers(
     """
     recipe = find_recipe(stored.source)
     with new_folder(out) as folder:
-        write_transformers(stored.description, stored.weights, folder, fast)
+        write_transformers(stored.metadata, stored.weights, folder, fast)
         text = card(stored, name=out.name, licence=licence, recipe=recipe, for_transformers=True, question=question)
         (folder / CARD).write_text(text, encoding="utf-8")
 
@@ -118,8 +118,8 @@ def import_folder(source: Path, out: Path, tokenizer: Path | None = None) -> Sto
 
 def finetuning_recipe(stored: StoredModel, out: Path) -> str:
     """A recipe that goes on training a model which was exported to `out`."""
-    images = stored.description.images
-    decoder = {name: value for name, value in stored.description.config.to_dict().items() if value is not None}
+    images = stored.metadata.images
+    decoder = {name: value for name, value in stored.metadata.config.to_dict().items() if value is not None}
     model: dict[str, Any] = {"weights": str(out), "decoder": decoder}
     data: dict[str, Any] = {"tokenizer": str(out / TOKENIZER), "max_patches": images.max_patches}
     if images.max_size is not None:
@@ -134,7 +134,7 @@ def finetuning_recipe(stored: StoredModel, out: Path) -> str:
 
 def _write_own(stored: StoredModel, folder: Path, text: str) -> None:
     write_weights(stored.weights, folder)
-    config = folder_config(stored.description, stored.provenance)
+    config = folder_config(stored.metadata, stored.provenance)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    stored.description.tokenizer.save(folder / TOKENIZER)
+    stored.metadata.tokenizer.save(folder / TOKENIZER)
     (folder / CARD).write_text(text, encoding="utf-8")

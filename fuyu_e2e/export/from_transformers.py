@@ -5,7 +5,7 @@ from typing import Any
 
 from fuyu_e2e.checkpoint.json_files import read_json
 from fuyu_e2e.checkpoint.loading import StoredModel, fitting
-from fuyu_e2e.checkpoint.metadata import Description, Provenance
+from fuyu_e2e.checkpoint.metadata import ModelMetadata, Provenance
 from fuyu_e2e.checkpoint.safetensors_io import read_weights
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
@@ -51,7 +51,7 @@ def read_transformers(folder: Path, tokenizer: Path | None = None) -> StoredMode
             f"{model.patch_id}: name the model's own tokenizer with --tokenizer."
         )
     weights = fitting(from_transformers(read_weights(folder), config), config, folder)
-    return StoredModel(folder, Description(config, model, images), weights, Provenance())
+    return StoredModel(folder, ModelMetadata(config, model, images), weights, Provenance())
 
 
 def decoder_config(folder: Path) -> FuyuConfig:

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
-from fuyu_e2e.checkpoint.metadata import Description
+from fuyu_e2e.checkpoint.metadata import ModelMetadata
 from fuyu_e2e.checkpoint.safetensors_io import write_weights
 from fuyu_e2e.data.image import PADDING
 from fuyu_e2e.data.sequence import TokenSequence
@@ -221,7 +221,7 @@ def scales_alike(images: ImagePolicy) -> bool:
 
 
 def write_transformers(
-    description: Description, weights: Mapping[str, Tensor], folder: Path, fast: FastTokenizer | None = None
+    metadata: ModelMetadata, weights: Mapping[str, Tensor], folder: Path, fast: FastTokenizer | None = None
 ) -> None:
     """Writes all that transformers needs into an empty folder: weights, configuration, tokenizer and processor.
 
@@ -235,13 +235,13 @@ def write_transformers(
         UserError: The decoder computes what no text model of transformers does, its images pass more than one linear
             layer, or the tokenizer is of a kind that has no fast form.
     """
-    tokenizer, images = description.tokenizer, description.images
-    named = to_transformers(weights, description.config)
+    tokenizer, images = metadata.tokenizer, metadata.images
+    named = to_transformers(weights, metadata.config)
     fast = fast or fast_tokenizer(tokenizer)
     write_weights(named, folder)
     dtype = named[f"{TEXT}embed_tokens.weight"].dtype
     ids = {"patch_id": tokenizer.patch_id, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
-    _write_json(folder / "config.json", transformers_config(description.config, **ids, dtype=dtype))
+    _write_json(folder / "config.json", transformers_config(metadata.config, **ids, dtype=dtype))
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": PAD_ID}
     _write_json(folder / "generation_config.json", special)
     fast.save(str(folder / "tokenizer.json"))

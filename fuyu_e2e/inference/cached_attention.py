@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from fuyu_e2e.inference.cache import BlockCache, DenseBlockCache, GrowingBlockCache, KeyValueCache, rows_of, slots_of
-from fuyu_e2e.model.attention.grouped import TilePlan
+from fuyu_e2e.model.attention.grouped import TiledAttention
 from fuyu_e2e.model.attention.interface import Attend, Passing, Places, RowAttention
 from fuyu_e2e.model.attention.mask import AttentionMask
 from fuyu_e2e.model.device_copy import to_device
@@ -23,7 +23,7 @@ Plan = Callable[[AttentionMask, tuple[int, ...], tuple[tuple[int, int], ...]], R
 class _Piece:
     """How blocks of one mask read a piece of a row of prompts."""
 
-    attention: RowAttention | TilePlan
+    attention: RowAttention | TiledAttention
     """Of the piece's tokens to each other; of a continued document, to what the cache holds of it before them."""
     known: Int64[Tensor, " known"] | None
     """The slots of that; None where no document is continued."""
@@ -65,7 +65,7 @@ def prefill_attention(
             kept = to_device(torch.from_numpy(np.flatnonzero(stay)), device)
         if known:
             keys = Places(*map(np.concatenate, zip(before.take(seen), inside, strict=True)))
-            attention: RowAttention | TilePlan = TilePlan.of(mask, inside, keys, device)
+            attention: RowAttention | TiledAttention = TiledAttention.of(mask, inside, keys, device)
         else:
             attention = plan(mask, tuple(lengths.tolist()), within)
         if block is None:

@@ -41,7 +41,7 @@ from fuyu_e2e.model.images.options import GridEmbeddings, ImageNorm
 from fuyu_e2e.model.recomputation import ActivationCheckpointing
 from fuyu_e2e.model.rope import grid_positions, rotary
 from fuyu_e2e.model.routing.block import RoutedBlock
-from fuyu_e2e.model.row import Progress, Reports, Row, TokenInfo
+from fuyu_e2e.model.row import Reports, Row, TokenInfo, TrainingProgress
 
 LOSS_CHUNK = 2_048
 """Positions whose logits are in memory at once while the loss is computed."""
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.reads_info = any(block.reads_info for block in self.each_block())
         """Whether any block reads `Row.info`."""
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         """How far its training has come, for the annealing of shares; whoever trains it sets this in each step."""
         self.attention: AttentionBackend = "auto"
         """What computes the attention of packed rows."""
@@ -372,7 +372,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def end_step(
-        self, progress: Progress, reduce: Callable[[Tensor], Tensor], skip: Bool[Tensor, ""] | None = None
+        self, progress: TrainingProgress, reduce: Callable[[Tensor], Tensor], skip: Bool[Tensor, ""] | None = None
     ) -> None:
         """Tells blocks that count something in training what all ranks counted since the last step's end.
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 """Which of a block's activations the backward pass recomputes: nothing, all but products and attention, or all."""
-EXPENSIVE = {
+SAVED_OPERATIONS = {
     "aten::mm",
     "aten::addmm",
     "aten::_scaled_mm",
@@ -40,8 +40,8 @@ def recomputing(kind: ActivationCheckpointing, run: Callable[..., R], *inputs: A
 
 
 def _contexts() -> tuple[Any, Any]:
-    return create_selective_checkpoint_contexts(_keeps)
+    return create_selective_checkpoint_contexts(_policy)
 
 
-def _keeps(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation.name() in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation.name() in SAVED_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE

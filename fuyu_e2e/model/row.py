@@ -31,7 +31,7 @@ class TokenType(IntEnum):
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """How far a training has come. A decoder that is not being trained is at its end."""
 
     step: int = 0
@@ -58,7 +58,7 @@ class TokenInfo:
     """How many tokens each such image has: its patches, in Fuyu's layout."""
     image_lengths_host: tuple[int, ...]
     """The same on the host."""
-    progress: Progress
+    progress: TrainingProgress
     """Of the training; at its end outside of one."""
     done: Float64[Tensor, ""]
     """`progress.done` on the device."""
@@ -66,7 +66,7 @@ class TokenInfo:
     """The numbers of the decoder's blocks."""
 
     @classmethod
-    def of(cls, batch: PackedBatch, blocks: int, progress: Progress, training: bool) -> "TokenInfo":
+    def of(cls, batch: PackedBatch, blocks: int, progress: TrainingProgress, training: bool) -> "TokenInfo":
         """Of a packed row."""
         device, length = batch.tokens.device, batch.tokens.shape[0]
         types = torch.full((length,), int(TokenType.TEXT), device=device)
@@ -85,7 +85,7 @@ class TokenInfo:
         lengths = tuple(span.places for span in batch.images if span.places)
         sizes = to_device(torch.tensor(lengths, dtype=torch.int64), device)
         images = torch.arange(len(sizes), device=device)
-        progress = progress if training else Progress()
+        progress = progress if training else TrainingProgress()
         return cls(
             types=types,
             valid=torch.arange(length, device=device) < length - batch.padding,
@@ -111,7 +111,7 @@ class TokenInfo:
             patch_image=nothing,
             image_lengths=nothing,
             image_lengths_host=(),
-            progress=Progress(),
+            progress=TrainingProgress(),
             done=torch.ones((), dtype=torch.float64, device=positions.device),
             blocks=torch.arange(blocks, device=positions.device),
         )

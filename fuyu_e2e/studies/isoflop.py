@@ -25,7 +25,7 @@ from fuyu_e2e.bench.documents import Rows
 from fuyu_e2e.bench.measure import environment, write_json
 from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.data.datamodule import FuyuDataModule
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.eval.exact_match import exact_match, read
@@ -159,7 +159,7 @@ def prepare(
     """Writes digits to train on and to test on, with a tokenizer, and gives them as data with the seed's order."""
     train = write_shards(folder, split="train", count=pictures, seed=seed, most_digits=most_digits, processes=1)
     write_shards(folder, split="test", count=test_pictures, seed=TEST_SEED, most_digits=most_digits, processes=1)
-    texts = (text for document in read_documents(train[0], Tally()) for text in document.texts)
+    texts = (text for document in read_documents(train[0], SampleStats()) for text in document.texts)
     train_tokenizer(texts, VOCAB_SIZE).save(folder / "tokenizer.model")
     return stored_rows(folder, seed, row_tokens)
 
@@ -224,8 +224,8 @@ def _train(name: str, budget: int, seed: int, steps: int, data: StoredRows, fold
     routing = decoder.config.routing
     flops = sum(_row_cost(decoder.config, row.batch, step / steps) for step, row in enumerate(data.rows[:steps]))
     model = TrainedModel(decoder.eval(), data.builder, steps)
-    documents = list(data.documents("val", Tally()))
-    prompts = list(data.builder.prompts(documents, Tally()))
+    documents = list(data.documents("val", SampleStats()))
+    prompts = list(data.builder.prompts(documents, SampleStats()))
     result = {
         "contender": name,
         "budget": budget,

@@ -12,7 +12,7 @@ from rich.table import Table
 from fuyu_e2e.bench.measure import environment, write_json
 from fuyu_e2e.bench.plots import draw_picture
 from fuyu_e2e.checkpoint.loading import load_model
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.eval.contact_sheet import contact_sheet
 from fuyu_e2e.eval.evaluation import evaluate
 from fuyu_e2e.eval.report import BLIND, counts
@@ -40,7 +40,7 @@ def ocr(args: Sequence[str]) -> None:
     scores = {}
     for split in SPLITS:
         task = load_task("ocr", {"shards": str(options.data / f"{split}-0*.tar")})
-        read = Tally()
+        read = SampleStats()
         evaluation = evaluate(model, task, task.questions(read), read=read)
         scores[split] = score(evaluation)
         metrics = {name: asdict(found) for name, found in scores[split].items()}

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fuyu_e2e.checkpoint.loading import TrainedModel, load_model, read_model
 from fuyu_e2e.data.document import Document
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import train_tokenizer
@@ -110,7 +110,7 @@ def prepare(place: Workplace, seed: int, pictures: int, test_pictures: int) -> N
 
 def documents(shards: Iterable[Path]) -> Iterable[Document]:
     """All documents of some shards."""
-    return (document for shard in shards for document in read_documents(shard, Tally()))
+    return (document for shard in shards for document in read_documents(shard, SampleStats()))
 
 
 def recipe_settings(place: Workplace, recipe: str, seed: int, max_steps: int | None) -> list[str]:
@@ -142,7 +142,7 @@ def export_model(place: Workplace) -> None:
     """Writes the model for transformers, or for `fuyu_e2e.load` where some of its blocks select tokens, which these
     can't run."""
     stored = read_model(place.root / "checkpoints" / "last.ckpt")
-    if meta_decoder(stored.description.config).selecting:
+    if meta_decoder(stored.metadata.config).selecting:
         export_own(stored, place.exported, question=QUESTION)
     else:
         export_to_transformers(stored, place.exported, question=QUESTION)
@@ -163,7 +163,7 @@ def score(model: TrainedModel, place: Workplace) -> tuple[dict[str, Any], list[R
 
 def read_all(model: TrainedModel, asked: list[Document]) -> list[Reading]:
     """What the model reads in each picture."""
-    return read(model, list(model.builder.prompts(asked, Tally())), MAX_NEW_TOKENS)
+    return read(model, list(model.builder.prompts(asked, SampleStats())), MAX_NEW_TOKENS)
 
 
 def cell(reading: Reading) -> Cell:

@@ -22,7 +22,7 @@ from rich.table import Table
 from fuyu_e2e.bench.measure import environment, write_json
 from fuyu_e2e.bench.plots import draw_picture
 from fuyu_e2e.checkpoint.loading import TrainedModel, build_decoder, load_model, read_model
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import train_tokenizer
@@ -104,7 +104,7 @@ def _prepare(data: Path, name: str, seed: int, count: int) -> None:
     if not (data / f"{name}-val-00000.tar").exists():
         train = write_shards(data, f"{name}-train", contender.pictures("train", seed), count)
         if not (data / "tokenizer.model").exists():
-            texts = (text for document in read_documents(train[0], Tally()) for text in document.texts)
+            texts = (text for document in read_documents(train[0], SampleStats()) for text in document.texts)
             train_tokenizer(texts, VOCAB_SIZE).save(data / "tokenizer.model")
         write_shards(data, f"{name}-val", contender.pictures("val", TEST_SEED), min(300, count))
 
@@ -173,7 +173,9 @@ def _score_size(model: TrainedModel, folder: Path, contender: Contender, size: S
     (shard,) = write_shards(
         folder, "test", contender.pictures("test", TEST_SEED, size), count, processes=1, shard_size=count
     )
-    readings = read(model, list(model.builder.prompts(read_documents(shard, Tally()), Tally())), MAX_NEW_TOKENS)
+    readings = read(
+        model, list(model.builder.prompts(read_documents(shard, SampleStats()), SampleStats())), MAX_NEW_TOKENS
+    )
     shard.unlink()
     shown = size if contender.square is None else (contender.square, contender.square)
     return {

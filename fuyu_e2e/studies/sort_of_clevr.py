@@ -22,7 +22,7 @@ from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
 from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
 from fuyu_e2e.checkpoint.metadata import SECTION
 from fuyu_e2e.data.packing import pack_row
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.question import Question
 from fuyu_e2e.eval.shard_questions import read_shards
@@ -64,14 +64,14 @@ def read_questions(pattern: str, images: int) -> list[Question]:
         UserError: No shard is there, or one holds what is no question.
     """
     seen: set[str] = set()
-    questions, tally = [], Tally()
-    for question in read_shards(pattern, tally):
+    questions, stats = [], SampleStats()
+    for question in read_shards(pattern, stats):
         seen.add(question.image)
         if len(seen) > images:
             break
         questions.append(question)
-    if tally.skipped:
-        raise UserError(f"{pattern} holds samples that are no questions: {tally.summary()}.")
+    if stats.skipped:
+        raise UserError(f"{pattern} holds samples that are no questions: {stats.summary()}.")
     return questions
 
 

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image as Pillow
 
-from fuyu_e2e.data.progress_bar import Progress
+from fuyu_e2e.data.progress_bar import ProgressBar
 from fuyu_e2e.data.shards.parallel import deaf_to_interrupts
 from fuyu_e2e.data.shards.tar_writer import TarWriter
 
@@ -40,7 +40,7 @@ def write_picture_shards(
     numbers = [range(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
     paths = [directory / f"{name}-{number:05}.tar" for number in range(len(numbers))]
     write = partial(_write_shard, samples)
-    with Progress(f"Drawing {name}", count, "pictures") as progress:
+    with ProgressBar(f"Drawing {name}", count, "pictures") as progress:
         if processes == 1 or len(paths) == 1:
             for path, own in zip(paths, numbers, strict=True):
                 write(path, own)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from fuyu_e2e.checkpoint.atomic import UNFINISHED, Manifest, is_whole
+from fuyu_e2e.checkpoint.atomic import UNFINISHED, CheckpointManifest, is_whole
 from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
-from fuyu_e2e.checkpoint.metadata import Description
+from fuyu_e2e.checkpoint.metadata import ModelMetadata
 from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint, manifests, run_checkpoints
 from fuyu_e2e.checkpoint.run_directory import CHECKPOINTS, shown
 from fuyu_e2e.errors import UserError
@@ -55,7 +55,7 @@ def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None
             "the run of trainer.default_root_dir."
         )
     path = find_checkpoint(path)
-    Description.of(read_checkpoint(path), str(path))
+    ModelMetadata.of(read_checkpoint(path), str(path))
     if command == "fit":
         _check_own(path, run, found)
     return str(path.absolute())  # Lightning takes what begins with http for a URL
@@ -105,7 +105,7 @@ def _check_own(path: Path, run: Path, found: list[Path]) -> None:
             f"{run} already holds a run, and {path} is a checkpoint of another: name a new directory with "
             "--trainer.default_root_dir."
         )
-    step, later = Manifest.read(path).step, max(manifest.step for manifest in manifests(found).values())
+    step, later = CheckpointManifest.read(path).step, max(manifest.step for manifest in manifests(found).values())
     if step < later:
         rank_zero_info(
             f"Going back to step {step}: checkpoints of later steps, up to {later}, stay, and count among the best: "

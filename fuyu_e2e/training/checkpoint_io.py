@@ -19,7 +19,7 @@ from fuyu_e2e.checkpoint.atomic import (
     is_whole,
     link,
     remove,
-    unfinished,
+    staging_directory,
     unfinished_place,
 )
 from fuyu_e2e.checkpoint.lightning_io import publish_checkpoint, read_checkpoint, write_file
@@ -85,7 +85,7 @@ class ShardedCheckpointIO(WholeCheckpointIO):
         with ExitStack() as stack:
             if dist.get_rank() == 0:
                 try:
-                    stack.enter_context(unfinished(target))
+                    stack.enter_context(staging_directory(target))
                 except OSError as error:
                     trouble = [str(error)]
             dist.broadcast_object_list(trouble, src=0, group=self.group)

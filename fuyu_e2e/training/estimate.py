@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.packing import Packer, pack_row
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import Cost, cost
@@ -176,18 +176,18 @@ def _row(data: FuyuDataModule, config: FuyuConfig) -> Row:
             source=f"assumed: documents of {length} tokens, half of them patches, a quarter supervised, as the recipe "
             "names no data.train",
         )
-    tally = Tally()
-    packer = Packer(data.budget, data.long_documents, tally)
+    stats = SampleStats()
+    packer = Packer(data.budget, data.long_documents, stats)
     while not packer.full:  # training reads its shards over and over, too
-        for document in data.documents("train", tally):
+        for document in data.documents("train", stats):
             try:
                 packer.add(data.builder.build(document))
             except UnusableSampleError as error:
-                tally.skip(error)
+                stats.skip(error)
             if packer.full:
                 break
         if not packer.waiting:
-            raise UserError(f"data.train holds no usable sample ({tally.summary()}).")
+            raise UserError(f"data.train holds no usable sample ({stats.summary()}).")
     batch = pack_row(packer.fill_row())
     return Row(
         document_lengths=batch.document_lengths,

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.inspection import draw_sequence, show_tokens
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.training.settings.own_options import add_inspect_options
 from fuyu_e2e.training.settings.recipe import FuyuCLI
@@ -41,13 +41,13 @@ def inspect_sample(args: Sequence[str]) -> None:
     """
     cli = InspectCLI(args)
     data: FuyuDataModule = cli.datamodule
-    tally = Tally()
+    stats = SampleStats()
     index = cli.config.index
     if index < 0:
         raise UserError(f"--index is {index}, but must be at least 0, the first sample.")
-    document = next(islice(data.documents("train", tally), index, None), None)
+    document = next(islice(data.documents("train", stats), index, None), None)
     if document is None:
-        raise UserError(f"--index {index} is behind the last usable sample ({tally.summary()}).")
+        raise UserError(f"--index {index} is behind the last usable sample ({stats.summary()}).")
     try:
         sequence = data.builder.build(document)
     except UnusableSampleError as error:

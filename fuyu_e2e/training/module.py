@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fuyu_e2e.checkpoint.loading import build_decoder, load_weights, read_model
-from fuyu_e2e.checkpoint.metadata import SECTION, Description
+from fuyu_e2e.checkpoint.metadata import SECTION, ModelMetadata
 from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.lightning_internals import count_steps
 from fuyu_e2e.data.sequence import Prompt
@@ -27,7 +27,7 @@ from fuyu_e2e.model.float8 import use_float8
 from fuyu_e2e.model.image_layout import most_tokens, same_layout
 from fuyu_e2e.model.parallel import TENSOR, gather_weights, shard
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.model.row import Progress, Row
+from fuyu_e2e.model.row import Row, TrainingProgress
 from fuyu_e2e.training.callbacks.checkpoints import checkpoints_of
 from fuyu_e2e.training.gradients import clamp_gradients, scale_gradients, squared_norm_part, weights_of
 from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
@@ -165,9 +165,9 @@ class FuyuModule(pl.LightningModule):
         return data
 
     @property
-    def description(self) -> Description:
+    def metadata(self) -> ModelMetadata:
         """What a checkpoint of this run says about itself."""
-        return Description(self.config, self.datamodule.tokenizer, self.datamodule.images)
+        return ModelMetadata(self.config, self.datamodule.tokenizer, self.datamodule.images)
 
     def setup(self, stage: str) -> None:
         """Checks what can't be seen from the settings alone.
@@ -263,7 +263,7 @@ class FuyuModule(pl.LightningModule):
         self.guard = None  # an earlier run's
         if self.weights is not None and self.trainer.ckpt_path is None:
             stored = read_model(self.weights)
-            self.description.check_same(stored.description, self.weights)
+            self.metadata.check_same(stored.metadata, self.weights)
             load_weights(self.decoder, stored.weights)
 
     def on_train_start(self) -> None:
@@ -296,9 +296,9 @@ class FuyuModule(pl.LightningModule):
         # Undoes the division by the number of micro-batches that Lightning is about to do.
         return (loss + beside) * self.trainer.accumulate_grad_batches
 
-    def _progress_after(self, steps: int) -> Progress:
+    def _progress_after(self, steps: int) -> TrainingProgress:
         step = self.trainer.global_step + steps
-        return Progress(step, step / self.trainer.max_steps)
+        return TrainingProgress(step, step / self.trainer.max_steps)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradient by the supervised tokens of the whole step, and has a bad one change nothing.
@@ -308,7 +308,7 @@ class FuyuModule(pl.LightningModule):
         """
         self.read_step()
         assert isinstance(optimizer, MuonAdamW)
-        weights, ranks, copies = weights_of(optimizer), self.trainer.world_size, DataRank.of(self.trainer).copies
+        weights, ranks, replicas = weights_of(optimizer), self.trainer.world_size, DataRank.of(self.trainer).replicas
         sums = self._sums.over_ranks(squared_norm_part(weights, ranks), self.votes)
         self._sums.clear()
         loss, squares, supervised, *_ = sums.unbind()
@@ -323,9 +323,11 @@ class FuyuModule(pl.LightningModule):
             greatest_loss, greatest_norm = self.guard.limits()
             bad = ~((mean <= greatest_loss) & (norm <= greatest_norm))  # what is no number is below no limit
             optimizer.found_inf = bad.float()
-        self.decoder.end_step(self._progress_after(1), lambda counts: sum_over_ranks(counts) // copies, skip=bad)
+        self.decoder.end_step(self._progress_after(1), lambda counts: sum_over_ranks(counts) // replicas, skip=bad)
         step = self.trainer.global_step + 1
-        self._pending = PendingStep(step, sums, (mean, norm), bad, votes=self.votes, beside=self.beside, copies=copies)
+        self._pending = PendingStep(
+            step, sums, (mean, norm), bad, votes=self.votes, beside=self.beside, replicas=replicas
+        )
         self.beside = {}
         shown = step % steps_between_logs(self.trainer) == 0 or step == self.trainer.max_steps or self.figures is None
         if shown or self._monitored or not queues(self.device):
@@ -442,7 +444,7 @@ class FuyuModule(pl.LightningModule):
         """Adds what the checkpoint says about itself."""
         self.read_step()
         checkpoints = checkpoints_of(self.trainer)
-        checkpoint[SECTION] = self.description.section() | {
+        checkpoint[SECTION] = self.metadata.section() | {
             "tokens_seen": self.tokens_seen,
             "training": training_settings(self.optimizer_config, self.schedule, self.trainer),
             "data": {source.name: source.digest for source in self.datamodule.stream_sources("train")},
@@ -458,7 +460,7 @@ class FuyuModule(pl.LightningModule):
             UserError: Says what differs, or that its rows don't make whole steps here.
         """
         source = str(self.trainer.ckpt_path or "The checkpoint")
-        self.description.check_same(Description.of(checkpoint, source), source)
+        self.metadata.check_same(ModelMetadata.of(checkpoint, source), source)
         self.tokens_seen = checkpoint[SECTION]["tokens_seen"]
         self._validated_at = checkpoint["global_step"]
         self._loaded_figures = checkpoint[SECTION].get("validation", {})

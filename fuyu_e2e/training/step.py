@@ -113,10 +113,10 @@ class PendingStep:
         *,
         votes: Iterable[str],
         beside: Mapping[str, Tensor],
-        copies: int,
+        replicas: int,
     ) -> None:
         self._step, self._votes, self._beside = step, tuple(votes), tuple(beside)
-        self._copies = copies
+        self._copies = replicas
         self._numbers = torch.cat(
             (torch.stack((bad.double(), *judged)), sums, *(number.double()[None] for number in beside.values()))
         )

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from fuyu_e2e.checkpoint.atomic import is_sharded
 from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
-from fuyu_e2e.checkpoint.metadata import Description
+from fuyu_e2e.checkpoint.metadata import ModelMetadata
 from fuyu_e2e.checkpoint.sharded_files import OPTIMIZER, WEIGHTS, ShardedFiles
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.parallel import MESH, copy_part
@@ -165,8 +165,8 @@ class Sharded(ModelParallelStrategy):
 
     def _check(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Refuses another model's checkpoint before its weights meet these."""
-        description: Description = self.lightning_module.description  # type: ignore[union-attr, assignment]
-        description.check_same(Description.of(checkpoint, str(path)), str(path))
+        metadata: ModelMetadata = self.lightning_module.metadata  # type: ignore[union-attr, assignment]
+        metadata.check_same(ModelMetadata.of(checkpoint, str(path)), str(path))
 
     def _fill_from_shards(self, shards: ShardedFiles, rest: dict[str, Any]) -> None:
         assert self.lightning_module is not None

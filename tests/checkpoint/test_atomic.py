@@ -15,13 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from fuyu_e2e.checkpoint.atomic import (
+    DIGEST_FILE,
     FILE,
     MANIFEST,
-    SEAL,
-    Manifest,
+    CheckpointManifest,
+    commit,
     faults,
-    publish,
-    unfinished,
+    staging_directory,
 )
 from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
 from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint, newest, run_checkpoints
@@ -44,7 +44,7 @@ def test_what_is_saved_is_read_and_told(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed_everything: 3\n")
     path = save(tmp_path / "checkpoints", 7)
     assert torch.equal(read_checkpoint(path)["state_dict"]["weight"], torch.full((1_000,), 7.0))
-    manifest = Manifest.read(path)
+    manifest = CheckpointManifest.read(path)
     assert (manifest.step, manifest.recipe, set(manifest.files)) == (7, "seed_everything: 3\n", {FILE})
     assert faults(path) == []
     assert find_checkpoint(tmp_path) == path
@@ -83,7 +83,7 @@ def test_every_flipped_byte_and_truncation_is_found_and_the_one_before_is_used(t
     good, bad = save(tmp_path, 1), save(tmp_path, 2)
     rng = random.Random(0)
     for number in range(250):
-        file = bad / rng.choice([FILE, FILE, MANIFEST, SEAL])
+        file = bad / rng.choice([FILE, FILE, MANIFEST, DIGEST_FILE])
         whole, times = file.read_bytes(), file.stat()
         place = rng.randrange(len(whole))
         flipped = whole[:place] + bytes([whole[place] ^ (1 << rng.randrange(8))]) + whole[place + 1 :]
@@ -185,16 +185,16 @@ def test_a_full_disk_costs_one_checkpoint_and_a_warning(tmp_path: Path) -> None:
 
 def test_what_fails_while_it_is_made_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
-        with unfinished(tmp_path / "a.ckpt") as place:
+        with staging_directory(tmp_path / "a.ckpt") as place:
             (place / FILE).write_bytes(b"half")
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
     assert not list(tmp_path.iterdir())
-    with unfinished(tmp_path / "a.ckpt") as place:
+    with staging_directory(tmp_path / "a.ckpt") as place:
         (place / FILE).write_bytes(b"all")
-        publish(place, tmp_path / "a.ckpt", step=1, tokens_seen=0)
+        commit(place, tmp_path / "a.ckpt", step=1, tokens_seen=0)
     assert faults(tmp_path / "a.ckpt") == []
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 import fuyu_e2e
 from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
 from fuyu_e2e.checkpoint.loading import StoredModel, build_decoder, load_model, read_model
-from fuyu_e2e.checkpoint.metadata import Description, Provenance
+from fuyu_e2e.checkpoint.metadata import ModelMetadata, Provenance
 from fuyu_e2e.checkpoint.safetensors_io import read_weights, write_weights
 from fuyu_e2e.checkpoint.sharded_files import GROUPS, REST, TABLE
 from fuyu_e2e.data.datamodule import FuyuDataModule
@@ -70,9 +70,9 @@ def run(
 
 @pytest.fixture
 def stored(config: FuyuConfig, decoder: Decoder, tokenizer: Tokenizer) -> StoredModel:
-    description = Description(config, tokenizer, ImagePolicy(patch_size=4, max_patches=99, max_size=(64, 96)))
+    metadata = ModelMetadata(config, tokenizer, ImagePolicy(patch_size=4, max_patches=99, max_size=(64, 96)))
     told = Provenance(step=7, tokens_seen=1234, data={"train": "ab" * 32}, validation={"val/loss": 1.25})
-    return StoredModel(Path("nowhere"), description, dict(decoder.state_dict()), told)
+    return StoredModel(Path("nowhere"), metadata, dict(decoder.state_dict()), told)
 
 
 def same_weights(decoder: Decoder, weights: dict[str, torch.Tensor]) -> bool:
@@ -86,18 +86,18 @@ def same_weights(decoder: Decoder, weights: dict[str, torch.Tensor]) -> bool:
 def test_what_is_exported_is_what_is_loaded(
     routing: RoutingConfig | None, dialect: str, tied: bool, stored: StoredModel, tmp_path: Path
 ) -> None:
-    heads = {"kv_heads": stored.description.config.heads} if dialect == "fuyu" else {}
+    heads = {"kv_heads": stored.metadata.config.heads} if dialect == "fuyu" else {}
     shape: dict[str, Any] = {"layers": 5, "dialect": dialect, "routing": routing, "tie_embeddings": tied} | heads
-    config = replace(stored.description.config, **shape)
+    config = replace(stored.metadata.config, **shape)
     decoder = Decoder(config)
     weights = {name: tensor for name, tensor in decoder.state_dict().items() if not (tied and name.startswith("lm_"))}
-    description = replace(stored.description, config=config)
-    export_own(replace(stored, description=description, weights=weights), tmp_path / "out")
+    metadata = replace(stored.metadata, config=config)
+    export_own(replace(stored, metadata=metadata, weights=weights), tmp_path / "out")
     again = read_model(tmp_path / "out")
     assert again.provenance == stored.provenance
-    assert again.description.config == config
-    assert again.description.images == stored.description.images
-    assert again.description.tokenizer.model == stored.description.tokenizer.model
+    assert again.metadata.config == config
+    assert again.metadata.images == stored.metadata.images
+    assert again.metadata.tokenizer.model == stored.metadata.tokenizer.model
     loaded = load_model(tmp_path / "out")
     assert loaded.step == 7
     assert same_weights(loaded.decoder, decoder.state_dict())
@@ -177,7 +177,7 @@ def test_a_run_a_file_and_a_sharded_checkpoint_hold_the_same(run: Path, tmp_path
     sharded = shard(checkpoint, tmp_path / "sharded.ckpt")
     first, second = read_model(whole), read_model(sharded)
     assert first.provenance == second.provenance
-    assert first.description.config == second.description.config
+    assert first.metadata.config == second.metadata.config
     assert first.weights.keys() == second.weights.keys()
     assert all(torch.equal(first.weights[name], tensor) for name, tensor in second.weights.items())
     whole.unlink()
@@ -190,7 +190,7 @@ def test_a_checkpoint_tells_where_it_comes_from(run: Path) -> None:
     assert told.tokens_seen > 100
     assert set(told.validation) == {"val/loss", "val/perplexity"}
     assert len(told.data["train"]) == 64
-    assert read_model(run).description.images.max_size == (64, 96)
+    assert read_model(run).metadata.images.max_size == (64, 96)
 
 
 def test_averaged_weights_are_given_on_request(run: Path, tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_more_layers_than_tensors_are_refused_at_once(stored: StoredModel, tmp_p
 
 def test_training_begins_with_given_weights(run: Path, question_data: Callable[..., FuyuDataModule]) -> None:
     stored = read_model(run)
-    module = FuyuModule(stored.description.config, weights=str(run))
+    module = FuyuModule(stored.metadata.config, weights=str(run))
     data = question_data()
     trainer = pl.Trainer(
         max_steps=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
@@ -361,7 +361,7 @@ def test_training_begins_with_given_weights(run: Path, question_data: Callable[.
     trainer.fit(module, data)
     assert seen.keys() == stored.weights.keys()
     assert all(torch.equal(seen[name], tensor) for name, tensor in stored.weights.items())
-    other = FuyuModule(replace(stored.description.config, layers=2), weights=str(run))
+    other = FuyuModule(replace(stored.metadata.config, layers=2), weights=str(run))
     with pytest.raises(UserError, match="layers is 2 but 3 there"):
         pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(
             other, question_data()
@@ -370,5 +370,5 @@ def test_training_begins_with_given_weights(run: Path, question_data: Callable[.
 
 def test_the_decoder_computes_in_float32_whatever_is_stored(stored: StoredModel) -> None:
     halves = {name: tensor.bfloat16() for name, tensor in stored.weights.items()}
-    decoder = build_decoder(stored.description.config, halves)
+    decoder = build_decoder(stored.metadata.config, halves)
     assert {weight.dtype for weight in decoder.parameters()} == {torch.float32}

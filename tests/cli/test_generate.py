@@ -12,7 +12,7 @@ import torch
 import fuyu_e2e
 from fuyu_e2e.checkpoint import loading
 from fuyu_e2e.checkpoint.loading import StoredModel
-from fuyu_e2e.checkpoint.metadata import Description, Provenance
+from fuyu_e2e.checkpoint.metadata import ModelMetadata, Provenance
 from fuyu_e2e.cli import main
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.errors import UserError
@@ -34,8 +34,8 @@ def folder(
     """A working folder with a model, a routed one, two pictures and a file that is none."""
     folder = tmp_path_factory.mktemp("work")
     for name, model in (("model", decoder), ("routed", routed_decoder(share=0.3, skipped="keys"))):
-        description = Description(model.config, builder.tokenizer, builder.images)
-        export_own(StoredModel(folder, description, dict(model.state_dict()), Provenance(step=7)), folder / name)
+        metadata = ModelMetadata(model.config, builder.tokenizer, builder.images)
+        export_own(StoredModel(folder, metadata, dict(model.state_dict()), Provenance(step=7)), folder / name)
     for name, seed in (("a.png", 1), ("b b.png", 2)):
         (folder / name).write_bytes(make_png(9, 14, seed=seed))
     (folder / "broken.png").write_bytes(b"no picture")

@@ -91,11 +91,11 @@ def test_a_process_that_reads_or_writes_shards_imports_no_torch() -> None:
 
 
 def test_checksums_are_compared_without_torch(tmp_path: Path) -> None:
-    from fuyu_e2e.checkpoint.atomic import publish, unfinished
+    from fuyu_e2e.checkpoint.atomic import commit, staging_directory
 
-    with unfinished(tmp_path / "step=1.ckpt") as place:
+    with staging_directory(tmp_path / "step=1.ckpt") as place:
         (place / "checkpoint.pt").write_bytes(b"weights")
-        publish(place, tmp_path / "step=1.ckpt", step=1, tokens_seen=0)
+        commit(place, tmp_path / "step=1.ckpt", step=1, tokens_seen=0)
     assert loaded(tmp_path, "checkpoint", "verify", "step=1.ckpt") == []
 
 

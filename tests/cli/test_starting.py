@@ -16,13 +16,13 @@ def test_a_slow_start_shows_on_a_terminal_only(
     monkeypatch.setattr(progress, "QUIET", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     said = threading.Event()
-    line = progress.Progress.line
+    line = progress.ProgressBar.line
 
-    def told(self: progress.Progress) -> str:
+    def told(self: progress.ProgressBar) -> str:
         said.set()
         return line(self)
 
-    monkeypatch.setattr(progress.Progress, "line", told)
+    monkeypatch.setattr(progress.ProgressBar, "line", told)
     with starting():
         assert said.wait(60 if terminal else 0) == terminal
     assert ("Starting: 0:00:0" in capsys.readouterr().err) == terminal

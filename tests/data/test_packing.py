@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fuyu_e2e.data.document import Document, Image, Text
 from fuyu_e2e.data.packing import Packer, pack_row
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder, TokenSequence
 from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.image_layout import ImageSpan
@@ -53,8 +53,8 @@ def test_the_row_that_the_batch_module_shows(builder: SequenceBuilder, make_png:
 def test_rows_keep_documents_whole_and_lose_none_without_a_number(
     lengths: list[int], budget: int, long_documents: str
 ) -> None:
-    tally = Tally()
-    packer = Packer(budget, long_documents, tally)
+    stats = SampleStats()
+    packer = Packer(budget, long_documents, stats)
     together = list(packer.pack(sequence(length, key=str(i)) for i, length in enumerate(lengths)))
     rows = [pack_row(sequences, budget) for sequences in together]
     boundaries = 0
@@ -71,34 +71,34 @@ def test_rows_keep_documents_whole_and_lose_none_without_a_number(
     packed = sorted(sequence.key for sequences in together for sequence in sequences)
     fitting = [str(i) for i, length in enumerate(lengths) if long_documents == "cut" or length <= budget]
     assert packed == sorted(fitting)
-    assert boundaries == tally.used == len(fitting)
-    assert tally.skipped["longer-than-row"] == len(lengths) - len(fitting)
+    assert boundaries == stats.used == len(fitting)
+    assert stats.skipped["longer-than-row"] == len(lengths) - len(fitting)
     cut = sum(max(0, length - budget) for length in lengths) if long_documents == "cut" else 0
-    assert tally.tokens_cut == cut
+    assert stats.tokens_cut == cut
     assert sum(sum(row.document_lengths) for row in rows) == sum(lengths[int(key)] for key in packed) - cut
 
 
 def test_the_laws_saw_enough_cases() -> None:
     """Guards the test above: its rows do hold several documents, and its inputs documents too long for a row."""
     rng = np.random.default_rng(0)
-    tally = Tally()
-    rows = list(Packer(100, "skip", tally).pack(sequence(int(n)) for n in rng.integers(2, 130, 500)))
+    stats = SampleStats()
+    rows = list(Packer(100, "skip", stats).pack(sequence(int(n)) for n in rng.integers(2, 130, 500)))
     assert np.mean([len(row) for row in rows]) > 1.5
-    assert tally.skipped["longer-than-row"] > 50
+    assert stats.skipped["longer-than-row"] > 50
 
 
 def test_a_document_that_an_image_makes_too_long_is_skipped_and_counted_in_either_mode() -> None:
     for mode in ("skip", "cut"):
-        tally = Tally()
-        assert list(Packer(20, mode, tally).pack([sequence(40, rows=5, cols=5)])) == []
-        assert tally.skipped == {"longer-than-row": 1}
+        stats = SampleStats()
+        assert list(Packer(20, mode, stats).pack([sequence(40, rows=5, cols=5)])) == []
+        assert stats.skipped == {"longer-than-row": 1}
 
 
 def test_no_sequence_waits_for_ever() -> None:
     """The longest wait is a few rows although better fits keep coming."""
     rng = np.random.default_rng(1)
     lengths = [97, *rng.choice([50, 25], 2000)]
-    rows = Packer(100, "skip", Tally()).pack(sequence(int(n), key=str(i)) for i, n in enumerate(lengths))
+    rows = Packer(100, "skip", SampleStats()).pack(sequence(int(n), key=str(i)) for i, n in enumerate(lengths))
     assert next(i for i, row in enumerate(rows) if "0" in [sequence.key for sequence in row]) < 10
 
 
@@ -112,7 +112,7 @@ def caption_lengths(rng: np.random.Generator, count: int) -> list[int]:
 @pytest.mark.parametrize("budget", [2048, 4096])
 def test_rows_of_a_caption_mixture_are_at_least_97_percent_full(budget: int) -> None:
     lengths = caption_lengths(np.random.default_rng(2), 4_000)
-    rows = list(Packer(budget, "skip", Tally()).pack(sequence(n) for n in lengths))
+    rows = list(Packer(budget, "skip", SampleStats()).pack(sequence(n) for n in lengths))
     assert sum(len(sequence) for row in rows for sequence in row) / (budget * len(rows)) >= 0.97
 
 

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from fuyu_e2e.data import progress_bar as progress
-from fuyu_e2e.data.progress_bar import Progress
+from fuyu_e2e.data.progress_bar import ProgressBar
 from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.manifest import index
 from fuyu_e2e.data.shards.parallel import deaf_to_interrupts
@@ -43,7 +43,7 @@ def test_lines_say_how_much_of_all_is_done(at_once: None, capsys: pytest.Capture
         said.append(capsys.readouterr().err)
         return bool(LINE.search("".join(said)))
 
-    with Progress("Counting", 12, "shards") as counted:
+    with ProgressBar("Counting", 12, "shards") as counted:
         for amount in (0.5, 1.5, 1.0):
             counted.advance(amount)
         until(read)
@@ -51,10 +51,10 @@ def test_lines_say_how_much_of_all_is_done(at_once: None, capsys: pytest.Capture
 
 
 def test_work_of_unknown_size_or_without_a_count_says_what_is_known() -> None:
-    with Progress("Planning", unit="rows") as counted:
+    with ProgressBar("Planning", unit="rows") as counted:
         counted.advance(1_234.0)
         assert re.fullmatch(r"Planning: 1,234 rows, \d:\d\d:\d\d so far", counted.line())
-    with Progress("Training the tokenizer") as counted:
+    with ProgressBar("Training the tokenizer") as counted:
         assert re.fullmatch(r"Training the tokenizer: \d:\d\d:\d\d so far", counted.line())
 
 
@@ -64,7 +64,7 @@ def test_a_terminal_gets_a_bar_that_goes_away(at_once: None, monkeypatch: pytest
     monkeypatch.setattr(
         progress, "Console", lambda stderr: Console(file=file, force_terminal=True, width=120, color_system=None)
     )
-    with Progress("Counting", 12, "shards") as counted:
+    with ProgressBar("Counting", 12, "shards") as counted:
         counted.advance(3.0)
         until(lambda: LINE.search(file.getvalue()) is not None)
     assert file.getvalue().endswith("\x1b[2K"), "the line of the bar is cleared"
@@ -72,7 +72,7 @@ def test_a_terminal_gets_a_bar_that_goes_away(at_once: None, monkeypatch: pytest
 
 def test_short_work_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(progress, "QUIET", 600.0)
-    with Progress("Counting", 12, "shards") as counted:
+    with ProgressBar("Counting", 12, "shards") as counted:
         counted.advance(12.0)
     assert capsys.readouterr().err == ""
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from fuyu_e2e.data.document import Document, Image, Text
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder, TokenSequence
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UnusableSampleError
@@ -82,10 +82,10 @@ def test_a_prompt_is_the_beginning_of_what_is_trained_on(
 
 
 def test_documents_without_images_that_can_be_used_are_counted_not_prompted(builder: SequenceBuilder) -> None:
-    tally = Tally()
+    stats = SampleStats()
     broken = Document("broken", (Image(b"no image"), Text("1")))
-    assert list(builder.prompts([broken], tally)) == []
-    assert tally.skipped == {"image-unreadable": 1}
+    assert list(builder.prompts([broken], stats)) == []
+    assert stats.skipped == {"image-unreadable": 1}
 
 
 @given(

@@ -73,5 +73,5 @@ def test_the_commands_of_the_page_run_from_a_folder_to_an_exported_captioner(
     assert {"shards", "tokenizer", "inspect", "fit", "generate", "evaluate", "export"} <= set(names)
     run = read_model("runs/own-pictures")
     assert run.provenance.validation["val/loss"] > 0
-    assert scales_alike(run.description.images)
+    assert scales_alike(run.metadata.images)
     assert Path("my-captioner/model.safetensors").is_file()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fuyu_e2e.checkpoint.loading import StoredModel, TrainedModel
-from fuyu_e2e.checkpoint.metadata import Description, Provenance
+from fuyu_e2e.checkpoint.metadata import ModelMetadata, Provenance
 from fuyu_e2e.data.document import Document, Image, Text
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.eval.question import Question
@@ -30,8 +30,8 @@ def exported(
 ) -> Path:
     """The folder of that model."""
     folder = tmp_path_factory.mktemp("models") / "own"
-    description = Description(config, builder.tokenizer, builder.images)
-    export_own(StoredModel(folder, description, dict(decoder.state_dict()), Provenance(step=7)), folder)
+    metadata = ModelMetadata(config, builder.tokenizer, builder.images)
+    export_own(StoredModel(folder, metadata, dict(decoder.state_dict()), Provenance(step=7)), folder)
     return folder
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.data.document import Document, Text
 from fuyu_e2e.data.packing import pack_row
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.eval.answering import Answer, answer_all, token_losses
 from fuyu_e2e.eval.question import Question
 from fuyu_e2e.eval.task import Task
@@ -26,7 +26,7 @@ PERPLEXITY = Task(name="t", format="shards", data={"shards": "x"}, answer="perpl
 
 
 def answers(model: TrainedModel, task: Task, asked: list[Question], batch_tokens: int = 16_384) -> list[Answer]:
-    return answer_all(model, task, asked, [question.document for question in asked], Tally(), batch_tokens)
+    return answer_all(model, task, asked, [question.document for question in asked], SampleStats(), batch_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +127,10 @@ def test_what_can_not_be_used_is_counted_and_leaves_the_others_alone(
         "choices-lack-answer": make_question(1, references=("other",)),
         "longer-than-batch": make_question(1, document=Document("long", (Text("9" * 500, loss=False),))),
     }
-    tally = Tally()
+    stats = SampleStats()
     asked = [*odd.values(), good]
-    found = answer_all(model, CHOOSE, asked, [question.document for question in asked], tally, batch_tokens=400)
+    found = answer_all(model, CHOOSE, asked, [question.document for question in asked], stats, batch_tokens=400)
     assert [answer.skipped for answer in found] == [*odd, None]
-    assert dict(tally.skipped) == dict.fromkeys(odd, 1)
-    assert tally.used == 1
+    assert dict(stats.skipped) == dict.fromkeys(odd, 1)
+    assert stats.used == 1
     assert found[-1] == answers(model, CHOOSE, [good])[0]

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.data.document import Document, Image, Text
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.errors import UnusableSampleError
 from fuyu_e2e.eval import evaluation as evaluation_module
 from fuyu_e2e.eval.answering import Answer
@@ -40,7 +40,12 @@ def looking(monkeypatch: pytest.MonkeyPatch, make_question: MakeQuestion) -> lis
     asked: list[list[Document | None]] = []
 
     def answer_all(
-        model: Any, task: Task, questions: Any, documents: Sequence[Document | None], tally: Tally, batch_tokens: int
+        model: Any,
+        task: Task,
+        questions: Any,
+        documents: Sequence[Document | None],
+        stats: SampleStats,
+        batch_tokens: int,
     ) -> list[Answer]:
         asked.append(list(documents))
         answers = []
@@ -48,10 +53,10 @@ def looking(monkeypatch: pytest.MonkeyPatch, make_question: MakeQuestion) -> lis
             if document is None:
                 answers.append(Answer(skipped="not-asked"))
             elif Image(b"bad") in document.segments:
-                tally.skip(UnusableSampleError("image-unreadable", document.key))
+                stats.skip(UnusableSampleError("image-unreadable", document.key))
                 answers.append(Answer(skipped="image-unreadable"))
             else:
-                tally.used += 1
+                stats.used += 1
                 seen = [pictures[part] for part in document.segments if isinstance(part, Image)]
                 answers.append(Answer(text=seen[0] if seen else "4"))
         return answers
@@ -75,7 +80,7 @@ def test_scores_groups_and_blind_shares(model: TrainedModel, make_question: Make
     assert found.blind["other_image"].value == 0.0
     assert found.from_image == {"without_image": pytest.approx(7 / 8), "other_image": 1.0}
     assert [outcome.right for outcome in evaluation.outcomes] == [True] * 8 + [False] * 2
-    assert dict(evaluation.tallies["image"].skipped) == {"image-unreadable": 1}
+    assert dict(evaluation.all_stats["image"].skipped) == {"image-unreadable": 1}
     assert [cell.reading for cell in evaluation.wrong] == ["8"]
     errors = score(evaluation)["character_error_rate"]
     assert not errors.higher_is_better
@@ -119,7 +124,7 @@ def test_runs_differ_in_images_alone(model: TrainedModel, make_question: MakeQue
 
 def test_one_picture_can_not_be_exchanged(model: TrainedModel, make_question: MakeQuestion, looking: Any) -> None:
     evaluation = evaluate(model, GENERATE, [make_question(number, image="image1") for number in range(3)])
-    assert dict(evaluation.tallies["other_image"].skipped) == {"no-other-image": 3}
+    assert dict(evaluation.all_stats["other_image"].skipped) == {"no-other-image": 3}
     assert score(evaluation)["accuracy"].blind.keys() == {"without_image"}
 
 
@@ -131,8 +136,8 @@ def test_chunks_of_questions_are_exchanged_among_themselves(
     images = [1] * 6 + [2] * 5 + [3, 3]
     evaluation = evaluate(model, GENERATE, [make_question(n, image=f"image{i}") for n, i in enumerate(images)])
     assert [outcome.key for outcome in evaluation.outcomes] == [f"q{n}" for n in range(len(images))]
-    assert not evaluation.tallies["other_image"].skipped
-    assert evaluation.tallies["other_image"].used == len(images)
+    assert not evaluation.all_stats["other_image"].skipped
+    assert evaluation.all_stats["other_image"].used == len(images)
 
 
 def test_a_real_model_leaves_a_report(

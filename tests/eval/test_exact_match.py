@@ -6,7 +6,7 @@ import pytest
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.data.document import Document, Image, Text
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import Prompt, SequenceBuilder
 from fuyu_e2e.eval.exact_match import Reading, by_group, chance_of_exchange, exact_match, exchange_images, read
 from fuyu_e2e.model.decoder import Decoder
@@ -45,6 +45,6 @@ def test_reading_does_not_depend_on_the_batch(
     decoder: Decoder, builder: SequenceBuilder, make_png: Callable[..., bytes], batch_size: int
 ) -> None:
     model = TrainedModel(decoder, builder, step=0)
-    prompts = list(builder.prompts(documents(["1", "2", "3", "4", "5"], make_png), Tally()))
+    prompts = list(builder.prompts(documents(["1", "2", "3", "4", "5"], make_png), SampleStats()))
     alone = [read(model, [prompt], 4)[0].text for prompt in prompts]
     assert [r.text for r in read(model, prompts, 4, batch_size)] == alone

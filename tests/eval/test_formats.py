@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuyu_e2e.data.document import Image, Text
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.formats import READERS
@@ -161,11 +161,11 @@ class Benchmark:
     files: dict[str, Any]
 
     def read(self, **prompt: str) -> list[Question]:
-        self.tally = Tally()
+        self.stats = SampleStats()
         for role, content in self.files.items():
             (self.folder / f"{role}.json").write_text(json.dumps(content))
         paths = {role: str(self.folder / f"{role}.json") for role in self.files}
-        return list(READERS[self.name](**paths, images=str(self.folder / "images"), tally=self.tally, **prompt))
+        return list(READERS[self.name](**paths, images=str(self.folder / "images"), stats=self.stats, **prompt))
 
 
 def lay_out(folder: Path, name: str) -> Benchmark:
@@ -194,7 +194,7 @@ def test_vqav2_keeps_ten_answers_and_its_types(tmp_path: Path) -> None:
     assert image_of(count) == Image(b"COCO_val2014_000000262148.jpg")
     assert count.references == ("2",) * 8 + ("3", "two")
     assert count.groups == {"answer_type": "number", "question_type": "how many"}
-    assert benchmark.tally.read == 3
+    assert benchmark.stats.read == 3
 
 
 def test_captions_of_an_image_are_its_references(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_a_missing_image_is_found_before_the_first_question(name: str, tmp_path:
     (tmp_path / "images" / IMAGES[name][-1]).unlink()
     with pytest.raises(UserError, match=rf"{len(IMAGES[name])} images, but 1 of them .* {IMAGES[name][-1]!r}"):
         benchmark.read()
-    assert benchmark.tally.read == 0
+    assert benchmark.stats.read == 0
 
 
 @pytest.mark.parametrize("odd", ["a" * 5000 + ".png", "a\0.png", "a\ud800.png", "", "documents"])
@@ -362,7 +362,7 @@ def test_a_file_that_is_no_json_is_named(content: bytes | None, message: str, tm
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=rf"val.json {message}"):
-        READERS["docvqa"](annotations=path, images=tmp_path, tally=Tally())
+        READERS["docvqa"](annotations=path, images=tmp_path, stats=SampleStats())
 
 
 def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
@@ -387,4 +387,4 @@ def test_whatever_a_file_holds_it_is_questions_or_a_users_error(
     except UserError:
         return
     assert all(question.references and image_of(question).data.decode() in IMAGES[name] for question in questions)
-    assert benchmark.tally.read == len(questions)
+    assert benchmark.stats.read == len(questions)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.task import FOLDER, READERS, load_task
@@ -97,16 +97,16 @@ def test_samples_of_shards_say_what_they_ask(
         {"conversations": turns("<image>\nShape?", "")},
     ]
     write_shard(tmp_path / "x.tar", [(sample, make_png(4, 4)) for sample in samples])
-    tally = Tally()
-    first, earlier, second = READERS["shards"](shards=str(tmp_path / "*.tar"), tally=tally)
+    stats = SampleStats()
+    first, earlier, second = READERS["shards"](shards=str(tmp_path / "*.tar"), stats=stats)
     assert (first.references, first.choices, first.image, first.groups) == (("square",), ("1",), "a", {"kind": "x"})
     assert list(first.document.texts) == ["Shape?"]
     assert (second.references, second.image) == (("circle",), "0001")
     assert list(second.document.texts) == ["Shape?", "square", "And now?"]
     assert (earlier.references, earlier.image, list(earlier.document.texts)) == (("square",), "0001", ["Shape?"])
     assert (first.turn, earlier.turn, second.turn) == (1, 1, 2)
-    assert tally.read == len(samples)
-    assert dict(tally.skipped) == {"json-type": 3, "chat-no-answer": 1, "no-answer": 1}
+    assert stats.read == len(samples)
+    assert dict(stats.skipped) == {"json-type": 3, "chat-no-answer": 1, "no-answer": 1}
 
 
 def test_a_turn_is_a_question_unless_choices_are_of_another_or_documents_are_scored_whole(
@@ -116,11 +116,13 @@ def test_a_turn_is_a_question_unless_choices_are_of_another_or_documents_are_sco
     samples = [talk, talk | {"choices": ["yes", "no"]}]
     write_shard(tmp_path / "x.tar", [(sample, make_png(4, 4)) for sample in samples])
     (tmp_path / "t.yaml").write_text("format: shards\ndata: {shards: x.tar}\nmetrics: [accuracy]")
-    asked = [(q.document.key, q.turn, q.references[0]) for q in load_task(str(tmp_path / "t.yaml")).questions(Tally())]
+    asked = [
+        (q.document.key, q.turn, q.references[0]) for q in load_task(str(tmp_path / "t.yaml")).questions(SampleStats())
+    ]
     assert asked == [
         ("0000", 1, "square"), ("0000", 2, "no"), ("0000", 3, "yes"), ("0001", 2, "no"), ("0001", 3, "yes")
     ]  # fmt: skip
     (tmp_path / "p.yaml").write_text("format: shards\ndata: {shards: x.tar}\nanswer: perplexity")
-    whole = list(load_task(str(tmp_path / "p.yaml")).questions(Tally()))
+    whole = list(load_task(str(tmp_path / "p.yaml")).questions(SampleStats()))
     assert [question.references for question in whole] == [("yes",), ("yes",)]
     assert list(whole[0].document.texts) == ["Shape?", "square", "Red?", "no", "Large?"]

@@ -12,7 +12,7 @@ import pytest
 
 from fuyu_e2e.checkpoint.lightning_io import WEIGHTS_PREFIX, write_file
 from fuyu_e2e.checkpoint.loading import StoredModel
-from fuyu_e2e.checkpoint.metadata import SECTION, Description, Provenance
+from fuyu_e2e.checkpoint.metadata import SECTION, ModelMetadata, Provenance
 from fuyu_e2e.cli import main
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.export.card import card, uses_of
@@ -41,13 +41,13 @@ def run(
 def stored(decoder: Decoder, tokenizer: Tokenizer, fitted_images: ImagePolicy) -> StoredModel:
     weights = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
     return StoredModel(
-        Path("made"), Description(decoder.config, tokenizer, fitted_images), weights, Provenance(step=3)
+        Path("made"), ModelMetadata(decoder.config, tokenizer, fitted_images), weights, Provenance(step=3)
     )
 
 
 def with_images(stored: StoredModel, **limits: Any) -> StoredModel:
     images = ImagePolicy(patch_size=4, **limits)
-    return replace(stored, description=replace(stored.description, images=images))
+    return replace(stored, metadata=replace(stored.metadata, images=images))
 
 
 def save_checkpoint(stored: StoredModel, step: int, loss: float | None) -> None:
@@ -55,7 +55,7 @@ def save_checkpoint(stored: StoredModel, step: int, loss: float | None) -> None:
     figure = {} if loss is None else {"monitored": {"name": "val/loss", "value": loss, "mode": "min"}}
     section = {"tokens_seen": 0, "validation": {} if loss is None else {"val/loss": loss}, **figure}
     weights = {WEIGHTS_PREFIX + name: tensor for name, tensor in stored.weights.items()}
-    checkpoint = {"state_dict": weights, "global_step": step, SECTION: stored.description.section() | section}
+    checkpoint = {"state_dict": weights, "global_step": step, SECTION: stored.metadata.section() | section}
     write_file(checkpoint, Path("run") / "checkpoints" / f"step={step}.ckpt")
 
 

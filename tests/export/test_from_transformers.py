@@ -80,13 +80,13 @@ def test_an_imported_model_computes_what_transformers_does(
 ) -> None:
     folder = write(text_model, tied)
     stored = read_transformers(folder)
-    assert stored.description.images.max_size == (64, 96)
-    assert stored.description.images.max_patches == 16 * 24
-    processor = Processor(SequenceBuilder(stored.description.tokenizer, stored.description.images))
+    assert stored.metadata.images.max_size == (64, 96)
+    assert stored.metadata.images.max_patches == 16 * 24
+    processor = Processor(SequenceBuilder(stored.metadata.tokenizer, stored.metadata.images))
     prompt = processor(make_png(13, 30), "What is it?")
     stock = transformers.FuyuForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
-        ours = build_decoder(stored.description.config, stored.weights).logits(pack_row([prompt]))
+        ours = build_decoder(stored.metadata.config, stored.weights).logits(pack_row([prompt]))
         theirs = stock(**stock_inputs([prompt])).logits[0]
     assert ours.std() > 0.5
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
@@ -391,4 +391,4 @@ def test_a_wrong_folder_is_refused_by_the_name_of_what_is_wrong(
 def test_a_tokenizer_elsewhere_can_be_named(write: Write, tmp_path: Path) -> None:
     folder = write("qwen3")
     elsewhere = (folder / "tokenizer.model").rename(tmp_path / "t.model")
-    assert read_transformers(folder, elsewhere).description.tokenizer.vocab_size == 320
+    assert read_transformers(folder, elsewhere).metadata.tokenizer.vocab_size == 320

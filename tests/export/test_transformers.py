@@ -13,7 +13,7 @@ import torch
 from PIL import Image as Pillow
 from safetensors.torch import load_file
 
-from fuyu_e2e.checkpoint.metadata import Description
+from fuyu_e2e.checkpoint.metadata import ModelMetadata
 from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.data.processor import Processor
 from fuyu_e2e.data.sequence import SequenceBuilder
@@ -74,7 +74,7 @@ def exported(
     folders = {}
     for number, (name, decoder) in enumerate(decoders.items()):
         folder = folders[name] = tmp_path_factory.mktemp("exported")
-        write_transformers(Description(decoder.config, tokenizer, fitted_images), decoder.state_dict(), folder)
+        write_transformers(ModelMetadata(decoder.config, tokenizer, fitted_images), decoder.state_dict(), folder)
         rng = np.random.default_rng(number)
         files = {"a.png": (20, 31), "b.jpg": (40, 17), "c.webp": (9, 50), "large.png": (75, 150)}
         for file, (height, width) in files.items():
@@ -204,7 +204,7 @@ def test_a_routed_decoder_is_not_exported_as_a_dense_one(
         lambda: transformers_config(decoder.config, patch_id=3, bos_id=1, eos_id=2, dtype=torch.float32),
         lambda: to_transformers(decoder.state_dict(), decoder.config),
         lambda: write_transformers(
-            Description(decoder.config, tokenizer, fitted_images), decoder.state_dict(), tmp_path
+            ModelMetadata(decoder.config, tokenizer, fitted_images), decoder.state_dict(), tmp_path
         ),
     ):
         with pytest.raises(UserError, match=r"routed blocks can't be exported .*--to fuyu-e2e"):

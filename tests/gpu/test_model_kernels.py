@@ -25,7 +25,7 @@ from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.recomputation import ActivationCheckpointing
 from fuyu_e2e.model.routing.block import gather_passing
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.model.row import Progress
+from fuyu_e2e.model.row import TrainingProgress
 
 pytestmark = [
     pytest.mark.gpu,
@@ -156,7 +156,7 @@ def test_rows_generation_and_validation_add_no_graphs(skipped: str, backend: Att
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         decoder.train(training)
         for step, row in enumerate(rows):
-            decoder.progress = Progress(step, step / len(rows))
+            decoder.progress = TrainingProgress(step, step / len(rows))
             with in_bfloat16(device, training):
                 loss = decoder.loss(row)
             if training:

@@ -14,7 +14,7 @@ from fuyu_e2e.bench.documents import mixture
 from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.inference.cache import KeyValueCache
 from fuyu_e2e.inference.generation import decode_step, generate, prefill
-from fuyu_e2e.model.attention.grouped import AttentionPlan
+from fuyu_e2e.model.attention.grouped import GroupedRow
 from fuyu_e2e.model.attention.interface import grouped as attention_plans
 from fuyu_e2e.model.attention.interface import reference_attention
 from fuyu_e2e.model.batch import PackedBatch
@@ -97,7 +97,7 @@ def test_every_kernel_of_attention_gives_the_reference(
     total = sum(LENGTHS)
     q = torch.randn(total, 4, 64, device=device, dtype=dtype, requires_grad=True)
     k, v = (torch.randn(total, kv_heads, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
-    plan = AttentionPlan.of(LENGTHS, torch.device(device))
+    plan = GroupedRow.of(LENGTHS, torch.device(device))
     try:
         monkeypatch.setattr(attention_plans, "KERNELS", [kernel])
         with sdpa_kernel(kernel):  # for the CPU, where none is named

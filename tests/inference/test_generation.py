@@ -30,7 +30,7 @@ from fuyu_e2e.model.attention.interface import reference_attention
 from fuyu_e2e.model.attention.kernels import AttentionBackend, VarlenRow
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing.block import routed_blocks
-from fuyu_e2e.model.row import Progress
+from fuyu_e2e.model.row import TrainingProgress
 
 RandomDocument = Callable[[int], Document]
 
@@ -331,7 +331,7 @@ def test_a_routed_cache_holds_what_passed(
             row = decoder.row(rows)
             decoder.logits(rows, row)
             decoder.observe(row)
-            decoder.end_step(Progress(), lambda counts: counts)
+            decoder.end_step(TrainingProgress(), lambda counts: counts)
         cache = KeyValueCache(decoder, 4, max(rows.document_lengths))
         prefill(decoder, rows, cache)
         sizes[skipped] = [block.keys.numel() // (4 * 2 * 12) for block in cache.blocks]

@@ -15,7 +15,7 @@ from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.image_layout import ImageSpan
 from fuyu_e2e.model.routing.block import routed_blocks
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.model.row import Progress, Row
+from fuyu_e2e.model.row import Row, TrainingProgress
 
 
 class Definition(RowAttention):
@@ -113,7 +113,7 @@ def test_routed_flops_agree_with_torchs_counter(rule: str, skipped: str) -> None
         row = read()
         decoder.logits(batch, row)
         decoder.observe(row)
-        decoder.end_step(Progress(), lambda counts: counts)
+        decoder.end_step(TrainingProgress(), lambda counts: counts)
     row = read()
 
     def loss() -> torch.Tensor:

@@ -14,13 +14,13 @@ from fuyu_e2e.data.document import Document
 from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.model import row
-from fuyu_e2e.model.attention.grouped import AttentionPlan
+from fuyu_e2e.model.attention.grouped import GroupedRow
 from fuyu_e2e.model.attention.interface import grouped as attention_plans
 from fuyu_e2e.model.attention.interface import kernels as attention_kernels
 from fuyu_e2e.model.attention.kernels import FlexRow, VarlenRow
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.device_copy import to_device
-from fuyu_e2e.model.row import Progress, TokenInfo
+from fuyu_e2e.model.row import TokenInfo, TrainingProgress
 
 META = torch.device("meta")
 LENGTHS = (3_000, 0, 5_000, 200)
@@ -60,7 +60,7 @@ def test_a_row_copies_where_documents_start_and_nothing_waits(kind: Any, monkeyp
 
 def test_documents_are_planned_in_one_copy_for_which_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     with Copies(monkeypatch) as copies:
-        AttentionPlan.of(LENGTHS, META)
+        GroupedRow.of(LENGTHS, META)
     assert copies.all == copies.unawaited
     assert len(copies.all) == 1
 
@@ -73,14 +73,14 @@ def test_token_info_copies_little_and_nothing_waits(
 ) -> None:
     config = routed_decoder(share=0.5).config
     row = pack_row([builder.build(random_document(seed)) for seed in range(20)], 4_096)
-    expected = TokenInfo.of(row, config.layers, Progress(3, 0.5), training=True)
+    expected = TokenInfo.of(row, config.layers, TrainingProgress(3, 0.5), training=True)
     ends = torch.tensor(row.document_lengths).cumsum(0)
     assert len(expected.seed[: ends[-1]].unique()) == len(ends)
     assert (expected.seed[ends[-1] :] == 0).all()
     assert len(row.images) > 1
     assert torch.equal(expected.patch_image.bincount(), torch.tensor([span.patches for span in row.images]))
     with Copies(monkeypatch) as copies:
-        info = TokenInfo.of(row.to("meta"), config.layers, Progress(3, 0.5), training=True)
+        info = TokenInfo.of(row.to("meta"), config.layers, TrainingProgress(3, 0.5), training=True)
     for field in fields(info):
         if isinstance(tensor := getattr(info, field.name), Tensor):
             assert tensor.device == META

@@ -17,7 +17,7 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder, Inputs
 from fuyu_e2e.model.image_layout import ImageSpan
 from fuyu_e2e.model.images.masking import PatchMasking
-from fuyu_e2e.model.row import Progress
+from fuyu_e2e.model.row import TrainingProgress
 
 ALWAYS = PatchMasking(images=1.0, share=1.0)
 
@@ -106,7 +106,7 @@ def test_only_training_masks(masking: Decoder, decoder: Decoder, sequences: list
     masking.train()
     losses: list[Tensor] = []
     for step in (3, 3, 4):
-        masking.progress = Progress(step=step)
+        masking.progress = TrainingProgress(step=step)
         losses.append(masking.loss(batch))
     assert torch.equal(losses[0], losses[1])
     assert not torch.equal(losses[0], losses[2])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fuyu_e2e.model.recomputation import _keeps
+from fuyu_e2e.model.recomputation import _policy
 
 PROGRAM = """
 import inspect, json, sys
@@ -116,5 +116,5 @@ def test_selective_keeps_products_and_attention(kernel: str, compiled: str) -> N
 
 def test_selective_keeps_flex_attention() -> None:
     """Which on a CPU has no backward pass."""
-    assert _keeps(None, torch.ops.higher_order.flex_attention).name == "MUST_SAVE"
-    assert _keeps(None, torch.ops.aten.silu.default).name == "PREFER_RECOMPUTE"
+    assert _policy(None, torch.ops.higher_order.flex_attention).name == "MUST_SAVE"
+    assert _policy(None, torch.ops.aten.silu.default).name == "PREFER_RECOMPUTE"

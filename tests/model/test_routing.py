@@ -24,8 +24,8 @@ from fuyu_e2e.model.decoder import Decoder, build_block
 from fuyu_e2e.model.rope import rotary
 from fuyu_e2e.model.routing.block import RoutedBlock, gather_passing, routed_blocks
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.model.routing.rules import Threshold, gate
-from fuyu_e2e.model.row import Progress, Reports, Row, TokenInfo, TokenType
+from fuyu_e2e.model.routing.routers import Threshold, gate
+from fuyu_e2e.model.row import Reports, Row, TokenInfo, TokenType, TrainingProgress
 
 RandomDocument = Callable[[int], Document]
 MakeDecoder = Callable[..., Decoder]
@@ -38,7 +38,7 @@ CAUSAL = [
     {"rule": "fixed", "share": 0.3},
     {"rule": "random", "share": 0.3, "skipped": "keys"},
 ]
-BEGINNING, MIDDLE = Progress(0, 0.0), Progress(50, 0.5)
+BEGINNING, MIDDLE = TrainingProgress(0, 0.0), TrainingProgress(50, 0.5)
 
 
 def label(settings: dict[str, Any]) -> str:
@@ -300,11 +300,11 @@ def test_training_begins_dense_and_reaches_its_share(
     shares = []
     decoder.end_step(BEGINNING, lambda counts: counts)
     for step in range(21):
-        decoder.progress = Progress(step, step / 20)
+        decoder.progress = TrainingProgress(step, step / 20)
         read = decoder.row(batch)
         decoder.loss(batch, read)
         decoder.observe(read)
-        decoder.end_step(Progress(step + 1, (step + 1) / 20), lambda counts: counts)
+        decoder.end_step(TrainingProgress(step + 1, (step + 1) / 20), lambda counts: counts)
         shares.append(torch.stack([routed.passed for routed in routed_blocks(read)]).float().mean().item())
     assert shares[0] == 1
     expected = [max(0.2, 1 - 0.8 * step / 10) for step in range(21)]
@@ -317,7 +317,7 @@ def test_exploration_depends_on_document_position_and_step_alone(
     decoder = routed_decoder(share=0.3, explore=1.0, slack=3.0).train()
 
     def choices(seeds: list[int], step: int) -> list[torch.Tensor]:
-        decoder.progress = Progress(step, 0.2)
+        decoder.progress = TrainingProgress(step, 0.2)
         batch = row(builder, random_document, seeds)
         return list(run(decoder, batch)[1].split(batch.document_lengths, dim=1))
 

@@ -17,7 +17,7 @@ from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.cli import main
 from fuyu_e2e.cli.quickstart import quickstart
 from fuyu_e2e.data.document import Document, Image, Text
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def test_the_sheet_shows_pictures_without_their_padding(
     builder: SequenceBuilder, make_png: Callable[..., bytes]
 ) -> None:
     asked = Document("key", (Image(make_png(13, 18)), Text("Read the digits.", loss=False), Text("4072")))
-    [prompt] = builder.prompts([asked], Tally())
+    [prompt] = builder.prompts([asked], SampleStats())
     assert cell(Reading(prompt, "4072")).pixels.shape == (13, 18, 3)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image as Pillow
 
 from fuyu_e2e.data.document import Image, Text
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.tasks.sort_of_clevr import (
@@ -229,7 +229,7 @@ def test_a_sample_is_one_question_with_its_picture_behind_it(tmp_path: Path) -> 
     assert len({described["image"] for described, _ in samples(both)}) == len({png for _, png in samples(both)}) == 3
     kinds = [described["groups"]["kind"] for described, _ in samples(both)]
     assert kinds.count("relational") == kinds.count("non-relational") == 30
-    kinds_of_segments = {tuple(map(type, document.segments)) for document in read_documents(both, Tally())}
+    kinds_of_segments = {tuple(map(type, document.segments)) for document in read_documents(both, SampleStats())}
     assert kinds_of_segments == {(Text, Image, Text)}
 
 

@@ -34,7 +34,7 @@ from fuyu_e2e.data.shards.manifest import index
 from fuyu_e2e.training.callbacks.bad_steps import BadSteps
 from fuyu_e2e.training.callbacks.checkpoints import Checkpoints
 from fuyu_e2e.training.callbacks.data_report import DataReport
-from fuyu_e2e.training.callbacks.heartbeat import Hosts
+from fuyu_e2e.training.callbacks.heartbeat import Heartbeat
 from fuyu_e2e.training.callbacks.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.callbacks.signals import StopSignals
 from fuyu_e2e.training.callbacks.watchdog import Watchdog
@@ -198,7 +198,7 @@ def train(folder: Path, wanted: dict[str, Any], rank: int, port: int) -> None:
         callbacks=[
             BadSteps(in_a_row=3),
             watchdog,
-            Hosts(wanted.get("silence")),
+            Heartbeat(wanted.get("silence")),
             report,
             plant,
             LastCheckpoint(),

@@ -87,7 +87,7 @@ def test_a_run_by_recipe_stops_and_goes_on_bitwise(
     first, second = (read_checkpoint(tmp_path / run / "checkpoints" / "step=6.ckpt") for run in ("whole", "resumed"))
     assert first["state_dict"].keys() == second["state_dict"].keys()
     assert all(torch.equal(tensor, second["state_dict"][name]) for name, tensor in first["state_dict"].items())
-    config = read_model(tmp_path / "resumed").description.config
+    config = read_model(tmp_path / "resumed").metadata.config
     assert config.masks == tuple(AttentionMask(**mask) for mask in MASKS)
     if options:
         assert (config.rotary, config.patch_masking) == ("2d", PatchMasking(images=0.5, share=0.5))

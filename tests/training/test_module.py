@@ -16,7 +16,7 @@ from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.document import Document
 from fuyu_e2e.data.packing import pack_row
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shards.mixture import Source
 from fuyu_e2e.errors import UserError
@@ -115,7 +115,7 @@ def test_eight_real_samples_are_learnt_by_heart_within_200_steps(
     trainer(tmp_path, max_steps=200, gradient_clip_val=1.0, callbacks=[Losses()]).fit(learner, data_module)
     assert losses[0] > 4
     assert max(losses[-5:]) < 0.05
-    prompts = list(data_module.builder.prompts(data_module.documents("train", Tally()), Tally()))
+    prompts = list(data_module.builder.prompts(data_module.documents("train", SampleStats()), SampleStats()))
     texts = continue_texts(learner.decoder.eval(), data_module.tokenizer, prompts, max_new_tokens=8)
     assert texts == [prompt.truth for prompt in prompts]
 
@@ -373,11 +373,11 @@ def test_skipped_samples_are_counted_and_shown(
     run = trainer(tmp_path, max_steps=6, log_every_n_steps=1, callbacks=[report, Ending()])
     with caplog.at_level("INFO"):
         run.fit(module(config), data_module)
-    tally = report.tallies["train"]
-    assert tally.skipped["text-empty"] >= 4
-    assert run.callback_metrics["data/skipped/text-empty"] == tally.skipped["text-empty"]
-    assert tally.read == tally.used + tally.skipped.total() + tally.waiting
-    assert f"{tally.read} read, {tally.used} used, {tally.skipped.total()} skipped" in caplog.text
+    stats = report.all_stats["train"]
+    assert stats.skipped["text-empty"] >= 4
+    assert run.callback_metrics["data/skipped/text-empty"] == stats.skipped["text-empty"]
+    assert stats.read == stats.used + stats.skipped.total() + stats.waiting
+    assert f"{stats.read} read, {stats.used} used, {stats.skipped.total()} skipped" in caplog.text
     first = [line for line in caplog.text.splitlines() if "skipped first: " in line]
     assert len(first) == 2
     assert all(f"{tmp_path / 'bad.tar'}: " in line for line in first)

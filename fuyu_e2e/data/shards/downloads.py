@@ -92,7 +92,7 @@ class Download:
             _pause(failures)
 
     def _attempt(self) -> None:
-        with contextlib.closing(_ask(self.shard, self.written, self.tag, self.cache.timeout)) as answer:
+        with contextlib.closing(_request(self.shard, self.written, self.tag, self.cache.timeout)) as answer:
             if answer.start and answer.total != self.total:
                 self._begin_anew()
                 raise ConnectionError("it changed while it was fetched")
@@ -149,7 +149,7 @@ class Download:
 
 
 @dataclass(frozen=True)
-class _Answer:
+class _Response:
     """What a server, or a command, has to give."""
 
     start: int
@@ -163,15 +163,15 @@ class _Answer:
     """To be called when done with the chunks, or with as many as were wanted."""
 
 
-def _ask(shard: str, start: int, tag: str | None, timeout: float) -> _Answer:
+def _request(shard: str, start: int, tag: str | None, timeout: float) -> _Response:
     if scheme_of(shard) == "pipe":
         output = _run(shard.partition(":")[2])
-        return _Answer(0, None, None, output, output.close)
+        return _Response(0, None, None, output, output.close)
     check_scheme(shard)  # fsspec would open many more, some of which run code
-    return (_ask_web if scheme_of(shard) in WEB else _ask_store)(shard, start, tag, timeout)
+    return (_request_web if scheme_of(shard) in WEB else _request_store)(shard, start, tag, timeout)
 
 
-def _ask_web(url: str, start: int, tag: str | None, timeout: float) -> _Answer:
+def _request_web(url: str, start: int, tag: str | None, timeout: float) -> _Response:
     # Not fsspec's client, aiohttp: of a body that breaks off it throws away what had arrived and was not yet read.
     parts = urllib.parse.urlsplit(url)
     user, _, host = parts.netloc.rpartition("@")
@@ -189,7 +189,7 @@ def _ask_web(url: str, start: int, tag: str | None, timeout: float) -> _Answer:
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416 and start:
-            return _ask_web(url, 0, None, timeout)
+            return _request_web(url, 0, None, timeout)
         reason = f"HTTP {error.code} {error.reason}"
         if error.code in (404, 410):
             raise FileNotFoundError(reason) from error
@@ -203,12 +203,12 @@ def _ask_web(url: str, start: int, tag: str | None, timeout: float) -> _Answer:
     first, total = _content_range(said.get("Content-Range", ""))
     if response.status == 206 and first != start:
         response.close()
-        return _ask_web(url, 0, None, timeout)
+        return _request_web(url, 0, None, timeout)
     if response.status != 206:
         start, total = 0, int(said["Content-Length"]) if "Content-Length" in said else None
         etag = said.get("ETag", "W/")
         tag = said.get("Last-Modified") if etag.startswith("W/") else etag  # a weak one may not be asked for
-    return _Answer(start, total, tag, iter(lambda: response.read1(CHUNK // 8), b""), response.close)
+    return _Response(start, total, tag, iter(lambda: response.read1(CHUNK // 8), b""), response.close)
 
 
 def _content_range(header: str) -> tuple[int | None, int | None]:
@@ -218,7 +218,7 @@ def _content_range(header: str) -> tuple[int | None, int | None]:
     return int(match[1]), None if match[2] == "*" else int(match[2])
 
 
-def _ask_store(url: str, start: int, tag: str | None, timeout: float) -> _Answer:
+def _request_store(url: str, start: int, tag: str | None, timeout: float) -> _Response:
     store, path = open_store(url, timeout)
     store.invalidate_cache()  # a listing may be older than the file
     file = store.open(path, "rb", block_size=CHUNK, cache_type="none")
@@ -226,7 +226,7 @@ def _ask_store(url: str, start: int, tag: str | None, timeout: float) -> _Answer
     if found != tag or start > file.size:
         start = 0
     file.seek(start)
-    return _Answer(start, file.size, found, iter(lambda: file.read(CHUNK), b""), file.close)
+    return _Response(start, file.size, found, iter(lambda: file.read(CHUNK), b""), file.close)
 
 
 def _run(command: str) -> Generator[bytes, None, None]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from fuyu_e2e.data.document import Document, Image, Segment, Text
 from fuyu_e2e.data.progress_bar import Advance, untold
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.extensions import IMAGES, TEXTS, UNREAD, last_extension
 from fuyu_e2e.data.shards.reading import Sample, Shard
 from fuyu_e2e.errors import UnusableSampleError
@@ -40,7 +40,9 @@ SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assist
 """Whether what a speaker says carries loss."""
 
 
-def read_documents(path: Path, tally: Tally, name: str | None = None, advance: Advance = untold) -> Iterator[Document]:
+def read_documents(
+    path: Path, stats: SampleStats, name: str | None = None, advance: Advance = untold
+) -> Iterator[Document]:
     """The usable documents of a local shard, in stored order; `name` is what errors call it.
 
     Counts every document as read, and those that can't be used by reason; and the whole shard as 1 to `advance`.
@@ -50,11 +52,11 @@ def read_documents(path: Path, tally: Tally, name: str | None = None, advance: A
     """
     shard = Shard(path, name)
     for number in range(len(shard)):
-        tally.read += 1
+        stats.read += 1
         try:
             yield document(shard.sample(number))
         except UnusableSampleError as error:
-            tally.skip(error)
+            stats.skip(error)
         advance(1 / len(shard))
 
 

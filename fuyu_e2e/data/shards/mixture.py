@@ -53,24 +53,24 @@ class Chooser:
     """Draws from the source that is furthest behind its share: shares hold at every moment, not on average only.
 
     Args:
-        credits: What each source is behind by, in tokens or documents; as `credits` gave it, to go on there.
+        credits: What each source is behind by, in tokens or documents; as `deficits` gave it, to go on there.
     """
 
-    def __init__(self, credits: Sequence[float]) -> None:
-        self.credits = list(credits)
+    def __init__(self, deficits: Sequence[float]) -> None:
+        self.deficits = list(deficits)
 
     @classmethod
     def begin(cls, sources: int, scale: float, seed: Sequence[int]) -> "Chooser":
         """A chooser at its start; the seed keeps lanes from turning to a rare source all at the same time."""
-        credits = np.random.default_rng(seed).uniform(-scale, scale, sources)
-        return cls((credits - credits.mean()).tolist())
+        deficits = np.random.default_rng(seed).uniform(-scale, scale, sources)
+        return cls((deficits - deficits.mean()).tolist())
 
     def choose(self, shares: Sequence[float]) -> int:
         """The source to draw from."""
-        return max((number for number, share in enumerate(shares) if share), key=lambda number: self.credits[number])
+        return max((number for number, share in enumerate(shares) if share), key=lambda number: self.deficits[number])
 
     def draw(self, chosen: int, amount: int, shares: Sequence[float]) -> None:
         """Books what was drawn."""
         for number, share in enumerate(shares):
-            self.credits[number] += share * amount
-        self.credits[chosen] -= amount
+            self.deficits[number] += share * amount
+        self.deficits[chosen] -= amount

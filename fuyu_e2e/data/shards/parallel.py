@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from multiprocessing.sharedctypes import Synchronized
 from typing import TypeVar
 
-from fuyu_e2e.data.progress_bar import Advance, Progress, add
+from fuyu_e2e.data.progress_bar import Advance, ProgressBar, add
 from fuyu_e2e.errors import UserError
 
 Found = TypeVar("Found")
@@ -31,7 +31,7 @@ def map_shards(read: Read[Found], shards: Sequence[str], processes: int, title: 
     """
     if processes < 1:
         raise UserError(f"--processes is {processes}, but must be at least 1.")
-    with Progress(title, len(shards), "shards") as progress:
+    with ProgressBar(title, len(shards), "shards") as progress:
         if processes == 1 or len(shards) <= 1:
             yield from (read(shard, progress.advance) for shard in shards)
             return

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from fuyu_e2e.data.document import Document, Image
 from fuyu_e2e.data.progress_bar import Advance
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.formats import read_documents
@@ -287,16 +287,16 @@ def survey(
 
 def _survey_one(shard: str, advance: Advance, cache: ShardCache, count: TokenCount) -> Survey:
     found = Survey(images=count.images, exact=count.tokenizer is not None, shards=1)
-    tally = Tally()
-    for document in read_documents(cache.path(shard), tally, shard, advance):
+    stats = SampleStats()
+    for document in read_documents(cache.path(shard), stats, shard, advance):
         try:
             facts = DocumentFacts.of(document)
             tokens = count.of(document, facts)
         except UnusableSampleError as error:
-            tally.skip(error)
+            stats.skip(error)
             continue
         found.record(facts.kind, facts.sizes, facts.text_bytes, tokens)
-    found.unusable = tally.skipped
+    found.unusable = stats.skipped
     return found
 
 

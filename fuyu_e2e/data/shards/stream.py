@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fuyu_e2e.data.packing import TOO_LONG, LongDocuments, PackedRow, Packer, pack_row
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.manifest import ShardFacts
@@ -49,7 +49,7 @@ class LaneState:
     """Rows given so far."""
     positions: tuple[int, ...]
     """Documents taken of each source so far, over all epochs."""
-    credits: tuple[float, ...]
+    deficits: tuple[float, ...]
     """By how much each source of a mixture is behind its share."""
     waiting: tuple[tuple[int, int], ...]
     """(source, position) of each document that waits to be packed, the oldest first; read again to go on."""
@@ -97,7 +97,7 @@ class Stream:
     ) -> Iterator[StreamRow]:
         """Every `step`-th row of the global order, from row `first` on.
 
-        Each row carries the tally of what was read since the lane's row before.
+        Each row carries the stats of what was read since the lane's row before.
 
         Args:
             first: Number of the first row.
@@ -118,12 +118,12 @@ class Stream:
         running = [(number, Lane(self, number, shards, known.get(number))) for number in numbers]
         # The last row of a stream that ends waits for what the lanes skipped behind their own last.
         last: StreamRow | None = None
-        skipped = Tally()
+        skipped = SampleStats()
         while running:
             remaining = []
             for number, lane in running:
                 if (row := lane.next_row()) is None:
-                    skipped.add(lane.tally.take())
+                    skipped.add(lane.stats.take())
                     continue
                 remaining.append((number, lane))
                 if last is not None:
@@ -134,7 +134,7 @@ class Stream:
                     last = None
             running = remaining
         if last is not None:
-            last.tally.add(skipped)
+            last.stats.add(skipped)
             yield last
         elif skipped.read:
             said = f"A reader found no usable document in its part of the shards: {skipped.summary()}"
@@ -158,15 +158,15 @@ class Lane:
         self.stream = stream
         self.index = index
         self.shards = shards
-        self.tally = Tally()
+        self.stats = SampleStats()
         self.orders = [self._order(source) for source in stream.sources]
-        self.packer = Packer(stream.budget, stream.long_documents, self.tally)
-        begun = state or LaneState(rows=0, positions=(0,) * len(self.orders), credits=(), waiting=())
+        self.packer = Packer(stream.budget, stream.long_documents, self.stats)
+        begun = state or LaneState(rows=0, positions=(0,) * len(self.orders), deficits=(), waiting=())
         self.given = begun.rows
         self.positions = list(begun.positions)
         scale = stream.budget / 2 if stream.mix_by == "tokens" else 0.5
         self.chooser = (
-            Chooser(begun.credits) if begun.credits else Chooser.begin(len(self.orders), scale, [stream.seed, index])
+            Chooser(begun.deficits) if begun.deficits else Chooser.begin(len(self.orders), scale, [stream.seed, index])
         )
         self._unusable = [0] * len(self.orders)
         self._restore(begun.waiting)
@@ -177,12 +177,12 @@ class Lane:
         return LaneState(
             rows=self.given,
             positions=tuple(self.positions),
-            credits=tuple(self.chooser.credits),
+            deficits=tuple(self.chooser.deficits),
             waiting=tuple(self.packer.waiting),
         )
 
     def next_row(self) -> StreamRow | None:
-        """The next row, with the tally of what it took to fill it; None behind the last of a stream that ends."""
+        """The next row, with the stats of what it took to fill it; None behind the last of a stream that ends."""
         mixture = [source.source for source in self.stream.sources]
         wanted = shares(mixture, (self.given * self.stream.lanes + self.index) // self.stream.rows_per_step)
         while not self.packer.full:
@@ -198,7 +198,7 @@ class Lane:
         return StreamRow(
             batch=pack_row(sequences, self.stream.budget),
             keys=tuple(sequence.key for sequence in sequences),
-            tally=self.tally.take(),
+            stats=self.stats.take(),
             lane=self.index,
             state=self.state,
         )
@@ -224,20 +224,20 @@ class Lane:
         self.positions[source] += 1
         name = self.stream.sources[source].name
         mixed = len(self.orders) > 1
-        self.tally.read += 1
+        self.stats.read += 1
         if mixed:
-            self.tally.read_of[name] += 1
+            self.stats.read_of[name] += 1
         tokens = self._add(source, position)
         if tokens and mixed:
-            self.tally.used_of[name] += 1
-            self.tally.tokens_of[name] += tokens
+            self.stats.used_of[name] += 1
+            self.stats.tokens_of[name] += tokens
         self._unusable[source] = 0 if tokens else self._unusable[source] + 1
         # The last of one pass and the first of the next may all be bad; one more, and no document of a pass is usable.
         if self.stream.endless and self._unusable[source] > 2 * (self.orders[source].per_epoch - 1):
             raise UserError(
                 f"Lane {self.index} of {self.stream.lanes} finds no usable document in a whole pass over its part of "
-                f"{self.stream.sources[source].shards[0]} and the other shards ({self.tally.summary()}): "
-                + ("raise data.budget, or " if self.tally.skipped[TOO_LONG] else "")
+                f"{self.stream.sources[source].shards[0]} and the other shards ({self.stats.summary()}): "
+                + ("raise data.budget, or " if self.stats.skipped[TOO_LONG] else "")
                 + "lower data.lanes, or mend the shards."
             )
         return tokens
@@ -254,12 +254,12 @@ class Lane:
             where = f"{where}: {found.key}"
             return self.packer.add(self.stream.builder.build(found), (source, position))
         except UnusableSampleError as error:
-            self.tally.skip(error, where)
+            self.stats.skip(error, where)
             return 0
 
     def _restore(self, waiting: tuple[tuple[int, int], ...]) -> None:
         for source, position in waiting:
             self._add(source, position)
         # They were counted when they were read first; only one that has become unusable since is news.
-        restored = self.tally.take()
-        self.tally.skipped, self.tally.examples = restored.skipped, restored.examples
+        restored = self.stats.take()
+        self.stats.skipped, self.stats.examples = restored.skipped, restored.examples

@@ -52,7 +52,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardPlan:
     """Which rows go into a shard."""
 
     split: str
@@ -80,7 +80,7 @@ class Example:
 
 
 @dataclass
-class Outcome:
+class RowCounts:
     """What became of some rows: every one is written or skipped."""
 
     written: int = 0
@@ -97,7 +97,7 @@ class Outcome:
         if len(shown := self.examples.setdefault(error.reason, [])) < EXAMPLES:
             shown.append(Example(row, file, str(error)))
 
-    def add(self, other: "Outcome") -> None:
+    def add(self, other: "RowCounts") -> None:
         """Adds what became of other rows."""
         self.written += other.written
         self.bytes += other.bytes
@@ -108,7 +108,7 @@ class Outcome:
             self.examples[reason] = sorted(both, key=lambda example: example.row)[:EXAMPLES]
 
     @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> "Outcome":
+    def from_json(cls, stored: dict[str, Any]) -> "RowCounts":
         """What `asdict` made of one."""
         examples = {reason: [Example(**each) for each in listed] for reason, listed in stored["examples"].items()}
         return cls(stored["written"], stored["bytes"], stored["skipped"], examples)
@@ -124,12 +124,12 @@ class WriteReport:
     """Rows of the plan."""
     shards: dict[str, int]
     """Shards written, of each split."""
-    splits: dict[str, Outcome]
+    splits: dict[str, RowCounts]
 
     @property
-    def total(self) -> Outcome:
+    def total(self) -> RowCounts:
         """Over both splits."""
-        total = Outcome()
+        total = RowCounts()
         for outcome in self.splits.values():
             total.add(outcome)
         return total
@@ -177,7 +177,7 @@ class Plan:
     """Which row goes into which shard."""
 
     rows: int
-    shards: list[Shard]
+    shards: list[ShardPlan]
     fingerprint: str
     """A hash of what all rows say, and of size and time of the files they name."""
 
@@ -186,13 +186,13 @@ def plan_shards(rows: Iterable[tuple[Place, Callable[[], Members]]], settings: S
     limit = settings.shard_megabytes * MEGABYTE
     filling: dict[str, list[tuple[int, Place]]] = {"train": [], "val": []}
     sizes = dict.fromkeys(filling, 0)
-    closed: dict[str, list[Shard]] = {split: [] for split in filling}
+    closed: dict[str, list[ShardPlan]] = {split: [] for split in filling}
     fingerprint = blake2b(digest_size=16)
     number = 0
 
     def close(split: str) -> None:
         numbers, places = zip(*filling[split], strict=True)
-        closed[split].append(Shard(split, len(closed[split]), np.array(numbers), np.array(places)))
+        closed[split].append(ShardPlan(split, len(closed[split]), np.array(numbers), np.array(places)))
         filling[split], sizes[split] = [], 0
 
     for place, make in rows:

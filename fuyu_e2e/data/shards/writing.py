@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fuyu_e2e.data.image import check_image
-from fuyu_e2e.data.progress_bar import Advance, Progress, add
+from fuyu_e2e.data.progress_bar import Advance, ProgressBar, add
 from fuyu_e2e.data.shards.extensions import TEXTS
 from fuyu_e2e.data.shards.formats import TEXT_BYTES, document
 from fuyu_e2e.data.shards.parallel import deaf_to_interrupts
@@ -39,10 +39,10 @@ from fuyu_e2e.data.shards.reading import SAMPLE_BYTES, Sample
 from fuyu_e2e.data.shards.tables import Members, RowSource, open_source
 from fuyu_e2e.data.shards.tar_writer import TarWriter
 from fuyu_e2e.data.shards.write_plan import (
-    Outcome,
     Plan,
+    RowCounts,
     Settings,
-    Shard,
+    ShardPlan,
     WriteReport,
     kind_of,
     plan_shards,
@@ -96,13 +96,13 @@ def write_shards(
         source, image_column=image_column, text_column=text_column, images=None if images is None else Path(images)
     )
     with _claimed(out):
-        with Progress("Planning", unit="rows") as progress:
+        with ProgressBar("Planning", unit="rows") as progress:
             plan = plan_shards(opened.samples(), settings, progress.advance)
         _begin(out, source, opened, settings, plan)
         outcomes = {shard.name: outcome for shard in plan.shards if (outcome := _finished(out, shard)) is not None}
         remaining = [shard for shard in plan.shards if shard.name not in outcomes]
         rows = sum(len(shard.numbers) for shard in remaining)
-        with Progress("Writing shards", rows, "rows") as progress:
+        with ProgressBar("Writing shards", rows, "rows") as progress:
             outcomes |= _write_all(opened, out, remaining, processes, progress)
         report = _report(opened, plan, outcomes)
         if not report.total.written:
@@ -175,18 +175,18 @@ def _begin(out: Path, source: Path, opened: RowSource, settings: Settings, plan:
     _write_json(out / PLAN, {"source": str(source), **described})
 
 
-def _finished(out: Path, shard: Shard) -> Outcome | None:
+def _finished(out: Path, shard: ShardPlan) -> RowCounts | None:
     """What became of the rows of a shard that is whole; None where it has to be written."""
     if not (stored := _read_json(_stats_path(out, shard))):
         return None
-    outcome = Outcome.from_json(stored)
+    outcome = RowCounts.from_json(stored)
     path = _path(out, shard)
     return outcome if (path.stat().st_size if path.exists() else 0) == outcome.bytes else None
 
 
 def _write_all(
-    source: RowSource, out: Path, shards: Sequence[Shard], processes: int, progress: Progress
-) -> dict[str, Outcome]:
+    source: RowSource, out: Path, shards: Sequence[ShardPlan], processes: int, progress: ProgressBar
+) -> dict[str, RowCounts]:
     """Writes shards; gives what became of their rows, by their names."""
     if processes == 1 or len(shards) <= 1:
         return {shard.name: _write_shard(source, out, shard, progress.advance) for shard in shards}
@@ -221,7 +221,7 @@ def _begin_process(count: "Synchronized[float]") -> None:
     _follow_parent()
 
 
-def _write_in_process(source: RowSource, out: Path, shard: Shard) -> Outcome:
+def _write_in_process(source: RowSource, out: Path, shard: ShardPlan) -> RowCounts:
     return _write_shard(source, out, shard, partial(add, _count))
 
 
@@ -237,9 +237,9 @@ def _follow_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _write_shard(source: RowSource, out: Path, shard: Shard, advance: Advance) -> Outcome:
+def _write_shard(source: RowSource, out: Path, shard: ShardPlan, advance: Advance) -> RowCounts:
     """Writes a shard under another name, then what became of its rows, then gives it its name."""
-    path, outcome = _path(out, shard), Outcome()
+    path, outcome = _path(out, shard), RowCounts()
     temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
@@ -262,7 +262,7 @@ def _write_shard(source: RowSource, out: Path, shard: Shard, advance: Advance) -
     return outcome
 
 
-def _samples(source: RowSource, shard: Shard, outcome: Outcome, advance: Advance) -> Iterator[Sample]:
+def _samples(source: RowSource, shard: ShardPlan, outcome: RowCounts, advance: Advance) -> Iterator[Sample]:
     """The usable samples of a shard; counts all its rows."""
     places, seen = shard.places.tolist(), 0
     for number, (place, make) in zip(shard.numbers.tolist(), source.samples(places), strict=False):
@@ -317,8 +317,8 @@ def _read(name: str, path: Path) -> bytes:
     return data
 
 
-def _report(source: RowSource, plan: Plan, outcomes: dict[str, Outcome]) -> WriteReport:
-    splits = {"train": Outcome(), "val": Outcome()}
+def _report(source: RowSource, plan: Plan, outcomes: dict[str, RowCounts]) -> WriteReport:
+    splits = {"train": RowCounts(), "val": RowCounts()}
     shards = dict.fromkeys(splits, 0)
     for shard in plan.shards:
         outcome = outcomes[shard.name]
@@ -327,11 +327,11 @@ def _report(source: RowSource, plan: Plan, outcomes: dict[str, Outcome]) -> Writ
     return WriteReport(type(source.kind).__name__, plan.rows, shards, splits)
 
 
-def _path(out: Path, shard: Shard) -> Path:
+def _path(out: Path, shard: ShardPlan) -> Path:
     return out / f"{shard.name}.tar"
 
 
-def _stats_path(out: Path, shard: Shard) -> Path:
+def _stats_path(out: Path, shard: ShardPlan) -> Path:
     return out / f"{shard.name}_stats.json"
 
 

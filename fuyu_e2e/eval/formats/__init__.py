@@ -1,6 +1,6 @@
 """Readers of public benchmarks, by the names that task files call them by.
 
-Each takes the benchmark's files as they are published, a prompt and a tally that counts what is read.
+Each takes the benchmark's files as they are published, a prompt and a stats that counts what is read.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
 from fuyu_e2e.data.document import Document, Image, Text
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.question import Question
 
@@ -36,7 +36,7 @@ def filled(prompt: str, question: str) -> str:
     return prompt.replace(QUESTION, question)
 
 
-def ask(entries: Sequence[Entry], source: str | Path, images: str | Path, tally: Tally) -> Iterator[Question]:
+def ask(entries: Sequence[Entry], source: str | Path, images: str | Path, stats: SampleStats) -> Iterator[Question]:
     """The questions of a file, in its order; their images are read as they are asked.
 
     A benchmark is whole or it is refused, for a score of some of its questions compares with no other: all images are
@@ -47,7 +47,7 @@ def ask(entries: Sequence[Entry], source: str | Path, images: str | Path, tally:
         entries: The file's entries.
         source: The file, which errors name.
         images: The folder of their images.
-        tally: Counts the questions as they are read.
+        stats: Counts the questions as they are read.
 
     Raises:
         UserError: Two entries share a key, an image's name leads out of the folder, or images are missing.
@@ -66,16 +66,16 @@ def ask(entries: Sequence[Entry], source: str | Path, images: str | Path, tally:
             f"{source} asks about {len(asked_of):,} images, but {len(missing):,} of them are no files in {images}: "
             f"{asked_of[missing[0]]} asks about {missing[0]!r}. Is this the folder of its images, all unpacked?"
         )
-    return _asked(entries, Path(images), tally)
+    return _asked(entries, Path(images), stats)
 
 
-def _asked(entries: Sequence[Entry], images: Path, tally: Tally) -> Iterator[Question]:
+def _asked(entries: Sequence[Entry], images: Path, stats: SampleStats) -> Iterator[Question]:
     for entry in entries:
         try:
             image = Image((images / entry.image).read_bytes())
         except OSError as error:
             raise UserError(f"{images / entry.image} can't be read: {error.strerror}.") from error
-        tally.read += 1
+        stats.read += 1
         prompt = (Text(entry.prompt, loss=False),) if entry.prompt else ()
         yield Question(
             document=Document(entry.key, (image, *prompt)),

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.formats.asking import QUESTION, Entry, ask
 from fuyu_e2e.eval.formats.json_file import load
@@ -11,14 +11,14 @@ from fuyu_e2e.eval.question import Question
 
 
 def read_coco_captions(
-    annotations: str | Path, images: str | Path, *, tally: Tally, prompt: str = ""
+    annotations: str | Path, images: str | Path, *, stats: SampleStats, prompt: str = ""
 ) -> Iterator[Question]:
     """The images of COCO captions, one question each: what does it show?
 
     Args:
         annotations: `captions_val2014.json` or another in its format.
         images: The folder with the images, by their `file_name`.
-        tally: Counts the images as they are read.
+        stats: Counts the images as they are read.
         prompt: What stands behind each image; nothing does where it is empty, as when a model learns captions.
 
     Returns:
@@ -43,4 +43,4 @@ def read_coco_captions(
             raise UserError(f"{record.where}: there is no caption of image {key}.")
         references = tuple(captions[key])
         entries.append(Entry(key=key, image=record.text("file_name"), prompt=prompt, references=references))
-    return ask(entries, annotations, images, tally)
+    return ask(entries, annotations, images, stats)

@@ -3,21 +3,21 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.eval.formats.asking import QUESTION, Entry, ask, filled
 from fuyu_e2e.eval.formats.json_file import Record, load
 from fuyu_e2e.eval.question import Question
 
 
 def read_docvqa(
-    annotations: str | Path, images: str | Path, *, tally: Tally, prompt: str = QUESTION
+    annotations: str | Path, images: str | Path, *, stats: SampleStats, prompt: str = QUESTION
 ) -> Iterator[Question]:
     """The questions of DocVQA (task 1, single pages).
 
     Args:
         annotations: `val_v1.0.json` or another in its format.
         images: The folder that holds `documents/`.
-        tally: Counts the questions as they are read.
+        stats: Counts the questions as they are read.
         prompt: What stands behind the image, with `{question}` in it.
 
     Returns:
@@ -37,7 +37,7 @@ def read_docvqa(
         )
         for record in load(annotations).records("data")
     ]
-    return ask(entries, annotations, images, tally)
+    return ask(entries, annotations, images, stats)
 
 
 def _types(record: Record) -> dict[str, str]:

@@ -3,21 +3,21 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.eval.formats.asking import QUESTION, Entry, ask, filled
 from fuyu_e2e.eval.formats.json_file import load
 from fuyu_e2e.eval.question import Question
 
 
 def read_textvqa(
-    annotations: str | Path, images: str | Path, *, tally: Tally, prompt: str = QUESTION
+    annotations: str | Path, images: str | Path, *, stats: SampleStats, prompt: str = QUESTION
 ) -> Iterator[Question]:
     """The questions of TextVQA 0.5.1.
 
     Args:
         annotations: `TextVQA_0.5.1_val.json` or another in its format.
         images: The folder with `{image_id}.jpg` (`train_images`, which holds those of val, too).
-        tally: Counts the questions as they are read.
+        stats: Counts the questions as they are read.
         prompt: What stands behind the image, with `{question}` in it.
 
     Raises:
@@ -32,4 +32,4 @@ def read_textvqa(
         )
         for record in load(annotations).records("data")
     ]
-    return ask(entries, annotations, images, tally)
+    return ask(entries, annotations, images, stats)

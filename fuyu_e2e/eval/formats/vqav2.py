@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.formats.asking import QUESTION, Entry, ask, filled
 from fuyu_e2e.eval.formats.json_file import Record, load
@@ -18,7 +18,7 @@ def read_vqav2(
     annotations: str | Path,
     images: str | Path,
     *,
-    tally: Tally,
+    stats: SampleStats,
     prompt: str = QUESTION,
 ) -> Iterator[Question]:
     """The questions of VQAv2, or of another benchmark in its format, such as OK-VQA.
@@ -28,7 +28,7 @@ def read_vqav2(
         annotations: `v2_mscoco_val2014_annotations.json`; of questions that aren't asked it may say more.
         images: The folder with `COCO_val2014_000000000042.jpg` and the like; `data_subtype` of the questions says
             which name stands in the middle.
-        tally: Counts the questions as they are read.
+        stats: Counts the questions as they are read.
         prompt: What stands behind the image, with `{question}` in it.
 
     Returns:
@@ -59,7 +59,7 @@ def read_vqav2(
                 groups=groups,
             )
         )
-    return ask(entries, questions, images, tally)
+    return ask(entries, questions, images, stats)
 
 
 def _annotation(record: Record) -> tuple[tuple[str, ...], dict[str, str]]:

@@ -1,11 +1,11 @@
 """Attention by documents with torch's own scaled dot product, on any device.
 
-`AttentionPlan`, for causal attention, sorts the documents of a row into groups of nearly equal length and pads within
+`GroupedRow`, for causal attention, sorts the documents of a row into groups of nearly equal length and pads within
 a group. Padding comes after the tokens of its document, where a causal token never looks: no mask is ever built.
 
-`TilePlan`, for every other mask and for queries that are not the keys, cuts documents into tiles of queries, each with
-the keys that its mask can show it, and groups tiles by their number of keys: a window costs its own width, not the
-document's length.
+`TiledAttention`, for every other mask and for queries that are not the keys, cuts documents into tiles of queries,
+each with the keys that its mask can show it, and groups tiles by their number of keys: a window costs its own width,
+not the document's length.
 
 How many tokens of each document a block selects is known on the device alone. On the CPU, where looking costs
 nothing, those that pass are planned like a row of their own; elsewhere `MaskedAttention` takes them as they are, at
@@ -61,12 +61,12 @@ class PlacedRow(RowAttention):
             return self._tiles(self.places.take(passing.index[passing.valid]), self.places)
         return MaskedAttention.of(self.mask, self.places.take(passing.index), self.places)
 
-    def _tiles(self, queries: Places, keys: Places) -> "TilePlan":
-        return TilePlan.of(self.mask, queries.numpy(), keys.numpy(), keys.document.device)
+    def _tiles(self, queries: Places, keys: Places) -> "TiledAttention":
+        return TiledAttention.of(self.mask, queries.numpy(), keys.numpy(), keys.document.device)
 
 
 @dataclass(frozen=True)
-class AttentionPlan(PlacedRow):
+class GroupedRow(PlacedRow):
     """Where each token of a row goes for attention, and where it comes back from.
 
     Holds for one row on one device, and for every block.
@@ -82,7 +82,7 @@ class AttentionPlan(PlacedRow):
     """For each token, its place in the groups."""
 
     @classmethod
-    def of(cls, document_lengths: tuple[int, ...], device: torch.device) -> "AttentionPlan":
+    def of(cls, document_lengths: tuple[int, ...], device: torch.device) -> "GroupedRow":
         """Plans a row of documents with these lengths, laid end to end."""
         lengths = np.array([length for length in document_lengths if length], dtype=np.int64)
         starts = np.cumsum(lengths) - lengths
@@ -137,14 +137,14 @@ class AttentionPlan(PlacedRow):
         if passing.index.device.type != "cpu":
             return super().select(passing)
         counts = torch.bincount(passing.documents(self.places.document, len(self.lengths)))
-        return AttentionPlan.of(tuple(counts.tolist()), passing.index.device)
+        return GroupedRow.of(tuple(counts.tolist()), passing.index.device)
 
 
 @dataclass(frozen=True)
 class TiledRow(PlacedRow):
     """A row under any mask."""
 
-    plan: "TilePlan"
+    plan: "TiledAttention"
     """Of all its tokens."""
 
     @classmethod
@@ -153,7 +153,7 @@ class TiledRow(PlacedRow):
     ) -> "TiledRow":
         """Plans a row of documents with these lengths, laid end to end; `images` are the bounds of each in the row."""
         places = Places.of(lengths, images)
-        return cls(mask, places.on(device), TilePlan.of(mask, places, places, device))
+        return cls(mask, places.on(device), TiledAttention.of(mask, places, places, device))
 
     def __call__(
         self,
@@ -166,7 +166,7 @@ class TiledRow(PlacedRow):
 
 
 @dataclass(frozen=True)
-class TilePlan:
+class TiledAttention:
     """Attention of some tokens to some tokens under a mask, by tiles of queries; planned on the host."""
 
     groups: tuple[tuple[int, int, int], ...]
@@ -181,7 +181,7 @@ class TilePlan:
     """For each query, its place in the groups."""
 
     @classmethod
-    def of(cls, mask: AttentionMask, queries: Places, keys: Places, device: torch.device) -> "TilePlan":
+    def of(cls, mask: AttentionMask, queries: Places, keys: Places, device: torch.device) -> "TiledAttention":
         """Plans attention between tokens in order of their documents, and of their positions in them.
 
         Args:

@@ -21,7 +21,7 @@ from fuyu_e2e.model.device_copy import to_device
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """How a block attends: (queries "T H K", keys "S G K", values "S G K") to outputs "T H K".
 
-Training and prefill attend within the row (`AttentionPlan`), decoding attends to a cache; a block can't tell.
+Training and prefill attend within the row (`GroupedRow`), decoding attends to a cache; a block can't tell.
 """
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.model.attention.grouped import AttentionPlan, MaskedAttention, PlacedRow, TiledRow
+from fuyu_e2e.model.attention.grouped import GroupedRow, MaskedAttention, PlacedRow, TiledRow
 from fuyu_e2e.model.attention.interface import Attend, Passing, Places, RowAttention, seen_by
 from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.device_copy import to_device
@@ -67,7 +67,7 @@ def plan_attention(
     """
     backend = _fastest(device, dtype, head_size) if backend == "auto" else backend
     if backend == "documents":
-        return AttentionPlan.of(lengths, device) if mask == CAUSAL else TiledRow.of(mask, lengths, images, device)
+        return GroupedRow.of(lengths, device) if mask == CAUSAL else TiledRow.of(mask, lengths, images, device)
     check_device(backend, device)
     if backend == "flex":
         return FlexRow.of(lengths, device, mask, images)

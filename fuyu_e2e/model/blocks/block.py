@@ -9,7 +9,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from fuyu_e2e.model.flops import Operations
 from fuyu_e2e.model.recomputation import ActivationCheckpointing
-from fuyu_e2e.model.row import Progress, Report, Row
+from fuyu_e2e.model.row import Report, Row, TrainingProgress
 
 if TYPE_CHECKING:  # a configuration of a decoder holds those of its blocks
     import fuyu_e2e.model.config
@@ -68,7 +68,7 @@ class Block(nn.Module, ABC):
         """What it counted since the last step's end, to be summed over ranks; None for a block that counts nothing."""
         return None
 
-    def end_step(self, counts: Tensor, progress: Progress, skip: Bool[Tensor, ""] | None) -> None:
+    def end_step(self, counts: Tensor, progress: TrainingProgress, skip: Bool[Tensor, ""] | None) -> None:
         """Takes what all ranks counted, and resets its own count.
 
         Args:

@@ -17,8 +17,8 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.flops import CountedRow, DenseOperations, Flops, Operations
 from fuyu_e2e.model.recomputation import recomputing
 from fuyu_e2e.model.routing.config import annealed
-from fuyu_e2e.model.routing.rules import RULES, Rule, Threshold
-from fuyu_e2e.model.row import Progress, Report, Row
+from fuyu_e2e.model.routing.routers import ROUTERS, Router, Threshold
+from fuyu_e2e.model.row import Report, Row, TrainingProgress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class RoutedBlock(Block):
             self.add_module(name, part)
         self._inner = (inner,)  # no module of its own, or its parts would have two names
         self.leaves_keys = config.routing.skipped == "keys"
-        self.rule: Rule = RULES[config.routing.rule](config, number)
+        self.rule: Router = ROUTERS[config.routing.rule](config, number)
         self._compiled: Callable[..., Any] | None = None
 
     @property
@@ -117,32 +117,32 @@ class RoutedBlock(Block):
     def _route(
         self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None
     ) -> tuple[Float[Tensor, "T D"], Routed]:
-        choice = self.rule.choose(x_TD, row, capacity)
-        passing = gather_passing(choice.passes, capacity)
+        decision = self.rule.route(x_TD, row, capacity)
+        passing = gather_passing(decision.passes, capacity)
         x_CD = x_TD.index_select(0, passing.index)
         if self.leaves_keys:
             update_CD = self.inner.update(x_CD, x_TD, row.cross(passing))
         else:
             update_CD = self.inner.update(x_CD, x_CD, row.select(passing))
-        gates_C = torch.where(passing.valid, choice.gates.index_select(0, passing.index), 0.0)
+        gates_C = torch.where(passing.valid, decision.gates.index_select(0, passing.index), 0.0)
         x_TD = x_TD.index_add(0, passing.index, (gates_C[:, None] * update_CD).to(x_TD.dtype))
-        scores = None if choice.scores is None else choice.scores.detach()
-        passed = torch.zeros_like(choice.passes).index_copy(0, passing.index, passing.valid)
+        scores = None if decision.scores is None else decision.scores.detach()
+        passed = torch.zeros_like(decision.passes).index_copy(0, passing.index, passing.valid)
         return x_TD, Routed(
-            block=self.rule.block, chosen=choice.passes, passed=passed, scores=scores, auxiliary=choice.auxiliary
+            block=self.rule.block, chosen=decision.passes, passed=passed, scores=scores, auxiliary=decision.auxiliary
         )
 
     def operations(self) -> Operations:
         """Returns those of the inner block for the tokens that pass, and of the rule for all."""
         return partial(self._flops, self.rule, self.inner.operations(), self.rule.flops_of_token())
 
-    def _flops(self, rule: Rule, inner: DenseOperations, choice: Flops, row: CountedRow) -> Flops:
+    def _flops(self, rule: Router, inner: DenseOperations, decision: Flops, row: CountedRow) -> Flops:
         passing, tokens, shares = row.passing.get(rule.block), sum(row.lengths), rule.shares
         if passing is None:
             asked = shares.patches * row.patches + shares.others * (tokens - row.patches)
             share = annealed(asked / max(1, tokens), rule.routing.dense(row.done))
             passing = [length * share for length in row.lengths]
-        return inner.between(passing, row.lengths if self.leaves_keys else passing, row).plus(choice, tokens)
+        return inner.between(passing, row.lengths if self.leaves_keys else passing, row).plus(decision, tokens)
 
     def saved_bytes(self, tokens: int, work: int, size: int) -> float:
         """Returns those of the inner block, of as many tokens as there is room for when training begins."""
@@ -169,7 +169,7 @@ class RoutedBlock(Block):
         """Of a rule that keeps thresholds, the scores of the step's rows."""
         return self.rule.counts if isinstance(self.rule, Threshold) else None
 
-    def end_step(self, counts: Tensor, progress: Progress, skip: Bool[Tensor, ""] | None) -> None:
+    def end_step(self, counts: Tensor, progress: TrainingProgress, skip: Bool[Tensor, ""] | None) -> None:
         """Sets the thresholds that hold from the next step on."""
         assert isinstance(self.rule, Threshold)
         self.rule.update(counts, self.rule.routing.dense(progress.done), skip)

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fuyu_e2e.data.lightning_internals import accumulates
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.mixture import shares
 from fuyu_e2e.distributed import DataRank, all_ranks
 from fuyu_e2e.model.batch import PackedBatch
@@ -25,9 +25,9 @@ class DataReport(Callback):
     """
 
     def __init__(self) -> None:
-        self.tallies: dict[str, Tally] = {}
-        self._before = Tally()
-        self._of_this_step = Tally()
+        self.all_stats: dict[str, SampleStats] = {}
+        self._before = SampleStats()
+        self._of_this_step = SampleStats()
         self._counts = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -40,26 +40,26 @@ class DataReport(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting from there."""
-        self._before = Tally.from_dict(state_dict)
+        self._before = SampleStats.from_dict(state_dict)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Counts this run anew; what came before it is added when counts are shown."""
-        self.tallies["train"] = Tally()
-        self._of_this_step = Tally()
+        self.all_stats["train"] = SampleStats()
+        self._of_this_step = SampleStats()
 
-    def training(self) -> Tally:
+    def training(self) -> SampleStats:
         """The counts of training over all processes and resumed runs; every process calls it."""
-        total = Tally.from_dict(self._before.to_dict())
-        total.add(_over_ranks(self.tallies.get("train", Tally())))
+        total = SampleStats.from_dict(self._before.to_dict())
+        total.add(_over_ranks(self.all_stats.get("train", SampleStats())))
         return total
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Counts anew."""
-        self.tallies["val"] = Tally()
+        self.all_stats["val"] = SampleStats()
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Counts anew."""
-        self.tallies["test"] = Tally()
+        self.all_stats["test"] = SampleStats()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
@@ -68,25 +68,25 @@ class DataReport(Callback):
         self._add(self._of_this_step, trainer)
         if accumulates(trainer):
             return
-        self.tallies["train"].add(self._of_this_step.take())
+        self.all_stats["train"].add(self._of_this_step.take())
         if trainer.global_step % steps_between_logs(trainer) == 0:
-            tally = self.training()
-            pl_module.log("data/read", float(tally.read))
-            for reason, count in tally.skipped.items():
+            stats = self.training()
+            pl_module.log("data/read", float(stats.read))
+            for reason, count in stats.skipped.items():
                 pl_module.log(f"data/skipped/{reason}", float(count))
-            if tally.read_of:
-                self._log_mixture(trainer, pl_module, tally)
+            if stats.read_of:
+                self._log_mixture(trainer, pl_module, stats)
 
-    def _log_mixture(self, trainer: pl.Trainer, pl_module: pl.LightningModule, tally: Tally) -> None:
+    def _log_mixture(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stats: SampleStats) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         sources = data.stream_sources("train")
-        drawn = tally.tokens_of if data.mix_by == "tokens" else tally.used_of
+        drawn = stats.tokens_of if data.mix_by == "tokens" else stats.used_of
         asked = shares([source.source for source in sources], trainer.global_step)
         for source, share in zip(sources, asked, strict=True):
             pl_module.log(f"data/share_asked/{source.name}", share)
             pl_module.log(f"data/share_drawn/{source.name}", drawn[source.name] / max(1, drawn.total()))
             documents = sum(facts.documents for facts in source.facts)
-            pl_module.log(f"data/epoch/{source.name}", tally.read_of[source.name] / documents)
+            pl_module.log(f"data/epoch/{source.name}", stats.read_of[source.name] / documents)
 
     def on_validation_batch_end(
         self,
@@ -98,7 +98,7 @@ class DataReport(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Counts a batch."""
-        self._add(self.tallies["val"], trainer)
+        self._add(self.all_stats["val"], trainer)
 
     def on_test_batch_end(
         self,
@@ -110,11 +110,11 @@ class DataReport(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Counts a batch."""
-        self._add(self.tallies["test"], trainer)
+        self._add(self.all_stats["test"], trainer)
 
-    def _add(self, tally: Tally, trainer: pl.Trainer) -> None:
+    def _add(self, stats: SampleStats, trainer: pl.Trainer) -> None:
         if self._counts:
-            tally.add(trainer.datamodule.row.tally)  # type: ignore[attr-defined]
+            stats.add(trainer.datamodule.row.stats)  # type: ignore[attr-defined]
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints the validation data's counts where something was left out."""
@@ -127,19 +127,19 @@ class DataReport(Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints what became of the documents to be continued."""
-        self.tallies["predict"] = trainer.datamodule.prompt_tally  # type: ignore[attr-defined]
+        self.all_stats["predict"] = trainer.datamodule.prompt_tally  # type: ignore[attr-defined]
         self._print("predict")
 
     def _print(self, split: str, only_losses: bool = False) -> None:
-        tally = _over_ranks(self.tallies[split])
-        if not only_losses or tally.skipped or tally.tokens_cut:
-            rank_zero_info(f"\n{split} data: {tally.summary()}")
-        for example in tally.examples.values():
+        stats = _over_ranks(self.all_stats[split])
+        if not only_losses or stats.skipped or stats.tokens_cut:
+            rank_zero_info(f"\n{split} data: {stats.summary()}")
+        for example in stats.examples.values():
             rank_zero_warn(f"{split} data, skipped for example: {example}")
 
 
-def _over_ranks(tally: Tally) -> Tally:
-    total = Tally()
-    for one in all_ranks(tally):
+def _over_ranks(stats: SampleStats) -> SampleStats:
+    total = SampleStats()
+    for one in all_ranks(stats):
         total.add(one)
     return total

@@ -7,11 +7,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info
 
-from fuyu_e2e.checkpoint.atomic import Manifest
+from fuyu_e2e.checkpoint.atomic import CheckpointManifest
 from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, run_checkpoints
 from fuyu_e2e.checkpoint.run_directory import shown
 from fuyu_e2e.data.datamodule import FuyuDataModule
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.training.callbacks.checkpoints import checkpoints_of
 from fuyu_e2e.training.callbacks.data_report import DataReport
 from fuyu_e2e.training.callbacks.step_lines import short_count
@@ -25,7 +25,7 @@ class Ending(Callback):
     """
 
     def __init__(self) -> None:
-        self._tally: Tally | None = None
+        self._tally: SampleStats | None = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adds the counts of all processes up, while they are there to be asked."""
@@ -68,13 +68,13 @@ def _places(trainer: pl.Trainer) -> list[str]:
         return [*lines, "  no checkpoint was written"]
     if best := best_checkpoint(folder):
         lines.append(f"  best     {best.name} {best.value:.4g} at step {best.step:,}: {shown(best.path)}")
-    return [*lines, f"  last     step {Manifest.read(found[0]).step:,}: {shown(found[0])}"]
+    return [*lines, f"  last     step {CheckpointManifest.read(found[0]).step:,}: {shown(found[0])}"]
 
 
-def _data(tally: Tally) -> list[str]:
-    waiting = f", {tally.waiting:,} wait in shuffle and packing buffers" if tally.waiting else ""
-    lines = [f"  data     {tally.summary()}{waiting}"]
-    return lines + [f"           skipped first: {example}" for example in tally.examples.values()]
+def _data(stats: SampleStats) -> list[str]:
+    waiting = f", {stats.waiting:,} wait in shuffle and packing buffers" if stats.waiting else ""
+    lines = [f"  data     {stats.summary()}{waiting}"]
+    return lines + [f"           skipped first: {example}" for example in stats.examples.values()]
 
 
 def _next_commands(trainer: pl.Trainer) -> list[str]:

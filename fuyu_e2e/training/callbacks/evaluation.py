@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.data.lightning_internals import accumulates
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.contact_sheet import draw_sheet
 from fuyu_e2e.eval.evaluation import Evaluation, evaluate
@@ -76,12 +76,12 @@ class EvaluationInTraining(Callback):
             return
         self._asked = []
         for named in self.tasks:
-            task, tally = load_task(named, self.data.get(named)), Tally()
-            questions = list(islice(task.questions(tally), self.limit))
+            task, stats = load_task(named, self.data.get(named)), SampleStats()
+            questions = list(islice(task.questions(stats), self.limit))
             if not questions:
-                raise UserError(f"The task {named} has no question: {tally.summary()}.")
-            if tally.skipped:
-                rank_zero_warn(f"The task {named} is evaluated on fewer questions than it has: {tally.summary()}.")
+                raise UserError(f"The task {named} has no question: {stats.summary()}.")
+            if stats.skipped:
+                rank_zero_warn(f"The task {named} is evaluated on fewer questions than it has: {stats.summary()}.")
             self._asked.append((task, questions))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -114,7 +114,7 @@ class EvaluationInTraining(Callback):
     @staticmethod
     def _log(trainer: pl.Trainer, evaluation: Evaluation, scores: Mapping[str, MetricScores]) -> None:
         name, step = evaluation.task.name, trainer.global_step
-        logged = figures(scores) | {"unusable": float(evaluation.tallies["image"].skipped.total())}
+        logged = figures(scores) | {"unusable": float(evaluation.all_stats["image"].skipped.total())}
         for logger in trainer.loggers:
             logger.log_metrics({f"eval/{name}/{figure}": value for figure, value in logged.items()}, step)
             if isinstance(logger, TensorBoardLogger):

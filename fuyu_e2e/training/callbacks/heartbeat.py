@@ -42,7 +42,7 @@ class Host:
         return f"host {self.name} ({self.address}, node rank {self.node_rank}, {ranks})"
 
 
-class Hosts(Callback):
+class Heartbeat(Callback):
     """Ends the process when another host of the run has been silent for longer than a limit.
 
     A thread writes to stderr which host it was and leaves with exit code 5, also where the main thread hangs in a

@@ -17,7 +17,7 @@ from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing.block import RoutedBlock, routed_blocks
-from fuyu_e2e.model.routing.rules import Threshold
+from fuyu_e2e.model.routing.routers import Threshold
 from fuyu_e2e.model.row import Row
 from fuyu_e2e.training.module import FuyuModule, steps_between_logs
 from fuyu_e2e.training.tensorboard import shown_step, tensorboard_of

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from fuyu_e2e.checkpoint.run_directory import RECIPE, shown
 from fuyu_e2e.data.lightning_internals import accumulates, leave_signals_to_us
-from fuyu_e2e.distributed import anywhere, in_step, sum_over_ranks
+from fuyu_e2e.distributed import any_rank, is_sharded, sum_over_ranks
 from fuyu_e2e.errors import STOP_SIGNALS, of_signal
 from fuyu_e2e.training.callbacks.last_checkpoint import save_last
 from fuyu_e2e.training.module import FuyuModule
@@ -67,7 +67,7 @@ class StopSignals(Callback):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Keeps out Lightning's handlers, which would replace ours or hang `validate`, and its question before each row.
+        """Keeps out Lightning's handlers, which would replace ours or hang `validate`, and its question each row.
 
         All ranks and devices would wait for that.
         """
@@ -107,8 +107,8 @@ class StopSignals(Callback):
         """
         if not self._previous:
             return
-        if in_step(trainer):
-            if anywhere(trainer, self._heard is not None):
+        if is_sharded(trainer):
+            if any_rank(trainer, self._heard is not None):
                 raise StopIteration
             return
         store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None

@@ -104,7 +104,7 @@ class Throughput(Callback):
         self._log_ranks(pl_module)
         dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
         if peak := known_peak(pl_module.device, dtype):
-            pl_module.log("throughput/mfu", window.flops / place.copies / window.seconds / peak)
+            pl_module.log("throughput/mfu", window.flops / place.replicas / window.seconds / peak)
 
     def _log_ranks(self, pl_module: FuyuModule) -> None:
         window = self._window

@@ -27,7 +27,7 @@ from fuyu_e2e.training.callbacks.data_report import DataReport
 from fuyu_e2e.training.callbacks.ending import Ending
 from fuyu_e2e.training.callbacks.evaluation import EvaluationInTraining
 from fuyu_e2e.training.callbacks.garbage_collection import GarbageCollection
-from fuyu_e2e.training.callbacks.heartbeat import Hosts
+from fuyu_e2e.training.callbacks.heartbeat import Heartbeat
 from fuyu_e2e.training.callbacks.last_checkpoint import LastCheckpoint
 from fuyu_e2e.training.callbacks.predictions import WritePredictions
 from fuyu_e2e.training.callbacks.progress_bar import progress
@@ -144,7 +144,7 @@ class FuyuCLI(LightningCLI):
         )
         parser.add_lightning_class_args(BadSteps, "bad_steps")
         parser.add_lightning_class_args(Watchdog, "watchdog")
-        parser.add_lightning_class_args(Hosts, "hosts")
+        parser.add_lightning_class_args(Heartbeat, "hosts")
         parser.add_lightning_class_args(EvaluationInTraining, "evaluate")
         parser.link_arguments(
             "trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: str(Path(root) / CHECKPOINTS)

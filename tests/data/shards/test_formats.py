@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuyu_e2e.data.document import Document, Image, Text
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import TEXT_BYTES, document, read_documents
 from fuyu_e2e.data.shards.reading import Sample
 from fuyu_e2e.errors import UnusableSampleError
@@ -45,19 +45,19 @@ def shard(tmp_path: Path) -> Shard:
 
 
 def read(path: Path) -> list[Document]:
-    tally = Tally()
-    found = list(read_documents(path, tally))
-    assert tally.read == len(found)
-    assert not tally.skipped
+    stats = SampleStats()
+    found = list(read_documents(path, stats))
+    assert stats.read == len(found)
+    assert not stats.skipped
     return found
 
 
 def reasons(path: Path) -> dict[str, int]:
-    tally = Tally()
-    used = len(list(read_documents(path, tally)))
-    assert tally.read == used + tally.skipped.total()
-    assert len(tally.examples) == len(tally.skipped)
-    return dict(tally.skipped)
+    stats = SampleStats()
+    used = len(list(read_documents(path, stats)))
+    assert stats.read == used + stats.skipped.total()
+    assert len(stats.examples) == len(stats.skipped)
+    return dict(stats.skipped)
 
 
 A, B = Image(b"jpeg a"), Image(b"png b")
@@ -228,9 +228,9 @@ def test_a_caption_needs_no_json(shard: Shard, beside: str) -> None:
     ],
 )
 def test_names_with_dots_are_counted_in_one_short_sentence(shard: Shard, members: dict, said: str) -> None:
-    tally = Tally()
-    assert list(read_documents(shard(members), tally)) == []
-    sentence = tally.examples["format-unknown"]
+    stats = SampleStats()
+    assert list(read_documents(shard(members), stats)) == []
+    sentence = stats.examples["format-unknown"]
     assert said in sentence
     assert len(sentence) < 300
 
@@ -243,9 +243,9 @@ def test_plain_text_and_lines_of_json(shard: Shard) -> None:
 
 
 def test_a_json_of_unknown_keys_is_told_by_them(shard: Shard) -> None:
-    tally = Tally()
-    assert list(read_documents(shard({"0.jpg": b"x", "0.json": {"prompt": "?", "answer": "x"}}), tally)) == []
-    assert "0 has only jpg, json, whose json has only 'prompt', 'answer'" in tally.examples["format-unknown"]
+    stats = SampleStats()
+    assert list(read_documents(shard({"0.jpg": b"x", "0.json": {"prompt": "?", "answer": "x"}}), stats)) == []
+    assert "0 has only jpg, json, whose json has only 'prompt', 'answer'" in stats.examples["format-unknown"]
 
 
 @pytest.mark.parametrize("name", ["0.json", "0.jsonl"])
@@ -307,4 +307,4 @@ BAD = {
 def test_bad_samples_are_counted_and_the_next_one_is_read(shard: Shard, members: dict, reason: str) -> None:
     path = shard({**members, "good.txt": "still read"})
     assert reasons(path) == {reason: 1}
-    assert [document.answer for document in read_documents(path, Tally())] == ["still read"]
+    assert [document.answer for document in read_documents(path, SampleStats())] == ["still read"]

@@ -31,7 +31,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.formats import read_documents
@@ -819,38 +819,38 @@ class Reader:
     builder: SequenceBuilder
     cache: ShardCache
 
-    def read(self, path: Path) -> Tally:
+    def read(self, path: Path) -> SampleStats:
         """All that a shard holds as sequences, in stored order."""
-        tally = Tally()
-        for document in read_documents(path, tally):
+        stats = SampleStats()
+        for document in read_documents(path, stats):
             try:
                 assert len(self.builder.build(document)) > 0
-                tally.used += 1
+                stats.used += 1
             except UnusableSampleError as error:
-                tally.skip(error)
-        assert tally.read == tally.used + tally.skipped.total()
-        assert tally.skipped.keys() == tally.examples.keys()
-        return tally
+                stats.skip(error)
+        assert stats.read == stats.used + stats.skipped.total()
+        assert stats.skipped.keys() == stats.examples.keys()
+        return stats
 
     def once(self, original: Original) -> None:
         """A pass of two lanes, as validation makes it, by the manifest of the whole shard."""
-        total = Tally()
+        total = SampleStats()
         for lane in self._lanes(original, shuffle=0):
             while (row := lane.next_row()) is not None:
                 assert len(row.batch.tokens) == self.BUDGET
-                total.add(row.tally)
+                total.add(row.stats)
             assert not lane.state.waiting
-            total.add(lane.tally)
+            total.add(lane.stats)
         assert total.read == original.facts.documents
         assert total.read == total.used + total.skipped.total()
 
     def endless(self, original: Original) -> None:
         """Some rows of two lanes, as training draws them."""
         for lane in self._lanes(original, shuffle=3):
-            total, rows = Tally(), 0
+            total, rows = SampleStats(), 0
             for row in itertools.islice(iter(lane.next_row, None), 3):
                 assert row is not None
-                total.add(row.tally)
+                total.add(row.stats)
                 rows += 1
                 assert total.read == total.used + total.skipped.total() + len(lane.state.waiting)
             assert rows == 3
@@ -891,9 +891,9 @@ NOTHING = "finds no usable document"
 MORE_THAN_SAID = "but its manifest says"
 
 
-def endure(name: str, seeds: range, originals: list[Original], reader: Reader) -> Tally:
+def endure(name: str, seeds: range, originals: list[Original], reader: Reader) -> SampleStats:
     """Reads the mutants of a family in all ways; gives what became of their documents."""
-    total = Tally()
+    total = SampleStats()
     for seed in seeds:
         original, data = mutant(name, seed, originals)
         original.path.write_bytes(data)
@@ -905,17 +905,17 @@ def endure(name: str, seeds: range, originals: list[Original], reader: Reader) -
     return total
 
 
-def _endure_one(original: Original, data: bytes, seed: int, reader: Reader) -> Tally:
-    tally, no_tar = Tally(), False
+def _endure_one(original: Original, data: bytes, seed: int, reader: Reader) -> SampleStats:
+    stats, no_tar = SampleStats(), False
     try:
-        tally = reader.read(original.path)
+        stats = reader.read(original.path)
     except UserError as error:
         if not (no_tar := NO_TAR in str(error)):
             raise
-        tally.skipped["(no tar)"] += 1
+        stats.skipped["(no tar)"] += 1
     with _raises_user_error(NO_TAR if no_tar else None):
-        assert ShardFacts.of(original.path).documents == tally.read
-    more = tally.read > original.facts.documents
+        assert ShardFacts.of(original.path).documents == stats.read
+    more = stats.read > original.facts.documents
     expected = NO_TAR if no_tar else MORE_THAN_SAID if more else None
     if seed % 3 == 0:
         with _raises_user_error(expected):
@@ -925,7 +925,7 @@ def _endure_one(original: Original, data: bytes, seed: int, reader: Reader) -> T
             reader.endless(original)
     else:
         assert reader.verified(original) == (data == original.data)
-    return tally
+    return stats
 
 
 @contextmanager
@@ -983,25 +983,25 @@ def test_a_pass_counts_what_every_lane_skipped(tmp_path: Path, reader: Reader) -
     path = tmp_path / "shard.tar"
     path.write_bytes(packed([("0.txt", b"a"), ("1.txt", b"b"), ("2.txt", b""), ("3.txt", b"")]))
     whole = Original("txt", [], b"", path, ShardFacts.of(path), [])
-    total = Tally()
+    total = SampleStats()
     for row in reader.stream(whole, shuffle=0).rows():
-        total.add(row.tally)
+        total.add(row.stats)
     assert total.read == 4
 
 
 def test_a_member_that_is_also_gzip_is_what_tar_says(tmp_path: Path) -> None:
-    path, tally = tmp_path / "shard.tar", Tally()
+    path, stats = tmp_path / "shard.tar", SampleStats()
     hidden = gzip_and_tar(packed([("hidden.txt", b"a" * 10**6)]))
     path.write_bytes(packed([("0.txt", b"a")])[: 2 * BLOCK] + hidden + packed([("1.txt", b"b")]))
     assert path.stat().st_size < 20_000
-    assert [document.key for document in read_documents(path, tally)] == ["0", "1"]
-    assert tally.read == 3
+    assert [document.key for document in read_documents(path, stats)] == ["0", "1"]
+    assert stats.read == 3
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not MORE, reason="set FUYU_FUZZ to a number of mutants, 10000 say")
 def test_many_more_damaged_shards(originals: list[Original], reader: Reader) -> None:
-    each, held, total, failed = MORE // len(FAMILIES) + 1, _memory(1), Tally(), []
+    each, held, total, failed = MORE // len(FAMILIES) + 1, _memory(1), SampleStats(), []
     for name in FAMILIES:
         started_at = time.monotonic()
         try:

@@ -17,7 +17,7 @@ from fuyu_e2e.data import datamodule
 from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.packing import PackedRow
 from fuyu_e2e.data.row_loader import RowDataset, RowLoader
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.order import Order
 from fuyu_e2e.data.tokenizer import Tokenizer
 
@@ -130,22 +130,22 @@ def test_at_any_moment_each_document_was_used_or_skipped_or_waits_once_an_epoch(
     """In every lane: the documents of the first so many places are those used, those skipped and those that wait."""
     stream = data.stream("train")
     used: dict[int, Counter[str]] = {lane: Counter() for lane in range(LANES)}
-    states, tallies = {}, {lane: Tally() for lane in range(LANES)}
+    states, all_stats = {}, {lane: SampleStats() for lane in range(LANES)}
     for number, row in enumerate(stream.rows()):
         if number == rows:
             break
         used[row.lane].update(row.keys)
         states[row.lane] = row.state
-        tallies[row.lane].add(row.tally)
+        all_stats[row.lane].add(row.stats)
     for lane, state in states.items():
         order = Order([PER_SHARD] * SHARDS, lane=lane, lanes=LANES, window=32, seed=5)
         drawn = [order.place(position) for position in range(state.positions[0])]
         expected = Counter(f"{shard}-{number}" for shard, number in drawn if (shard, number) not in BAD)
         waiting = Counter("-".join(map(str, order.place(position))) for _, position in state.waiting)
         assert used[lane] + waiting == expected
-        assert tallies[lane].skipped.total() == sum(place in BAD for place in drawn)
-        assert tallies[lane].read == len(drawn)
-        assert tallies[lane].used == used[lane].total()
+        assert all_stats[lane].skipped.total() == sum(place in BAD for place in drawn)
+        assert all_stats[lane].read == len(drawn)
+        assert all_stats[lane].used == used[lane].total()
 
 
 def test_a_lanes_state_is_a_few_kilobytes(data: FuyuDataModule) -> None:

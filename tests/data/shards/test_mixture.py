@@ -25,7 +25,7 @@ def test_no_source_is_ever_further_behind_than_a_document(weights: list[float], 
         drawn[chosen] += amount
         for number, share in enumerate(wanted):
             assert abs(drawn[number] - share * sum(drawn)) <= 20 + 50 * len(weights)
-    assert sum(chooser.credits) == pytest.approx(0, abs=1e-6)
+    assert sum(chooser.deficits) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_source_without_a_share_is_never_drawn() -> None:

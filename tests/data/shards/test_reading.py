@@ -12,7 +12,7 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shards.reading import SAMPLE_BYTES, Shard
 from fuyu_e2e.errors import UnusableSampleError, UserError
@@ -84,11 +84,11 @@ def test_members_group_by_the_name_before_the_first_dot(tmp_path: Path) -> None:
 def test_bad_members_cost_their_sample_and_are_counted(
     tmp_path: Path, members: list[tuple[str, bytes]], reason: str
 ) -> None:
-    tally = Tally()
+    stats = SampleStats()
     shard = write(tmp_path / "s.tar", tar_bytes([("0.txt", b"before"), *members, ("9.txt", b"behind")]))
-    assert [document.answer for document in read_documents(shard, tally)] == ["before", "behind"]
-    assert tally.skipped == {reason: 1}
-    assert tally.read == 3
+    assert [document.answer for document in read_documents(shard, stats)] == ["before", "behind"]
+    assert stats.skipped == {reason: 1}
+    assert stats.read == 3
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
@@ -100,10 +100,10 @@ def test_a_link_is_no_image_and_its_caption_no_text(tmp_path: Path, kind: bytes)
             if linked:
                 member.type, member.linkname = kind, linked
             tar.addfile(member, None if linked else io.BytesIO(b"text"))
-    tally = Tally()
-    assert [document.key for document in read_documents(tmp_path / "s.tar", tally)] == ["0"]
-    assert tally.skipped == {"member-link": 1}
-    assert "1.jpg is a link to 0.txt" in tally.examples["member-link"]
+    stats = SampleStats()
+    assert [document.key for document in read_documents(tmp_path / "s.tar", stats)] == ["0"]
+    assert stats.skipped == {"member-link": 1}
+    assert "1.jpg is a link to 0.txt" in stats.examples["member-link"]
 
 
 @pytest.mark.parametrize("folders", [("", ""), ("images/", "captions/")])
@@ -111,10 +111,10 @@ def test_halves_of_a_sample_that_stand_apart_are_no_texts(tmp_path: Path, folder
     images = [(f"{folders[0]}{number}.jpg", b"x") for number in range(3)]
     texts = [(f"{folders[1]}{number}.txt", b"a caption") for number in range(3)]
     shard = write(tmp_path / "s.tar", tar_bytes([*images, ("meant.txt", b"a text"), *texts]))
-    tally = Tally()
-    assert [document.answer for document in read_documents(shard, tally)] == ["a text"]
-    assert tally.skipped == {"members-apart": 6}
-    assert "tar --sort=name" in tally.examples["members-apart"]
+    stats = SampleStats()
+    assert [document.answer for document in read_documents(shard, stats)] == ["a text"]
+    assert stats.skipped == {"members-apart": 6}
+    assert "tar --sort=name" in stats.examples["members-apart"]
 
 
 def test_hidden_files_are_passed_over_and_end_no_sample(tmp_path: Path) -> None:
@@ -130,22 +130,22 @@ def test_hidden_files_are_passed_over_and_end_no_sample(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1024, 10_240])
 def test_an_archive_of_no_members_is_a_shard_of_no_documents(tmp_path: Path, size: int) -> None:
-    tally = Tally()
-    assert list(read_documents(write(tmp_path / "empty.tar", bytes(size)), tally)) == []
-    assert tally == Tally()
+    stats = SampleStats()
+    assert list(read_documents(write(tmp_path / "empty.tar", bytes(size)), stats)) == []
+    assert stats == SampleStats()
 
 
 def test_an_archive_behind_another_is_reported(tmp_path: Path) -> None:
     shard = write(tmp_path / "two.tar", tar_bytes(TEN[:2]) + tar_bytes(TEN[2:]))
-    tally = Tally()
-    assert len(list(read_documents(shard, tally))) == 2
-    assert tally.skipped == {"shard-broken": 1}
-    assert "goes on behind the end of the archive" in tally.examples["shard-broken"]
+    stats = SampleStats()
+    assert len(list(read_documents(shard, stats))) == 2
+    assert stats.skipped == {"shard-broken": 1}
+    assert "goes on behind the end of the archive" in stats.examples["shard-broken"]
 
 
 def test_a_name_that_is_not_utf8_can_be_written_anywhere(tmp_path: Path) -> None:
     name = b"\xc4\xe3.txt".decode("utf-8", "surrogateescape")
-    [document] = read_documents(write(tmp_path / "s.tar", tar_bytes([(name, b"a text")])), Tally())
+    [document] = read_documents(write(tmp_path / "s.tar", tar_bytes([(name, b"a text")])), SampleStats())
     assert document.key == "\\xc4\\xe3"
 
 
@@ -154,14 +154,14 @@ def test_a_name_that_is_not_utf8_can_be_written_anywhere(tmp_path: Path) -> None
 )
 def test_a_shard_that_is_cut_is_reported(tmp_path: Path, cut_at: int) -> None:
     shard = write(tmp_path / "cut.tar", tar_bytes(TEN)[:cut_at])
-    tally = Tally()
-    documents = list(read_documents(shard, tally))
+    stats = SampleStats()
+    documents = list(read_documents(shard, stats))
     assert 3 <= len(documents) <= 5
-    assert tally.skipped == {"shard-broken": 1}
-    assert tally.read == len(documents) + 1
+    assert stats.skipped == {"shard-broken": 1}
+    assert stats.read == len(documents) + 1
     with pytest.raises(UnusableSampleError, match="sample-missing"):
-        Shard(shard).sample(tally.read)
-    assert "cut.tar" in tally.examples["shard-broken"]
+        Shard(shard).sample(stats.read)
+    assert "cut.tar" in stats.examples["shard-broken"]
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -174,10 +174,10 @@ def test_stock_webdataset_says_nothing_of_a_cut_shard(tmp_path: Path) -> None:
 def test_a_corrupt_header_is_reported(tmp_path: Path) -> None:
     data = bytearray(tar_bytes(TEN))
     data[512 * 6 : 512 * 6 + 40] = b"\xff" * 40
-    tally = Tally()
-    documents = list(read_documents(write(tmp_path / "s.tar", bytes(data)), tally))
+    stats = SampleStats()
+    documents = list(read_documents(write(tmp_path / "s.tar", bytes(data)), stats))
     assert len(documents) < 10
-    assert tally.skipped["shard-broken"] == 1
+    assert stats.skipped["shard-broken"] == 1
 
 
 @given(data=st.data())
@@ -186,14 +186,14 @@ def test_damaged_shards_never_crash(tmp_path: Path, data: st.DataObject) -> None
     for _ in range(data.draw(st.integers(0, 6))):
         damaged[data.draw(st.integers(0, len(TEN) * 1024))] = data.draw(st.integers(0, 255))
     damaged = damaged[: data.draw(st.integers(0, len(damaged)))]
-    tally = Tally()
+    stats = SampleStats()
     try:
-        used = len(list(read_documents(write(tmp_path / "s.tar", bytes(damaged)), tally)))
+        used = len(list(read_documents(write(tmp_path / "s.tar", bytes(damaged)), stats)))
     except UserError as error:  # nothing of it is a tar
         assert "is not a tar file" in str(error)  # noqa: PT017
         return
-    assert tally.read > 0
-    assert tally.read == used + tally.skipped.total()
+    assert stats.read > 0
+    assert stats.read == used + stats.skipped.total()
 
 
 def test_documents_are_read_by_number_in_any_order(tmp_path: Path) -> None:
@@ -213,10 +213,10 @@ def test_a_sample_too_large_for_memory_is_counted_and_not_read(
     monkeypatch.setattr("fuyu_e2e.data.shards.reading.SAMPLE_BYTES", 4_000)
     assert SAMPLE_BYTES > 4_000
     members = [TEN[0], ("large.jsonl", b'{"text": "a"}\n' * 1_000), ("large2.txt", b"x" * 5_000), TEN[1]]
-    tally = Tally()
-    documents = list(read_documents(write(tmp_path / "s.tar", tar_bytes(members)), tally))
+    stats = SampleStats()
+    documents = list(read_documents(write(tmp_path / "s.tar", tar_bytes(members)), stats))
     assert [document.answer for document in documents] == ["text 0", "text 1"]
-    assert tally.skipped == {"sample-too-many-bytes": 2}
+    assert stats.skipped == {"sample-too-many-bytes": 2}
 
 
 def test_a_shard_that_changes_behind_our_back_costs_samples_that_are_counted(tmp_path: Path) -> None:

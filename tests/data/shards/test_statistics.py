@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fuyu_e2e.data.document import Document, Image, Text
 from fuyu_e2e.data.image import ImagePolicy, decode_image
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.formats import read_documents
@@ -153,13 +153,13 @@ def test_a_survey_says_what_numpy_says(
 ) -> None:
     found = survey(shards, cache, tokenizer_file, PATCH_SIZE, MAX_PATCHES, 1)
     builder = SequenceBuilder(tokenizer, ImagePolicy(patch_size=PATCH_SIZE, max_patches=MAX_PATCHES))
-    tally, kinds, tokens, text_bytes, sizes = Tally(), Counter[str](), [], [], []
+    stats, kinds, tokens, text_bytes, sizes = SampleStats(), Counter[str](), [], [], []
     for shard in shards:
-        for document in read_documents(Path(shard), tally):
+        for document in read_documents(Path(shard), stats):
             try:
                 tokens.append(len(builder.build(document)))
             except UnusableSampleError as error:
-                tally.skip(error)
+                stats.skip(error)
                 continue
             kinds[DocumentFacts.of(document).kind] += 1
             text_bytes.append(sum(len(text.encode()) for text in document.texts))
@@ -171,15 +171,15 @@ def test_a_survey_says_what_numpy_says(
     assert found.shards == 3
     assert found.kinds == kinds
     assert set(kinds) == {"caption", "chat", "interleaved", "text"}
-    assert found.unusable == tally.skipped
-    assert set(tally.skipped) == {
+    assert found.unusable == stats.skipped
+    assert set(stats.skipped) == {
         "image-unreadable",
         "image-aspect",
         "format-unknown",
         "shard-broken",
         "nothing-to-learn",
     }
-    assert tally.read == found.kinds.total() + found.unusable.total()
+    assert stats.read == found.kinds.total() + found.unusable.total()
     assert found.longer == {length: sum(count > length for count in tokens) for length in ROW_LENGTHS}
     assert found.longer[8_192] > 0
     widths, heights = np.array(sizes).T

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.manifest import facts_of
@@ -69,9 +69,9 @@ def test_an_evaluation_stream_gives_every_document_once_and_counts_the_rest(stre
         assert sorted(key for row in rows for key in row.keys) == sorted(
             f"{shard}-{number}" for shard in range(SHARDS) for number in range(1, PER_SHARD)
         )
-        total = Tally()
+        total = SampleStats()
         for row in rows:
-            total.add(row.tally)
+            total.add(row.stats)
         assert total.read == total.used + total.skipped.total() == SHARDS * PER_SHARD
         assert total.used == SHARDS * (PER_SHARD - 1)
 
@@ -138,9 +138,9 @@ def test_a_mixture_holds_its_shares_and_each_source_its_epochs(
     sources = {"long": (shards[:1], 1.0), "rest": (shards[1:], 3.0)}
     mixed = stream(sources, mix_by=mix_by)
     rows = list(islice(mixed.rows(), 200))
-    total = Tally()
+    total = SampleStats()
     for row in rows:
-        total.add(row.tally)
+        total.add(row.stats)
     drawn = total.tokens_of if mix_by == "tokens" else total.used_of
     assert drawn["long"] / drawn.total() == pytest.approx(0.25, abs=0.01)
     assert total.read == total.read_of.total() >= total.used_of.total() > 0
@@ -159,7 +159,7 @@ def test_a_mixture_goes_on_from_its_states_and_weights_follow_the_steps(shards: 
     assert keys(islice(mixed.rows(30, 1, states), 50)) == keys(whole[30:])
 
     def share_early(rows: list[StreamRow]) -> float:
-        tokens = sum((row.tally.tokens_of for row in rows), Counter())
+        tokens = sum((row.stats.tokens_of for row in rows), Counter())
         return tokens["early"] / tokens.total()
 
     assert share_early(whole[:4]) > 0.9

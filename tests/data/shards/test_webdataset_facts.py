@@ -24,7 +24,7 @@ from PIL import Image as Pillow
 
 from fuyu_e2e.data.document import Document
 from fuyu_e2e.data.image import ImagePolicy, decode_image
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.formats import TEXT_BYTES, read_documents
@@ -49,10 +49,10 @@ def write(path: Path, members: list[tuple[str, bytes]]) -> Path:
 
 def ours(path: Path) -> tuple[list[Document], dict[str, int]]:
     """The usable documents of a shard, and how many were skipped by reason."""
-    tally = Tally()
-    documents = list(read_documents(path, tally))
-    assert tally.read == len(documents) + tally.skipped.total()
-    return documents, dict(tally.skipped)
+    stats = SampleStats()
+    documents = list(read_documents(path, stats))
+    assert stats.read == len(documents) + stats.skipped.total()
+    return documents, dict(stats.skipped)
 
 
 def stock(path: Path | str, *decoders: Any, **options: Any) -> list[dict[str, Any]]:
@@ -160,9 +160,9 @@ def test_what_a_damaged_archive_lost_is_reported_against_the_manifest(
     assert ours(shard)[1] == {"shard-broken": 1}
     source = StreamSource(name="val", source=Source(str(shard)), shards=(str(shard),), facts=facts)
     settings: dict[str, Any] = {"cache": cache, "budget": 64, "long_documents": "skip", "lanes": 1, "shuffle": 0}
-    total = Tally()
+    total = SampleStats()
     for row in Stream(sources=(source,), builder=builder, **settings).rows():
-        total.add(row.tally)
+        total.add(row.stats)
     lost = total.skipped["sample-missing"] + total.skipped["shard-broken"]
     assert total.read == facts[0].documents == total.used + lost
     assert lost > 1
@@ -257,9 +257,9 @@ def test_a_broken_image_costs_its_sample_only(
     tmp_path: Path, image: bytes, reason: str, builder: SequenceBuilder
 ) -> None:
     shard = write(tmp_path / "s.tar", [("0.png", image), ("0.txt", b"a"), *FOUR[1:]])
-    tally = Tally()
-    assert len(list(builder.prompts(read_documents(shard, tally), tally))) == 3
-    assert tally.skipped == {reason: 1}
+    stats = SampleStats()
+    assert len(list(builder.prompts(read_documents(shard, stats), stats))) == 3
+    assert stats.skipped == {reason: 1}
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
     with pytest.raises(webdataset.autodecode.DecodingError):  # the run ends

@@ -25,7 +25,7 @@ from PIL import Image as Pillow
 from fuyu_e2e.cli.shards_write import write
 from fuyu_e2e.data.document import Document, Image, Segment, Text
 from fuyu_e2e.data.image import ImagePolicy, decode_image
-from fuyu_e2e.data.sample_stats import Tally
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards import readers, writing
 from fuyu_e2e.data.shards.formats import TEXT_BYTES, read_documents
 from fuyu_e2e.data.shards.locations import expand_patterns
@@ -40,7 +40,7 @@ MANY_SMALL = Settings(val_share=0.2, shard_megabytes=0.02)
 
 def written(out: Path, pattern: str = "*.tar") -> list[Document]:
     """The documents of all shards; none may be unusable."""
-    tally = Tally()
+    tally = SampleStats()
     documents = [document for path in sorted(out.glob(pattern)) for document in read_documents(path, tally)]
     assert not tally.skipped
     return documents

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuyu_e2e.model.attention.grouped import AttentionPlan, MaskedAttention
+from fuyu_e2e.model.attention.grouped import GroupedRow, MaskedAttention
 from fuyu_e2e.model.attention.interface import Places, reference_attention
 from fuyu_e2e.model.attention.mask import CAUSAL
 from fuyu_e2e.model.rope import rotary, rotate
@@ -30,7 +30,7 @@ def test_planned_attention_is_the_reference(lengths: list[int], heads: tuple[int
     expected = reference_attention(queries, keys, values, tuple(lengths))
     expected_gradients = torch.autograd.grad((expected * direction).sum(), [queries, keys, values])
     fast = [tensor.detach().float().requires_grad_() for tensor in (queries, keys, values)]
-    planned = AttentionPlan.of(tuple(lengths), torch.device("cpu"))(*fast)
+    planned = GroupedRow.of(tuple(lengths), torch.device("cpu"))(*fast)
     gradients = torch.autograd.grad((planned * direction.float()).sum(), fast)
     torch.testing.assert_close(planned, expected.float(), atol=1e-5, rtol=1e-4)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
@@ -39,7 +39,7 @@ def test_planned_attention_is_the_reference(lengths: list[int], heads: tuple[int
 
 @given(lengths=lengths)
 def test_a_row_costs_its_documents_squares_not_its_own(lengths: list[int]) -> None:
-    plan = AttentionPlan.of(tuple(lengths), torch.device("cpu"))
+    plan = GroupedRow.of(tuple(lengths), torch.device("cpu"))
     paid = sum(documents * length**2 for documents, length in plan.groups)
     assert paid <= sum((length + 15) ** 2 for length in lengths)
     assert sum(documents for documents, _ in plan.groups) == len(lengths)
@@ -56,7 +56,7 @@ def test_attention_of_passing_tokens_is_the_reference(lengths: list[int], seed: 
     passing = gather_passing(passes, capacity) if capacity else gather_passing(passes, None)
     known = passes if skipped == "nothing" else torch.ones_like(passes)
     expected = reference_attention(queries, keys, values, tuple(lengths), known)[passes]
-    plan = AttentionPlan.of(tuple(lengths), torch.device("cpu"))
+    plan = GroupedRow.of(tuple(lengths), torch.device("cpu"))
     asked = queries[passing.index]
     places = Places.of(tuple(lengths), ()).on(queries.device)
     own = places.take(passing.index)
@@ -88,7 +88,7 @@ def test_a_gpu_is_asked_for_kernels_that_serve_it(
         return attend(queries, keys, values, **options)
 
     expected = reference_attention(queries.float(), keys.float(), values.float(), (30, 20))
-    plan = AttentionPlan.of((30, 20), torch.device("cpu"))
+    plan = GroupedRow.of((30, 20), torch.device("cpu"))
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", look)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     before = torch.backends.cuda.cudnn_sdp_enabled()

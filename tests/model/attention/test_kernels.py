@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.model.attention.grouped import AttentionPlan
+from fuyu_e2e.model.attention.grouped import GroupedRow
 from fuyu_e2e.model.attention.interface import RowAttention, reference_attention
 from fuyu_e2e.model.attention.interface import kernels as attention_kernels
 from fuyu_e2e.model.attention.kernels import (
@@ -94,8 +94,8 @@ def test_torchs_kernel_is_told_what_its_version_understands(knows: set[str]) -> 
 
 
 def test_the_backend_fits_the_device() -> None:
-    assert isinstance(plan_attention((5, 3), CPU, torch.float32, head_size=16), AttentionPlan)
-    assert isinstance(plan_attention((5, 3), CPU, torch.bfloat16, head_size=16), AttentionPlan)
+    assert isinstance(plan_attention((5, 3), CPU, torch.float32, head_size=16), GroupedRow)
+    assert isinstance(plan_attention((5, 3), CPU, torch.bfloat16, head_size=16), GroupedRow)
     with pytest.raises(UserError, match="varlen needs a CUDA device, and this is cpu"):
         plan_attention((5, 3), CPU, torch.bfloat16, "varlen", head_size=16)
     with pytest.raises(UserError, match=r"flash works in bfloat16 or float16, and this is torch.float32"):

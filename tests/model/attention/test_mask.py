@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention
 
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.model.attention.grouped import MaskedAttention, TiledRow, TilePlan
+from fuyu_e2e.model.attention.grouped import MaskedAttention, TiledAttention, TiledRow
 from fuyu_e2e.model.attention.interface import Places, RowAttention, reference_attention
 from fuyu_e2e.model.attention.interface import grouped as attention_plans
 from fuyu_e2e.model.attention.kernels import FlexRow, VarlenRow, _varlen_kernel
@@ -181,7 +181,7 @@ def test_gradients_pass_through_tiles() -> None:
 @given(lengths=st.lists(st.integers(1, 2_000), min_size=1, max_size=4))
 def test_a_window_costs_its_own_width(lengths: list[int]) -> None:
     places = Places.of(tuple(lengths), ())
-    plan = TilePlan.of(AttentionMask(window=64, sinks=4), places, places, CPU)
+    plan = TiledAttention.of(AttentionMask(window=64, sinks=4), places, places, CPU)
     most = max(attention_plans.TILE, 64 // 2)
     assert all(keys <= 64 + 4 + most + 15 for _, _, keys in plan.groups)
     assert sum(tiles for tiles, _, _ in plan.groups) == sum(-(-length // most) for length in lengths)

@@ -23,7 +23,7 @@ from fuyu_e2e.checkpoint.run_checkpoints import newest
 from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.training.callbacks.heartbeat import Host, Hosts
+from fuyu_e2e.training.callbacks.heartbeat import Heartbeat, Host
 from fuyu_e2e.training.settings.launcher_environment import launched_processes
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
@@ -267,7 +267,7 @@ def test_which_host_is_named(
     monkeypatch.setattr("os._exit", left.append)
     monkeypatch.setattr("sys.__stderr__", sys.stderr)
     hosts = [Host(name, f"10.0.0.{rank}", rank, (2 * rank, 2 * rank + 1)) for rank, name in enumerate("abc")]
-    callback = Hosts(1.0)
+    callback = Heartbeat(1.0)
     callback._signs = [b""] * 3
 
     def hear(tick: int) -> None:
@@ -312,4 +312,4 @@ def test_rows_of_a_step_that_the_processes_cannot_share(rows: int, tmp_path: Pat
 @pytest.mark.parametrize("limit", [0.0, -1.0])
 def test_bad_limits(limit: float) -> None:
     with pytest.raises(UserError, match=r"hosts\.limit is"):
-        Hosts(limit)
+        Heartbeat(limit)

@@ -38,7 +38,7 @@ CAPACITIES = 32
 
 
 @dataclass(frozen=True)
-class Choice:
+class RoutingDecision:
     """What a rule says of each token of a row."""
 
     passes: Bool[Tensor, " T"]
@@ -78,7 +78,7 @@ def gate(scores: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
     return 2 * torch.sigmoid(scores / 2)
 
 
-class Rule(nn.Module, ABC):
+class Router(nn.Module, ABC):
     """Chooses the tokens that pass one routed block."""
 
     def __init__(self, config: FuyuConfig, block: int) -> None:
@@ -91,7 +91,7 @@ class Rule(nn.Module, ABC):
         self.routing = config.routing
 
     @abstractmethod
-    def choose(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> Choice:
+    def route(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> RoutingDecision:
         """Chooses among the tokens of a row; padding never passes.
 
         Args:
@@ -146,7 +146,7 @@ class Rule(nn.Module, ABC):
         return exempt
 
 
-class Threshold(Rule):
+class Threshold(Router):
     """A token passes if its score is above a threshold, the quantile of past steps' scores.
 
     Each step's scores are counted in a histogram, over micro-batches and ranks; older steps fade from it. Thresholds
@@ -166,14 +166,14 @@ class Threshold(Rule):
         self.counts: Tensor
         self.history: Tensor
 
-    def choose(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> Choice:
+    def route(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> RoutingDecision:
         """Chooses each token by itself."""
         scores = self.scorer(x_TD)
         passes = scores.detach() > self.threshold.index_select(0, self._group(row))
         share = self._annealed_shares(row)
         explored = _uniform(row, 0) < (self.routing.explore * (1 - row.info.done)).float()
         passes = torch.where(explored, _uniform(row, 1) < share, passes)
-        return Choice((passes | self._exempt(row)) & row.info.valid, gate(scores), scores)
+        return RoutingDecision((passes | self._exempt(row)) & row.info.valid, gate(scores), scores)
 
     def _group(self, row: Row) -> Int64[Tensor, " T"]:
         return (row.info.types != TokenType.PATCH.value).long() if self.split else torch.zeros_like(row.info.types)
@@ -213,7 +213,7 @@ class Threshold(Rule):
         self.threshold.copy_(threshold)
 
 
-class TopK(Rule):
+class TopK(Router):
     """The paper's rule: the k highest scores of a row pass in training, and a predictor guesses them afterwards.
 
     The predictor learns from the choices as labels and from states that it sends no gradient to.
@@ -231,16 +231,16 @@ class TopK(Rule):
         super().capacity(row)
         return max(1, math.floor(annealed(self.shares.patches, self._dense(row)) * len(row.positions)))
 
-    def choose(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> Choice:
+    def route(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> RoutingDecision:
         """Chooses among all tokens of the row; with no capacity, each by itself as the predictor says."""
         scores = self.scorer(x_TD)
         guesses = self.predictor(F.rms_norm(x_TD.detach(), x_TD.shape[-1:]))[:, 0].float()
         if capacity is None:
-            return Choice((guesses > 0) & row.info.valid, gate(scores), scores)
+            return RoutingDecision((guesses > 0) & row.info.valid, gate(scores), scores)
         ranked = scores.detach().masked_fill(self._exempt(row), LIMIT).masked_fill(~row.info.valid, -math.inf)
         passes = torch.zeros_like(row.info.valid).scatter(0, ranked.topk(capacity).indices, True) & row.info.valid
         losses = F.binary_cross_entropy_with_logits(guesses, passes.float(), reduction="none")
-        return Choice(
+        return RoutingDecision(
             passes, gate(scores), scores, (losses * row.info.valid).sum() / row.info.valid.sum().clamp(min=1)
         )
 
@@ -250,7 +250,7 @@ class TopK(Rule):
         return Flops(last, first)
 
 
-class ImageTopK(Rule):
+class ImageTopK(Router):
     """The highest scores of each image's patches pass; words and newlines never skip.
 
     An image is always given as a whole, so the rule is exact in generation too.
@@ -268,7 +268,7 @@ class ImageTopK(Rule):
         kept = sum(max(1, math.floor(share * size + 0.5)) for size in row.info.image_lengths_host)
         return _round_up((length - sum(row.info.image_lengths_host) + kept) / length, length)
 
-    def choose(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> Choice:
+    def route(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> RoutingDecision:
         """Chooses among the patches of each image."""
         scores = self.scorer(x_TD)
         ranked = scores.detach().masked_fill(self._exempt(row), LIMIT).index_select(0, row.info.patch_positions)
@@ -280,30 +280,34 @@ class ImageTopK(Rule):
         share = annealed(self.shares.patches, self._dense_on_device(row).double())
         kept = (share * row.info.image_lengths + 0.5).floor().clamp(min=1)
         passes = row.info.valid.index_copy(0, row.info.patch_positions, rank < kept[row.info.patch_image])
-        return Choice(passes, gate(scores), scores)
+        return RoutingDecision(passes, gate(scores), scores)
 
 
-class Fixed(Rule):
+class Fixed(Router):
     """Evenly spaced tokens pass, by position alone, one further in each block."""
 
-    def choose(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> Choice:
+    def route(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> RoutingDecision:
         """Lets a token pass where the share, added up over the positions, reaches the next whole number."""
         share = self._annealed_shares(row).double()
         place = row.positions + self.block
         passes = ((place + 1) * share + 1e-9).floor() > (place * share + 1e-9).floor()
-        return Choice((passes | self._exempt(row)) & row.info.valid, torch.ones_like(x_TD[:, 0], dtype=torch.float32))
+        return RoutingDecision(
+            (passes | self._exempt(row)) & row.info.valid, torch.ones_like(x_TD[:, 0], dtype=torch.float32)
+        )
 
 
-class Random(Rule):
+class Random(Router):
     """Each token passes with the share as its probability: anew in each step, and by position in evaluation."""
 
-    def choose(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> Choice:
+    def route(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> RoutingDecision:
         """Draws for each token by itself."""
         passes = _uniform(row, 1) < self._annealed_shares(row)
-        return Choice((passes | self._exempt(row)) & row.info.valid, torch.ones_like(x_TD[:, 0], dtype=torch.float32))
+        return RoutingDecision(
+            (passes | self._exempt(row)) & row.info.valid, torch.ones_like(x_TD[:, 0], dtype=torch.float32)
+        )
 
 
-RULES: dict[str, type[Rule]] = {
+ROUTERS: dict[str, type[Router]] = {
     "threshold": Threshold,
     "topk": TopK,
     "image_topk": ImageTopK,
