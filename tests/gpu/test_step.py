@@ -14,8 +14,8 @@ from fuyu_e2e.bench.documents import mixture
 from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.inference.cache import KeyValueCache
 from fuyu_e2e.inference.generation import decode_step, generate, prefill
+from fuyu_e2e.model.attention import grouped as attention_plans
 from fuyu_e2e.model.attention.grouped import GroupedRow
-from fuyu_e2e.model.attention.interface import grouped as attention_plans
 from fuyu_e2e.model.attention.interface import reference_attention
 from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig

@@ -14,9 +14,9 @@ from fuyu_e2e.data.document import Document
 from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.model import row
+from fuyu_e2e.model.attention import grouped as attention_plans
+from fuyu_e2e.model.attention import kernels as attention_kernels
 from fuyu_e2e.model.attention.grouped import GroupedRow
-from fuyu_e2e.model.attention.interface import grouped as attention_plans
-from fuyu_e2e.model.attention.interface import kernels as attention_kernels
 from fuyu_e2e.model.attention.kernels import FlexRow, VarlenRow
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.device_copy import to_device

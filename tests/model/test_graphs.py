@@ -21,7 +21,7 @@ from fuyu_e2e.inference.generation import generate
 from fuyu_e2e.model import attention_kernels, decoder as decoders, graphs
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.model.row import Progress
+from fuyu_e2e.model.row import TrainingProgress
 from fuyu_e2e.data.packing import pack_row
 
 torch.set_num_threads(1)
@@ -63,7 +63,7 @@ rows = [pack_row(documents, 512) for sides in ((2, 4), (2, 12), (12, 18))
 def train():
     decoder.train()
     for step, row in enumerate(rows):
-        decoder.progress = Progress(step, step / len(rows))  # the share is annealed, and with it the capacity
+        decoder.progress = TrainingProgress(step, step / len(rows))  # the share is annealed, and with it the capacity
         with torch.autocast("cpu", torch.bfloat16):
             decoder.loss(row).backward()
 

@@ -336,7 +336,7 @@ from fuyu_e2e.model.image_layout import ImageSpan
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.model.row import Progress
+from fuyu_e2e.model.row import TrainingProgress
 
 def row(lengths, images):
     generator = torch.Generator().manual_seed(sum(lengths))
@@ -364,7 +364,7 @@ for rule, skipped in (("threshold", "nothing"), ("threshold", "keys"), ("image_t
         vocab_size=90, patch_size=2, layers=5, width=32, heads=2, kv_heads=1, head_size=16, feed_forward=48,
         routing=routing,
     )).train()
-    decoder.progress = Progress(3, 0.5)
+    decoder.progress = TrainingProgress(3, 0.5)
     reference = [decoder.loss(row).item() for row in rows]
     counter = CompileCounterWithBackend("aot_eager")
     for block in decoder.blocks:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.attention import kernels as attention_kernels
 from fuyu_e2e.model.attention.grouped import GroupedRow
 from fuyu_e2e.model.attention.interface import RowAttention, reference_attention
-from fuyu_e2e.model.attention.interface import kernels as attention_kernels
 from fuyu_e2e.model.attention.kernels import (
     FlexRow,
     VarlenRow,

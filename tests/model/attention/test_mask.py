@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.attention import flex_attention
 
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.attention import grouped as attention_plans
 from fuyu_e2e.model.attention.grouped import MaskedAttention, TiledAttention, TiledRow
 from fuyu_e2e.model.attention.interface import Places, RowAttention, reference_attention
-from fuyu_e2e.model.attention.interface import grouped as attention_plans
 from fuyu_e2e.model.attention.kernels import FlexRow, VarlenRow, _varlen_kernel
 from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.routing.block import gather_passing
