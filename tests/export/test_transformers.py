@@ -174,7 +174,7 @@ def test_weights_go_over_and_back_bit_for_bit_from_either_way_of_naming_them(
     assert again.keys() == weights.keys()
 
 
-def test_the_lines_in_the_readme_run(
+def test_the_lines_in_the_page_on_export_run(
     exported: dict[str, Path],
     decoders: dict[str, Decoder],
     run_stock: Callable[..., str],
@@ -184,7 +184,9 @@ def test_the_lines_in_the_readme_run(
     tmp_path: Path,
 ) -> None:
     name = name_of("qwen3, grouped", False, 0)
-    [lines] = re.findall(r"^```python\n(.*?)^```$", (repository / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    page = (repository / "docs/export.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    [lines] = [block for block in blocks if "AutoProcessor" in block]
     image = exported[name] / "a.png"
     script = tmp_path / "lines.py"
     script.write_text(lines.replace("runs/quickstart/fuyu-digits", str(exported[name])).replace("a.png", str(image)))

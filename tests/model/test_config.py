@@ -53,7 +53,7 @@ def test_named_sizes_have_about_the_parameters_they_are_named_for(name: SizeName
     assert parameters == cost(decoder.config, document_lengths=(1,), grids=(), targets=0).parameters
 
 
-def test_the_readme_lists_each_named_size(repository: Path) -> None:
+def test_the_page_on_recipes_lists_each_named_size(repository: Path) -> None:
     rows = []
     for name in get_args(SizeName):
         size = named_size(name)
@@ -61,7 +61,7 @@ def test_the_readme_lists_each_named_size(repository: Path) -> None:
         shape = (size.layers, size.width, size.heads, size.kv_heads, size.head_size, size.feed_forward)
         numbers = (*shape, size.patch_size, size.vocab_size)
         rows.append(f"| `{name}` | {' | '.join(f'{number:,}' for number in numbers)} | {parameters / 1e6:,.1f}M |")
-    assert "\n".join(rows) in (repository / "README.md").read_text()
+    assert "\n".join(rows) in (repository / "docs/recipes.md").read_text()
 
 
 def test_an_unknown_size_is_refused() -> None:
