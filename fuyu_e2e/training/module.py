@@ -7,7 +7,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,16 +31,10 @@ from fuyu_e2e.training.callbacks.checkpoints import checkpoints_of
 from fuyu_e2e.training.gradients import clamp_gradients, scale_gradients, squared_norm_part, weights_of
 from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
 from fuyu_e2e.training.optimizers import MuonAdamW, OptimizerConfig, build_optimizer
-from fuyu_e2e.training.resume import (
-    compare_settings,
-    go_back_to_last_step,
-    take_settings_of_callbacks,
-    take_trained_weights,
-    training_settings,
-)
+from fuyu_e2e.training.resume import restore, training_settings
 from fuyu_e2e.training.schedule import Schedule, ScheduledRate
 from fuyu_e2e.training.settings.lightning_settings import check_monitors, check_trainer, monitor_of
-from fuyu_e2e.training.step import Guard, PendingStep, StepFigures, StepSums, queues
+from fuyu_e2e.training.step import Guard, PendingStep, StepFigures, StepSums, judge_step, queues
 from fuyu_e2e.training.tensorboard import leave_out_later
 
 
@@ -311,23 +304,16 @@ class FuyuModule(pl.LightningModule):
         weights, ranks, replicas = weights_of(optimizer), self.trainer.world_size, DataRank.of(self.trainer).replicas
         sums = self._sums.over_ranks(squared_norm_part(weights, ranks), self.votes)
         self._sums.clear()
-        loss, squares, supervised, *_ = sums.unbind()
-        # Gradients are averaged over the ranks that see different rows; their sum is wanted. Where several see the
-        # same rows, all that is counted here is counted as many times.
-        factor = ranks / supervised.clamp(min=1)
-        scale_gradients(weights, factor.float())
-        mean, norm = loss / supervised.clamp(min=1), squares.sqrt() * factor
-        self._gradient_norm = norm.float()
-        bad = torch.zeros_like(mean, dtype=torch.bool)
+        judged = judge_step(sums, ranks, None if self.guard is None else self.guard.limits())
+        scale_gradients(weights, judged.factor.float())
+        self._gradient_norm = judged.norm.float()
         if self.guard is not None:
-            greatest_loss, greatest_norm = self.guard.limits()
-            bad = ~((mean <= greatest_loss) & (norm <= greatest_norm))  # what is no number is below no limit
-            optimizer.found_inf = bad.float()
-        self.decoder.end_step(self._progress_after(1), lambda counts: sum_over_ranks(counts) // replicas, skip=bad)
-        step = self.trainer.global_step + 1
-        self._pending = PendingStep(
-            step, sums, (mean, norm), bad, votes=self.votes, beside=self.beside, replicas=replicas
+            optimizer.found_inf = judged.bad.float()
+        self.decoder.end_step(
+            self._progress_after(1), lambda counts: sum_over_ranks(counts) // replicas, skip=judged.bad
         )
+        step = self.trainer.global_step + 1
+        self._pending = PendingStep(step, sums, judged, votes=self.votes, beside=self.beside, replicas=replicas)
         self.beside = {}
         shown = step % steps_between_logs(self.trainer) == 0 or step == self.trainer.max_steps or self.figures is None
         if shown or self._monitored or not queues(self.device):
@@ -465,18 +451,4 @@ class FuyuModule(pl.LightningModule):
         self._validated_at = checkpoint["global_step"]
         self._loaded_figures = checkpoint[SECTION].get("validation", {})
         if self.trainer.state.fn == TrainerFn.FITTING:
-            if "lr_schedulers" not in checkpoint:  # optimizers of a checkpoint in parts lie in the parts
-                raise UserError(
-                    f"{source} holds weights alone (checkpoint.save_weights_only), and no run can go on from it: "
-                    "begin a new one with them (model.weights)."
-                )
-            mine = training_settings(self.optimizer_config, self.schedule, self.trainer)
-            compare_settings(mine, checkpoint[SECTION].get("training", mine), source)
-            if checkpoint["global_step"] >= self.trainer.max_steps:
-                rank_zero_info(
-                    f"Nothing is left to train: the checkpoint has {checkpoint['global_step']:,} steps, and "
-                    f"trainer.max_steps is {self.trainer.max_steps:,}."
-                )
-            take_trained_weights(checkpoint, self.trainer)
-            take_settings_of_callbacks(checkpoint, self.trainer)
-            go_back_to_last_step(checkpoint, self.trainer)
+            restore(checkpoint, self.optimizer_config, self.schedule, self.trainer, source)

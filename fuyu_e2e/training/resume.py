@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 
+from fuyu_e2e.checkpoint.metadata import SECTION
 from fuyu_e2e.distributed import DataRank
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.optimizers import OptimizerConfig
@@ -33,7 +34,39 @@ def training_settings(optimizer: OptimizerConfig, schedule: Schedule, trainer: p
     }
 
 
-def compare_settings(mine: dict[str, Any], theirs: dict[str, Any], source: str) -> None:
+def restore(
+    checkpoint: dict[str, Any], optimizer: OptimizerConfig, schedule: Schedule, trainer: pl.Trainer, source: str
+) -> None:
+    """Changes a loaded checkpoint, before Lightning takes anything from it, for the run that goes on from it.
+
+    Args:
+        checkpoint: As Lightning loaded it.
+        optimizer: The run's settings.
+        schedule: The run's settings.
+        trainer: Of the run.
+        source: What errors call the checkpoint.
+
+    Raises:
+        UserError: It holds weights alone, the state of another optimizer, or rows that don't make whole steps here.
+    """
+    if "lr_schedulers" not in checkpoint:  # optimizers of a checkpoint in parts lie in the parts
+        raise UserError(
+            f"{source} holds weights alone (checkpoint.save_weights_only), and no run can go on from it: begin a new "
+            "one with them (model.weights)."
+        )
+    mine = training_settings(optimizer, schedule, trainer)
+    _compare_settings(mine, checkpoint[SECTION].get("training", mine), source)
+    if checkpoint["global_step"] >= trainer.max_steps:
+        rank_zero_info(
+            f"Nothing is left to train: the checkpoint has {checkpoint['global_step']:,} steps, and "
+            f"trainer.max_steps is {trainer.max_steps:,}."
+        )
+    _take_trained_weights(checkpoint, trainer)
+    _take_settings_of_callbacks(checkpoint, trainer)
+    _go_back_to_last_step(checkpoint, trainer)
+
+
+def _compare_settings(mine: dict[str, Any], theirs: dict[str, Any], source: str) -> None:
     """Says which settings of the run, `mine`, hold from here on instead of those of the checkpoint `source`.
 
     Raises:
@@ -50,7 +83,7 @@ def compare_settings(mine: dict[str, Any], theirs: dict[str, Any], source: str) 
         rank_zero_info(f"Going on with {', '.join(changed)}.")
 
 
-def take_settings_of_callbacks(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
+def _take_settings_of_callbacks(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
     """Changes a loaded checkpoint so that callbacks keep settings of their own that they would take from it.
 
     Of Lightning's callbacks EarlyStopping alone keeps a setting among what it counts.
@@ -64,7 +97,7 @@ def take_settings_of_callbacks(checkpoint: dict[str, Any], trainer: pl.Trainer) 
             state["patience"] = callback.patience
 
 
-def take_trained_weights(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
+def _take_trained_weights(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
     """Changes a loaded checkpoint of a run that averaged weights, for a run that no longer does.
 
     Lightning's WeightAveraging stores the average in the place of the weights that the optimizer's state belongs to.
@@ -78,7 +111,7 @@ def take_trained_weights(checkpoint: dict[str, Any], trainer: pl.Trainer) -> Non
         )
 
 
-def go_back_to_last_step(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
+def _go_back_to_last_step(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
     """Changes a loaded checkpoint, before Lightning takes its counts from it, so that they agree with its data.
 
     Raises:

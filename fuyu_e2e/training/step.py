@@ -7,7 +7,7 @@ next one's work is already queued.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -85,6 +85,38 @@ class StepSums:
         return sum_over_ranks(torch.cat((own, to_device(counts, own.device))))
 
 
+class JudgedStep(NamedTuple):
+    """What a step comes to, on the device; the same on all ranks."""
+
+    loss: Float64[Tensor, ""]
+    """The mean over the step's supervised tokens, in nats."""
+    norm: Float64[Tensor, ""]
+    """Of the gradient of that mean, before it is clipped."""
+    factor: Float64[Tensor, ""]
+    """What makes a gradient that was averaged over the ranks that of the mean."""
+    bad: Bool[Tensor, ""]
+    """Whether the step is to change nothing."""
+
+
+def judge_step(sums: Float64[Tensor, " sums"], ranks: int, limits: tuple[float, float] | None) -> JudgedStep:
+    """Judges a step by its sums over all ranks, without a read of the device.
+
+    Args:
+        sums: What `StepSums.over_ranks` returned. Tensor-parallel peers read the same rows, so that losses and tokens
+            are inflated alike.
+        ranks: Processes whose gradients were averaged; their sum is wanted.
+        limits: The greatest loss and gradient norm of a good step; None where every step is good.
+    """
+    loss, squares, supervised, *_ = sums.unbind()
+    supervised = supervised.clamp(min=1)
+    mean, factor = loss / supervised, ranks / supervised
+    norm = squares.sqrt() * factor
+    bad = torch.zeros_like(mean, dtype=torch.bool)
+    if limits is not None:
+        bad = ~((mean <= limits[0]) & (norm <= limits[1]))  # a NaN is below no limit
+    return JudgedStep(mean, norm, factor, bad)
+
+
 def queues(device: torch.device) -> bool:
     """Whether a device runs asynchronously, so that reading from it waits for all queued work."""
     return device.type != "cpu"
@@ -96,9 +128,8 @@ class PendingStep:
     Args:
         step: Optimizer steps done with it.
         sums: What `StepSums.over_ranks` gave.
-        judged: Its loss and gradient norm, as they were compared with the limits: the host's could differ in the last
-            bit, and say that a skipped step was good.
-        bad: Whether it changes nothing.
+        judged: What `judge_step` returned: figures of the host could differ in the last bit, and say that a skipped
+            step was good.
         votes: The names that were voted on.
         beside: Single numbers of the device to be read with it, by name.
         copies: Ranks that see the same rows.
@@ -108,17 +139,20 @@ class PendingStep:
         self,
         step: int,
         sums: Float64[Tensor, " sums"],
-        judged: tuple[Float64[Tensor, ""], Float64[Tensor, ""]],
-        bad: Bool[Tensor, ""],
+        judged: JudgedStep,
         *,
         votes: Iterable[str],
         beside: Mapping[str, Tensor],
         replicas: int,
     ) -> None:
         self._step, self._votes, self._beside = step, tuple(votes), tuple(beside)
-        self._copies = replicas
+        self._replicas = replicas
         self._numbers = torch.cat(
-            (torch.stack((bad.double(), *judged)), sums, *(number.double()[None] for number in beside.values()))
+            (
+                torch.stack((judged.bad.double(), judged.loss, judged.norm)),
+                sums,
+                *(number.double()[None] for number in beside.values()),
+            )
         )
         self._copied: torch.cuda.Event | None = None
         if sums.is_cuda:
@@ -137,7 +171,7 @@ class PendingStep:
             step=self._step,
             loss=loss,
             gradient_norm=norm,
-            tokens=int(tokens) // self._copies,
+            tokens=int(tokens) // self._replicas,
             skipped=bool(bad),
             votes=frozenset(name for name, count in zip(self._votes, votes, strict=True) if count),
             beside=dict(zip(self._beside, beside, strict=True)),

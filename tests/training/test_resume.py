@@ -159,7 +159,7 @@ def test_steps_of_another_size_are_refused(alone: Path, monkeypatch: pytest.Monk
 
 def test_to_evaluate_a_checkpoint_asks_nothing_of_steps(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On other processes its rows need not make whole steps."""
-    monkeypatch.setattr("fuyu_e2e.training.module.go_back_to_last_step", None)
+    monkeypatch.setattr("fuyu_e2e.training.module.restore", None)
     val, cache = f"{alone}/val/*.tar", f"{alone}/cache"
     data = FuyuDataModule(f"{alone}/tokenizer.model", 4, val=val, budget=96, cache_dir=cache)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)

@@ -25,7 +25,7 @@ from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.training.callbacks.bad_steps import BadSteps, TooManyBadStepsError
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
-from fuyu_e2e.training.step import PendingStep, StepFigures
+from fuyu_e2e.training.step import PendingStep, StepFigures, judge_step
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -222,11 +222,10 @@ def test_a_guard_hears_the_very_numbers_that_were_compared_with_its_limits() -> 
     """The host's own division would differ in the last bit, and call a step good that was skipped."""
     loss, squares, supervised = 300.0, 2.0, 49.0
     sums = torch.tensor([loss, squares, supervised, 60.0], dtype=torch.float64)
-    mean, norm = sums[0] / sums[2], sums[1].sqrt() * (1 / sums[2])
-    assert norm != math.sqrt(squares) / supervised
-    pending = PendingStep(1, sums, (mean, norm), norm > 1, votes=(), beside={}, copies=1)
-    figures = pending.read()
-    assert (figures.loss, figures.gradient_norm) == (float(mean), float(norm))
+    on_device = judge_step(sums, 1, (1e9, 1.0))
+    assert on_device.norm != math.sqrt(squares) / supervised
+    figures = PendingStep(1, sums, on_device, votes=(), beside={}, replicas=1).read()
+    assert (figures.loss, figures.gradient_norm) == (float(on_device.loss), float(on_device.norm))
     assert (figures.tokens, figures.skipped) == (60, False)
 
 
