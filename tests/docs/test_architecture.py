@@ -18,6 +18,7 @@ import pytest
 from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
 from fuyu_e2e.cli.main import main
 from fuyu_e2e.data.tokenizer import Tokenizer
+from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.callbacks.data_report import DataReport
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
@@ -198,11 +199,21 @@ def test_a_part_of_the_decoder_trains_generates_and_is_counted(
     training, writing = section.commands
     fit(training)
     model = load_model(folder / "runs/own-pictures")
+    for module in (model.decoder.patch_projection, *model.decoder.blocks):
+        for name in module.sharding():
+            module.get_submodule(name)
     values = [*model.decoder.modules(), *(block.mask for block in model.decoder.each_block())]
     assert kind in {type(value).__name__ for value in values}
     check_cached_generation(model)
     check_operations(model)
     run([*writing, "--max-new-tokens=2"], monkeypatch)
+
+
+def test_a_recipe_with_a_named_size_takes_no_parts(sections: dict[str, Section], folder: Path) -> None:
+    write(sections["mask"], folder)
+    command = [word.replace("own-pictures", "captions") for word in sections["mask"].commands[0]]
+    with pytest.raises(UserError, match=r"model\.decoder in strided\.yaml is"):
+        FuyuCLI(command)
 
 
 def test_a_data_format_is_read_in_training(
