@@ -25,8 +25,11 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 from PIL import Image as Pillow
+from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
+from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.document import Document, Image, Text
 from fuyu_e2e.data.packing import pack_row
@@ -34,8 +37,10 @@ from fuyu_e2e.data.progress_bar import ProgressBar
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.tokenizer import Tokenizer, train_tokenizer
 from fuyu_e2e.eval import checkpoint_scores
-from fuyu_e2e.inference import device
+from fuyu_e2e.inference import device, generation
+from fuyu_e2e.model.attention.interface import Passing, RowAttention, reference_attention
 from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.cost import cost
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.image_layout import ImagePolicy
 from fuyu_e2e.model.routing.config import RoutingConfig
@@ -251,6 +256,65 @@ def in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[torch.dtype]]:
         lambda layer, _, output: found.add(output.dtype) if isinstance(layer, torch.nn.Linear) else None
     ):
         yield found
+
+
+class WholeDocument(RowAttention):
+    """Attention of one document in products that torch's counter counts in full."""
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return reference_attention(queries, keys, values, (len(queries),))
+
+    def select(self, passing: Passing) -> Any: ...
+
+    def cross(self, passing: Passing) -> Any: ...
+
+
+@pytest.fixture
+def check_cached_generation(
+    random_document: Callable[[int], Document], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[TrainedModel], None]:
+    """Checks that a model's cache gives the uncached forward, also of prompts in pieces."""
+
+    @torch.no_grad()
+    def check(model: TrainedModel) -> None:
+        prompts = [model.builder.prompt(random_document(seed).prompt) for seed in range(8)]
+        for piece in (2_048, 5):
+            monkeypatch.setitem(generation.PREFILL_TOKENS, "cpu", piece)
+            together = generation.generate(model.decoder, prompts, max_new_tokens=12, eos_id=-1)
+            for prompt, written in zip(prompts, together, strict=True):
+                longer = type(prompt)(
+                    key=prompt.key,
+                    tokens=torch.tensor([*prompt.tokens.tolist(), *written]).numpy(),
+                    loss=torch.ones(len(prompt) + len(written), dtype=torch.bool).numpy(),
+                    patches=prompt.patches,
+                    images=prompt.images,
+                )
+                logits = model.decoder.logits(pack_row([longer]))
+                assert logits[len(prompt) - 1 : -1].argmax(dim=-1).tolist() == written
+
+    return check
+
+
+@pytest.fixture
+def check_operations(random_document: Callable[[int], Document]) -> Callable[[TrainedModel], None]:
+    """Checks that what a model says that it computes, and how many weights it has, is what torch counts."""
+
+    @torch.no_grad()
+    def check(model: TrainedModel) -> None:
+        batch = pack_row([model.builder.build(random_document(2))])
+        config, length = model.decoder.config, len(batch.tokens)
+        counted = cost(config, document_lengths=batch.document_lengths, grids=batch.grids, targets=len(batch.targets))
+        read = model.decoder.read_images(batch)
+        row = model.decoder.row_of(batch.positions, [WholeDocument()] * config.layers, read_images=read)
+        with FlopCounterMode(display=False) as counter:
+            model.decoder.loss(batch, row)
+        # A block with a window sees fewer keys, and this attention computes all.
+        unseen = sum(length - mask.keys(length) for mask in config.block_masks)
+        unseen_flops = 4 * length * unseen * config.heads * config.head_size
+        assert counted.forward_flops == counter.get_total_flops() - unseen_flops
+        assert counted.parameters == sum(weight.numel() for weight in model.decoder.parameters())
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -8,23 +8,15 @@ import tarfile
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
 from fuyu_e2e.cli.main import main
-from fuyu_e2e.data.document import Document
-from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.inference import generation
-from fuyu_e2e.model.attention.interface import Passing, RowAttention, reference_attention
-from fuyu_e2e.model.cost import cost
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -84,30 +76,16 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path, shards: tuple[str, .
     return request.param, load_model(run), run
 
 
-@torch.no_grad()
 def test_a_part_of_ones_own_trains_and_generates(
     trained: tuple[str, TrainedModel, Path],
-    random_document: Callable[[int], Document],
+    check_cached_generation: Callable[[TrainedModel], None],
     make_png: Callable[..., bytes],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Its cache gives the uncached forward, also of prompts in pieces; commands find it; stock export refuses."""
     part, model, run = trained
-    prompts = [model.builder.prompt(random_document(seed).prompt) for seed in range(8)]
-    for piece in (2_048, 5):
-        monkeypatch.setitem(generation.PREFILL_TOKENS, "cpu", piece)
-        together = generation.generate(model.decoder, prompts, max_new_tokens=12, eos_id=-1)
-        for prompt, written in zip(prompts, together, strict=True):
-            longer = type(prompt)(
-                key=prompt.key,
-                tokens=torch.tensor([*prompt.tokens.tolist(), *written]).numpy(),
-                loss=torch.ones(len(prompt) + len(written), dtype=torch.bool).numpy(),
-                patches=prompt.patches,
-                images=prompt.images,
-            )
-            logits = model.decoder.logits(pack_row([longer]))
-            assert logits[len(prompt) - 1 : -1].argmax(dim=-1).tolist() == written
+    check_cached_generation(model)
     picture = run / "picture.png"
     picture.write_bytes(make_png(20, 30))
     args = ["generate", "--checkpoint", str(run), "--image", str(picture), "--prompt", "a"]
@@ -141,33 +119,7 @@ def test_a_checkpoint_imports_nothing_by_itself(
     assert part not in sys.modules
 
 
-class Whole(RowAttention):
-    """Attention of one document in products that torch's counter counts in full."""
-
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return reference_attention(queries, keys, values, (len(queries),))
-
-    def select(self, passing: Passing) -> Any: ...
-
-    def cross(self, passing: Passing) -> Any: ...
-
-
-@torch.no_grad()
 def test_its_operations_are_counted(
-    trained: tuple[str, TrainedModel, Path], random_document: Callable[[int], Document]
+    trained: tuple[str, TrainedModel, Path], check_operations: Callable[[TrainedModel], None]
 ) -> None:
-    part, model, _ = trained
-    batch = pack_row([model.builder.build(random_document(2))])
-    config, length = model.decoder.config, len(batch.tokens)
-    counted = cost(config, document_lengths=batch.document_lengths, grids=batch.grids, targets=len(batch.targets))
-    row = model.decoder.row_of(
-        batch.positions, [Whole()] * config.layers, read_images=model.decoder.read_images(batch)
-    )
-    with FlopCounterMode(display=False) as counter:
-        model.decoder.loss(batch, row)
-    measured = counter.get_total_flops()
-    if part == "chunked":  # every second block sees 7 keys at most, and this attention computes all
-        hidden = 4 * length * (length - 7) * config.heads * config.head_size
-        measured -= hidden * len([mask for mask in config.block_masks if mask.window])
-    assert counted.forward_flops == measured
-    assert counted.parameters == sum(weight.numel() for weight in model.decoder.parameters())
+    check_operations(trained[1])

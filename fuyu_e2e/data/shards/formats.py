@@ -13,7 +13,7 @@ that of their names, whose numbers count as numbers.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -80,10 +80,9 @@ def document(sample: Sample) -> Document:
         described = {}  # the text is all that is needed
     if not images:
         _check_names_no_media(described, where)
-    if "conversations" in described:
-        return Document(sample.key, _chat(described["conversations"], _in_order(images, described, sample), where))
-    if "segments" in described:
-        return Document(sample.key, _interleaved(described["segments"], images, where))
+    for key, segments in FORMATS.items():
+        if key in described:
+            return Document(sample.key, segments(described, images, sample))
     if "txt" in members:
         text = _decode(members["txt"], where).strip()
     elif "caption" in described:
@@ -184,6 +183,11 @@ def _from_line(key: str, line: bytes, where: str) -> Document:
     return Document(key, (Text(text),))
 
 
+def _conversation(described: dict[str, Any], images: dict[str, Image], sample: Sample) -> tuple[Segment, ...]:
+    ordered = _in_order(images, described, sample)
+    return _chat(described["conversations"], ordered, f"{sample.shard}: {sample.key}")
+
+
 def _chat(turns: Any, images: list[Image], where: str) -> tuple[Segment, ...]:
     if not isinstance(turns, list) or not turns:
         raise UnusableSampleError("chat-turns", f"{where}: conversations is no list of turns")
@@ -219,7 +223,8 @@ def _chat(turns: Any, images: list[Image], where: str) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def _interleaved(listed: Any, images: dict[str, Image], where: str) -> tuple[Segment, ...]:
+def _interleaved(described: dict[str, Any], images: dict[str, Image], sample: Sample) -> tuple[Segment, ...]:
+    listed, where = described["segments"], f"{sample.shard}: {sample.key}"
     if not isinstance(listed, list) or not listed:
         raise UnusableSampleError("segments-list", f"{where}: segments is no list of segments")
     segments: list[Segment] = []
@@ -237,6 +242,14 @@ def _interleaved(listed: Any, images: dict[str, Image], where: str) -> tuple[Seg
                 raise UnusableSampleError("segments-image", f"{where} has no image {name!r}")
             segments.append(images[name])
     return tuple(segments)
+
+
+FORMATS: dict[str, Callable[[dict[str, Any], dict[str, Image], Sample], tuple[Segment, ...]]] = {
+    "conversations": _conversation,
+    "segments": _interleaved,
+}
+"""What makes the segments of a JSON object and the images beside it, by the key that tells the format; the first that
+is there counts."""
 
 
 def _parse(data: bytes, where: str) -> Any:
