@@ -320,3 +320,18 @@ def check_operations(random_document: Callable[[int], Document]) -> Callable[[Tr
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def write_shard(make_png: Callable[..., bytes]) -> Callable[..., None]:
+    """Writes a shard of samples: JSON, and a picture by number, or the bytes of one."""
+
+    def write(path: Path, samples: list[tuple[dict[str, Any], bytes]]) -> None:
+        with tarfile.open(path, "w") as tar:
+            for number, (described, picture) in enumerate(samples):
+                for extension, content in (("png", picture), ("json", json.dumps(described).encode())):
+                    info = tarfile.TarInfo(f"{number:04}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+    return write

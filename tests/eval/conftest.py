@@ -1,8 +1,5 @@
 """A small model as it is stored, and questions about random pictures."""
 
-import io
-import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,18 +50,3 @@ def make_question(make_png: Callable[..., bytes]) -> Callable[..., Question]:
         return Question(**settings | changed)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def write_shard(make_png: Callable[..., bytes]) -> Callable[..., None]:
-    """Writes a shard of samples: JSON, and a picture by number, or the bytes of one."""
-
-    def write(path: Path, samples: list[tuple[dict[str, Any], bytes]]) -> None:
-        with tarfile.open(path, "w") as tar:
-            for number, (described, picture) in enumerate(samples):
-                for extension, content in (("png", picture), ("json", json.dumps(described).encode())):
-                    info = tarfile.TarInfo(f"{number:04}.{extension}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-
-    return write

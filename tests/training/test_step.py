@@ -29,6 +29,6 @@ def test_a_step_is_bad_where_a_figure_is_not_below_its_limit(
     mean, norm = loss / count, math.sqrt(squares) * (ranks / count)
     assert float(step.loss) == pytest.approx(mean, nan_ok=True, rel=1e-12)
     assert float(step.norm) == pytest.approx(norm, nan_ok=True, rel=1e-12)
-    assert float(step.factor) == ranks / count
+    assert float(step.factor) == pytest.approx(ranks / count, rel=1e-12)
     found = (float(step.loss), float(step.norm))
     assert bool(step.bad) == (greatest is not None and not all(a <= b for a, b in zip(found, greatest, strict=True)))

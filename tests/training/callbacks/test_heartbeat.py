@@ -135,7 +135,7 @@ def test_two_hosts_train_as_one_process_and_end_with_a_sentence_when_one_is_lost
     )
     network.mend()
 
-    spec = importlib.util.spec_from_file_location("resumed_runs", Path(__file__).with_name("resumed_runs.py"))
+    spec = importlib.util.spec_from_file_location("resumed_runs", Path(__file__).parents[1] / "resumed_runs.py")
     assert spec is not None
     assert spec.loader is not None
     runs = importlib.util.module_from_spec(spec)
