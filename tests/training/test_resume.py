@@ -146,7 +146,7 @@ def test_other_data_is_refused_before_it_spoils_a_run(alone: Path, changed: dict
 
 
 def test_a_run_goes_on_under_the_rules_that_it_began_with(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fuyu_e2e.data.datamodule.VERSION", 4)
+    monkeypatch.setattr("fuyu_e2e.data.row_loader.VERSION", 4)
     with pytest.raises(UserError, match=r"trained under rules 3 .* and these are rules 4: go on with the version"):
         runs.run(alone, "refused", 0, "boundary")
 
