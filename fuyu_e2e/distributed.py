@@ -26,7 +26,7 @@ class DataRank:
 
     @classmethod
     def of(cls, trainer: pl.Trainer | None) -> "DataRank":
-        """The place of this process."""
+        """Returns the place of this process."""
         if trainer is None or not isinstance(strategy := trainer.strategy, ParallelStrategy):
             return cls(rank=0, size=1, replicas=1, first=True)
         rank, size = (int(strategy.distributed_sampler_kwargs[name]) for name in ("rank", "num_replicas"))
@@ -35,19 +35,20 @@ class DataRank:
 
 
 def is_sharded(trainer: pl.Trainer) -> bool:
-    """Whether no process computes a batch by itself, since each holds a part of every weight."""
+    """Returns whether no process computes a batch by itself, since each holds a part of every weight."""
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in its place; Lightning's own has them all wait for each other first."""
+    """Returns the sum of a tensor over all processes, in its place; Lightning's own has them all wait for each other
+    first."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_ranks(own: T) -> list[T]:
-    """What every process has to say, in the order of their ranks, by pickle; all of them ask at once."""
+    """Returns what every process has to say, in the order of their ranks, by pickle; all of them ask at once."""
     told: list[Any] = [own]
     if dist.is_initialized():
         told = [None] * dist.get_world_size()
@@ -56,5 +57,5 @@ def all_ranks(own: T) -> list[T]:
 
 
 def any_rank(trainer: pl.Trainer, here: bool) -> bool:
-    """Whether something is so on any process; all of them ask at once."""
+    """Returns whether something is so on any process; all of them ask at once."""
     return bool(sum_over_ranks(torch.tensor(float(here), device=trainer.strategy.root_device)) > 0)

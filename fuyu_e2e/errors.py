@@ -26,7 +26,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def of_signal(number: int) -> int:
-    """The code of a run that a signal ended, as shells give it."""
+    """Returns the code of a run that a signal ended, as shells give it."""
     return 128 + number
 
 

@@ -170,7 +170,7 @@ def _cut(texture: np.ndarray, height: int, width: int, rng: np.random.Generator)
 
 
 def _captioned(pattern: str) -> Iterator[Captioned]:
-    """What every contender can read: RGB images that need no turning, with a caption."""
+    """Yields what every contender can read: RGB images that need no turning, with a caption."""
     for shard in expand_patterns(pattern):
         for document in read_documents(Path(shard), SampleStats()):
             match document.segments:
@@ -277,7 +277,7 @@ def _measure(
 
 
 def path_name(reader: str, decoded: bool) -> str:
-    """What a reader is called in the tables, with its own decoding or with ours."""
+    """Returns what a reader is called in the tables, with its own decoding or with ours."""
     return f"{reader}, {'own decode' if decoded else 'our decode'}"
 
 
@@ -296,7 +296,7 @@ def _packed(read: Read, decoded: bool, builder: SequenceBuilder, budget: int) ->
 def captioned_sequence(
     builder: SequenceBuilder, key: str, pixels: UInt8[np.ndarray, "H W 3"], caption: str
 ) -> TokenSequence:
-    """What the builder makes of an image and a caption, for an image that is decoded already."""
+    """Returns what the builder makes of an image and a caption, for an image that is decoded already."""
     patches = to_patches(pixels, builder.images.patch_size)
     text = builder.build(Document(key, (Text(caption),)))
     span = ImageSpan.of_grid(0, patches.rows, patches.cols, patches.padding)
@@ -337,7 +337,7 @@ def _difference(decode: Decode, samples: Sequence[Captioned], sizes: Sequence[tu
 
 
 def _versions() -> dict[str, str]:
-    """The packages that take part, as far as they are installed."""
+    """Returns the packages that take part, as far as they are installed."""
     found = {}
     for package, _ in (*DECODERS.values(), *READERS.values()):
         with suppress(PackageNotFoundError):

@@ -48,7 +48,7 @@ def _absent(name: str, package: str, error: Exception) -> Absent:
 
 
 def scaled_by_pillow(image: Pillow.Image, size: Size) -> UInt8[np.ndarray, "h w 3"]:
-    """An image at another size, as Pillow does it."""
+    """Returns an image at another size, as Pillow does it."""
     return np.asarray(image if image.size == size else image.resize(size, Pillow.Resampling.BILINEAR))
 
 
@@ -131,7 +131,7 @@ DECODERS: dict[str, tuple[str, Callable[[], Decode]]] = {
 
 
 def decoders(example: bytes) -> tuple[dict[str, Decode], list[Absent]]:
-    """The decoders that work here, each having read the example, and those that do not."""
+    """Returns the decoders that work here, each having read the example, and those that do not."""
     found, absent = {}, []
     size = _opened(example).size
     for name, (package, opened) in DECODERS.items():
@@ -232,7 +232,7 @@ READERS: dict[str, tuple[str, Callable[[Sequence[Path], Path], Read]]] = {
 
 
 def readers(shards: Sequence[Path], folder: Path) -> tuple[dict[str, Read], list[Absent]]:
-    """The readers that work here, opened on the shards, and those that do not."""
+    """Returns the readers that work here, opened on the shards, and those that do not."""
     found, absent = {}, []
     for name, (package, opened) in READERS.items():
         try:

@@ -31,7 +31,8 @@ def draw(
     asked: int,
     supervised: int,
 ) -> TokenSequence:
-    """A document: an image of `grid` patches, `asked` tokens of a question and `supervised` tokens to be learnt."""
+    """Returns a document: an image of `grid` patches, `asked` tokens of a question and `supervised` tokens to be
+    learnt."""
     rows, cols = grid or (0, 0)
     image = np.full((rows, cols + 1), PATCH)
     image[:, -1] = NEWLINE
@@ -51,7 +52,7 @@ def draw(
 def mixture(
     config: FuyuConfig, *, rows: int, budget: int, sides: tuple[int, int], seed: int = 0
 ) -> list[list[TokenSequence]]:
-    """The documents of so many packed rows: two captions and two questions to each text.
+    """Returns the documents of so many packed rows: two captions and two questions to each text.
 
     Args:
         config: Of the decoder that reads them.
@@ -79,7 +80,7 @@ def mixture(
 
 
 def histogram(lengths: Sequence[int]) -> dict[str, int]:
-    """How many documents have so many tokens, in steps of a factor of two."""
+    """Returns how many documents have so many tokens, in steps of a factor of two."""
     counts = Counter(max(16, 1 << (length - 1).bit_length()) for length in lengths)
     return {f"up to {most}": counts[most] for most in sorted(counts)}
 

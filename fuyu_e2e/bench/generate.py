@@ -77,7 +77,7 @@ def generate(args: Sequence[str]) -> None:
 
 
 def sized(size: str) -> FuyuConfig:
-    """The decoder of a named size, or of the quickstart."""
+    """Returns the decoder of a named size, or of the quickstart."""
     if size == "quickstart":
         return FuyuConfig(**yaml.safe_load(shipped("recipes/quickstart.yaml").read_text())["model"]["decoder"])
     return named_size(size)
@@ -85,7 +85,7 @@ def sized(size: str) -> FuyuConfig:
 
 @torch.no_grad()
 def random_decoder(config: FuyuConfig, device: str) -> Decoder:
-    """A decoder whose every block says something, ready to generate."""
+    """Returns a decoder whose every block says something, ready to generate."""
     decoder = new_decoder(config, device)
     for name, projection in decoder.blocks.named_modules():
         if name.endswith(("o_proj", "down_proj")):
@@ -179,7 +179,8 @@ def _measure(decoder: Decoder, stock: Any, batch: int, bandwidth: float, options
 
 
 def bytes_of_step(decoder: Decoder, prompts: list[TokenSequence], new_tokens: int) -> float:
-    """What a step half-way through has to read: every weight but those that only prompts need, and the cache."""
+    """Returns what a step half-way through has to read: every weight but those that only prompts need, and the
+    cache."""
     config = decoder.config
     size = decoder.embed_tokens.weight.element_size()
     weights = [*decoder.blocks.parameters(), *decoder.norm.parameters(), decoder.lm_head.weight]

@@ -104,7 +104,7 @@ def limit(args: Sequence[str]) -> None:
 
 
 def _training(size: str, device: str, rounds: int) -> dict[str, Any]:
-    """A step of `bench train`'s, eager."""
+    """Returns a step of `bench train`'s, eager."""
     case = CASES[size]
     trainee = build(case, ["ours"], device)["ours"]
     seconds = alternate({"step": trainee.epoch}, rounds, warm_up=1)["step"] / case.rows
@@ -122,7 +122,7 @@ def _training(size: str, device: str, rounds: int) -> dict[str, Any]:
 
 
 def _decoding(size: str, device: str, rounds: int, compiled: bool) -> list[dict[str, Any]]:
-    """A step of generation: what many tokens take beyond one, by their number."""
+    """Returns a step of generation: what many tokens take beyond one, by their number."""
     decoder = random_decoder(sized(size), device)
     found = []
     for count in PROMPTS:
@@ -151,7 +151,7 @@ def prepare(folder: Path) -> None:
 
 
 def quickstart_run(folder: Path, device: str, steps: int, further: Sequence[str] = ()) -> FuyuCLI:
-    """The quickstart as the command line builds it, with all its callbacks; on a GPU of 125m's shape.
+    """Returns the quickstart as the command line builds it, with all its callbacks; on a GPU of 125m's shape.
 
     Args:
         folder: That of `prepare`.
@@ -189,7 +189,7 @@ def _update(decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _overhead(folder: Path, device: str, steps: int, rounds: int) -> dict[str, float]:
-    """A step of the real trainer beside one of a bare loop, over the same rows, in turn."""
+    """Returns a step of the real trainer beside one of a bare loop, over the same rows, in turn."""
     stream = quickstart_run(folder, device, steps).datamodule.stream("train")
     rows = list(islice(stream.rows(), steps))
     trainer, bare = [], []

@@ -21,7 +21,7 @@ def alternate(
     warm_up: int = 2,
     keep: Callable[[dict[str, float]], None] = lambda medians: None,
 ) -> dict[str, float]:
-    """The median seconds of each contender, all run in turn so that a machine's moods hit them alike.
+    """Returns the median seconds of each contender, all run in turn so that a machine's moods hit them alike.
 
     `keep` gets the medians so far after each timed round.
     """
@@ -40,7 +40,7 @@ def alternate(
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What stands beside every figure."""
+    """Returns what stands beside every figure."""
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     return {
         "device": hardware,

@@ -127,7 +127,7 @@ def _sum_up(events: Any, device: str) -> dict[str, float]:
 
 
 def _by_part(events: Any) -> Iterator[tuple[Any, str]]:
-    """The host's events, each with the part that it belongs to."""
+    """Yields the host's events, each with the part that it belongs to."""
     host = sorted(
         (event for event in events if event.device_type == torch.autograd.DeviceType.CPU),
         key=lambda event: event.time_range.start,
@@ -143,7 +143,7 @@ def _by_part(events: Any) -> Iterator[tuple[Any, str]]:
 
 
 def _range_of(event: Any) -> str | None:
-    """The innermost part that an event stands in; None in the backward pass, but for what it computes anew."""
+    """Returns the innermost part that an event stands in; None in the backward pass, but for what it computes anew."""
     while event is not None:
         if event.name.startswith(PREFIX):
             return event.name.removeprefix(PREFIX)
@@ -152,7 +152,8 @@ def _range_of(event: Any) -> str | None:
 
 
 def _backward_number(event: Any) -> int:
-    """The number that an operation of the backward pass shares with the forward operation; -1 where there is none."""
+    """Returns the number that an operation of the backward pass shares with the forward operation; -1 where there is
+    none."""
     while event is not None:
         if event.scope == BACKWARD:
             return event.sequence_nr

@@ -59,7 +59,7 @@ class Point:
     """Patches along each side of the image in each document."""
 
     def batch(self) -> PackedBatch:
-        """A row of documents of one length, each an image with a text."""
+        """Returns a row of documents of one length, each an image with a text."""
         rng = np.random.default_rng(0)
         one = self.side * (self.side + 1) + WORDS
         documents = [
@@ -157,7 +157,7 @@ def _wide(width: int) -> FuyuConfig:
 
 
 def _measure(varied: dict[int, Point], device: str, rounds: int) -> Iterator[list[dict[str, Any]]]:
-    """What is known of each point: of more and more points their memory, at last of all their speed too."""
+    """Yields what is known of each point: of more and more points their memory, at last of all their speed too."""
     memory: dict[int, int] = {}
     least: dict[FuyuConfig, int] = {}
     for name, point in varied.items():
@@ -200,7 +200,8 @@ def _bytes_per_token(point: Point, memory: int, least: Mapping[FuyuConfig, int])
 
 
 def _processes(counts: Sequence[int], steps: int, device: str) -> list[dict[str, Any]]:
-    """Tokens a second of the real trainer under DDP, each process with a row of its own a step; runs alternate."""
+    """Returns tokens a second of the real trainer under DDP, each process with a row of its own a step; runs
+    alternate."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         train = write_shards(folder, split="train", count=PICTURES, seed=0, most_digits=4, processes=1)

@@ -55,7 +55,7 @@ def stock_model(decoder: Decoder, attention: str = "sdpa") -> Any:
 
 
 def stock_training_batch(documents: list[TokenSequence], device: str) -> dict[str, Tensor]:
-    """A padded batch, on the left as its processor pads, with labels where documents carry loss."""
+    """Returns a padded batch, on the left as its processor pads, with labels where documents carry loss."""
     inputs = stock_inputs(documents)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"][None]

@@ -112,7 +112,7 @@ class Trainee:
     device: str
 
     def forward(self, batch: Any) -> Tensor:
-        """The loss, under bfloat16 autocast on a GPU, as our trainer and transformers' have it."""
+        """Returns the loss, under bfloat16 autocast on a GPU, as our trainer and transformers' have it."""
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             return self.loss(batch)
 
@@ -162,7 +162,7 @@ def train(args: Sequence[str]) -> None:
 
 
 def available() -> list[str]:
-    """The contenders that run here: flash attention needs its package and a GPU, float8 a GPU that has it."""
+    """Returns the contenders that run here: flash attention needs its package and a GPU, float8 a GPU that has it."""
     flash = torch.cuda.is_available() and require_transformers().utils.is_flash_attn_2_available()
     return [
         name
@@ -254,7 +254,8 @@ def _measure(
 
 
 def _remember(run: Callable[[], Any]) -> Any:
-    """What `run` gives, or in words why it can't: a contender that fails is shown as such beside the others."""
+    """Returns what `run` gives, or in words why it can't: a contender that fails is shown as such beside the
+    others."""
     try:
         return run()
     except (torch.OutOfMemoryError, RuntimeError, ImportError) as error:

@@ -56,7 +56,7 @@ class CheckpointManifest:
 
     @classmethod
     def read(cls, checkpoint: Path) -> "CheckpointManifest":
-        """The manifest of a checkpoint.
+        """Returns the manifest of a checkpoint.
 
         Raises:
             UserError: There is none, it is damaged, or something else.
@@ -75,17 +75,17 @@ class CheckpointManifest:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a path is a checkpoint with a manifest; its files are not looked at."""
+    """Returns whether a path is a checkpoint with a manifest; its files are not looked at."""
     return (path / MANIFEST).is_file()
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether a path is a checkpoint in shards."""
+    """Returns whether a path is a checkpoint in shards."""
     return (path / TABLE).is_file()
 
 
 def faults(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, file by file; nothing, where every byte is what was written."""
+    """Returns what is wrong with a checkpoint, file by file; nothing, where every byte is what was written."""
     try:
         listed = CheckpointManifest.read(checkpoint).files
         there = {path.name for path in checkpoint.iterdir()} - {MANIFEST, DIGEST_FILE}
@@ -114,7 +114,7 @@ def check(checkpoint: Path) -> None:
 
 
 def unfinished_place(target: Path) -> Path:
-    """Where a checkpoint is filled that is to become `target`."""
+    """Returns where a checkpoint is filled that is to become `target`."""
     return target.parent / f"{UNFINISHED}{target.name}"
 
 

@@ -28,12 +28,12 @@ FORMAT_VERSION = 1
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a path is a folder with a configuration, of this project or of another."""
+    """Returns whether a path is a folder with a configuration, of this project or of another."""
     return (path / CONFIG).is_file()
 
 
 def folder_config(metadata: ModelMetadata, provenance: Provenance) -> dict[str, Any]:
-    """What goes into `config.json`."""
+    """Returns what goes into `config.json`."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

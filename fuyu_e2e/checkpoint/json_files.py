@@ -8,7 +8,7 @@ from fuyu_e2e.errors import UserError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Returns a JSON file that holds an object.
 
     Raises:
         UserError: There is none, or it holds something else.

@@ -76,7 +76,8 @@ def publish_checkpoint(checkpoint: dict[str, Any], place: Path, target: Path) ->
 
 
 def _numbered(groups: list[dict[str, Any]], tensors: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state as torch's optimizers take it: by the numbers of weights, in the order of the groups."""
+    """Returns an optimizer's state as torch's optimizers take it: by the numbers of weights, in the order of the
+    groups."""
     state: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         weight, _, entry = name.rpartition(".")

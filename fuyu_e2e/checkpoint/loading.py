@@ -96,7 +96,7 @@ def read_model(path: str | Path, averaged: bool = False) -> StoredModel:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> TrainedModel:
-    """The trained model of a checkpoint, of the newest one in a run's directory, or of an exported folder.
+    """Returns the trained model of a checkpoint, of the newest one in a run's directory, or of an exported folder.
 
     Raises:
         UserError: As in `read_model`.
@@ -105,14 +105,14 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> TrainedM
 
 
 def build_model(stored: StoredModel, device: torch.device | str = "cpu") -> TrainedModel:
-    """The trained model of what was stored."""
+    """Returns the trained model of what was stored."""
     metadata = stored.metadata
     decoder = build_decoder(metadata.config, stored.weights, device)
     return TrainedModel(decoder, metadata.builder, stored.provenance.step)
 
 
 def build_decoder(config: FuyuConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Decoder:
-    """A decoder in evaluation mode with weights that fit it, computing in float32."""
+    """Returns a decoder in evaluation mode with weights that fit it, computing in float32."""
     with torch.device("meta"):
         decoder = Decoder(config)
     decoder.to_empty(device=device)
@@ -131,7 +131,7 @@ def load_weights(decoder: Decoder, weights: Mapping[str, Tensor]) -> None:
 
 
 def fitting(weights: dict[str, Tensor], config: FuyuConfig, source: Path) -> dict[str, Tensor]:
-    """The weights, without a tied output projection, if they are those of a decoder of this configuration.
+    """Returns the weights, without a tied output projection, if they are those of a decoder of this configuration.
 
     Raises:
         UserError: Names the tensors that are missing, too many or of another shape.

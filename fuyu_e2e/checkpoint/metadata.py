@@ -30,7 +30,7 @@ class ModelMetadata:
         return SequenceBuilder(self.tokenizer, self.images, self.config.connector)
 
     def settings(self) -> dict[str, Any]:
-        """The description without the tokenizer, in primitives."""
+        """Returns the description without the tokenizer, in primitives."""
         return {"version": __version__, "decoder": self.config.to_dict(), "images": asdict(self.images)}
 
     @classmethod
@@ -50,7 +50,7 @@ class ModelMetadata:
             ) from error
 
     def section(self) -> dict[str, Any]:
-        """The description as tensors and primitives, to be stored under `SECTION`."""
+        """Returns the description as tensors and primitives, to be stored under `SECTION`."""
         return self.settings() | {
             "tokenizer": torch.frombuffer(bytearray(self.tokenizer.model), dtype=torch.uint8),
         }

@@ -23,7 +23,8 @@ LAST = f"last{SUFFIX}"
 
 
 def run_checkpoints(path: Path) -> list[Path]:
-    """The checkpoints of a run's directory, wherever in it they lie, or of a folder of checkpoints; the newest first.
+    """Returns the checkpoints of a run's directory, wherever in it they lie, or of a folder of checkpoints; the newest
+    first.
 
     Of a directory that is neither, but holds some further down, those of the folder with the newest.
     """
@@ -39,7 +40,7 @@ def run_checkpoints(path: Path) -> list[Path]:
 
 
 def written_last_first(folders: Iterable[Path]) -> list[Path]:
-    """The checkpoints with a manifest in some folders, by when they were written.
+    """Returns the checkpoints with a manifest in some folders, by when they were written.
 
     A link to one of them is not another one. Those whose manifest is damaged come first: any may be the newest.
     """
@@ -59,7 +60,7 @@ def _written(checkpoint: Path) -> tuple[float, int, bool, str]:
 
 
 def manifests(checkpoints: Iterable[Path]) -> dict[Path, CheckpointManifest]:
-    """What the manifests of some checkpoints say, without those that are damaged."""
+    """Returns what the manifests of some checkpoints say, without those that are damaged."""
     found = {}
     for path in checkpoints:
         with suppress(UserError):
@@ -68,7 +69,7 @@ def manifests(checkpoints: Iterable[Path]) -> dict[Path, CheckpointManifest]:
 
 
 def newest(path: Path) -> tuple[Path, dict[Path, str]]:
-    """The newest of `run_checkpoints` in which every byte is right, and what is wrong with those passed over.
+    """Returns the newest of `run_checkpoints` in which every byte is right, and what is wrong with those passed over.
 
     Raises:
         UserError: There is none.
@@ -83,7 +84,8 @@ def newest(path: Path) -> tuple[Path, dict[Path, str]]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest one in a run's directory whose every byte is right.
+    """Returns the checkpoint that `path` names: itself, or the newest one in a run's directory whose every byte is
+    right.
 
     Warns of those that it passes over, since they are damaged.
 
@@ -123,7 +125,7 @@ class BestCheckpoint:
 
 
 def best_checkpoint(run: Path) -> BestCheckpoint | None:
-    """The best checkpoint in a run's directory, by the figures that the checkpoints themselves record.
+    """Returns the best checkpoint in a run's directory, by the figures that the checkpoints themselves record.
 
     The newest one that records a figure says which figure counts, and whether less is better. Of equal ones the
     earlier step is taken. Only manifests are read: weights are compared with their checksums when they are read.

@@ -8,7 +8,7 @@ RECIPE = "config.yaml"
 
 
 def run_of(recipe: Path) -> Path | None:
-    """The run that a recipe was saved for: the directory that it lies in beside that run's checkpoints.
+    """Returns the run that a recipe was saved for: the directory that it lies in beside that run's checkpoints.
 
     What the recipe itself names is where the run was when it was saved; it may have been moved or copied since.
 
@@ -19,7 +19,7 @@ def run_of(recipe: Path) -> Path | None:
 
 
 def shown(path: str | Path) -> str:
-    """A path as a person types it: from the working directory on, where it lies in there."""
+    """Returns a path as a person types it: from the working directory on, where it lies in there."""
     path = Path(path)
     here = Path.cwd().resolve()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

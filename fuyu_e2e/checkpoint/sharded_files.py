@@ -80,7 +80,7 @@ class ShardedFiles:
         """Size and type of each tensor."""
 
     def read_rest(self) -> dict[str, Any]:
-        """All that is no tensor of weights or optimizer."""
+        """Returns all that is no tensor of weights or optimizer."""
         return read_tensors_and_primitives(self.path / REST)
 
     def read_into(self, tensors: dict[str, Tensor]) -> None:
@@ -98,7 +98,8 @@ class ShardedFiles:
             raise self._unreadable(error) from error
 
     def read_whole(self, section: str) -> dict[str, Tensor]:
-        """The tensors of a section (`WEIGHTS` or `OPTIMIZER`) as wholes, by their names without the section's."""
+        """Returns the tensors of a section (`WEIGHTS` or `OPTIMIZER`) as wholes, by their names without the
+        section's."""
         found = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in self.tensors.items()
@@ -108,7 +109,7 @@ class ShardedFiles:
         return {name.removeprefix(section): tensor for name, tensor in found.items()}
 
     def optimizer_groups(self, rest: dict[str, Any]) -> list[dict[str, Any]]:
-        """The optimizer's settings, of what `read_rest` gave.
+        """Returns the optimizer's settings, of what `read_rest` gave.
 
         Raises:
             UserError: Its state was stored as objects, as Lightning's own is.
@@ -129,7 +130,7 @@ class ShardedFiles:
 
 
 def read_tensors_and_primitives(path: Path) -> dict[str, Any]:
-    """The dictionary in a file of torch's, which is not let run anything.
+    """Returns the dictionary in a file of torch's, which is not let run anything.
 
     Raises:
         UserError: It is something else, is damaged, or holds code.
@@ -175,7 +176,7 @@ class _TableReader(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class, or a refusal."""
+        """Returns the class, or a refusal."""
         if module == "torch" and isinstance(kind := getattr(torch, name, None), torch.dtype):
             return kind
         if (module, name) not in self.CLASSES:
@@ -187,7 +188,7 @@ class _ShardReader(dcp.FileSystemReader):
     """torch's reader, but for the table of contents, which it would unpickle whatever stands in it."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The table of contents."""
+        """Returns the table of contents."""
         path = Path(self.path) / TABLE
         with path.open("rb") as file:
             table = _TableReader(file).load()

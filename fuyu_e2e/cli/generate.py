@@ -82,7 +82,7 @@ def answer_lines(answer: Callable[[Sequence[str], str], str], images: Sequence[s
 
 
 def _lines() -> Iterator[str]:
-    """The lines of standard input; in a terminal, each is asked for."""
+    """Yields the lines of standard input; in a terminal, each is asked for."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

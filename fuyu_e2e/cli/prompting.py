@@ -34,5 +34,5 @@ def add_max_new_tokens(parser: ArgumentParser) -> None:
 
 
 def prompt_parts(images: Sequence[str], text: str) -> list[Path | str]:
-    """The parts of a prompt, as `fuyu_e2e.Processor` takes them."""
+    """Returns the parts of a prompt, as `fuyu_e2e.Processor` takes them."""
     return [*map(Path, images), *([text] if text else [])]

@@ -63,7 +63,8 @@ def write(args: Sequence[str]) -> int:
 
 
 def next_steps(out: Path, report: WriteReport) -> str:
-    """The lines below the counts: rows left out by name, the patterns of both splits, and commands ready to paste."""
+    """Returns the lines below the counts: rows left out by name, the patterns of both splits, and commands ready to
+    paste."""
     lines = [f"  left out: {said}" for said in report.left_out()]
     if lines:
         lines.append(f"  more of them: {out / REPORT}")

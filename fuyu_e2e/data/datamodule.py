@@ -179,7 +179,7 @@ class FuyuDataModule(pl.LightningDataModule):
         return [*needed, "val"] if stage == "fit" and self.patterns["val"] is not None else needed
 
     def sources(self, split: str) -> dict[str, Source]:
-        """The sources of `train`, `val`, `test` or `predict` by name; a single one is called as the split.
+        """Returns the sources of `train`, `val`, `test` or `predict` by name; a single one is called as the split.
 
         Raises:
             UserError: None was named.
@@ -192,7 +192,7 @@ class FuyuDataModule(pl.LightningDataModule):
         return {split: Source(patterns)}
 
     def shards(self, split: str) -> tuple[str, ...]:
-        """The shards of all sources of a split.
+        """Returns the shards of all sources of a split.
 
         Raises:
             UserError: No pattern was given for them, or one matches nothing.
@@ -200,7 +200,7 @@ class FuyuDataModule(pl.LightningDataModule):
         return tuple(shard for source in self.sources(split).values() for shard in self._expanded(split, source))
 
     def stream_sources(self, split: str) -> tuple[StreamSource, ...]:
-        """The sources of a split with what their shards hold, looked up once.
+        """Returns the sources of a split with what their shards hold, looked up once.
 
         Local shards that no manifest knows are indexed.
 
@@ -229,12 +229,12 @@ class FuyuDataModule(pl.LightningDataModule):
             raise UserError(f"{setting}: {error}") from error
 
     def documents(self, split: str, stats: SampleStats) -> Iterator[Document]:
-        """All documents of a split once, in stored order; unusable samples are counted in `stats`."""
+        """Yields all documents of a split once, in stored order; unusable samples are counted in `stats`."""
         for shard in self.shards(split):
             yield from read_documents(self.cache.path(shard), stats, shard)
 
     def stream(self, split: str) -> Stream:
-        """The stream of a split: endless and shuffled for `train`, once and in stored order for the others."""
+        """Returns the stream of a split: endless and shuffled for `train`, once and in stored order for the others."""
         training = split == "train"
         return Stream(
             sources=self.stream_sources(split),
@@ -250,7 +250,7 @@ class FuyuDataModule(pl.LightningDataModule):
         )
 
     def validation_prompts(self, count: int) -> list[Prompt]:
-        """The first usable documents of the validation shards, as prompts to be continued."""
+        """Returns the first usable documents of the validation shards, as prompts to be continued."""
         return list(islice(self.builder.prompts(self.documents("val", SampleStats()), SampleStats()), count))
 
     @property
@@ -268,7 +268,7 @@ class FuyuDataModule(pl.LightningDataModule):
         return RowLoader(rows, completed, any_rank_has_rows, batch_size=None, num_workers=self.workers, pin_memory=pin)
 
     def train_dataloader(self) -> "RowLoader":
-        """Rows without end, continued where a resumed run stopped; the first ones again and again to overfit.
+        """Returns rows without end, continued where a resumed run stopped; the first ones again and again to overfit.
 
         Raises:
             UserError: The trainer would make a new loader in each epoch, and so begin with the first again.
@@ -283,11 +283,11 @@ class FuyuDataModule(pl.LightningDataModule):
         return self._loader("train", None if again else partial(completed_rows, self.trainer))
 
     def val_dataloader(self) -> "RowLoader | list[RowLoader]":
-        """The rows of the validation shards, once; none where the recipe names no shards."""
+        """Returns the rows of the validation shards, once; none where the recipe names no shards."""
         return self._loader("val") if self.patterns["val"] is not None else []
 
     def test_dataloader(self) -> "RowLoader":
-        """The rows of the test shards, once."""
+        """Returns the rows of the test shards, once."""
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader:

@@ -16,7 +16,7 @@ TEXT_OPTIONS = ("--prompt",)
 
 
 def words_with_home(words: Sequence[str]) -> list[str]:
-    """The words of a command line with the home folder in place of `~`, also behind `--option=` and `KEY=`."""
+    """Returns the words of a command line with the home folder in place of `~`, also behind `--option=` and `KEY=`."""
     return [
         word if before in TEXT_OPTIONS else _word_with_home(word)
         for before, word in zip(["", *words], words, strict=False)
@@ -31,7 +31,8 @@ def _word_with_home(word: str) -> str:
 
 
 def with_home(setting: Any, but: Collection[str] = ()) -> Any:
-    """A setting with the home folder in place of `~`; of several, in all that they hold, namespaces where they are.
+    """Returns a setting with the home folder in place of `~`; of several, in all that they hold, namespaces where they
+    are.
 
     Args:
         setting: Anything that a recipe may hold.

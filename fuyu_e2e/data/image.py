@@ -64,7 +64,7 @@ class ImagePatches:
 
 
 def load_views(data: bytes, policy: ImagePolicy, layout: ImageLayout) -> tuple[ImagePatches, ...]:
-    """The patches of each view of an encoded image, which is decoded once.
+    """Returns the patches of each view of an encoded image, which is decoded once.
 
     Raises:
         UnusableSampleError: As in `decode_image`.
@@ -98,7 +98,7 @@ def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]
 def _decode(
     data: bytes, policy: ImagePolicy, layout: ImageLayout
 ) -> tuple[UInt8[np.ndarray, "H W 3"], tuple[View, ...]]:
-    """The views of an image, and its pixels at a size that is enough for all of them."""
+    """Returns the views of an image, and its pixels at a size that is enough for all of them."""
     with _opened(data, policy) as image:
         native = image.size
         if image.format == "PNG":
@@ -163,7 +163,7 @@ def _check_size(width: int, height: int, policy: ImagePolicy) -> None:
 
 
 def _decoded(data: bytes, image: Pillow.Image, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-    """The pixels of an image, none of its sides smaller than those of `size` unless it is so itself.
+    """Returns the pixels of an image, none of its sides smaller than those of `size` unless it is so itself.
 
     A JPEG decodes at a fraction of its size where that is enough, rounded up; other formats decode whole.
     """
@@ -175,7 +175,8 @@ def _decoded(data: bytes, image: Pillow.Image, size: tuple[int, int]) -> UInt8[n
 
 
 def _jpeg_pixels(data: bytes, image: Pillow.Image, native: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"] | None:
-    """The pixels of a JPEG of a native size at the size that the image asks for; None where Pillow has to read it.
+    """Returns the pixels of a JPEG of a native size at the size that the image asks for; None where Pillow has to read
+    it.
 
     Bit for bit Pillow's. All that this decoder complains of is left to Pillow, so that it changes nothing of what is
     refused and why.
@@ -193,7 +194,7 @@ def _jpeg_pixels(data: bytes, image: Pillow.Image, native: tuple[int, int]) -> U
 
 
 def _orientation(read_exif: Callable[[], Pillow.Exif]) -> int:
-    """What EXIF says of how an image is turned; 1, upright, where it says nothing that can be read."""
+    """Returns what EXIF says of how an image is turned; 1, upright, where it says nothing that can be read."""
     try:
         return read_exif().get(ExifTags.Base.Orientation, 1)
     except MemoryError:
@@ -259,7 +260,7 @@ def to_patches(pixels: UInt8[np.ndarray, "H W 3"], patch_size: int) -> ImagePatc
 
 
 def to_pixels(patches: ImagePatches) -> UInt8[np.ndarray, "H W 3"]:
-    """The pixels that patches were cut from, padding included."""
+    """Returns the pixels that patches were cut from, padding included."""
     side = math.isqrt(patches.values.shape[1] // 3)
     grid = patches.values.reshape(patches.rows, patches.cols, side, side, 3).swapaxes(1, 2)
     return grid.reshape(patches.rows * side, patches.cols * side, 3)

@@ -24,7 +24,7 @@ STRIPE = 6
 
 
 def show_tokens(sequence: TokenSequence, tokenizer: Tokenizer) -> StyledText:
-    """The sequence as text: patches as one mark for a run of them, tokens with loss in `[brackets]` and green.
+    """Returns the sequence as text: patches as one mark for a run of them, tokens with loss in `[brackets]` and green.
 
     Each image row stands on a line of its own, since a newline token ends it there too.
     """
@@ -51,7 +51,7 @@ def show_tokens(sequence: TokenSequence, tokenizer: Tokenizer) -> StyledText:
 def draw_patches(
     pixels: UInt8[np.ndarray, "H W 3"], patch_size: int, padding: tuple[int, int] = (0, 0)
 ) -> Pillow.Image:
-    """An image enlarged, with a line around each patch and a blue bar for the newline that ends each row.
+    """Returns an image enlarged, with a line around each patch and a blue bar for the newline that ends each row.
 
     Stripes cover the rows of pixels at the bottom, and the columns at the right, that are padding.
     """

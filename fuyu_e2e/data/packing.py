@@ -80,7 +80,7 @@ class Packer:
         return len(fitting)
 
     def fill_row(self) -> list[TokenSequence]:
-        """The sequences of a row out of what waits, which must not be nothing."""
+        """Returns the sequences of a row out of what waits, which must not be nothing."""
         row = [self._take(next(iter(self._waiting)))]
         room = self.budget - len(row[0])
         while fitting := bisect_right(self._by_length, (room, 0)):
@@ -112,7 +112,7 @@ class PackedRow:
 
 
 def empty_row(patch_size: int) -> PackedBatch:
-    """A row that holds no document, only one token of padding."""
+    """Returns a row that holds no document, only one token of padding."""
     nothing = torch.empty(0, dtype=torch.int64)
     return PackedBatch(
         tokens=torch.zeros(1, dtype=torch.int64),

@@ -27,7 +27,7 @@ class Processor:
     builder: SequenceBuilder
 
     def __call__(self, *parts: Part) -> TokenSequence:
-        """The sequence that a model continues: texts and images in the order given, any number of either.
+        """Returns the sequence that a model continues: texts and images in the order given, any number of either.
 
         Raises:
             UserError: An image can't be read or used; says which part it is.
@@ -40,7 +40,7 @@ class Processor:
             raise
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of tokens."""
+        """Returns the text of tokens."""
         return self.builder.tokenizer.decode(tokens)
 
     @property

@@ -75,7 +75,7 @@ class ProgressBar:
         self._own += amount
 
     def line(self) -> str:
-        """How far the work is: `Indexing shards: 3 of 12 shards (28 %), 0:00:41 so far, 0:01:45 left`."""
+        """Returns how far the work is: `Indexing shards: 3 of 12 shards (28 %), 0:00:41 so far, 0:01:45 left`."""
         done, passed = self.done, time.monotonic() - self.started_at
         said = []
         if self.unit:

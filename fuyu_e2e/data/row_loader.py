@@ -129,7 +129,8 @@ class RowLoader(DataLoader):
             self.rows.start += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows whose step is done, over all processes, and where each lane stands behind them; in primitives."""
+        """Returns rows whose step is done, over all processes, and where each lane stands behind them; in
+        primitives."""
         if not self.completed:
             return {}
         self._complete()

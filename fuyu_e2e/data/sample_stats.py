@@ -32,12 +32,12 @@ class SampleStats:
     """One sample for each reason, in words: the first that was met."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts as primitives."""
+        """Returns the counts as primitives."""
         return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_dict(cls, counts: dict[str, Any]) -> "SampleStats":
-        """The stats that `to_dict` described."""
+        """Returns the stats that `to_dict` described."""
         stats = cls()
         for name, value in counts.items():
             setattr(stats, name, type(getattr(stats, name))(value))
@@ -61,7 +61,7 @@ class SampleStats:
         self.examples = other.examples | self.examples
 
     def take(self) -> "SampleStats":
-        """The counts so far, which start from zero again here."""
+        """Returns the counts so far, which start from zero again here."""
         taken = replace(self)
         self.read = self.used = self.tokens_cut = 0
         self.skipped, self.examples = Counter(), {}

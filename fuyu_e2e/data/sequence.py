@@ -78,7 +78,7 @@ class TokenSequence:
         ]
 
     def cut(self, budget: int) -> "TokenSequence | None":
-        """The longest valid beginning of at most `budget` tokens; None where nothing in it could be learnt.
+        """Returns the longest valid beginning of at most `budget` tokens; None where nothing in it could be learnt.
 
         A cut never goes through an image: one that doesn't fit goes whole, with all behind it. What is cut off
         had an end of document, so the beginning has none.
@@ -123,7 +123,7 @@ class SequenceBuilder:
     """Views and tokens of an image, as the model's connector asks for."""
 
     def build(self, document: Document) -> TokenSequence:
-        """The sequence that a model learns from.
+        """Returns the sequence that a model learns from.
 
         Raises:
             UnusableSampleError: An image can't be used (see `fuyu_e2e.data.image`), or no token carries loss
@@ -136,7 +136,8 @@ class SequenceBuilder:
         return tokens.sequence(document.key)
 
     def prompt(self, document: Document) -> TokenSequence:
-        """The sequence that a model continues: the document, with an answer begun where its last text asks for one.
+        """Returns the sequence that a model continues: the document, with an answer begun where its last text asks for
+        one.
 
         Raises:
             UnusableSampleError: An image can't be used.
@@ -146,7 +147,8 @@ class SequenceBuilder:
         return tokens.sequence(document.key)
 
     def answered(self, prompt: TokenSequence, answer: str) -> TokenSequence:
-        """What `prompt` gave, with a supervised text and the end of the document behind it, as `build` lays it out."""
+        """Returns what `prompt` gave, with a supervised text and the end of the document behind it, as `build` lays it
+        out."""
         written = [*self.tokenizer.encode(answer), self.tokenizer.eos_id]
         return replace(
             prompt,
@@ -155,7 +157,7 @@ class SequenceBuilder:
         )
 
     def prompts(self, documents: Iterable[Document], stats: SampleStats) -> Iterator[Prompt]:
-        """Each document as a prompt; those whose images can't be used are counted in `stats`."""
+        """Yields each document as a prompt; those whose images can't be used are counted in `stats`."""
         for document in documents:
             try:
                 yield Prompt(document, self.prompt(document.prompt))

@@ -6,7 +6,7 @@ from fuyu_e2e.errors import UserError
 
 
 def shipped(name: str) -> Path:
-    """The path of a shipped file, as `recipes/quickstart.yaml`, in a clone and in an installed wheel alike.
+    """Returns the path of a shipped file, as `recipes/quickstart.yaml`, in a clone and in an installed wheel alike.
 
     Raises:
         UserError: It is in neither place.

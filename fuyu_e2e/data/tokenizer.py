@@ -100,7 +100,7 @@ class Tokenizer:
         return hashlib.sha256(self.model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text; none of them is special but the byte tokens that spell rare letters.
+        """Returns the tokens of a text; none of them is special but the byte tokens that spell rare letters.
 
         Raises:
             UnusableSampleError: `text-not-unicode` for a text with half a surrogate pair.
@@ -116,11 +116,11 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of tokens: the inverse of `encode`. Special tokens other than bytes say nothing."""
+        """Returns the text of tokens: the inverse of `encode`. Special tokens other than bytes say nothing."""
         return self._processor.Decode(list(ids))
 
     def piece(self, token: int) -> str:
-        """A token as a person can read it, `▁` for a space."""
+        """Returns a token as a person can read it, `▁` for a space."""
         return self._processor.IdToPiece(token)
 
     def _id(self, piece: str) -> int | None:
@@ -156,7 +156,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _pieces(line: str) -> Iterator[str]:
-    """A line in pieces that sentencepiece takes, cut before a space where there is one; none of an empty line."""
+    """Yields a line in pieces that sentencepiece takes, cut before a space where there is one; none of an empty
+    line."""
     while len(line) > LINE:
         end = line.rfind(" ", 1, LINE)
         end = end if end > 0 else LINE
@@ -167,7 +168,8 @@ def _pieces(line: str) -> Iterator[str]:
 
 
 def suggest_vocab_size(tokenizer: Tokenizer, texts: Iterable[str]) -> int | None:
-    """The size of a vocabulary whose every merge the texts hold at least `OFTEN` times; None where it is no smaller.
+    """Returns the size of a vocabulary whose every merge the texts hold at least `OFTEN` times; None where it is no
+    smaller.
 
     A multiple of 64, as matrix products like it. A larger vocabulary has tokens that are too rare to be learnt.
 
@@ -184,7 +186,7 @@ def suggest_vocab_size(tokenizer: Tokenizer, texts: Iterable[str]) -> int | None
     fixed = tokenizer.vocab_size - tokenizer.padding - len(merges)
 
     def is_frequent(count: int) -> bool:
-        """Whether the texts hold the last of so many merges often, in the vocabulary that ends with it."""
+        """Returns whether the texts hold the last of so many merges often, in the vocabulary that ends with it."""
         smaller, later = ModelProto.FromString(tokenizer.model), set(merges[count:])
         del smaller.pieces[:]
         smaller.pieces.extend(piece for number, piece in enumerate(model.pieces) if number not in later)

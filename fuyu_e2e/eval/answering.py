@@ -149,7 +149,7 @@ def _score(
 def token_losses(
     model: TrainedModel, sequences: Iterator[TokenSequence], batch_tokens: int
 ) -> Iterator[tuple[TokenSequence, Float32[np.ndarray, " S"]]]:
-    """Each sequence, none longer than a batch, and the loss of its supervised tokens, in nats."""
+    """Yields each sequence, none longer than a batch, and the loss of its supervised tokens, in nats."""
     batch: list[TokenSequence] = []
     for sequence in sequences:
         if batch and sum(map(len, batch)) + len(sequence) > batch_tokens:

@@ -13,13 +13,13 @@ from fuyu_e2e.eval.question import Question
 
 
 def without_images(document: Document) -> Document:
-    """The document with its images left out."""
+    """Returns the document with its images left out."""
     return Document(document.key, tuple(part for part in document.segments if not isinstance(part, Image)))
 
 
 def with_images_of(document: Document, other: Document) -> Document:
-    """The document with the images of another in the place of its own: in order, from the first again where it has
-    fewer."""
+    """Returns the document with the images of another in the place of its own: in order, from the first again where it
+    has fewer."""
     images = cycle([part for part in other.segments if isinstance(part, Image)])
     return Document(
         document.key, tuple(next(images) if isinstance(part, Image) else part for part in document.segments)
@@ -43,7 +43,8 @@ def draw_partners(questions: Sequence[Question], rng: np.random.Generator) -> Ma
 
 
 def share_from_image(score: float, blind: float) -> float | None:
-    """The share of a score that the image brought, (score - blind) / score; None where there is no score to share.
+    """Returns the share of a score that the image brought, (score - blind) / score; None where there is no score to
+    share.
 
     It is below 0 where a metric that should be high is higher blind. Of one that should be low, it is below 0 where
     the image helps: -0.5 says that blind it is half as much again.

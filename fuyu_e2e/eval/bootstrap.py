@@ -16,7 +16,7 @@ def interval(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of a metric's value (Efron and Tibshirani 1993, chapter 13).
+    """Returns the percentile bootstrap interval of a metric's value (Efron and Tibshirani 1993, chapter 13).
 
     Questions about one image are not independent, so images are drawn with replacement, each with all its questions
     (the cluster bootstrap, Davison and Hinkley 1997, section 3.8). What the statistics were made with stays as it is:
@@ -48,5 +48,5 @@ def interval(
 
 
 def _times_drawn(rng: np.random.Generator, images: int) -> Float64[np.ndarray, " images"]:
-    """How often each image is drawn when as many are drawn as there are."""
+    """Returns how often each image is drawn when as many are drawn as there are."""
     return np.bincount(rng.integers(images, size=images), minlength=images).astype(np.float64)

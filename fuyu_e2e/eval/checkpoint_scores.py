@@ -90,7 +90,7 @@ class Told:
 
 
 def run_folder(source: Path) -> Path:
-    """The directory of the run that a checkpoint is of: itself for an exported folder."""
+    """Returns the directory of the run that a checkpoint is of: itself for an exported folder."""
     if is_exported(source):
         return source
     return source.parent.parent if source.parent.name == "checkpoints" else source.parent

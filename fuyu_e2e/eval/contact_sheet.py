@@ -45,7 +45,7 @@ def contact_sheet(cells: Sequence[Cell], path: Path) -> None:
 
 
 def draw_sheet(cells: Sequence[Cell]) -> Pillow.Image:
-    """Each picture enlarged by whole factors, its truth and its reading below, wrong ones in red.
+    """Returns each picture enlarged by whole factors, its truth and its reading below, wrong ones in red.
 
     Where there are questions, they stand above the truth. Texts are cut to the width of a cell.
     """
@@ -80,7 +80,7 @@ def _draw_cell(sheet: Pillow.Image, pen: ImageDraw.ImageDraw, cell: Cell, left: 
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """A text as one line, as much of it as a cell is wide."""
+    """Returns a text as one line, as much of it as a cell is wide."""
     line = " ".join(text[: CELL[0]].splitlines())
     while font.getlength(line) > CELL[0] - 2 * MARGIN:
         line = f"{line.removesuffix('…')[:-1]}…"

@@ -18,7 +18,8 @@ DARK = 128
 
 
 def reading_depths(model: TrainedModel, readings: Sequence[Reading]) -> list[TokenDepth]:
-    """The depth of every token of some prompts and of what the model wrote behind them; none for a dense model."""
+    """Returns the depth of every token of some prompts and of what the model wrote behind them; none for a dense
+    model."""
     if model.decoder.config.routing is None:
         return []
     return [
@@ -28,7 +29,7 @@ def reading_depths(model: TrainedModel, readings: Sequence[Reading]) -> list[Tok
 
 
 def depth_shares(depths: Sequence[TokenDepth]) -> dict[str, float]:
-    """The share of the routed blocks that tokens passed, by kind; patches also apart, with and without ink."""
+    """Returns the share of the routed blocks that tokens passed, by kind; patches also apart, with and without ink."""
     passed = torch.cat([depth.passed for depth in depths], dim=1).float().mean(dim=0).numpy()
     kinds = [np.array(depth.kind_names, dtype=object) for depth in depths]
     for names, depth in zip(kinds, depths, strict=True):
@@ -51,7 +52,7 @@ def depth_table(shares: Mapping[str, float]) -> Table:
 
 
 def has_ink(sequence: TokenSequence) -> Bool[np.ndarray, " P"]:
-    """Whether each patch of pictures of dark ink on light ground holds any of it."""
+    """Returns whether each patch of pictures of dark ink on light ground holds any of it."""
     pixels: UInt8[np.ndarray, "P pixels 3"] = sequence.patches.reshape(len(sequence.patches), -1, 3)
     padding = (pixels == PADDING).all(axis=-1)
     return ((pixels.mean(axis=-1) < DARK) & ~padding).any(axis=-1)

@@ -33,7 +33,7 @@ def read(model: TrainedModel, prompts: Sequence[Prompt], max_new_tokens: int, ba
 
 
 def exact_match(readings: Sequence[Reading]) -> float:
-    """The share of right readings."""
+    """Returns the share of right readings."""
     return sum(reading.right for reading in readings) / len(readings)
 
 
@@ -57,7 +57,7 @@ def exchange_images(documents: Sequence[Document]) -> Iterator[Document]:
 
 
 def chance_of_exchange(documents: Sequence[Document]) -> float:
-    """The exact match of a perfect reader on exchanged images: how often two neighbours share their truth."""
+    """Returns the exact match of a perfect reader on exchanged images: how often two neighbours share their truth."""
     return sum(a.answer == b.answer for a, b in zip(documents, [documents[-1], *documents[:-1]], strict=True)) / len(
         documents
     )

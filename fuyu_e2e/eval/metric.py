@@ -17,7 +17,7 @@ class Score(Protocol):
         ...
 
     def value(self, total: Float64[np.ndarray, "*samples K"]) -> Float64[np.ndarray, "*samples"]:
-        """The score of questions whose statistics add up to `total`; nan where there is none."""
+        """Returns the score of questions whose statistics add up to `total`; nan where there is none."""
         ...
 
 

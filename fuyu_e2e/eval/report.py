@@ -41,7 +41,7 @@ def write_report(
 
 
 def counts(evaluation: Evaluation) -> dict[str, Any]:
-    """What became of every question, in primitives."""
+    """Returns what became of every question, in primitives."""
     return {
         "seed": evaluation.seed,
         "questions": len(evaluation.outcomes),

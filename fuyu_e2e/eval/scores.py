@@ -58,7 +58,7 @@ class Perplexity:
 
 
 def score(evaluation: Evaluation, intervals: bool = True) -> dict[str, MetricScores]:
-    """Every metric of the task; a question that can't be used is wrong.
+    """Returns every metric of the task; a question that can't be used is wrong.
 
     Args:
         evaluation: All outcomes.
@@ -120,7 +120,7 @@ def statistics(evaluation: Evaluation, run: Run) -> dict[str, tuple[Score, Float
 
 
 def _was_asked(evaluation: Evaluation, run: Run) -> bool:
-    """Whether any question was asked in this way."""
+    """Returns whether any question was asked in this way."""
     return run == "image" or evaluation.all_stats[run].used > 0
 
 

@@ -17,7 +17,7 @@ from fuyu_e2e.eval.question import Question
 
 
 def read_shards(shards: str, stats: SampleStats, whole: bool = False) -> Iterator[Question]:
-    """The questions of shards, in stored order: of a conversation one a turn, of all else one a sample.
+    """Yields the questions of shards, in stored order: of a conversation one a turn, of all else one a sample.
 
     Beside what its format has, the JSON of a sample may hold `"groups": {"kind": "relational"}`, `"choices": [...]`
     and `"image": "name"`: samples that share an image name are about one image.
@@ -45,7 +45,7 @@ def read_shards(shards: str, stats: SampleStats, whole: bool = False) -> Iterato
 
 
 def questions(sample: Sample) -> list[Question]:
-    """The questions that a sample asks, its last turn last.
+    """Returns the questions that a sample asks, its last turn last.
 
     Choices are those of one question: of a sample that has some, a turn before the last is a question where its answer
     is one of them.

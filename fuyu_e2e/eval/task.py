@@ -93,7 +93,7 @@ class Task:
         return {name: taken for name, taken in self._takes.items() if name not in ("prompt", "stats", "whole")}
 
     def questions(self, stats: SampleStats) -> Iterator[Question]:
-        """All questions, in stored order; what can't be read as one is counted in `stats`.
+        """Returns all questions, in stored order; what can't be read as one is counted in `stats`.
 
         Raises:
             UserError: A file is missing, or not of the format.
@@ -131,7 +131,7 @@ def load_task(named: str, data: Mapping[str, str] | None = None) -> Task:
 
 
 def _checked(settings: Any, folder: Path, data: Mapping[str, str]) -> dict[str, Any]:
-    """The settings of a file, of the types that a task has, with data that stands where the file does."""
+    """Returns the settings of a file, of the types that a task has, with data that stands where the file does."""
     kinds = {"data": dict, "max_new_tokens": int, "metrics": list, "groups": list}
     known = [entry.name for entry in fields(Task) if entry.name != "name"]
     if not isinstance(settings, dict) or "format" not in settings:

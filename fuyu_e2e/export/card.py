@@ -47,7 +47,7 @@ print(processor.decode(tokens, skip_special_tokens=True))"""
 
 
 def find_recipe(source: Path) -> str | None:
-    """The recipe of the run that a checkpoint lies in, or of an exported folder; None where there is none."""
+    """Returns the recipe of the run that a checkpoint lies in, or of an exported folder; None where there is none."""
     for place in (source / "recipe.yaml", source.parent / "config.yaml", source.parent.parent / "config.yaml"):
         if place.is_file():
             return place.read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def find_recipe(source: Path) -> str | None:
 
 
 def uses_of(documents: Mapping[str, int]) -> list[Use]:
-    """How a model is prompted that was trained on documents of such kinds; both ways where they don't tell.
+    """Returns how a model is prompted that was trained on documents of such kinds; both ways where they don't tell.
 
     A text that follows an image in an interleaved document is begun like a caption.
     """
@@ -73,7 +73,7 @@ def card(
     for_transformers: bool,
     question: str = QUESTION,
 ) -> str:
-    """The text of the card, with the front matter that the Hugging Face Hub reads.
+    """Returns the text of the card, with the front matter that the Hugging Face Hub reads.
 
     Args:
         stored: The model.

@@ -21,7 +21,7 @@ RECIPE = "recipe.yaml"
 
 
 def chosen_checkpoint(path: Path) -> tuple[Path, str]:
-    """Which checkpoint is exported of what the user names, and the reason as it is printed.
+    """Returns which checkpoint is exported of what the user names, and the reason as it is printed.
 
     Of a run's directory it is the best by validation, if any checkpoint records its own figure; a checkpoint or an
     exported folder is taken as it is.
@@ -117,7 +117,7 @@ def import_folder(source: Path, out: Path, tokenizer: Path | None = None) -> Sto
 
 
 def finetuning_recipe(stored: StoredModel, out: Path) -> str:
-    """A recipe that goes on training a model which was exported to `out`."""
+    """Returns a recipe that goes on training a model which was exported to `out`."""
     images = stored.metadata.images
     decoder = {name: value for name, value in stored.metadata.config.to_dict().items() if value is not None}
     model: dict[str, Any] = {"weights": str(out), "decoder": decoder}

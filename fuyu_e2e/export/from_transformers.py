@@ -55,7 +55,7 @@ def read_transformers(folder: Path, tokenizer: Path | None = None) -> StoredMode
 
 
 def decoder_config(folder: Path) -> FuyuConfig:
-    """The decoder that the `config.json` of a folder describes, whichever version of transformers wrote it.
+    """Returns the decoder that the `config.json` of a folder describes, whichever version of transformers wrote it.
 
     Raises:
         UserError: It describes another kind of model, or one that computes something that no dialect does.
@@ -119,7 +119,7 @@ def decoder_config(folder: Path) -> FuyuConfig:
 
 
 def _masks(text: Any, path: Path) -> tuple[AttentionMask, ...]:
-    """The shortest pattern that gives every block of the text model its mask."""
+    """Returns the shortest pattern that gives every block of the text model its mask."""
     kinds, window = text.layer_types, text.sliding_window
     if unknown := set(kinds) - {SLIDING, FULL}:
         raise UserError(
@@ -147,7 +147,7 @@ def _completed(settings: dict[str, Any], path: Path) -> Any:
 
 
 def _image_policy(folder: Path, patch_size: int) -> ImagePolicy:
-    """How the folder's processor scales images, as a policy whose budget holds all that fit."""
+    """Returns how the folder's processor scales images, as a policy whose budget holds all that fit."""
     source, size = folder / "preprocessor_config.json", RELEASED_SIZE
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():

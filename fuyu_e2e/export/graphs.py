@@ -23,7 +23,7 @@ Outputs = tuple[Tensor, list[Tensor], list[Tensor]]
 
 @torch.no_grad()
 def export_prefill(decoder: Decoder, *, tokens: int, patches: int, capacity: int) -> ExportedProgram:
-    """The graph that reads one prompt.
+    """Returns the graph that reads one prompt.
 
     Its inputs are token ids, raw patches and the positions of the patches, as `pack_row` lays them out.
 
@@ -62,7 +62,7 @@ def export_prefill(decoder: Decoder, *, tokens: int, patches: int, capacity: int
 
 @torch.no_grad()
 def export_decode_step(decoder: Decoder, *, sequences: int, capacity: int) -> ExportedProgram:
-    """The graph that reads one more token of each sequence.
+    """Returns the graph that reads one more token of each sequence.
 
     Its inputs are these tokens, how many tokens each sequence has in the cache, keys and values.
 

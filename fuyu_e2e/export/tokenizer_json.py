@@ -56,7 +56,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer:
 
 
 def read_fast_tokenizer(path: Path, tokenizer: Tokenizer) -> FastTokenizer:
-    """The fast tokenizer in a file, which is to stand for ours.
+    """Returns the fast tokenizer in a file, which is to stand for ours.
 
     Raises:
         UserError: It can't be read, or gives special tokens other ids.
@@ -84,7 +84,7 @@ def _spelled(piece: ModelProto.SentencePiece) -> str:
 
 
 def _merges(model: ModelProto) -> list[tuple[str, str]]:
-    """All pairs that make up a piece, in the order in which sentencepiece prefers the pieces."""
+    """Returns all pairs that make up a piece, in the order in which sentencepiece prefers the pieces."""
     spelled = [_spelled(piece) for piece in sorted(filter(_is_text, model.pieces), key=lambda piece: -piece.score)]
     known = set(spelled)
     return [

@@ -143,7 +143,7 @@ def from_transformers(weights: Mapping[str, Tensor], config: FuyuConfig) -> dict
 def transformers_config(
     config: FuyuConfig, *, patch_id: int, bos_id: int, eos_id: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What goes into transformers' `config.json`.
+    """Returns what goes into transformers' `config.json`.
 
     Raises:
         UserError: The decoder computes what no text model of transformers does, or its images pass more than one
@@ -213,7 +213,7 @@ def largest_size(images: ImagePolicy) -> tuple[int, int]:
 
 
 def scales_alike(images: ImagePolicy) -> bool:
-    """Whether transformers' processor gives every image the size that ours gives it."""
+    """Returns whether transformers' processor gives every image the size that ours gives it."""
     if images.max_size is None:
         return False
     height, width = images.max_size

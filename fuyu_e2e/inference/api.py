@@ -13,7 +13,7 @@ __all__ = ["Processor", "Sampling", "generate", "load"]
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, Processor]:
-    """A trained model and what makes its prompts.
+    """Returns a trained model and what makes its prompts.
 
     Args:
         path: A checkpoint, one file or sharded; a run's directory, for its newest checkpoint; or an exported folder.

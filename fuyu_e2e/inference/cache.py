@@ -62,7 +62,7 @@ class DenseBlockCache:
 
 
 def slots_of(places: Int64[Tensor, " n"], size: int, mask: AttentionMask) -> Int64[Tensor, " n"]:
-    """Where the tokens of these places go: to the place itself, or round the ring after the sinks."""
+    """Returns where the tokens of these places go: to the place itself, or round the ring after the sinks."""
     if mask.room is None or size < mask.room:
         return places
     return torch.where(places < mask.sinks, places, mask.sinks + (places - mask.sinks) % (size - mask.sinks))
@@ -71,7 +71,8 @@ def slots_of(places: Int64[Tensor, " n"], size: int, mask: AttentionMask) -> Int
 def rows_of(
     sequence: Int64[Tensor, " n"], places: Int64[Tensor, " n"], block: DenseBlockCache, mask: AttentionMask
 ) -> Int64[Tensor, " nG"]:
-    """Where tokens go in a dense block's room seen as one long list of heads; the same for blocks of the same mask."""
+    """Returns where tokens go in a dense block's room seen as one long list of heads; the same for blocks of the same
+    mask."""
     kv_heads, size = block.keys.shape[1:3]
     heads = torch.arange(kv_heads, device=sequence.device)
     slots = slots_of(places, size, mask)
@@ -190,7 +191,7 @@ class KeyValueCache:
         return [block for block in self.blocks if isinstance(block, DenseBlockCache)]
 
     def dense_of(self, mask: AttentionMask) -> DenseBlockCache | None:
-        """The cache of a dense block with a mask; None where there is none."""
+        """Returns the cache of a dense block with a mask; None where there is none."""
         of_mask = (block for block, own in zip(self.blocks, self.block_masks, strict=True) if own == mask)
         return next((block for block in of_mask if isinstance(block, DenseBlockCache)), None)
 

@@ -117,7 +117,8 @@ class PrefillAttention(RowAttention):
         return attended
 
     def _shown(self, store: Float[Tensor, "B G slots K"], new: Float[Tensor, "T G K"]) -> Float[Tensor, "S G K"]:
-        """What the cache holds of a continued document, and what is new; read before the ring takes the latter."""
+        """Returns what the cache holds of a continued document, and what is new; read before the ring takes the
+        latter."""
         if self.piece.known is None:
             return new
         old = store[self.first].index_select(1, self.piece.known).transpose(0, 1)
@@ -173,7 +174,7 @@ def decode_attention(
 def _hidden(
     block: DenseBlockCache, mask: AttentionMask, lengths: Int64[Tensor, " B"], places: int
 ) -> Bool[Tensor, "B 1 1 slots"]:
-    """Which of a dense block's first slots the new tokens don't see, once they are written themselves."""
+    """Returns which of a dense block's first slots the new tokens don't see, once they are written themselves."""
     size = block.keys.shape[2]
     slots, at = torch.arange(min(places, size), device=lengths.device), lengths.view(-1, 1, 1, 1)
     if type(mask) is AttentionMask:  # the ring holds what it shows, no more

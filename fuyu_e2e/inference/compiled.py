@@ -28,7 +28,8 @@ _packed: WeakKeyDictionary[Decoder, PackedDecoder] = WeakKeyDictionary()
 
 
 def compiled_cache(decoder: Decoder, sequences: int, capacity: int) -> KeyValueCache:
-    """An empty cache for `compiled_step`. It is the one of the decoder's last call where that has the same shape.
+    """Returns an empty cache for `compiled_step`. It is the one of the decoder's last call where that has the same
+    shape.
 
     Raises:
         UserError: Only some tokens pass one of the decoder's blocks.

@@ -54,7 +54,7 @@ def depth_map(depth: TokenDepth, tokenizer: Tokenizer) -> Pillow.Image:
 
 
 def colour(share: float) -> tuple[int, int, int]:
-    """The colour of a share between 0 and 1."""
+    """Returns the colour of a share between 0 and 1."""
     for (low, start), (high, end) in itertools.pairwise(SCALE):
         if share <= high:
             part = (share - low) / (high - low)
@@ -64,7 +64,8 @@ def colour(share: float) -> tuple[int, int, int]:
 
 
 def _images(depth: TokenDepth) -> list[tuple[UInt8[np.ndarray, "H W 3"], Float[np.ndarray, "rows cols"]]]:
-    """The pixels of each view of each image, and the share of the routed blocks that each of its patches passed.
+    """Returns the pixels of each view of each image, and the share of the routed blocks that each of its patches
+    passed.
 
     None where images have another number of embeddings than of patches, which then have no shares of their own.
     """
@@ -104,7 +105,7 @@ def _panel(pixels: UInt8[np.ndarray, "H W 3"], shares: Float[np.ndarray, "rows c
 def _lines(
     depth: TokenDepth, tokenizer: Tokenizer, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> list[list[tuple[str, float]]]:
-    """The tokens that are no part of an image, broken into lines, each with its share."""
+    """Returns the tokens that are no part of an image, broken into lines, each with its share."""
     inside = {place for span in depth.sequence.images for place in range(span.start, span.stop)}
     tokens = [*depth.sequence.tokens.tolist(), *depth.continuation]
     lines: list[list[tuple[str, float]]] = [[]]

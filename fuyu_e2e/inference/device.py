@@ -9,7 +9,7 @@ AUTO = "auto"
 
 
 def find_device(named: str) -> torch.device:
-    """The device of a name, as `auto`, `cpu` or `cuda:1`.
+    """Returns the device of a name, as `auto`, `cpu` or `cuda:1`.
 
     Raises:
         UserError: This machine doesn't have it.
@@ -28,7 +28,7 @@ def find_device(named: str) -> torch.device:
 
 
 def product_type(device: torch.device) -> torch.dtype:
-    """The type in which a command multiplies on a device: bfloat16 on GPUs that have it, float32 elsewhere."""
+    """Returns the type in which a command multiplies on a device: bfloat16 on GPUs that have it, float32 elsewhere."""
     if device.type != "cuda":
         return torch.float32
     with torch.cuda.device(device):

@@ -209,7 +209,8 @@ def prefill(
 
 
 def _bounds(length: int, step: int, whole: tuple[tuple[int, int], ...]) -> list[int]:
-    """Where pieces of about `step` tokens begin and end in a row, none of them within what has to stay whole."""
+    """Returns where pieces of about `step` tokens begin and end in a row, none of them within what has to stay
+    whole."""
     bounds = [0]
     while bounds[-1] < length:
         stop = min(length, bounds[-1] + step)

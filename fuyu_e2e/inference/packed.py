@@ -64,7 +64,7 @@ class PackedDecoder:
 
     @staticmethod
     def serves(decoder: Decoder) -> bool:
-        """Whether this machine packs the decoder's weights."""
+        """Returns whether this machine packs the decoder's weights."""
         weight = decoder.embed_tokens.weight
         return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 

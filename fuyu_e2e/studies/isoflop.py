@@ -126,7 +126,7 @@ class StoredRows(FuyuDataModule):
         self.rows = list(islice(self.stream("train").rows(), count))
 
     def train_dataloader(self) -> DataLoader:  # type: ignore[override]
-        """The stored rows, from the first on."""
+        """Returns the stored rows, from the first on."""
         return DataLoader(Rows(self.rows), batch_size=None)
 
 
@@ -165,7 +165,7 @@ def prepare(
 
 
 def stored_rows(folder: Path, seed: int, row_tokens: int) -> StoredRows:
-    """The digits that `prepare` wrote, in the order of another seed."""
+    """Returns the digits that `prepare` wrote, in the order of another seed."""
     return StoredRows(
         str(folder / "tokenizer.model"),
         DENSE.patch_size,
@@ -189,7 +189,7 @@ def _row_cost(config: FuyuConfig, row: PackedBatch, done: float) -> int:
 
 
 def _steps(config: FuyuConfig, budget: int, sample: list[PackedBatch]) -> int:
-    """How many steps cost what `budget` steps of the dense decoder do, the annealing counted in."""
+    """Returns how many steps cost what `budget` steps of the dense decoder do, the annealing counted in."""
     dense = sum(_row_cost(DENSE, row, 1.0) for row in sample)
     annealed = config.routing.dense(None) if config.routing is not None else 0.0
     routed = sum(
@@ -245,6 +245,6 @@ def _train(name: str, budget: int, seed: int, steps: int, data: StoredRows, fold
 
 @torch.no_grad()
 def held_out_loss(decoder: Decoder, data: StoredRows) -> float:
-    """The mean over supervised tokens of the test pictures."""
+    """Returns the mean over supervised tokens of the test pictures."""
     rows = [row.batch for row in data.stream("val").rows()]
     return sum(float(decoder.loss(row)) for row in rows) / sum(len(row.targets) for row in rows)

@@ -89,7 +89,7 @@ def optimizers(args: Sequence[str]) -> None:
 
 
 def _tune(runs: "Runs", name: str, steps: int) -> dict[str, Any]:
-    """The settings whose run ends at the lowest loss."""
+    """Returns the settings whose run ends at the lowest loss."""
     rated = [(runs.loss(name, settings, steps, TUNING_SEED), settings) for settings in RATES[name]]
     best = min(rated, key=lambda run: run[0])[1]
     varied = [{**best, **other} for other in OTHERS[name]]
@@ -116,7 +116,7 @@ class Runs:
         self._data: dict[int, StoredRows] = {}
 
     def loss(self, name: str, settings: Mapping[str, Any], steps: int, seed: int) -> float:
-        """The held-out loss that a run ends at; weights and the order of pictures are the seed's."""
+        """Returns the held-out loss that a run ends at; weights and the order of pictures are the seed's."""
         what = {"optimizer": name, "settings": json.loads(json.dumps(settings)), "steps": steps, "seed": seed}
         for run in self._matching(what):
             return float(run["loss"])

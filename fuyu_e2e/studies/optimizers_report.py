@@ -15,7 +15,8 @@ from fuyu_e2e.bench.plots import draw_picture
 
 
 def steps_to(target: float, losses: Mapping[int, float]) -> float | None:
-    """The length of a run that ends at the loss `target`, by the losses at some lengths; None where none got there.
+    """Returns the length of a run that ends at the loss `target`, by the losses at some lengths; None where none got
+    there.
 
     Between two lengths the loss goes along a line, both on logarithmic scales; where it goes up and down, the first
     that gets there counts. At most the shortest length where that is already below.

@@ -54,7 +54,7 @@ class Workplace:
         return self.root / "fuyu-digits"
 
     def pattern(self, split: str) -> str:
-        """The shards of a split."""
+        """Returns the shards of a split."""
         return str(self.data / f"{split}-*.tar")
 
 
@@ -109,12 +109,12 @@ def prepare(place: Workplace, seed: int, pictures: int, test_pictures: int) -> N
 
 
 def documents(shards: Iterable[Path]) -> Iterable[Document]:
-    """All documents of some shards."""
+    """Returns all documents of some shards."""
     return (document for shard in shards for document in read_documents(shard, SampleStats()))
 
 
 def recipe_settings(place: Workplace, recipe: str, seed: int, max_steps: int | None) -> list[str]:
-    """What `fuyu-e2e fit` is told, with a recipe that is a file or shipped.
+    """Returns what `fuyu-e2e fit` is told, with a recipe that is a file or shipped.
 
     Raises:
         UserError: It is neither.
@@ -162,12 +162,12 @@ def score(model: TrainedModel, place: Workplace) -> tuple[dict[str, Any], list[R
 
 
 def read_all(model: TrainedModel, asked: list[Document]) -> list[Reading]:
-    """What the model reads in each picture."""
+    """Returns what the model reads in each picture."""
     return read(model, list(model.builder.prompts(asked, SampleStats())), MAX_NEW_TOKENS)
 
 
 def cell(reading: Reading) -> Cell:
-    """A reading as it stands on the contact sheet."""
+    """Returns a reading as it stands on the contact sheet."""
     return Cell(reading.prompt.sequence.unpadded_pictures[0], reading.prompt.truth, reading.text)
 
 

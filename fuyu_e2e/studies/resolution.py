@@ -136,7 +136,7 @@ def _train(folder: Path, data: Path, name: str, seed: int, max_steps: int | None
 
 
 def stretched(config: FuyuConfig, factor: float) -> FuyuConfig:
-    """The decoder with its slowest rotary wave `factor` times as long, and its fastest as it is.
+    """Returns the decoder with its slowest rotary wave `factor` times as long, and its fastest as it is.
 
     "NTK-aware" scaling (Peng et al. 2023, arXiv 2309.00071, section 3.1): the base grows by factor^(d / (d - 2)),
     where d is how many values of a head are turned. Nothing but the base changes, so an export computes the same.

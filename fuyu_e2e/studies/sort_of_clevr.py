@@ -58,7 +58,7 @@ def sort_of_clevr(args: Sequence[str]) -> None:
 
 
 def read_questions(pattern: str, images: int) -> list[Question]:
-    """The questions about the first so many pictures.
+    """Returns the questions about the first so many pictures.
 
     Raises:
         UserError: No shard is there, or one holds what is no question.
@@ -76,7 +76,7 @@ def read_questions(pattern: str, images: int) -> list[Question]:
 
 
 def score_run(run: Path, questions: Sequence[Question], images: int, last_images: int) -> dict[str, Any]:
-    """The settings of a run and its curve.
+    """Returns the settings of a run and its curve.
 
     Raises:
         UserError: It kept no checkpoint.
@@ -101,7 +101,7 @@ def score_run(run: Path, questions: Sequence[Question], images: int, last_images
 
 @torch.inference_mode()
 def score(model: TrainedModel, questions: Sequence[Question]) -> dict[str, float]:
-    """The share of right answers in each group that has any."""
+    """Returns the share of right answers in each group that has any."""
     right: dict[str, list[bool]] = {}
     builder = model.builder
     for start in range(0, len(questions), BATCH):

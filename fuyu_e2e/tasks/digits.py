@@ -55,7 +55,8 @@ class Scans:
 
 @cache
 def load_scans(split: Split) -> Scans:
-    """The scans of a split: 1,497 to train on, 150 to validate on, 150 to test on; no scan is in two of them."""
+    """Returns the scans of a split: 1,497 to train on, 150 to validate on, 150 to test on; no scan is in two of
+    them."""
     with gzip.open(shipped("data/digits/digits.csv.gz"), "rt") as file:
         rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)
     order = np.random.default_rng(0).permutation(len(rows))
@@ -75,7 +76,7 @@ class Box:
 
 
 def is_new_size(height: int, width: int) -> bool:
-    """Whether pictures of this size are kept from training: every fifth patch grid, on the diagonals."""
+    """Returns whether pictures of this size are kept from training: every fifth patch grid, on the diagonals."""
     rows, cols = -(-height // PATCH_SIZE), -(-width // PATCH_SIZE)
     return (rows + 2 * cols) % 5 == 0
 
@@ -90,7 +91,7 @@ def draw_size(rng: np.random.Generator, digits: int, new_sizes: bool) -> tuple[i
 
 
 def possible_lines(digits: int, height: int, width: int) -> list[int]:
-    """The numbers of lines on which so many digits fit at their smallest."""
+    """Returns the numbers of lines on which so many digits fit at their smallest."""
     smallest = DIGIT_HEIGHTS[0]
     return [
         lines
@@ -129,7 +130,8 @@ def _spread(rng: np.random.Generator, lengths: Sequence[int], room: int) -> list
 def compose(
     rng: np.random.Generator, scans: Scans, digits: int, height: int, width: int, warp: bool
 ) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
-    """A picture of `digits` scans and the digits it holds, in reading order; `warp` turns and shears each a little."""
+    """Returns a picture of `digits` scans and the digits it holds, in reading order; `warp` turns and shears each a
+    little."""
     chosen = rng.integers(len(scans.labels), size=digits)
     ink = np.zeros((height, width), np.float32)
     for scan, box in zip(chosen, lay_out(rng, digits, height, width), strict=True):
@@ -159,7 +161,7 @@ def _draw(rng: np.random.Generator, scan: UInt8[np.ndarray, "8 8"], box: Box, wa
 def _colours(
     rng: np.random.Generator, height: int, width: int
 ) -> tuple[Float[np.ndarray, "H W 3"], Float[np.ndarray, " 3"]]:
-    """A light ground that runs from one tint to another, and a dark ink."""
+    """Returns a light ground that runs from one tint to another, and a dark ink."""
     start, end, ink = *rng.uniform(165, 255, (2, 3)), rng.uniform(0, 90, 3)
     direction = rng.uniform(-1, 1, 2)
     across = direction[0] * np.linspace(0, 1, height)[:, None] + direction[1] * np.linspace(0, 1, width)

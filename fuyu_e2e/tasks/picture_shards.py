@@ -63,7 +63,7 @@ def _write_shard(samples: Samples, path: Path, numbers: range) -> None:
 
 
 def jpeg(pixels: UInt8[ndarray, "H W 3"]) -> bytes:
-    """A picture as a JPEG file whose colours are as fine as its brightness."""
+    """Returns a picture as a JPEG file whose colours are as fine as its brightness."""
     file = io.BytesIO()
     Pillow.fromarray(pixels).save(file, "JPEG", quality=92, subsampling=0)
     return file.getvalue()

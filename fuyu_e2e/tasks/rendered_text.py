@@ -88,7 +88,7 @@ HELD_OUT_FONTS = {
 
 
 def find_fonts(split: Split, folder: Path = FONT_FOLDER) -> tuple[Path, ...]:
-    """The files of a split's fonts that are installed, by name.
+    """Returns the files of a split's fonts that are installed, by name.
 
     Raises:
         UserError: None is.
@@ -106,7 +106,8 @@ def find_fonts(split: Split, folder: Path = FONT_FOLDER) -> tuple[Path, ...]:
 
 @cache
 def load_words(split: Split) -> tuple[str, ...]:
-    """The words of a split: of ten, eight to train on, one to validate and one to test with, by their checksums.
+    """Returns the words of a split: of ten, eight to train on, one to validate and one to test with, by their
+    checksums.
 
     Those of `letters` are the letters of the alphabet.
     """
@@ -120,7 +121,7 @@ def load_words(split: Split) -> tuple[str, ...]:
 
 
 def height_bin(height: int) -> str:
-    """The bin of a height, as `08-09`, so that bins sort as text.
+    """Returns the bin of a height, as `08-09`, so that bins sort as text.
 
     Raises:
         ValueError: It lies in none.
@@ -133,14 +134,15 @@ def height_bin(height: int) -> str:
 
 @cache
 def sized_font(path: Path, height: int) -> ImageFont.FreeTypeFont:
-    """A font in the size, in half points, whose capitals are rendered so many pixels high, or as near as it comes."""
+    """Returns a font in the size, in half points, whose capitals are rendered so many pixels high, or as near as it
+    comes."""
     sizes = np.arange(height, 3 * height, 0.5)
     fonts = {float(size): ImageFont.truetype(str(path), float(size)) for size in _around(path, height, sizes)}
     return min(fonts.values(), key=lambda font: abs(capital_height(font) - height))
 
 
 def _around(path: Path, height: int, sizes: Float[np.ndarray, " sizes"]) -> Float[np.ndarray, " near"]:
-    """The sizes near that which the font's proportions ask for."""
+    """Returns the sizes near that which the font's proportions ask for."""
     proportion = capital_height(ImageFont.truetype(str(path), 200)) / 200
     return sizes[np.abs(sizes - height / proportion) <= 1.5]
 
@@ -152,7 +154,7 @@ def capital_height(font: ImageFont.FreeTypeFont) -> int:
 
 
 def render(word: str, font: ImageFont.FreeTypeFont, angle: float) -> UInt8[np.ndarray, "h w"]:
-    """A word's ink, 0 to 255, turned by `angle` degrees against the clock; one pixel around it is empty."""
+    """Returns a word's ink, 0 to 255, turned by `angle` degrees against the clock; one pixel around it is empty."""
     left, top, right, bottom = font.getbbox(word)
     # Half the letters' height around it, for what a turned word and a slanting letter need.
     room = 2 + round(bottom - top) // 2
@@ -165,7 +167,8 @@ def render(word: str, font: ImageFont.FreeTypeFont, angle: float) -> UInt8[np.nd
 
 
 def compose(rng: np.random.Generator, ink: UInt8[np.ndarray, "h w"], height: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The ink in a colour on a ground that runs from one tint to another, with margins of up to half a letter."""
+    """Returns the ink in a colour on a ground that runs from one tint to another, with margins of up to half a
+    letter."""
     top, bottom, left, right = rng.integers(0, max(2, height // 2) + 1, 4)
     covered = np.pad(ink, ((top, bottom), (left, right)))[:, :, None].astype(np.float32) / 255
     colour, ground = _colours(rng, *covered.shape[:2])
@@ -177,7 +180,7 @@ def compose(rng: np.random.Generator, ink: UInt8[np.ndarray, "h w"], height: int
 def _colours(
     rng: np.random.Generator, height: int, width: int
 ) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "H W 3"]]:
-    """An ink and a ground, either the darker, whose brightness differs enough at both ends of the ground."""
+    """Returns an ink and a ground, either the darker, whose brightness differs enough at both ends of the ground."""
     while True:
         ink, start = rng.uniform(0, 255, (2, 3))
         end = (start + rng.uniform(-40, 40, 3)).clip(0, 255)
@@ -211,7 +214,7 @@ class Pictures:
     fonts: tuple[Path, ...]
 
     def sample(self, number: int) -> Rendered:
-        """A picture, which depends on nothing but these and its number."""
+        """Returns a picture, which depends on nothing but these and its number."""
         rng = np.random.default_rng([self.seed, zlib.crc32(self.split.encode()), number])
         words = load_words(self.split)
         word = words[rng.integers(len(words))]

@@ -70,7 +70,8 @@ class Scene:
 
 
 def is_trained(height: int, width: int, longest: int = LONGEST) -> Trained:
-    """Whether pictures of a size are trained on, where the longest side is so long, or how they lie to those."""
+    """Returns whether pictures of a size are trained on, where the longest side is so long, or how they lie to
+    those."""
     if max(height, width) > longest:
         return "beyond"
     rows, cols = -(-height // PATCH_SIZE), -(-width // PATCH_SIZE)
@@ -103,7 +104,7 @@ def draw_scene(rng: np.random.Generator, scans: Scans, warp: bool) -> Scene:
 
 
 def draw(scene: Scene, height: int, width: int, rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
-    """The scene as a picture of any size; `rng` gives the noise."""
+    """Returns the scene as a picture of any size; `rng` gives the noise."""
     angle, shear = scene.warp
     tall = scene.tall * min(height, width)
     centre = [
@@ -140,7 +141,8 @@ class Pictures:
     """Side that all are squashed to, whatever their size, as encoders of one fixed resolution need it."""
 
     def sample(self, number: int) -> tuple[Size, Scene, UInt8[np.ndarray, "H W 3"]]:
-        """A picture with its native size and its scene, which depends on nothing but split, seed and number."""
+        """Returns a picture with its native size and its scene, which depends on nothing but split, seed and
+        number."""
         identity = [self.seed, zlib.crc32(self.split.encode()), number]
         scene = draw_scene(np.random.default_rng(identity), load_scans(self.split), warp=self.split == "train")
         rng = np.random.default_rng([*identity, 1])

@@ -68,7 +68,7 @@ class Thing:
     """Of its middle pixel."""
 
     def distance(self, other: "Thing") -> int:
-        """The square of the distance to another's middle, in pixels."""
+        """Returns the square of the distance to another's middle, in pixels."""
         return (self.row - other.row) ** 2 + (self.column - other.column) ** 2
 
 
@@ -170,7 +170,7 @@ def _free_place(rng: np.random.Generator, scene: Sequence[Thing], room: int) -> 
 
 
 def _tied(scene: Scene, asked: Thing) -> bool:
-    """Whether objects of both shapes are the closest to one, or the furthest."""
+    """Returns whether objects of both shapes are the closest to one, or the furthest."""
     return any(_lead(scene, form, asked) == 0 for form in FORMS)
 
 
@@ -185,7 +185,8 @@ def draw_questions(rng: np.random.Generator, scene: Scene) -> list[Asked]:
 
 
 def close_calls(scene: Scene) -> list[Asked]:
-    """All questions of distance about a scene that a model answers only if it knows to some pixels where objects are.
+    """Returns all questions of distance about a scene that a model answers only if it knows to some pixels where
+    objects are.
 
     Of the questions of distance about pictures of six objects they are three in ten, and most of those that a trained
     model gets wrong.
@@ -199,7 +200,7 @@ def _askable(scene: Scene) -> list[str]:
 
 
 def ask(scene: Scene, form: str, thing: Thing) -> Asked:
-    """A question about an object, with its answer."""
+    """Returns a question about an object, with its answer."""
     text, answer = FORMS[form].text.format(thing.colour), FORMS[form].answer(scene, thing)
     return Asked(form, text, answer, _lead(scene, form, thing))
 
@@ -219,7 +220,7 @@ def _lead(scene: Scene, form: str, asked: Thing) -> float | None:
 
 
 def render(scene: Scene) -> UInt8[np.ndarray, "H W 3"]:
-    """The picture of some objects."""
+    """Returns the picture of some objects."""
     pixels = np.full((side(len(scene)), side(len(scene)), 3), GROUND, np.uint8)
     for thing in scene:
         rows, columns = (slice(middle - RADIUS, middle + RADIUS + 1) for middle in (thing.row, thing.column))

@@ -13,7 +13,7 @@ from fuyu_e2e.errors import UserError
 
 
 def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None:
-    """What a command of Lightning's reads, by the checkpoint that was named for it.
+    """Returns what a command of Lightning's reads, by the checkpoint that was named for it.
 
     `last` is the newest checkpoint of the run that is right, `best` the one with the best figure; a directory names
     the newest in it. The checkpoint is read here once, before Lightning does, whose errors are tracebacks.
@@ -78,7 +78,7 @@ def _begin_instead(command: str, run: Path) -> None:
 
 
 def _without_manifest(run: Path) -> Path | None:
-    """A checkpoint of the run as Lightning alone writes it, if there is one."""
+    """Returns a checkpoint of the run as Lightning alone writes it, if there is one."""
     found = (path for path in (run / CHECKPOINTS).glob("*.ckpt") if not path.name.startswith(UNFINISHED))
     return next(found, None)
 

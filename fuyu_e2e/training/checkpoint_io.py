@@ -98,7 +98,8 @@ class ShardedCheckpointIO(WholeCheckpointIO):
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint that a path names: itself if it is right, or in a folder of checkpoints the newest that is.
+    """Returns the checkpoint that a path names: itself if it is right, or in a folder of checkpoints the newest that
+    is.
 
     One process looks, and all of a run go on from the same.
 
@@ -138,7 +139,7 @@ def _warn_of_a_fault(work: Callable[..., None], *arguments: Any) -> None:
 
 
 def _copy_to_host(state: Any) -> tuple[Any, list[torch.cuda.Event]]:
-    """A copy of a state in the host's memory, and what its readers have to wait for first, where GPUs copy it.
+    """Returns a copy of a state in the host's memory, and what its readers have to wait for first, where GPUs copy it.
 
     Copies are queued on the streams that training computes on: the host doesn't wait, and no later step changes a
     tensor before it is copied.

@@ -48,7 +48,7 @@ class EstimateCLI(FuyuCLI):
         add_estimate_options(parser)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """A trainer that leaves nothing behind; none is needed."""
+        """Returns a trainer that leaves nothing behind; none is needed."""
         return pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
 
 
@@ -165,7 +165,7 @@ def check_counts(trainer: Any, rows_per_step: int | None) -> None:
 
 
 def _row(data: FuyuDataModule, config: FuyuConfig) -> Row:
-    """A row of the run's own data, or an assumed one where the recipe names none."""
+    """Returns a row of the run's own data, or an assumed one where the recipe names none."""
     if not (data.patterns["train"] or data.mixture):
         length = min(ASSUMED_DOCUMENT, data.budget)
         documents = data.budget // length
@@ -198,7 +198,8 @@ def _row(data: FuyuDataModule, config: FuyuConfig) -> Row:
 
 
 def _devices(asked: Any, where: str) -> int:
-    """How many devices a setting of Lightning's names; `auto` is all GPUs of this machine, or one of any other."""
+    """Returns how many devices a setting of Lightning's names; `auto` is all GPUs of this machine, or one of any
+    other."""
     if str(asked).lstrip("-").isdigit() and int(asked) > 0:
         return int(asked)
     if isinstance(asked, str | list) and asked not in ("auto", "-1"):
@@ -207,7 +208,7 @@ def _devices(asked: Any, where: str) -> int:
 
 
 def _says_precision(args: Sequence[str]) -> bool:
-    """Whether the command line, by itself or in a group, or one of its recipes sets `trainer.precision`."""
+    """Returns whether the command line, by itself or in a group, or one of its recipes sets `trainer.precision`."""
     recipes = (yaml.safe_load(Path(path).read_text()) for path in recipes_of(args) if Path(path).is_file())
     groups = [*groups_given("trainer", args), *(recipe.get("trainer") or {} for recipe in recipes)]
     return any(argument.startswith("--trainer.precision") for argument in args) or any(

@@ -17,12 +17,13 @@ Spread = tuple[DeviceMesh, tuple[int, ...]]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies on this device; a change of it changes the tensor."""
+    """Returns what of a tensor lies on this device; a change of it changes the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def weights_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """All that an optimizer updates, in the order that the numbers in its state count, without a walk over modules."""
+    """Returns all that an optimizer updates, in the order that the numbers in its state count, without a walk over
+    modules."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 

@@ -29,7 +29,7 @@ class InspectCLI(FuyuCLI):
         add_inspect_options(parser)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """A trainer that leaves nothing behind; none is needed to look at a sample."""
+        """Returns a trainer that leaves nothing behind; none is needed to look at a sample."""
         return pl.Trainer(logger=False, enable_checkpointing=False)
 
 

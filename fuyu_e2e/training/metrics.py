@@ -28,7 +28,7 @@ class TokenLoss(Metric):
         self.tokens += tokens
 
     def compute(self) -> Tensor:
-        """The mean; nan where no token was seen."""
+        """Returns the mean; nan where no token was seen."""
         return (self.total / self.tokens).float()
 
 
@@ -36,5 +36,5 @@ class TokenPerplexity(TokenLoss):
     """The exponential of the mean loss."""
 
     def compute(self) -> Tensor:
-        """The perplexity; nan where no token was seen."""
+        """Returns the perplexity; nan where no token was seen."""
         return super().compute().exp()

@@ -46,7 +46,8 @@ from fuyu_e2e.training.tensorboard import leave_out_later
 
 
 def steps_between_logs(trainer: pl.Trainer) -> int:
-    """The trainer's `log_every_n_steps`, which Lightning sets without declaring it; for 0 more than a run has."""
+    """Returns the trainer's `log_every_n_steps`, which Lightning sets without declaring it; for 0 more than a run
+    has."""
     return trainer.log_every_n_steps or trainer.max_steps + 1  # type: ignore[attr-defined]
 
 
@@ -276,7 +277,7 @@ class FuyuModule(pl.LightningModule):
         self.figures = self._pending = None
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and the schedule over `trainer.max_steps`."""
+        """Returns the optimizer, and the schedule over `trainer.max_steps`."""
         optimizer = build_optimizer(self.decoder, self.optimizer_config)
         scheduler = ScheduledRate(optimizer, self.schedule, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -286,7 +287,8 @@ class FuyuModule(pl.LightningModule):
         count_steps(self.trainer)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """The summed loss of one micro-batch, its gradient still to be divided by the step's supervised tokens."""
+        """Returns the summed loss of one micro-batch, its gradient still to be divided by the step's supervised
+        tokens."""
         self.decoder.progress = self._progress_after(0)
         self.row = self.decoder.row(batch)
         loss, z_loss = self.decoder.loss_and_z(batch, self.row, with_z=self.z_loss > 0)
@@ -424,7 +426,7 @@ class FuyuModule(pl.LightningModule):
         ]
 
     def continue_prompts(self, prompts: list[Prompt], decoder: Decoder) -> list[str]:
-        """The likeliest continuation of each prompt, as text."""
+        """Returns the likeliest continuation of each prompt, as text."""
         return continue_texts(decoder, self.datamodule.tokenizer, prompts, max_new_tokens=self.max_new_tokens)
 
     def whole_decoder(self) -> Decoder | None:

@@ -59,7 +59,7 @@ class OptimizerConfig:
 
 
 def build_optimizer(decoder: Decoder, config: OptimizerConfig) -> "MuonAdamW":
-    """The optimizer of all weights of `decoder`."""
+    """Returns the optimizer of all weights of `decoder`."""
     in_blocks = {id(weight) for weight in decoder.blocks.parameters() if weight.ndim == 2}
     muon: list[Tensor] = []
     decaying: list[Tensor] = []
@@ -200,14 +200,14 @@ def _orthogonalize_parts(parts: Tensor, like: DTensor) -> Tensor:
 
 
 def _behind_one_more(placement: Placement) -> Placement:
-    """The placement of matrices in a stack of them, by that of each."""
+    """Returns the placement of matrices in a stack of them, by that of each."""
     if isinstance(placement, _StridedShard):
         return _StridedShard(placement.dim + 1, split_factor=placement.split_factor)
     return Shard(placement.dim + 1) if isinstance(placement, Shard) else placement
 
 
 def orthogonalize(matrices: Float[Tensor, "n rows cols"], iterations: int = 5) -> Float[Tensor, "n rows cols"]:
-    """The nearest semi-orthogonal matrices, roughly: singular values end between 0.7 and 1.2.
+    """Returns the nearest semi-orthogonal matrices, roughly: singular values end between 0.7 and 1.2.
 
     The quintic Newton-Schulz iteration with Jordan's coefficients, over all matrices of one shape at once. In
     bfloat16 on CUDA devices, in float32 elsewhere: few CPUs are fast at bfloat16.

@@ -22,7 +22,7 @@ ROWS = "rows of a step (processes x trainer.accumulate_grad_batches)"
 
 
 def training_settings(optimizer: OptimizerConfig, schedule: Schedule, trainer: pl.Trainer) -> dict[str, Any]:
-    """The settings that decide how a step changes weights, by their names in a recipe, in primitives."""
+    """Returns the settings that decide how a step changes weights, by their names in a recipe, in primitives."""
     settings = {f"model.optimizer.{name}": value for name, value in asdict(optimizer).items()}
     settings |= {f"model.schedule.{name}": value for name, value in asdict(schedule).items()}
     rows = DataRank.of(trainer).size * trainer.accumulate_grad_batches

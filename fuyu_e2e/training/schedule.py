@@ -39,7 +39,7 @@ class Schedule:
             )
 
     def factor(self, step: int, steps: int) -> float:
-        """The factor for the update number `step` (from 0) of `steps`."""
+        """Returns the factor for the update number `step` (from 0) of `steps`."""
         done = step / max(1, steps)
         if done < self.warmup:
             return (step + 1) / math.ceil(self.warmup * steps)
@@ -66,7 +66,7 @@ class ScheduledRate(LambdaLR):
         super().__init__(optimizer, lambda step: schedule.factor(step, steps))
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps were done."""
+        """Returns how many steps were done."""
         return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

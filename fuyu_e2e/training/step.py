@@ -42,7 +42,7 @@ class Guard(Protocol):
     """Tells which steps are bad."""
 
     def limits(self) -> tuple[float, float]:
-        """The greatest loss and gradient norm of a good step, both finite: the device compares with these."""
+        """Returns the greatest loss and gradient norm of a good step, both finite: the device compares with these."""
 
     def judge(self, figures: StepFigures) -> None:
         """Hears what each step came to, on all ranks at the same point, before the limits of the next are asked for.
@@ -70,7 +70,7 @@ class StepSums:
         self._tokens += sum(batch.document_lengths)
 
     def over_ranks(self, squared_norm: Float64[Tensor, ""], votes: Mapping[str, bool]) -> Float64[Tensor, " sums"]:
-        """The sums over all ranks, by one collective.
+        """Returns the sums over all ranks, by one collective.
 
         Args:
             squared_norm: This process's part of the squared norm of the gradient of the summed loss.
@@ -86,7 +86,7 @@ class StepSums:
 
 
 def queues(device: torch.device) -> bool:
-    """Whether a device runs asynchronously, so that reading from it waits for all queued work."""
+    """Returns whether a device runs asynchronously, so that reading from it waits for all queued work."""
     return device.type != "cpu"
 
 
@@ -128,7 +128,7 @@ class PendingStep:
             self._copied.record()
 
     def read(self) -> StepFigures:
-        """The figures, for which the host waits until the device has come to where they were copied."""
+        """Returns the figures, for which the host waits until the device has come to where they were copied."""
         if self._copied is not None:
             self._copied.synchronize()
         bad, loss, norm, _, _, _, tokens, *more = self._numbers.tolist()

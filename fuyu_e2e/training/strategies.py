@@ -120,7 +120,7 @@ class Sharded(ModelParallelStrategy):
         return {"num_replicas": replicas * parts, "rank": replica * parts + part}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """What the optimizer keeps of each weight, by its name, and its settings, which name weights too."""
+        """Returns what the optimizer keeps of each weight, by its name, and its settings, which name weights too."""
         optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         names = self._names()
         return {

@@ -12,12 +12,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 def tensorboard_of(trainer: pl.Trainer) -> TensorBoardLogger | None:
-    """The logger that takes texts and pictures, also where a recipe names others before it."""
+    """Returns the logger that takes texts and pictures, also where a recipe names others before it."""
     return next((one for one in trainer.loggers if isinstance(one, TensorBoardLogger)), None)
 
 
 def shown_step(trainer: pl.Trainer) -> int:
-    """Where curves have what belongs to the step that was done last: as Lightning, they count steps from 0."""
+    """Returns where curves have what belongs to the step that was done last: as Lightning, they count steps from 0."""
     return trainer.global_step - 1
 
 

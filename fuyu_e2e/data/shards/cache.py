@@ -43,7 +43,7 @@ class Transfers:
 
 
 def read_bytes(location: str, *, timeout: float = 30.0, attempts: int = 6) -> bytes | None:
-    """The content of a small file, local or remote; None where there is none.
+    """Returns the content of a small file, local or remote; None where there is none.
 
     A store that forbids reading it counts as having none: without the right to list, S3 says so of every missing file.
 
@@ -109,7 +109,7 @@ class ShardCache:
 
     @classmethod
     def at(cls, folder: str = CACHE_FOLDER, gigabytes: float = CACHE_GIGABYTES) -> "ShardCache":
-        """A cache as users name it; `~` is their home."""
+        """Returns a cache as users name it; `~` is their home."""
         return cls(Path(with_home(folder)), int(gigabytes * 1e9))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class ShardCache:
         return replace(self._own().transfers)
 
     def path(self, shard: str, size: int | None = None, sha256: str | None = None) -> Path:
-        """A local file with the shard's content: its own if it is local, else the cache's.
+        """Returns a local file with the shard's content: its own if it is local, else the cache's.
 
         Open it before others are fetched: a file in use may be deleted from the folder, and stays readable.
 

@@ -19,18 +19,18 @@ TEXTS = ("txt", "json")
 
 
 def image_extension(data: bytes) -> str | None:
-    """The extension of an image by its first bytes; None where it is of no kind that is read."""
+    """Returns the extension of an image by its first bytes; None where it is of no kind that is read."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((extension for begins, extension in SIGNATURES.items() if data.startswith(begins)), None)
 
 
 def last_extension(name: str) -> str:
-    """The part of a name after its last dot, in lower case; the whole of a name without a dot."""
+    """Returns the part of a name after its last dot, in lower case; the whole of a name without a dot."""
     return name.rpartition(".")[2].lower()
 
 
 def is_media(extension: str) -> bool:
-    """Whether an extension, which may have several parts, is that of an image, sound or film."""
+    """Returns whether an extension, which may have several parts, is that of an image, sound or film."""
     last = last_extension(extension)
     return last in IMAGES or last in UNREAD

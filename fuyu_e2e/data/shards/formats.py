@@ -43,7 +43,7 @@ SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assist
 def read_documents(
     path: Path, stats: SampleStats, name: str | None = None, advance: Advance = untold
 ) -> Iterator[Document]:
-    """The usable documents of a local shard, in stored order; `name` is what errors call it.
+    """Yields the usable documents of a local shard, in stored order; `name` is what errors call it.
 
     Counts every document as read, and those that can't be used by reason; and the whole shard as 1 to `advance`.
 
@@ -61,7 +61,7 @@ def read_documents(
 
 
 def document(sample: Sample) -> Document:
-    """The document that a sample says.
+    """Returns the document that a sample says.
 
     Raises:
         UnusableSampleError: It is of no known format, or not what its format says.
@@ -98,7 +98,7 @@ def document(sample: Sample) -> Document:
 
 
 def description(sample: Sample) -> dict[str, Any]:
-    """The JSON object beside the images of a sample, its turns as `conversations`; empty where it has none.
+    """Returns the JSON object beside the images of a sample, its turns as `conversations`; empty where it has none.
 
     Raises:
         UnusableSampleError: It is neither an object nor a list of turns.
@@ -115,7 +115,7 @@ def _described(data: bytes, where: str) -> dict[str, Any]:
 
 
 def are_turns(value: Any) -> bool:
-    """Whether a value of JSON is a list of turns, whoever speaks and whatever is said."""
+    """Returns whether a value of JSON is a list of turns, whoever speaks and whatever is said."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -124,7 +124,8 @@ def are_turns(value: Any) -> bool:
 
 
 def _only(sample: Sample, described: dict[str, Any], where: str) -> str:
-    """What a sample of no known format has, its JSON too, and what webdataset's rule makes of names with dots."""
+    """Returns what a sample of no known format has, its JSON too, and what webdataset's rule makes of names with
+    dots."""
     names = sorted(sample.members)
     if not names:
         return f"{where} has no members"
@@ -140,7 +141,7 @@ def _only(sample: Sample, described: dict[str, Any], where: str) -> str:
 
 
 def _in_order(images: dict[str, Image], described: dict[str, Any], sample: Sample) -> list[Image]:
-    """The images in the order of the names that the JSON lists, or of their own."""
+    """Returns the images in the order of the names that the JSON lists, or of their own."""
     listed = next(filter(None, (_names(described.get(name)) for name in IMAGE_KEYS)), [])
     stem = PurePosixPath(sample.key).name.lower()
     members = {f"{stem}.{name}": image for name, image in images.items()} | images
@@ -161,7 +162,7 @@ def _numbers_as_numbers(name: str) -> list[tuple[int, str]]:
 
 
 def _names(value: Any) -> list[str]:
-    """What a value of a JSON object names: a text, or a list of texts; nothing where it is something else."""
+    """Returns what a value of a JSON object names: a text, or a list of texts; nothing where it is something else."""
     texts = [value] if isinstance(value, str) else value
     return texts if isinstance(texts, list) and all(isinstance(text, str) and text for text in texts) else []
 

@@ -27,7 +27,7 @@ class ImageFolder(Reader):
     tables: tuple[Table, ...]
 
     def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
-        """The rows of the tables; their `file_name` and `file_names` start from the folder.
+        """Yields the rows of the tables; their `file_name` and `file_names` start from the folder.
 
         Raises:
             UserError: A table can't be read, or an image has a .txt beside it, too.
@@ -35,12 +35,12 @@ class ImageFolder(Reader):
         yield from self._all() if places is None else self._at(places)
 
     def file(self, place: Place) -> str:
-        """The table of a row; an image in no table itself, from the folder on."""
+        """Returns the table of a row; an image in no table itself, from the folder on."""
         table = self._table(place)
         return self._unlisted(place) if table is None else self.tables[table].file(place)
 
     def row_number(self, place: Place, number: int) -> int:
-        """The number in its table."""
+        """Returns the number in its table."""
         assert isinstance(place, bytes)
         return number if self._table(place) is None else int(place.split()[1])
 
@@ -90,7 +90,7 @@ class ImageFolder(Reader):
 
     @staticmethod
     def _table(place: Place) -> int | None:
-        """The number of the table that a place is in; None where it is an image in none."""
+        """Returns the number of the table that a place is in; None where it is an image in none."""
         assert isinstance(place, bytes)
         return None if place.startswith(b"/") else int(place.split()[0])
 

@@ -26,7 +26,7 @@ class Kind(ABC):
 
     @abstractmethod
     def members(self, row: Row) -> Members:
-        """The members that say in a shard what a row says.
+        """Returns the members that say in a shard what a row says.
 
         Raises:
             UnusableSampleError: The row can't be put that way. What the members then say is not looked at.
@@ -43,7 +43,7 @@ class Pairs(Kind):
         return ()
 
     def members(self, row: Row) -> Members:
-        """An image and its txt."""
+        """Returns an image and its txt."""
         files: list[Path] = row["files"]
         texts = [path for path in files if extension_of(path) == "txt"]
         images = [path for path in files if path not in texts]
@@ -68,7 +68,7 @@ class TextFiles(Kind):
         return ()
 
     def members(self, row: Row) -> Members:
-        """A txt."""
+        """Returns a txt."""
         return {"txt": row["files"][0]}
 
 
@@ -87,7 +87,7 @@ class Captions(Kind):
         return (self.image_column, self.text_column)
 
     def members(self, row: Row) -> Members:
-        """An image and its txt."""
+        """Returns an image and its txt."""
         shown = listed(row.get(self.image_column))
         if len(shown) > 1:
             raise UnusableSampleError("caption-of-several-images", f"{len(shown)} in {self.image_column}")
@@ -107,7 +107,7 @@ class Texts(Kind):
         return (self.text_column,)
 
     def members(self, row: Row) -> Members:
-        """A txt."""
+        """Returns a txt."""
         return {"txt": _text(row.get(self.text_column), self.text_column)}
 
 
@@ -130,7 +130,7 @@ class Chats(Kind):
         return tuple(name for name in MEDIA_KEYS if name not in IMAGE_KEYS)
 
     def members(self, row: Row) -> Members:
-        """The images in their order, and json with the conversation and the row's own id."""
+        """Returns the images in their order, and json with the conversation and the row's own id."""
         for name in self._unread:
             if row.get(name):
                 raise UnusableSampleError("image-extension", f"{name} {str(row[name])[:80]!r} is not read")
@@ -155,7 +155,7 @@ class Interleaved(Kind):
         return ("segments",)
 
     def members(self, row: Row) -> Members:
-        """The images, and json whose segments name them by their extensions."""
+        """Returns the images, and json whose segments name them by their extensions."""
         segments = row.get("segments")
         members: Members = {}
         if isinstance(segments, list):
@@ -183,7 +183,7 @@ class PairedLists(Kind):
         return ("images", "texts")
 
     def members(self, row: Row) -> Members:
-        """The images, and json whose segments name them by their extensions."""
+        """Returns the images, and json whose segments name them by their extensions."""
         images, texts = row.get("images"), row.get("texts")
         if not isinstance(images, list) or not isinstance(texts, list):
             raise UnusableSampleError("segments-list", "images and texts are not both lists")
@@ -199,7 +199,7 @@ class PairedLists(Kind):
 
 
 def is_exchange(value: Any) -> bool:
-    """Whether a value is a turn of The Cauldron: what a user asks, and the answer."""
+    """Returns whether a value is a turn of The Cauldron: what a user asks, and the answer."""
     return isinstance(value, dict) and value.keys() >= {"user", "assistant"}
 
 
@@ -218,7 +218,7 @@ def _turns(said: Any, images: int) -> Any:
 
 
 def _image(images: Path, value: Any) -> tuple[str, bytes | Path]:
-    """The extension and the content of an image that a row holds, or names by its path."""
+    """Returns the extension and the content of an image that a row holds, or names by its path."""
     data = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(data, bytes):
         if data and image_extension(data) is None:
@@ -229,7 +229,8 @@ def _image(images: Path, value: Any) -> tuple[str, bytes | Path]:
 
 
 def _locate(images: Path, value: Any) -> Path:
-    """The file that a row names: below `images`, or wherever an absolute path or `..` leads in a user's own table."""
+    """Returns the file that a row names: below `images`, or wherever an absolute path or `..` leads in a user's own
+    table."""
     if value is None or value == "":
         raise UnusableSampleError("image-not-named")
     if not isinstance(value, str):
@@ -246,7 +247,7 @@ def _locate(images: Path, value: Any) -> Path:
 
 
 def _numbered(number: int, extension: str) -> str:
-    """The extension of one image among several; readers put them in the order of their names."""
+    """Returns the extension of one image among several; readers put them in the order of their names."""
     return f"{number:05}.{extension}"
 
 

@@ -22,7 +22,7 @@ REMOTE = (*WEB, *LISTED)
 
 
 def expand_patterns(patterns: str | Sequence[str], *, allow_pipe: bool = False) -> tuple[str, ...]:
-    """The shards that paths, globs, brace patterns, folders and URLs name, each once, in the order named.
+    """Returns the shards that paths, globs, brace patterns, folders and URLs name, each once, in the order named.
 
     Globs, and folders that end in a slash, are looked up where the store can list. Whether a URL without them leads
     to a shard shows when it is fetched.
@@ -65,19 +65,19 @@ def expand_patterns(patterns: str | Sequence[str], *, allow_pipe: bool = False) 
 
 
 def is_local(shard: str) -> bool:
-    """Whether a shard is a file of this machine."""
+    """Returns whether a shard is a file of this machine."""
     return scheme_of(shard) in ("", "file")
 
 
 def folder_of(shard: str) -> str:
-    """The path or URL of the folder that a shard lies in, without a query; empty for a `pipe:` shard."""
+    """Returns the path or URL of the folder that a shard lies in, without a query; empty for a `pipe:` shard."""
     if is_local(shard):
         return str(local_path(shard).parent)
     return "" if scheme_of(shard) == "pipe" else without_query(shard).rpartition("/")[0]
 
 
 def name_of(shard: str) -> str:
-    """The last name of a shard's path or URL, without a query; the whole of a `pipe:` shard."""
+    """Returns the last name of a shard's path or URL, without a query; the whole of a `pipe:` shard."""
     if is_local(shard):
         return local_path(shard).name
     return shard if scheme_of(shard) == "pipe" else without_query(shard).rpartition("/")[2]
@@ -144,14 +144,14 @@ def _expand(path: str) -> list[str]:
 
 
 def _shards_among(files: Iterable[str]) -> list[str]:
-    """The files of a folder that are shards, and those that would be, were they unpacked."""
+    """Returns the files of a folder that are shards, and those that would be, were they unpacked."""
     named = set(files)
     unpacked = {path: re.sub(r"[.](tar[.]gz|tgz)$", ".tar", path, flags=re.IGNORECASE) for path in named}
     return [path for path in named if path.endswith(".tar") or (_is_compressed(path) and unpacked[path] not in named)]
 
 
 def _compressed_instead(path: str) -> list[str]:
-    """The compressed shards of this machine that have the names of uncompressed ones which are not there."""
+    """Returns the compressed shards of this machine that have the names of uncompressed ones which are not there."""
     if not is_local(path) or not path.endswith(".tar"):
         return []
     stem = str(local_path(path)).removesuffix(".tar")
@@ -163,7 +163,7 @@ def _is_compressed(shard: str) -> bool:
 
 
 def _unpack(shards: Sequence[str]) -> str:
-    """The sentence that refuses compressed shards, with the command that unpacks them."""
+    """Returns the sentence that refuses compressed shards, with the command that unpacks them."""
     others = f" and {len(shards) - 1:,} more" if len(shards) > 1 else ""
     said = f"{shown(shards[0])}{others} can't be read sample by sample, being compressed: "
     local = [local_path(shard) for shard in shards if is_local(shard)]
@@ -201,5 +201,5 @@ def without_query(url: str) -> str:
 
 
 def shown(shard: str) -> str:
-    """A shard as messages name it: without the secrets of a signed URL."""
+    """Returns a shard as messages name it: without the secrets of a signed URL."""
     return re.sub("(?<=//)[^/@]*@", "", without_query(shard)) if scheme_of(shard) in WEB else shard

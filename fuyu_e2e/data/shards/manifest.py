@@ -55,7 +55,7 @@ class DocumentFacts:
 
     @classmethod
     def of(cls, document: Document) -> "DocumentFacts":
-        """The facts of a document.
+        """Returns the facts of a document.
 
         Raises:
             UnusableSampleError: The header of an image can't be used (see `fuyu_e2e.data.image`), or a text is none.
@@ -76,13 +76,13 @@ class DocumentFacts:
             raise UnusableSampleError("text-not-unicode", f"{document.key}: {error}") from error
 
     def tokens(self, policy: ImagePolicy = ASSUMED) -> int:
-        """An estimate of its tokens: exact for images, a token for four bytes of text."""
+        """Returns an estimate of its tokens: exact for images, a token for four bytes of text."""
         text = -(-self.text_bytes // BYTES_PER_TOKEN)
         return text + sum(image_tokens(size, policy) for size in self.sizes)
 
 
 def image_tokens(size: tuple[int, int], policy: ImagePolicy) -> int:
-    """The tokens of an image of (width, height) pixels, newlines counted in."""
+    """Returns the tokens of an image of (width, height) pixels, newlines counted in."""
     cols, rows = (-(-side // policy.patch_size) for side in fit_policy(*size, policy))
     return ImageSpan.of_grid(0, rows, cols).stop
 
@@ -147,7 +147,8 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str, cache: ShardCache) -> "Manifest":
-        """The manifest of a folder, from beside its shards or from this machine's cache; empty where there is none.
+        """Returns the manifest of a folder, from beside its shards or from this machine's cache; empty where there is
+        none.
 
         Raises:
             UserError: A manifest can't be read.
@@ -198,7 +199,7 @@ class Manifest:
 
 
 def totals(shards: Collection[ShardFacts]) -> dict[str, Any]:
-    """The sums over shards, by the names of `ShardFacts`, and how many `shards` they are."""
+    """Returns the sums over shards, by the names of `ShardFacts`, and how many `shards` they are."""
     sums: dict[str, Any] = {
         name: sum(getattr(facts, name) for facts in shards)
         for name in ("documents", "bytes", "images", "tokens_estimate")
@@ -217,7 +218,7 @@ def _cached(folder: str, cache: ShardCache) -> Path:
 
 
 def facts_of(shards: Sequence[str], cache: ShardCache) -> tuple[ShardFacts, ...]:
-    """The facts of each shard; local shards that no manifest knows are indexed first.
+    """Returns the facts of each shard; local shards that no manifest knows are indexed first.
 
     Raises:
         UserError: No manifest knows a remote shard; a local one has another size than its manifest says, can't be
@@ -272,7 +273,7 @@ def _facts_of_one(shard: str, advance: Advance, cache: ShardCache) -> ShardFacts
 
 
 def known_facts(shards: Iterable[str], cache: ShardCache) -> dict[str, ShardFacts]:
-    """The facts of those of the shards that a manifest knows; nothing is indexed.
+    """Returns the facts of those of the shards that a manifest knows; nothing is indexed.
 
     Raises:
         UserError: A manifest can't be read.

@@ -30,7 +30,7 @@ class Source:
             raise UserError(f"The weight of a source is {self.weight}, but must be 0 or more.")
 
     def weight_at(self, step: int) -> float:
-        """The weight in a step."""
+        """Returns the weight in a step."""
         if not isinstance(self.weight, dict):
             return self.weight
         steps = sorted(self.weight)
@@ -38,7 +38,7 @@ class Source:
 
 
 def shares(sources: Sequence[Source], step: int) -> tuple[float, ...]:
-    """The share of each source in a step; they add up to one.
+    """Returns the share of each source in a step; they add up to one.
 
     Raises:
         UserError: All weights are zero there.
@@ -61,12 +61,12 @@ class Chooser:
 
     @classmethod
     def begin(cls, sources: int, scale: float, seed: Sequence[int]) -> "Chooser":
-        """A chooser at its start; the seed keeps lanes from turning to a rare source all at the same time."""
+        """Returns a chooser at its start; the seed keeps lanes from turning to a rare source all at the same time."""
         deficits = np.random.default_rng(seed).uniform(-scale, scale, sources)
         return cls((deficits - deficits.mean()).tolist())
 
     def choose(self, shares: Sequence[float]) -> int:
-        """The source to draw from."""
+        """Returns the source to draw from."""
         return max((number for number, share in enumerate(shares) if share), key=lambda number: self.deficits[number])
 
     def draw(self, chosen: int, amount: int, shares: Sequence[float]) -> None:

@@ -25,7 +25,7 @@ class OpenShards:
         self._open: OrderedDict[str, Shard] = OrderedDict()
 
     def document(self, shard: str, facts: ShardFacts, number: int) -> Document:
-        """A document of a shard.
+        """Returns a document of a shard.
 
         Raises:
             UnusableSampleError: It can't be used, or is missing although the manifest counts it.

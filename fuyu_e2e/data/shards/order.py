@@ -41,14 +41,14 @@ class Order:
         return self._stop - self._start
 
     def place(self, position: int) -> tuple[int, int]:
-        """The shard, and the document in it, that the lane takes at a position counted over all epochs."""
+        """Returns the shard, and the document in it, that the lane takes at a position counted over all epochs."""
         epoch, offset = divmod(position, self.per_epoch)
         window, index = divmod(offset, self._window)
         shards, documents = self._places(epoch, window)
         return int(shards[index]), int(documents[index])
 
     def needed_next(self, position: int) -> list[int]:
-        """The shards of the window behind the one that begins at `position`; none within a window."""
+        """Returns the shards of the window behind the one that begins at `position`; none within a window."""
         epoch, offset = divmod(position, self.per_epoch)
         if offset % self._window:
             return []

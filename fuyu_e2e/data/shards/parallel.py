@@ -22,7 +22,7 @@ _count: "Synchronized[float]"
 
 
 def map_shards(read: Read[Found], shards: Sequence[str], processes: int, title: str) -> Iterator[Found]:
-    """What `read` finds in each shard, in their order, with the progress on stderr.
+    """Yields what `read` finds in each shard, in their order, with the progress on stderr.
 
     More than one process needs a program whose main module can be imported, as multiprocessing's `spawn` does.
 

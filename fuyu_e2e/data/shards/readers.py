@@ -47,14 +47,14 @@ class Reader(ABC):
 
     @abstractmethod
     def file(self, place: Place) -> str:
-        """The file that the row at a place is of, for a person who looks for it."""
+        """Returns the file that the row at a place is of, for a person who looks for it."""
 
     def row_number(self, place: Place, number: int) -> int:
-        """The number in its file of the row at a place, which has `number` in the source."""
+        """Returns the number in its file of the row at a place, which has `number` in the source."""
         return number
 
     def image_columns(self, row: Row) -> tuple[str, ...]:
-        """The columns that hold images themselves, not only their paths, as the first row tells."""
+        """Returns the columns that hold images themselves, not only their paths, as the first row tells."""
         return tuple(name for name, value in row.items() if any(map(is_embedded, listed(value))))
 
 
@@ -73,7 +73,7 @@ class Folder(Reader):
             yield place, partial(self._row, place)
 
     def file(self, place: Place) -> str:
-        """The image of the row, or its first file where it has none, from the folder on."""
+        """Returns the image of the row, or its first file where it has none, from the folder on."""
         names = [os.fsdecode(name) for name in self._names(place)]
         return next((name for name in names if extension_of(name) != "txt"), names[0])
 
@@ -116,7 +116,7 @@ class Lines(Reader):
                     yield place, partial(_object, line)
 
     def file(self, place: Place) -> str:
-        """The file itself."""
+        """Returns the file itself."""
         return str(self.path)
 
 
@@ -139,7 +139,7 @@ class Elements(Reader):
                 yield place, partial(_object, text[place : min(end, place + TEXT_BYTES + 1)])
 
     def file(self, place: Place) -> str:
-        """The file itself."""
+        """Returns the file itself."""
         return str(self.path)
 
     def _places(self, text: mmap.mmap) -> Iterator[int]:
@@ -185,11 +185,11 @@ class Delimited(Reader):
                     yield place, partial(self._row, names, record)
 
     def file(self, place: Place) -> str:
-        """The file itself."""
+        """Returns the file itself."""
         return str(self.path)
 
     def _record(self, file: BinaryIO, fields: int | None) -> list[str] | csv.Error | None:
-        """The record at the file's position, expected to have `fields` fields."""
+        """Returns the record at the file's position, expected to have `fields` fields."""
         start = file.tell()
         # Bytes that are not UTF-8 come back as they are, and are refused where the text is written.
         lines = iter(lambda: _line(file).decode("utf-8", "surrogateescape"), "")
@@ -245,7 +245,7 @@ class Parquet(Reader):
             raise UserError(f"{self.path} can't be read as Parquet: {str(error).splitlines()[0]}.") from error
 
     def file(self, place: Place) -> str:
-        """The file itself."""
+        """Returns the file itself."""
         return str(self.path)
 
     def _group(
@@ -274,13 +274,13 @@ class Parquet(Reader):
 
 
 def json_reader(path: Path) -> Elements | Lines:
-    """The reader of a .json file: a list, or one object a line."""
+    """Returns the reader of a .json file: a list, or one object a line."""
     with _open(path) as file:
         return Elements(path) if file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" else Lines(path)
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """A folder and those below it, with the names of their files; what is hidden is left out.
+    """Yields a folder and those below it, with the names of their files; what is hidden is left out.
 
     In the order of their names. Links are followed, each folder once.
     """
@@ -330,7 +330,7 @@ def _offsets(file: BinaryIO) -> Iterator[int]:
 
 
 def _line(file: BinaryIO) -> bytes:
-    """The next line, or as much of one as shows that it is longer than any text that is read."""
+    """Returns the next line, or as much of one as shows that it is longer than any text that is read."""
     line = rest = file.readline(TEXT_BYTES + 1)
     while len(rest) > TEXT_BYTES and not rest.endswith(b"\n"):
         rest = file.readline(TEXT_BYTES + 1)
@@ -338,7 +338,8 @@ def _line(file: BinaryIO) -> bytes:
 
 
 def _element_end(text: mmap.mmap, start: int) -> int:
-    """Where the list's element from `start` on ends: at a comma, at the list's end, or where the file breaks off."""
+    """Returns where the list's element from `start` on ends: at a comma, at the list's end, or where the file breaks
+    off."""
     depth = 0
     for match in _ELEMENT.finditer(text, start):
         mark = text[match.start()]
@@ -358,5 +359,5 @@ def _blank_end(text: mmap.mmap, start: int) -> int:
 
 
 def _between(places: Sequence[int], start: int, stop: int) -> Sequence[int]:
-    """The places from `start` up to `stop`, of places in order."""
+    """Returns the places from `start` up to `stop`, of places in order."""
     return places[bisect_left(places, start) : bisect_left(places, stop)]

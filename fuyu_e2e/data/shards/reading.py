@@ -87,7 +87,7 @@ class Shard:
         return len(self._starts)
 
     def sample(self, number: int) -> Sample:
-        """The members of a document.
+        """Returns the members of a document.
 
         Raises:
             UnusableSampleError: `shard-broken` for the last document of a damaged shard, `sample-missing` behind it;
@@ -222,7 +222,7 @@ class _Halves:
             self._names[has_image].append(hash(key.rpartition("/")[2]))
 
     def apart(self) -> frozenset[int]:
-        """The numbers of all whose other half was seen, too."""
+        """Returns the numbers of all whose other half was seen, too."""
         images, texts = (np.array(self._names[has_image], np.int64) for has_image in (True, False))
         return frozenset(
             number
@@ -297,7 +297,7 @@ def _opened(file: Any) -> tarfile.TarFile:
 
 
 def _headers(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
-    """The members that samples are made of, links too; what webdataset passes over is left out.
+    """Yields the members that samples are made of, links too; what webdataset passes over is left out.
 
     Those are directories, hidden files, and names like `__this__` in the root, not below folders. Of an archive of
     `size` bytes. Names that are not UTF-8 have their bytes spelled out, as in `\\xb0`.
@@ -324,7 +324,8 @@ def _is_passed_over(name: str) -> bool:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The key and the extension of a member, split where webdataset splits: at the first dot of the file's name."""
+    """Returns the key and the extension of a member, split where webdataset splits: at the first dot of the file's
+    name."""
     found = MEMBER.match(name)
     return (found[1], found[2].lower()) if found else (name, "")
 

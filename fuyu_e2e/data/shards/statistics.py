@@ -75,7 +75,7 @@ class Distribution:
         self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
 
     def percentile(self, percent: int) -> int | float:
-        """The smallest value that at least `percent` % of all values don't exceed; there must be one."""
+        """Returns the smallest value that at least `percent` % of all values don't exceed; there must be one."""
         rank = max(1, -(-percent * self.counts.total() // 100))
         passed = 0
         for value, count in sorted(self.counts.items()):
@@ -94,7 +94,8 @@ class TokenCount:
     """None estimates text at `BYTES_PER_TOKEN`, without the tokens that stand between texts."""
 
     def of(self, document: Document, facts: DocumentFacts) -> int:
-        """The tokens of a document: as many as `SequenceBuilder.build` gives, or about as many without a tokenizer.
+        """Returns the tokens of a document: as many as `SequenceBuilder.build` gives, or about as many without a
+        tokenizer.
 
         Raises:
             UnusableSampleError: With a tokenizer, that its text can't be used, or holds nothing to learn.

@@ -95,7 +95,7 @@ class Stream:
     def rows(
         self, first: int = 0, step: int = 1, states: Mapping[int, LaneState] | None = None
     ) -> Iterator[StreamRow]:
-        """Every `step`-th row of the global order, from row `first` on.
+        """Yields every `step`-th row of the global order, from row `first` on.
 
         Each row carries the stats of what was read since the lane's row before.
 
@@ -182,7 +182,8 @@ class Lane:
         )
 
     def next_row(self) -> StreamRow | None:
-        """The next row, with the stats of what it took to fill it; None behind the last of a stream that ends."""
+        """Returns the next row, with the stats of what it took to fill it; None behind the last of a stream that
+        ends."""
         mixture = [source.source for source in self.stream.sources]
         wanted = shares(mixture, (self.given * self.stream.lanes + self.index) // self.stream.rows_per_step)
         while not self.packer.full:

@@ -120,7 +120,7 @@ def open_source(
 
 
 def _metadata(path: Path) -> tuple[Table, ...]:
-    """The metadata files in and below a folder that name its images."""
+    """Returns the metadata files in and below a folder that name its images."""
     tables: list[Table] = []
     for folder, files in walk(path):
         there = [reader(folder / name) for name, reader in METADATA.items() if name in files]
@@ -202,7 +202,8 @@ def _reader(path: Path) -> Reader:
 
 
 def _first_row(reader: Reader, path: Path) -> Row:
-    """The first row; of one whose `texts` are all null, the first that shows what they are, if one soon does."""
+    """Returns the first row; of one whose `texts` are all null, the first that shows what they are, if one soon
+    does."""
     first: Row | None = None
     for number, (_, make) in enumerate(reader.rows()):
         try:
@@ -228,7 +229,7 @@ def _kind(
     text_column: str | None,
     images: Path,
 ) -> Kind:
-    """What the rows of a table say, by its first one and the columns that hold images themselves."""
+    """Returns what the rows of a table say, by its first one and the columns that hold images themselves."""
     turns = _turns_column(row, path, text_column)
     paired = turns != "texts" and all(isinstance(row.get(name), list) for name in ("images", "texts"))
     has = [name for name in (turns, "segments" if "segments" in row else None, "texts" if paired else None) if name]
@@ -282,7 +283,7 @@ def _image_column(row: Row, path: Path, embedded: Sequence[str], named: str | No
 
 
 def _column(row: Row, path: Path, named: str | None, known: Collection[str], option: str) -> str | None:
-    """The column that was named, else the only one with a known name, if there is one."""
+    """Returns the column that was named, else the only one with a known name, if there is one."""
     return _named(row, path, named, option) or _only([name for name in row if name.lower() in known], path, option)
 
 

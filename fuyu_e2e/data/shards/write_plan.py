@@ -46,7 +46,7 @@ class Settings:
             raise UserError(f"--shard-megabytes is {self.shard_megabytes}, but must be above 0.")
 
     def split(self, number: int) -> str:
-        """The split of a row: the same in every order and number of rows."""
+        """Returns the split of a row: the same in every order and number of rows."""
         digest = blake2b(f"{self.seed}/{number}".encode(), digest_size=8).digest()
         return "val" if int.from_bytes(digest, "big") < self.val_share * 2**64 else "train"
 
@@ -109,7 +109,7 @@ class RowCounts:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "RowCounts":
-        """What `asdict` made of one."""
+        """Returns what `asdict` made of one."""
         examples = {reason: [Example(**each) for each in listed] for reason, listed in stored["examples"].items()}
         return cls(stored["written"], stored["bytes"], stored["skipped"], examples)
 
@@ -160,7 +160,7 @@ class WriteReport:
         return said
 
     def to_json(self) -> dict[str, Any]:
-        """What report.json holds."""
+        """Returns what report.json holds."""
         return {
             "kind": self.kind,
             "read": self.read,
@@ -213,7 +213,7 @@ def plan_shards(rows: Iterable[tuple[Place, Callable[[], Members]]], settings: S
 
 
 def _weigh(make: Callable[[], Members]) -> tuple[int, bytes]:
-    """The bytes that a row takes in a shard, and what changes whenever the row does."""
+    """Returns the bytes that a row takes in a shard, and what changes whenever the row does."""
     size, stamp = 0, []
     try:
         for name, content in make().items():
@@ -230,7 +230,7 @@ def _weigh(make: Callable[[], Members]) -> tuple[int, bytes]:
 
 
 def tar_bytes(length: int) -> int:
-    """The bytes of a member in a tar: a header, and whole blocks."""
+    """Returns the bytes of a member in a tar: a header, and whole blocks."""
     return BLOCK + -(-length // BLOCK) * BLOCK
 
 

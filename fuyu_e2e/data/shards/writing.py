@@ -176,7 +176,7 @@ def _begin(out: Path, source: Path, opened: RowSource, settings: Settings, plan:
 
 
 def _finished(out: Path, shard: ShardPlan) -> RowCounts | None:
-    """What became of the rows of a shard that is whole; None where it has to be written."""
+    """Returns what became of the rows of a shard that is whole; None where it has to be written."""
     if not (stored := _read_json(_stats_path(out, shard))):
         return None
     outcome = RowCounts.from_json(stored)
@@ -263,7 +263,7 @@ def _write_shard(source: RowSource, out: Path, shard: ShardPlan, advance: Advanc
 
 
 def _samples(source: RowSource, shard: ShardPlan, outcome: RowCounts, advance: Advance) -> Iterator[Sample]:
-    """The usable samples of a shard; counts all its rows."""
+    """Yields the usable samples of a shard; counts all its rows."""
     places, seen = shard.places.tolist(), 0
     for number, (place, make) in zip(shard.numbers.tolist(), source.samples(places), strict=False):
         seen += 1
@@ -285,7 +285,7 @@ def _samples(source: RowSource, shard: ShardPlan, outcome: RowCounts, advance: A
 
 
 def _load(members: Members) -> dict[str, bytes]:
-    """The members of a sample, all in bytes.
+    """Returns the members of a sample, all in bytes.
 
     Raises:
         UnusableSampleError: A file is missing, no regular file or unreadable, or an image that can't be decoded; or
@@ -336,7 +336,7 @@ def _stats_path(out: Path, shard: ShardPlan) -> Path:
 
 
 def _temporary(path: Path) -> Path:
-    """A name that no other process writes to, not even one that a killed run left behind."""
+    """Returns a name that no other process writes to, not even one that a killed run left behind."""
     return path.with_name(f"{path.name}.{os.getpid()}.writing")
 
 
@@ -354,7 +354,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """What a file of ours holds; nothing where it is missing or damaged."""
+    """Returns what a file of ours holds; nothing where it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

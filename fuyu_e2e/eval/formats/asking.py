@@ -26,7 +26,7 @@ class Entry:
 
 
 def filled(prompt: str, question: str) -> str:
-    """A prompt with the question in it.
+    """Returns a prompt with the question in it.
 
     Raises:
         UserError: It has no place for one.
@@ -37,7 +37,7 @@ def filled(prompt: str, question: str) -> str:
 
 
 def ask(entries: Sequence[Entry], source: str | Path, images: str | Path, stats: SampleStats) -> Iterator[Question]:
-    """The questions of a file, in its order; their images are read as they are asked.
+    """Returns the questions of a file, in its order; their images are read as they are asked.
 
     A benchmark is whole or it is refused, for a score of some of its questions compares with no other: all images are
     looked for first. Links in the folder are followed, since whoever made the folder made them. What an image file
@@ -86,7 +86,8 @@ def _asked(entries: Sequence[Entry], images: Path, stats: SampleStats) -> Iterat
 
 
 def _inside(folder: str | Path, name: str, where: str) -> Path:
-    """The path of a file in a folder; as on Windows, where both slashes part names and a colon ends a drive's."""
+    """Returns the path of a file in a folder; as on Windows, where both slashes part names and a colon ends a
+    drive's."""
     path = PureWindowsPath(name)
     if path.anchor or ".." in path.parts:
         raise UserError(f"{where} asks about the image {name!r}, which leads out of its folder.")

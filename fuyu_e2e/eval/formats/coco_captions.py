@@ -13,7 +13,7 @@ from fuyu_e2e.eval.question import Question
 def read_coco_captions(
     annotations: str | Path, images: str | Path, *, stats: SampleStats, prompt: str = ""
 ) -> Iterator[Question]:
-    """The images of COCO captions, one question each: what does it show?
+    """Returns the images of COCO captions, one question each: what does it show?
 
     Args:
         annotations: `captions_val2014.json` or another in its format.

@@ -12,7 +12,7 @@ from fuyu_e2e.eval.question import Question
 def read_docvqa(
     annotations: str | Path, images: str | Path, *, stats: SampleStats, prompt: str = QUESTION
 ) -> Iterator[Question]:
-    """The questions of DocVQA (task 1, single pages).
+    """Returns the questions of DocVQA (task 1, single pages).
 
     Args:
         annotations: `val_v1.0.json` or another in its format.
@@ -41,5 +41,5 @@ def read_docvqa(
 
 
 def _types(record: Record) -> dict[str, str]:
-    """The types of a question, which early versions of the file don't give."""
+    """Returns the types of a question, which early versions of the file don't give."""
     return dict.fromkeys(record.texts("question_types"), "yes") if record.fields.get("question_types") else {}

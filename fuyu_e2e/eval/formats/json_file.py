@@ -18,7 +18,7 @@ class Record:
     where: str
 
     def text(self, name: str) -> str:
-        """A text.
+        """Returns a text.
 
         Raises:
             UserError: There is none.
@@ -29,7 +29,7 @@ class Record:
         return value
 
     def identity(self, name: str) -> str:
-        """A text or a whole number that names something, as text.
+        """Returns a text or a whole number that names something, as text.
 
         Raises:
             UserError: It is neither.
@@ -51,7 +51,7 @@ class Record:
         return tuple(map(sys.intern, values))
 
     def records(self, name: str) -> Iterator["Record"]:
-        """The objects of a list, in order.
+        """Yields the objects of a list, in order.
 
         Raises:
             UserError: It is no list, or one of them is no object.
@@ -72,7 +72,7 @@ class Record:
 
 
 def load(path: str | Path) -> Record:
-    """The object that a JSON file holds.
+    """Returns the object that a JSON file holds.
 
     Raises:
         UserError: It can't be read, is no JSON, or holds something else.

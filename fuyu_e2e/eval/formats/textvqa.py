@@ -12,7 +12,7 @@ from fuyu_e2e.eval.question import Question
 def read_textvqa(
     annotations: str | Path, images: str | Path, *, stats: SampleStats, prompt: str = QUESTION
 ) -> Iterator[Question]:
-    """The questions of TextVQA 0.5.1.
+    """Returns the questions of TextVQA 0.5.1.
 
     Args:
         annotations: `TextVQA_0.5.1_val.json` or another in its format.

@@ -21,7 +21,7 @@ def read_vqav2(
     stats: SampleStats,
     prompt: str = QUESTION,
 ) -> Iterator[Question]:
-    """The questions of VQAv2, or of another benchmark in its format, such as OK-VQA.
+    """Returns the questions of VQAv2, or of another benchmark in its format, such as OK-VQA.
 
     Args:
         questions: `v2_OpenEnded_mscoco_val2014_questions.json`, or a part of it.

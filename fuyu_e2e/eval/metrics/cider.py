@@ -30,7 +30,7 @@ class CiderD:
     higher_is_better = True
 
     def statistics(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> Float64[np.ndarray, "N 2"]:
-        """The score of each answer, and a one.
+        """Returns the score of each answer, and a one.
 
         Raises:
             ValueError: A question has no reference, or there aren't as many answers as questions.

@@ -9,7 +9,8 @@ from fuyu_e2e.eval.metrics.mean import paired, ratio
 
 
 def edit_distance(a: str, b: str) -> int:
-    """The fewest insertions, deletions and substitutions of letters (code points) that turn one text into the other.
+    """Returns the fewest insertions, deletions and substitutions of letters (code points) that turn one text into the
+    other.
 
     torchmetrics' `edit_distance` searches near the diagonal only, so it gives too much for long texts that are
     shifted against each other.

@@ -15,7 +15,7 @@ class Mean:
     higher_is_better: bool = True
 
     def statistics(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> Float64[np.ndarray, "N 2"]:
-        """The score of each answer, and a one.
+        """Returns the score of each answer, and a one.
 
         Raises:
             ValueError: A question has no reference, or there aren't as many answers as questions.
@@ -29,7 +29,7 @@ class Mean:
 
 
 def paired(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Iterator[tuple[str, Sequence[str]]]:
-    """Each answer with its references.
+    """Yields each answer with its references.
 
     Raises:
         ValueError: A question has no reference, or there aren't as many answers as questions.
@@ -41,6 +41,6 @@ def paired(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Itera
 
 
 def ratio(total: Float64[np.ndarray, "*samples 2"]) -> Float64[np.ndarray, "*samples"]:
-    """The first sum over the second; nan for 0 / 0."""
+    """Returns the first sum over the second; nan for 0 / 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(total[..., 0] / total[..., 1])

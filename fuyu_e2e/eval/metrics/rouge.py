@@ -9,7 +9,7 @@ BETA = 1.2
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """The F-measure of the longest common subsequence of words (Lin 2004, section 3, with `BETA`).
+    """Returns the F-measure of the longest common subsequence of words (Lin 2004, section 3, with `BETA`).
 
     Of several references the best precision and the best recall count, each on its own, as in the COCO evaluation
     (Chen et al. 2015, "Microsoft COCO Captions"). Words are those of `fuyu_e2e.eval.metrics.captions`.

@@ -32,7 +32,7 @@ CONTRACTIONS = {
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """The mean over annotators of min(how many of the others gave this answer / 3, 1).
+    """Returns the mean over annotators of min(how many of the others gave this answer / 3, 1).
 
     With ten annotators, three that agree with the answer give 0.9 and four give 1. Of one annotator there are no
     others: the accuracy is 0 whatever the answer; of two it is at most 1/3. Use `accuracy` for such data.

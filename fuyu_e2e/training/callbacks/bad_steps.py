@@ -49,7 +49,8 @@ class Running:
         self.variance = (1 - part) * (self.variance + part * away * away)
 
     def limit(self, deviations: float) -> float:
-        """The value `deviations` standard deviations above the mean; until that is known the greatest finite one."""
+        """Returns the value `deviations` standard deviations above the mean; until that is known the greatest finite
+        one."""
         return self.mean + deviations * sqrt(self.variance) if self.count == MEMORY else sys.float_info.max
 
 
@@ -86,7 +87,7 @@ class BadSteps(Callback):
         self._module: FuyuModule | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts and running figures, in primitives."""
+        """Returns the counts and running figures, in primitives."""
         if self._module is not None:
             self._module.read_step()
         running = {name: asdict(figures) for name, figures in self._running.items()}
@@ -103,7 +104,7 @@ class BadSteps(Callback):
         self._module = pl_module
 
     def limits(self) -> tuple[float, float]:
-        """The greatest loss and gradient norm of a good step."""
+        """Returns the greatest loss and gradient norm of a good step."""
         loss, norm = (
             sys.float_info.max if self.deviations is None else running.limit(self.deviations)
             for running in self._running.values()

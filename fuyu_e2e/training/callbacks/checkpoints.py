@@ -95,7 +95,7 @@ class Checkpoints(ModelCheckpoint):
         return Path(self._last_checkpoint_saved)
 
     def monitored(self, trainer: pl.Trainer) -> dict[str, Any] | None:
-        """What a checkpoint of this step records of the monitored figure: `name`, `value` and `mode`.
+        """Returns what a checkpoint of this step records of the monitored figure: `name`, `value` and `mode`.
 
         Returns:
             None where nothing is monitored, or the figure was not taken at this step.
@@ -104,7 +104,7 @@ class Checkpoints(ModelCheckpoint):
         return None if figure is None else {"name": self.monitor, "value": float(figure), "mode": self.mode}
 
     def _figure(self, trainer: pl.Trainer) -> Tensor | None:
-        """The monitored figure of this step."""
+        """Returns the monitored figure of this step."""
         if self.monitor is None:
             return None
         if not self.monitor.startswith("val/") or self._validated_at == trainer.global_step:
@@ -235,5 +235,5 @@ class Checkpoints(ModelCheckpoint):
 
 
 def checkpoints_of(trainer: pl.Trainer) -> Checkpoints | None:
-    """The callback that keeps a run's checkpoints, also where the recipe has more callbacks that save some."""
+    """Returns the callback that keeps a run's checkpoints, also where the recipe has more callbacks that save some."""
     return next((one for one in trainer.checkpoint_callbacks if isinstance(one, Checkpoints)), None)

@@ -35,7 +35,7 @@ class DataReport(Callback):
         self._counts = DataRank.of(trainer).first
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts of training over all processes and resumed runs, in primitives."""
+        """Returns the counts of training over all processes and resumed runs, in primitives."""
         return self.training().to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ class DataReport(Callback):
         self._of_this_step = SampleStats()
 
     def training(self) -> SampleStats:
-        """The counts of training over all processes and resumed runs; every process calls it."""
+        """Returns the counts of training over all processes and resumed runs; every process calls it."""
         total = SampleStats.from_dict(self._before.to_dict())
         total.add(_over_ranks(self.all_stats.get("train", SampleStats())))
         return total

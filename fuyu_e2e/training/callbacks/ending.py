@@ -48,7 +48,7 @@ class Ending(Callback):
 
 
 def _early_stopping(trainer: pl.Trainer) -> EarlyStopping | None:
-    """The callback that ended a run before its last step."""
+    """Returns the callback that ended a run before its last step."""
     callbacks = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
     stopped = (one for one in callbacks if one.stopping_reason_message)
     return next(stopped, None) if trainer.global_step < trainer.max_steps else None

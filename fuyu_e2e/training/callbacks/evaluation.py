@@ -125,7 +125,8 @@ class EvaluationInTraining(Callback):
 
 
 def figures(scores: Mapping[str, MetricScores]) -> dict[str, float]:
-    """Every score that there is: `METRIC`, `METRIC/GROUP/VALUE`, `METRIC/without_image`, `METRIC/other_image`."""
+    """Returns every score that there is: `METRIC`, `METRIC/GROUP/VALUE`, `METRIC/without_image`,
+    `METRIC/other_image`."""
     found = {}
     for metric, parts in scores.items():
         found[metric] = parts.all.value

@@ -159,7 +159,7 @@ def _key(run: str, node_rank: int) -> str:
 
 
 def _address() -> str:
-    """The address with which this host speaks to the first one."""
+    """Returns the address with which this host speaks to the first one."""
     family, kind, _, _, first = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as way:
         way.connect(first)  # a datagram socket only looks up the way

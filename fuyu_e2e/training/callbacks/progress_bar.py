@@ -18,7 +18,7 @@ draw it a hundred times: a tenth of the run."""
 
 
 def progress() -> ProgressBar:
-    """What shows how far a run is: a bar in a terminal, lines elsewhere."""
+    """Returns what shows how far a run is: a bar in a terminal, lines elsewhere."""
     return Progress() if sys.stdout.isatty() else StepLines()
 
 
@@ -96,7 +96,7 @@ class Progress(RichProgressBar):
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """The figures behind the bar, those that are known by now."""
+        """Returns the figures behind the bar, those that are known by now."""
         if trainer.state.fn != TrainerFn.FITTING or not isinstance(pl_module, FuyuModule):
             known = trainer.progress_bar_metrics
             return {name: f"{known[name]:.3f}" for name in ("val/loss", "test/loss") if name in known}

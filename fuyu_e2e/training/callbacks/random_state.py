@@ -31,7 +31,7 @@ class RandomState(Callback):
         """What the next micro-batch is to go on with: from a checkpoint, or from before a validation."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all ranks, in tensors and primitives; every rank calls it."""
+        """Returns the states of all ranks, in tensors and primitives; every rank calls it."""
         own = _in_primitives(self._before_step or self._aside or read())
         return {"ranks": all_ranks(own)}
 
@@ -63,7 +63,7 @@ class RandomState(Callback):
 
 
 def read() -> dict[str, Any]:
-    """The state of this process's global generators, and of its GPU's once it is in use."""
+    """Returns the state of this process's global generators, and of its GPU's once it is in use."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
@@ -73,7 +73,7 @@ def read() -> dict[str, Any]:
 
 
 def _in_primitives(state: dict[str, Any]) -> dict[str, Any]:
-    """A state as a checkpoint can hold it: numpy's words as numbers, which is too slow for each step."""
+    """Returns a state as a checkpoint can hold it: numpy's words as numbers, which is too slow for each step."""
     words = np.asarray(state["numpy"]["state"]["key"]).tolist()
     return state | {"numpy": state["numpy"] | {"state": state["numpy"]["state"] | {"key": words}}}
 

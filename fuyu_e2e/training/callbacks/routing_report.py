@@ -158,7 +158,7 @@ class _Sums:
         self.spread = torch.stack([score.std() for score in scores]) if scores else None
 
     def figures(self, prefix: str) -> dict[str, Tensor]:
-        """What is logged, by name."""
+        """Returns what is logged, by name."""
         if self.tokens is None or self.passed is None or self.dropped is None:
             return {}
         figures = {}

@@ -152,7 +152,7 @@ class StopSignals(Callback):
 
 
 def _child_of_lightning(trainer: pl.Trainer) -> bool:
-    """Whether Lightning itself started this process from another one, whose exit code is the one that is seen.
+    """Returns whether Lightning itself started this process from another one, whose exit code is the one that is seen.
 
     It kills that other one when a child leaves with anything but 0, before it has left itself.
     """

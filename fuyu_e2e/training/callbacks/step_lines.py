@@ -116,12 +116,12 @@ def _position(trainer: pl.Trainer) -> str:
 
 
 def figures(validated: Mapping[str, float]) -> list[str]:
-    """The loss and perplexity among a validation's figures, each as `val/loss 1.234`."""
+    """Returns the loss and perplexity among a validation's figures, each as `val/loss 1.234`."""
     return [f"{name} {validated[name]:.4g}" for name in ("val/loss", "val/perplexity") if name in validated]
 
 
 def short_count(count: float) -> str:
-    """A count in at most five letters: 950, 12.3k, 4.56M, 7.89B."""
+    """Returns a count in at most five letters: 950, 12.3k, 4.56M, 7.89B."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= limit:
             return f"{count / limit:.3g}{unit}"
@@ -129,7 +129,7 @@ def short_count(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as a person says it: `40 s`, `4 min`, `3 h 20 min`, `2 d 4 h`."""
+    """Returns a time as a person says it: `40 s`, `4 min`, `3 h 20 min`, `2 d 4 h`."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"

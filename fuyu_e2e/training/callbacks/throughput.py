@@ -120,13 +120,13 @@ class Throughput(Callback):
 
 
 def throughput_of(trainer: pl.Trainer) -> Throughput | None:
-    """The callback that measures a run, where it has one."""
+    """Returns the callback that measures a run, where it has one."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
 
 
 def _peak_memory(device: torch.device) -> float:
-    """The most memory held so far, in GiB: allocated on a CUDA device, else resident of the process."""
+    """Returns the most memory held so far, in GiB: allocated on a CUDA device, else resident of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

@@ -161,7 +161,7 @@ class RecipeParser(LightningArgumentParser):
 
 
 def take_allowed(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The packages that a command line allows, and what remains of it.
+    """Returns the packages that a command line allows, and what remains of it.
 
     The parser of recipes doesn't know the option, so that no recipe can allow itself anything.
 
@@ -179,12 +179,12 @@ def take_allowed(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def is_allowed(path: str, packages: Sequence[str]) -> bool:
-    """Whether a dotted path lies in one of the packages."""
+    """Returns whether a dotted path lies in one of the packages."""
     return any(path == package or path.startswith(f"{package}.") for package in packages)
 
 
 def named_classes() -> set[str]:
-    """The classes that a setting may name without their path."""
+    """Returns the classes that a setting may name without their path."""
     modules = (sys.modules[package] for package in ALLOWED if package in sys.modules)
     return {name for module in modules for name, value in vars(module).items() if isinstance(value, type)}
 
@@ -207,5 +207,6 @@ def only_allowed_imports(also: Sequence[str]) -> Iterator[None]:
 
 
 def names_outside(value: Any, packages: Sequence[str]) -> bool:
-    """Whether a setting that may also be a plain name is a dotted path that was not imported for being denied."""
+    """Returns whether a setting that may also be a plain name is a dotted path that was not imported for being
+    denied."""
     return isinstance(value, str) and "." in value and not is_allowed(value, packages)

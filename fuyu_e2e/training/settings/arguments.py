@@ -21,7 +21,7 @@ KINDS = {"int": "a whole number", "float": "a number"}
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """The type of an option that takes a whole number of a range."""
+    """Returns the type of an option that takes a whole number of a range."""
 
     def read(text: str) -> int:
         value = int(text)
@@ -100,7 +100,7 @@ def add_allow_imports(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:
-    """All options of a parser and of its subcommands."""
+    """Returns all options of a parser and of its subcommands."""
     known = set(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -109,13 +109,13 @@ def _options(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def without_value(message: str, help_command: str) -> str:
-    """The sentence that refuses an option without its value, of what argparse or jsonargparse says."""
+    """Returns the sentence that refuses an option without its value, of what argparse or jsonargparse says."""
     name = message.removeprefix("argument ").partition(":")[0].rpartition("/")[2]
     return f"{name} needs a value: {help_command} says which."
 
 
 def unknown_option(arguments: str, known: Iterable[str], help_command: str) -> str:
-    """The sentence that refuses an argument which no option takes.
+    """Returns the sentence that refuses an argument which no option takes.
 
     Args:
         arguments: What was left over of the command line, an option first.
@@ -131,7 +131,7 @@ def unknown_option(arguments: str, known: Iterable[str], help_command: str) -> s
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The question after the nearest of the known names; empty where none is near.
+    """Returns the question after the nearest of the known names; empty where none is near.
 
     Of dotted names, one that ends alike is nearest (`--max_steps` means `--trainer.max_steps`), then one of the same
     group, and where there is no such group, one that is alike as a whole.

@@ -6,7 +6,8 @@ from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElastic
 
 
 def launched_processes() -> dict[str, int]:
-    """The trainer's `devices` and `num_nodes`, as the launcher that started this process counts them; else none.
+    """Returns the trainer's `devices` and `num_nodes`, as the launcher that started this process counts them; else
+    none.
 
     Lightning refuses any others, and under torchrun they change when a run goes on with the hosts that are left.
     """

@@ -216,13 +216,13 @@ def check_monitors(trainer: pl.Trainer) -> None:
 
 
 def monitor_of(callback: pl.Callback) -> str | None:
-    """The figure that a callback decides by; None where it decides by none."""
+    """Returns the figure that a callback decides by; None where it decides by none."""
     name = getattr(callback, "monitor", None)
     return name if isinstance(name, str) else None
 
 
 def may_be_logged(name: str) -> bool:
-    """Whether training or validation logs a figure of that name, or something under it."""
+    """Returns whether training or validation logs a figure of that name, or something under it."""
     return name in (*VALIDATED, *LOGGED) or name.startswith(LOGGED_UNDER)
 
 

@@ -280,12 +280,13 @@ class FuyuCLI(LightningCLI):
 
 
 def _listed(value: Any) -> list[Any]:
-    """A setting that may be one, a list or none."""
+    """Returns a setting that may be one, a list or none."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _where(path: str, args: Sequence[str]) -> str:
-    """The recipe of a command line that a class path stands in, as part of a sentence; empty where it is in none."""
+    """Returns the recipe of a command line that a class path stands in, as part of a sentence; empty where it is in
+    none."""
     recipes = recipes_of(args)
     name = path.rpartition(".")[2]  # it may be spelled by another path, or by its name alone
     found = (recipe for recipe in recipes if Path(recipe).is_file() and name in Path(recipe).read_text())

@@ -59,12 +59,12 @@ class SettingError(Exception):
 
 
 def follows(target: str, source: str) -> str:
-    """What jsonargparse says where a setting is given that follows from another one."""
+    """Returns what jsonargparse says where a setting is given that follows from another one."""
     return f'Linked "{target}" must be given via "{source}".'
 
 
 def recipes_of(args: Sequence[str]) -> list[str]:
-    """The recipes that a command line names."""
+    """Returns the recipes that a command line names."""
     parser = CommandParser(prog="fuyu-e2e fit", add_help=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     recipes: list[str] = parser.parse_known_args(args)[0].config
@@ -72,7 +72,8 @@ def recipes_of(args: Sequence[str]) -> list[str]:
 
 
 def groups_given(group: str, args: Sequence[str]) -> list[dict[str, Any]]:
-    """What a command line gives as whole groups of settings, as `--data '{"workers": 2}'` or the file of one."""
+    """Returns what a command line gives as whole groups of settings, as `--data '{"workers": 2}'` or the file of
+    one."""
     parser = CommandParser(prog="fuyu-e2e fit", add_help=False)
     parser.add_argument(f"--{group}", dest="given", action="append", default=[])
     found = []
@@ -83,7 +84,7 @@ def groups_given(group: str, args: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def sentence(error: SettingError, args: Sequence[str], classes: Collection[str]) -> str:
-    """The sentence that refuses a command line.
+    """Returns the sentence that refuses a command line.
 
     Args:
         error: What jsonargparse said.
@@ -161,13 +162,13 @@ def reason(message: str) -> str:
 
 
 def is_of_others(error: BaseException) -> bool:
-    """Whether an error was raised by another package's code, about what it was given, and not by ours."""
+    """Returns whether an error was raised by another package's code, about what it was given, and not by ours."""
     frames = traceback.extract_tb(error.__traceback__)
     return not (frames and Path(frames[-1].filename).is_relative_to(Path(__file__).parent))
 
 
 def _choices(message: str) -> str:
-    """What a value must be, where a message tells of plain types alone; empty where it tells of classes."""
+    """Returns what a value must be, where a message tells of plain types alone; empty where it tells of classes."""
     expected = re.compile(
         r"(?:- )?Expected an? (?:<class '(?P<type>\w+)'>|typing\.Literal\[(?P<values>.*?)\])(?:\.|$)"
     )
@@ -197,7 +198,7 @@ def _unknown(name: str, settings: Collection[str], args: Sequence[str], recipes:
 
 
 def _settings_of(message: str, key: str) -> list[str]:
-    """The settings of the class that a message names last; it was imported for them already."""
+    """Returns the settings of the class that a message names last; it was imported for them already."""
     path = re.findall(r"class_path '([\w.]+)'", message)[-1:]
     module, _, name = path[0].rpartition(".") if path else ("", "", "")
     found = getattr(sys.modules.get(module), name, None)
@@ -218,7 +219,7 @@ def _no_settings(group: str, given: str, args: Sequence[str], recipes: dict[str,
 
 
 def _no_text(args: Sequence[str]) -> str:
-    """The first file that a command line names and that can't be read as text."""
+    """Returns the first file that a command line names and that can't be read as text."""
     for name in (arg.rpartition("=")[2] for arg in args):
         with suppress(OSError):
             try:
@@ -229,7 +230,7 @@ def _no_text(args: Sequence[str]) -> str:
 
 
 def _given_as(key: str, args: Sequence[str]) -> str | None:
-    """The option of a command line that sets a setting: under its own name, or in a group that holds it."""
+    """Returns the option of a command line that sets a setting: under its own name, or in a group that holds it."""
     given = {arg.partition("=")[0].removesuffix("+") for arg in args}
     parts = key.split(".")
     names = ["--" + ".".join(parts[:length]) for length in range(len(parts), 0, -1)]
@@ -237,7 +238,7 @@ def _given_as(key: str, args: Sequence[str]) -> str | None:
 
 
 def _where(key: str, args: Sequence[str], recipes: dict[str, Any]) -> str:
-    """A setting, and where it is set unless that is the command line under its own name."""
+    """Returns a setting, and where it is set unless that is the command line under its own name."""
     option = _given_as(key, args)
     if option == f"--{key}":
         return option
@@ -246,7 +247,7 @@ def _where(key: str, args: Sequence[str], recipes: dict[str, Any]) -> str:
 
 
 def _recipe_of(key: str, recipes: dict[str, Any]) -> str | None:
-    """The last recipe that sets a setting."""
+    """Returns the last recipe that sets a setting."""
     return next((name for name, settings in reversed(recipes.items()) if _sets(settings, key.split("."))), None)
 
 
