@@ -148,7 +148,7 @@ def _score(
 
 def token_losses(
     model: TrainedModel, sequences: Iterator[TokenSequence], batch_tokens: int
-) -> Iterator[tuple[TokenSequence, Float32[np.ndarray, " S"]]]:
+) -> Iterator[tuple[TokenSequence, Float32[np.ndarray, " Y"]]]:
     """Yields each sequence, none longer than a batch, and the loss of its supervised tokens, in nats."""
     batch: list[TokenSequence] = []
     for sequence in sequences:
@@ -162,7 +162,7 @@ def token_losses(
 
 def _losses_of_row(
     model: TrainedModel, sequences: list[TokenSequence]
-) -> Iterator[tuple[TokenSequence, Float32[np.ndarray, " S"]]]:
+) -> Iterator[tuple[TokenSequence, Float32[np.ndarray, " Y"]]]:
     row = pack_row(sequences).to(model.decoder.embed_tokens.weight.device)
     losses = model.decoder.token_losses(row).cpu().numpy()
     ends = np.cumsum([int(sequence.loss[1:].sum()) for sequence in sequences])

@@ -138,10 +138,10 @@ class PrefillAttention(RowAttention):
         self,
         written: Int64[Tensor, " n"] | slice,
         attend: Attend,
-        queries: Float[Tensor, "C H K"],
+        queries: Float[Tensor, "Q H K"],
         keys: Float[Tensor, "n G K"],
         values: Float[Tensor, "n G K"],
-    ) -> Float[Tensor, "C H K"]:
+    ) -> Float[Tensor, "Q H K"]:
         assert isinstance(self.block, GrowingBlockCache)
         self.block.write(self.document[written], keys, values, self.position, written)
         return attend(queries, keys, values)

@@ -39,7 +39,7 @@ class Progress(RichProgressBar):
         return super().total_train_batches if self.trainer.max_steps < 0 else self.trainer.max_steps
 
     def _get_train_description(self, current_epoch: int) -> str:
-        """A stream of data has no epochs."""
+        """Returns a stream of data has no epochs."""
         return f"{'Training':{len(self.validation_description)}}"
 
     def _init_progress(self, trainer: pl.Trainer) -> None:
