@@ -1,4 +1,4 @@
-"""One training sample of a recipe, as the model reads it."""
+"""Shows one training sample of a recipe as the model reads it."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -18,18 +18,18 @@ from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 
 class InspectCLI(FuyuCLI):
-    """The same recipe, to look at one of its samples."""
+    """A recipe that is read to look at one of its samples."""
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(args, run=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds which sample to show, and where to."""
+        """Adds the options of `inspect`."""
         super().add_arguments_to_parser(parser)
         add_inspect_options(parser)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Returns a trainer that leaves nothing behind; none is needed to look at a sample."""
+        """Returns a trainer that writes nothing; `inspect` doesn't use it."""
         return pl.Trainer(logger=False, enable_checkpointing=False)
 
 
@@ -37,7 +37,7 @@ def inspect_sample(args: Sequence[str]) -> None:
     """Prints the tokens of the sample that a command line names, and draws its images.
 
     Raises:
-        UserError: A setting is wrong, or there is no such sample, or it can't be used.
+        UserError: A setting is wrong, there is no such sample, or it can't be used.
     """
     cli = InspectCLI(args)
     data: FuyuDataModule = cli.datamodule
