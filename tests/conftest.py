@@ -39,7 +39,7 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.image_layout import ImagePolicy
 from fuyu_e2e.model.routing.config import RoutingConfig
-from fuyu_e2e.model.row import ProgressBar as TrainingProgress
+from fuyu_e2e.model.row import TrainingProgress
 
 # The usual run draws the same examples each time, on any machine; `--hypothesis-profile=explore` looks for new ones.
 # A test that needs fewer takes a part of `settings.default.max_examples`. How fast an example is decides nothing.
