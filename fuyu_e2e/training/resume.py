@@ -97,16 +97,16 @@ def go_back_to_last_step(checkpoint: dict[str, Any], trainer: pl.Trainer) -> Non
             "accumulate_grad_batches) don't divide: give the run as many rows a step as before."
         )
     progress = fit_loop["epoch_loop.batch_progress"]
-    behind = progress["total"]["processed"] * loaders[0]["world_size"] - rows
-    if not behind and loaders[0]["world_size"] == processes:
+    extra = progress["total"]["processed"] * loaders[0]["world_size"] - rows
+    if not extra and loaders[0]["world_size"] == processes:
         return
     for name in ("total", "current"):
         counts = progress[name]
-        done = (counts["processed"] * loaders[0]["world_size"] - behind) // processes
+        done = (counts["processed"] * loaders[0]["world_size"] - extra) // processes
         # From the number of completed batches, Lightning tells whether it was saving at the end of a micro-batch.
-        completed = done if behind else done - counts["processed"] + counts["completed"]
+        completed = done if extra else done - counts["processed"] + counts["completed"]
         progress[name] = {"ready": done, "started": done, "processed": done, "completed": completed}
-    if behind:
+    if extra:
         for name, tensor in checkpoint["state_dict"].items():
             if name.endswith(".rule.counts"):
                 tensor.zero_()

@@ -54,11 +54,11 @@ class DataReport(Callback):
         return total
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts anew."""
+        """Resets the counts."""
         self.all_stats["val"] = SampleStats()
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts anew."""
+        """Resets the counts."""
         self.all_stats["test"] = SampleStats()
 
     def on_train_batch_end(

@@ -74,7 +74,7 @@ class RoutingReport(Callback):
             pl_module.log(name, value)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts anew."""
+        """Resets the counts."""
         self._validation = _Sums()
 
     def on_validation_batch_end(
