@@ -5,7 +5,7 @@
 
 import lightning.pytorch as pl
 
-# The table behind `get_available_flops`, which only looks up the present device.
+# The table of `get_available_flops`, which only looks up the present device.
 from lightning.fabric.utilities.throughput import _CUDA_FLOPS as CUDA_FLOPS
 
 INHERITED = {

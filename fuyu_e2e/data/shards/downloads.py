@@ -58,7 +58,7 @@ class Download:
         self.total: int | None = None
         self.tag: str | None = None
         self.reserved = 0
-        self._begin_anew()
+        self._restart()
 
     def run(self) -> None:
         """Downloads the file; returns when it is complete and verified.
@@ -87,17 +87,17 @@ class Download:
                 if failures >= self.cache.attempts:
                     raise self._given_up(error) from error
                 if differs:
-                    self._begin_anew()
+                    self._restart()
             self.cache.count(retries=1)
             _pause(failures)
 
     def _attempt(self) -> None:
         with contextlib.closing(_request(self.shard, self.written, self.tag, self.cache.timeout)) as answer:
             if answer.start and answer.total != self.total:
-                self._begin_anew()
+                self._restart()
                 raise ConnectionError("it changed while it was fetched")
             if answer.start != self.written:
-                self._begin_anew()
+                self._restart()
             self.total, self.tag = answer.total, answer.tag
             if self.size is not None and self.total not in (None, self.size):
                 raise _DiffersError(f"it has {self.total:,} bytes, not {self.size:,}")
@@ -127,7 +127,7 @@ class Download:
         self.digest.update(chunk)
         self.cache.count(bytes=len(chunk))
 
-    def _begin_anew(self) -> None:
+    def _restart(self) -> None:
         self.written = 0
         self.digest = hashlib.sha256()
         self.file.seek(0)

@@ -216,11 +216,11 @@ def _chat(turns: Any, images: list[Image], where: str) -> tuple[Segment, ...]:
     if not placeholders:
         segments.extend(remaining)  # without a placeholder, the whole conversation is about the image
     for value, loss in said:
-        before, *behind = value.split(PLACEHOLDER)
-        pieces: list[Segment] = [Text(before.removesuffix("\n") if behind else before, loss)]
-        for number, text in enumerate(behind):
+        before, *after = value.split(PLACEHOLDER)
+        pieces: list[Segment] = [Text(before.removesuffix("\n") if after else before, loss)]
+        for number, text in enumerate(after):
             text = text.removeprefix("\n")
-            last = number == len(behind) - 1
+            last = number == len(after) - 1
             pieces += [next(remaining), Text(text if last else text.removesuffix("\n"), loss)]
         segments += [piece for piece in pieces if isinstance(piece, Image) or piece.text]
     return tuple(segments)
