@@ -1,4 +1,4 @@
-"""Metrics that are one number over another: the mean of a score is points over questions."""
+"""Metrics that are a ratio of two sums, such as the mean of a score: points over questions."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Mean:
         return np.array([scores, np.ones(len(scores))]).T
 
     def value(self, total: Float64[np.ndarray, "*samples 2"]) -> Float64[np.ndarray, "*samples"]:
-        """Points over questions; nan where there is no question."""
+        """Returns points over questions; nan without questions."""
         return ratio(total)
 
 
