@@ -46,6 +46,9 @@ def folder_config(metadata: ModelMetadata, provenance: Provenance) -> dict[str, 
 def read_folder(folder: Path) -> tuple[ModelMetadata, dict[str, Tensor], Provenance]:
     """Reads an exported folder, without ever running anything in it.
 
+    Returns:
+        The description, the weights by the decoder's names, and the provenance.
+
     Raises:
         UserError: Names the file that is missing, damaged, or doesn't belong to the others.
     """

@@ -245,7 +245,7 @@ def scale_pixels(pixels: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> U
 
 
 def to_patches(pixels: UInt8[np.ndarray, "H W 3"], patch_size: int) -> ImagePatches:
-    """Cuts pixels into patches, padding the last row and column with `PADDING`."""
+    """Returns pixels cut into patches; pads the last row and column with `PADDING`."""
     height, width = pixels.shape[:2]
     rows, cols = math.ceil(height / patch_size), math.ceil(width / patch_size)
     if (rows * patch_size, cols * patch_size) != (height, width):

@@ -125,7 +125,7 @@ def empty_row(patch_size: int) -> PackedBatch:
 
 
 def pack_row(sequences: list[TokenSequence], budget: int | None = None) -> PackedBatch:
-    """Lays sequences end to end as one row, padded to `budget` tokens if that is given.
+    """Returns sequences laid end to end as one row, padded to `budget` tokens if that is given.
 
     Raises:
         ValueError: The sequences hold more tokens than the budget.

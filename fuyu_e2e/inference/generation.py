@@ -73,7 +73,7 @@ GREEDY = Sampling()
 def choose(
     logits_BV: Float[Tensor, "B V"], sampling: Sampling, generator: torch.Generator | None
 ) -> Int64[Tensor, " B"]:
-    """Chooses one token for each row of logits, and returns them."""
+    """Returns the id of one token for each row of logits, chosen as `sampling` says."""
     if sampling.temperature < COLDEST:
         return logits_BV.argmax(dim=-1)
     # Relative to the greatest logit, so that the division can't overflow.

@@ -37,7 +37,7 @@ def rotary(positions: Int64[Tensor, " T"] | Int64[Tensor, "2 T"], size: int, the
 def rotate(
     x: Float[Tensor, "T heads K"], cos: Float[Tensor, "T 1 R"], sin: Float[Tensor, "T 1 R"]
 ) -> Float[Tensor, "T heads K"]:
-    """Turns the pairs (r, r + R/2) of each head's first R values by the token's angles; the other values stay."""
+    """Returns `x` with the pairs (r, r + R/2) of each head's first R values turned by the token's angles."""
     if (size := cos.shape[-1]) < x.shape[-1]:
         return torch.cat((rotate(x[..., :size], cos, sin), x[..., size:]), dim=-1)
     first, second = x.float().chunk(2, dim=-1)

@@ -351,6 +351,9 @@ def verify(
         deep: Whether to decode each image as well. An image that can't be decoded is a fault if its header looks
             right; otherwise the manifest counts it as unusable already.
 
+    Returns:
+        All differences; empty if every shard is as its manifest says.
+
     Raises:
         UserError: A remote shard can't be fetched.
     """

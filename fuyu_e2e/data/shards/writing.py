@@ -85,6 +85,9 @@ def write_shards(
         settings: How rows are distributed over shards.
         processes: Shards written at once; their bytes don't depend on it.
 
+    Returns:
+        The counts of all rows, those of an interrupted run included.
+
     Raises:
         UserError: The source has no known form, can't be read, or has no usable row, in which case nothing is left in
             `out`; or `out` contains other shards, or can't be written.

@@ -63,8 +63,8 @@ class RoutedBlock(Block):
 
     Args:
         inner: The block that they pass; its parts keep their names here.
-        config: Of the decoder.
-        number: Of the block.
+        config: The decoder's configuration.
+        number: The block's number.
     """
 
     kind = "routed"
