@@ -183,8 +183,7 @@ class ImageSpan:
 
     @property
     def patch_positions(self) -> Int64[np.ndarray, " N"]:
-        """The position of each embedding; equal to each patch, row by row, if there is one embedding for each
-        patch."""
+        """The position of each embedding; if there is one for each patch, of each patch row by row."""
         return self.start + np.flatnonzero(~self._newlines)
 
     @property

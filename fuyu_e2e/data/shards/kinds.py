@@ -83,7 +83,7 @@ class Captions(Kind):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The two."""
+        """The two columns that it reads."""
         return (self.image_column, self.text_column)
 
     def members(self, row: Row) -> Members:
@@ -103,7 +103,7 @@ class Texts(Kind):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The one."""
+        """The one column that it reads."""
         return (self.text_column,)
 
     def members(self, row: Row) -> Members:
@@ -151,7 +151,7 @@ class Interleaved(Kind):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The one."""
+        """The one column that it reads."""
         return ("segments",)
 
     def members(self, row: Row) -> Members:
@@ -179,7 +179,7 @@ class PairedLists(Kind):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The two."""
+        """The two columns that it reads."""
         return ("images", "texts")
 
     def members(self, row: Row) -> Members:

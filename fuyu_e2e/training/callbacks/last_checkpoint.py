@@ -16,7 +16,7 @@ class LastCheckpoint(Callback):
     """
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves."""
+        """Saves the last step."""
         save_last(trainer)
 
 

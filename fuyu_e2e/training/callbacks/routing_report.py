@@ -65,7 +65,7 @@ class RoutingReport(Callback):
         self._training = _Sums()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Logs them."""
+        """Logs the requested figures."""
         assert isinstance(pl_module, FuyuModule)
         if accumulates(trainer) or trainer.global_step % steps_between_logs(trainer):
             return
