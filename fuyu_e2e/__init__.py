@@ -21,7 +21,7 @@ __all__ = ["Processor", "Sampling", "__version__", "generate", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the programming interface, and torch with it, once something of it is asked for."""
+    """Imports the Python API, and torch with it, on first use of one of its names."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module("fuyu_e2e.inference.api"), name)

@@ -1,4 +1,4 @@
-"""What the processes of a run have to do with each other: which of them see which data, and which move in step."""
+"""How the processes of a run relate: which of them read which data, and what they exchange."""
 
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,19 +14,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DataRank:
-    """A process's place among those that see different data; parts of one tensor parallel group share a place."""
+    """A process's rank among those that read different data; the processes of a tensor-parallel group share one."""
 
     rank: int
     size: int
-    """How many such places there are."""
+    """The number of such ranks."""
     replicas: int
-    """Processes that see the same rows as this one, itself among them."""
+    """Processes that read the same rows as this one, itself included."""
     first: bool
-    """Whether this one counts for them."""
+    """Whether this process is the first of its replicas, which counts for all of them."""
 
     @classmethod
     def of(cls, trainer: pl.Trainer | None) -> "DataRank":
-        """The place of this process."""
+        """Returns the data rank of this process; rank 0 of 1 without a trainer or on one device."""
         if trainer is None or not isinstance(strategy := trainer.strategy, ParallelStrategy):
             return cls(rank=0, size=1, replicas=1, first=True)
         rank, size = (int(strategy.distributed_sampler_kwargs[name]) for name in ("rank", "num_replicas"))
@@ -35,19 +35,19 @@ class DataRank:
 
 
 def is_sharded(trainer: pl.Trainer) -> bool:
-    """Whether no process computes a batch by itself, since each holds a part of every weight."""
+    """Returns whether each process holds only a part of every weight, so that none can compute a batch alone."""
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in its place; Lightning's own has them all wait for each other first."""
+    """Sums a tensor over all processes in place, and returns it. Lightning's own sum waits at a barrier first."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_ranks(own: T) -> list[T]:
-    """What every process has to say, in the order of their ranks, by pickle; all of them ask at once."""
+    """Returns the value that each process passes, in the order of ranks, pickled; a collective."""
     told: list[Any] = [own]
     if dist.is_initialized():
         told = [None] * dist.get_world_size()
@@ -56,5 +56,5 @@ def all_ranks(own: T) -> list[T]:
 
 
 def any_rank(trainer: pl.Trainer, here: bool) -> bool:
-    """Whether something is so on any process; all of them ask at once."""
+    """Returns whether `here` is true on any process; a collective."""
     return bool(sum_over_ranks(torch.tensor(float(here), device=trainer.strategy.root_device)) > 0)

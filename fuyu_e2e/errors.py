@@ -1,14 +1,14 @@
-"""What can be wrong for a user, the whole run or one sample of its data, and the exit code that says so.
+"""Errors that a user or the data can cause, and the exit codes of the command line.
 
 Exit codes:
 
 0    done
-2    what was asked for can't be done: a setting or a file is wrong
+2    the request can't be carried out: a setting or a file is wrong
 3    too many steps in a row had to be skipped
-4    the watch ended a run that stood still
-5    another host of the run is lost
-6    the time of this start is over and steps are left: saved, and can go on
-130  SIGINT (Ctrl-C), 143 SIGTERM, 138 SIGUSR1: saved, and can go on
+4    the watchdog ended a run that made no progress
+5    another host of the run was lost
+6    the time of this start is over and steps are left: saved, and can be resumed
+130  SIGINT (Ctrl-C), 143 SIGTERM, 138 SIGUSR1: saved, and can be resumed
 """
 
 import signal
@@ -22,19 +22,19 @@ STUCK = 4
 HOST_LOST = 5
 TIME_OVER = 6
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""The signals that end a training behind a whole step; SIGUSR1 is what SLURM's `--signal=USR1@60` sends."""
+"""The signals that end a training after a complete step; SLURM's `--signal=USR1@60` sends SIGUSR1."""
 
 
 def of_signal(number: int) -> int:
-    """The code of a run that a signal ended, as shells give it."""
+    """Returns the exit code of a run that a signal ended, by the shells' convention: 128 + number."""
     return 128 + number
 
 
 class UserError(ValueError):
-    """The run can't go on as it was asked for: a setting or a file is wrong.
+    """The run can't continue as requested: a setting or a file is wrong.
 
-    The message is one sentence that names the file or setting and the remedy. The command line prints it
-    without a traceback and leaves with `exit_code`.
+    The message is one sentence that names the file or setting and the remedy. The command line prints it without a
+    traceback and exits with `exit_code`.
     """
 
     exit_code = WRONG_USE
@@ -42,10 +42,10 @@ class UserError(ValueError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around code that writes a file.
+    """Turns an OSError in the block, which writes `path`, into a sentence for the user.
 
     Raises:
-        UserError: It can't be written.
+        UserError: The file can't be written.
     """
     try:
         yield
@@ -54,11 +54,11 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class UnusableSampleError(Exception):
-    """One sample can't be used; the run skips it, counts it by `reason` and goes on.
+    """One sample can't be used; the run skips it, counts it by `reason` and continues.
 
     Attributes:
-        reason: A short fixed slug such as `image-truncated`, the key under which it is counted. Never holds
-            anything of the sample itself, so that the number of distinct reasons stays small.
+        reason: A short fixed slug such as `image-truncated`, the key under which it is counted. Never contains any
+            part of the sample, so that the number of distinct reasons stays small.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:

@@ -554,7 +554,7 @@ def test_bad_prompts_and_commands(run: Callable, trained: Path, folder: Path) ->
     refused(run(*ask, "--image", "broken.png"), "broken.png", "image-unreadable")
     refused(run(*ask, "--image", "gone.png"), "gone.png, can't be read")
     refused(run(*ask, "--temperature", "-1"), "temperature is -1")
-    refused(run("inspect", "--config", str(trained / "config.yaml"), "--index", "60"), "--index 60 is behind the last")
+    refused(run("inspect", "--config", str(trained / "config.yaml"), "--index", "60"), "--index 60 is beyond the last")
     code, printed = run("--help")
     assert code == 0
     assert "quickstart" in printed

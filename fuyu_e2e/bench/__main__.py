@@ -16,7 +16,7 @@ STUDIES = ("isoflop", "optimizers", "ocr", "resolution", "sort-of-clevr")
 
 
 def main() -> int:
-    """Runs the benchmark that is named."""
+    """Runs the named benchmark."""
     return run("fuyu_e2e.bench", "benchmark", BENCHMARKS, STUDIES)
 
 

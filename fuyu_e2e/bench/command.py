@@ -10,13 +10,13 @@ from fuyu_e2e.training.settings.environment import set_defaults
 
 
 def run(program: str, kind: str, commands: Mapping[str, str], moved: Collection[str] = ()) -> int:
-    """Runs what the command line names, and returns the exit code.
+    """Runs the command that the command line names, and returns the exit code.
 
     Args:
         program: The package that was started.
-        kind: What it runs.
-        commands: By name, the function that takes the options; imported once the environment is set.
-        moved: Names that are studies now.
+        kind: What its commands are called.
+        commands: The function for each name, which takes the options; imported after the environment is set.
+        moved: Names of commands that are studies now.
     """
     set_defaults()
     name, *args = sys.argv[1:] or [""]

@@ -1,8 +1,8 @@
-"""What the data path costs beside bare decoding, and beside the readers of others: one process on one core.
+"""Compares the data path with bare decoding and with other readers: one process on one core.
 
-All contenders read the same captioned JPEG images once, in stored order (which spares the others the cost of their
-shuffle buffers), and fill the same rows. Each of the others runs twice: decoding as its documentation does, with
-Pillow, and handing over encoded images that are decoded as here, which leaves only the reading to differ.
+All contenders read the same captioned JPEG images once, in stored order (which spares the others their shuffle
+buffers), and fill the same rows. Each other reader runs twice: with its documented decoding by Pillow, and with our
+decoding of its encoded images, so that only the reading differs.
 """
 
 import io
@@ -44,21 +44,21 @@ from fuyu_e2e.model.image_layout import ImagePolicy, ImageSpan, fit_policy
 
 PATCH_SIZE = 16
 BUDGETS = {1_024: 2_048, 4_096: 8_192}
-"""Patches of an image and tokens of a row: most of the made images are scaled down to the first, none to the other."""
+"""Patches of an image and tokens of a row: the first scales most of the generated images down, the second none."""
 VOCAB_SIZE = 2_048
 SHARD_SAMPLES = 100
 SIDES = (300, 1_000)
-"""The range of the longer side of an image, in pixels."""
+"""Range of the longer side of an image, in pixels."""
 TEXTURE = 1_024
-"""Side of the textures that images are cut from."""
+"""Side in pixels of the textures that images are cut from."""
 SAME = 2
-"""Levels of 255 by which pixels may differ and still count as the same."""
+"""Levels of 255 by which pixels may differ and still count as equal."""
 OURS, BARE = "fuyu_e2e", "fuyu_e2e's decode_image"
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """A JPEG file and what it shows."""
+    """A JPEG file with its caption."""
 
     image: bytes
     caption: str
@@ -66,13 +66,13 @@ class Captioned:
 
 @dataclass(frozen=True)
 class Contents:
-    """What the rows of a contender hold."""
+    """The contents of a contender's rows."""
 
     images: int
     tokens: int
-    """Padding left out."""
+    """Tokens without padding."""
     patches: Counter[tuple[str, int]]
-    """The key of each document and the patches of its image."""
+    """The key of each document, with the patches of its image."""
 
 
 def data(args: Sequence[str]) -> None:
@@ -129,9 +129,9 @@ def _one_core() -> Iterator[None]:
 
 
 def photographs(seed: int = 0) -> Iterator[Captioned]:
-    """Images that a JPEG encoder finds as hard as photographs: quality 85, 4:2:0, about 1.8 bits a pixel.
+    """Yields images that a JPEG encoder finds as hard as photographs: quality 85, 4:2:0, about 1.8 bits a pixel.
 
-    Textures whose contrast falls with their frequency as nature's does, and a few hard edges.
+    They are textures whose contrast falls with frequency as in nature, with a few hard edges.
     """
     rng = np.random.default_rng(seed)
     light, colour = _texture(1.4, rng), _texture(1.6, rng)
@@ -170,7 +170,7 @@ def _cut(texture: np.ndarray, height: int, width: int, rng: np.random.Generator)
 
 
 def _captioned(pattern: str) -> Iterator[Captioned]:
-    """What every contender can read: RGB images that need no turning, with a caption."""
+    """Yields samples that every contender can read: RGB images without rotation, with a caption."""
     for shard in expand_patterns(pattern):
         for document in read_documents(Path(shard), SampleStats()):
             match document.segments:
@@ -277,7 +277,7 @@ def _measure(
 
 
 def path_name(reader: str, decoded: bool) -> str:
-    """What a reader is called in the tables, with its own decoding or with ours."""
+    """Returns a reader's name in the tables, with its own decoding or ours."""
     return f"{reader}, {'own decode' if decoded else 'our decode'}"
 
 
@@ -296,7 +296,7 @@ def _packed(read: Read, decoded: bool, builder: SequenceBuilder, budget: int) ->
 def captioned_sequence(
     builder: SequenceBuilder, key: str, pixels: UInt8[np.ndarray, "H W 3"], caption: str
 ) -> TokenSequence:
-    """What the builder makes of an image and a caption, for an image that is decoded already."""
+    """Returns the builder's sequence for an image and a caption, given the decoded image."""
     patches = to_patches(pixels, builder.images.patch_size)
     text = builder.build(Document(key, (Text(caption),)))
     span = ImageSpan.of_grid(0, patches.rows, patches.cols, patches.padding)
@@ -327,7 +327,7 @@ def _drain(rows: Callable[[], Iterator[PackedRow]]) -> None:
 
 
 def _difference(decode: Decode, samples: Sequence[Captioned], sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """By how many levels of 255 pixels differ from Pillow's."""
+    """Returns by how many levels of 255 pixels differ from Pillow's."""
     largest, means = 0, []
     for sample, size in zip(samples, sizes, strict=True):
         difference = np.abs(decode(sample.image, size).astype(np.int16) - pillow(sample.image, size))
@@ -337,7 +337,7 @@ def _difference(decode: Decode, samples: Sequence[Captioned], sizes: Sequence[tu
 
 
 def _versions() -> dict[str, str]:
-    """The packages that take part, as far as they are installed."""
+    """Returns the versions of installed contenders."""
     found = {}
     for package, _ in (*DECODERS.values(), *READERS.values()):
         with suppress(PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""What others offer for the data path, each where it is installed: JPEG decoders, and readers of shards."""
+"""Other packages for the data path, as far as they are installed: JPEG decoders, and readers of shards."""
 
 import contextlib
 import io
@@ -20,11 +20,11 @@ from fuyu_e2e.data.image import scale_pixels
 
 Size = tuple[int, int]
 Decode = Callable[[bytes, Size], UInt8[np.ndarray, "h w 3"]]
-"""From a JPEG file to its pixels at a width and height."""
+"""Decodes a JPEG file to pixels of a (width, height)."""
 Sample = tuple[str, Any, str]
-"""Key, image (encoded, or decoded by Pillow) and caption."""
+"""(key, image, caption); the image is encoded, or decoded by Pillow."""
 Read = Callable[[bool], Iterator[Sample]]
-"""One pass over all samples; the flag asks for images that are decoded as the reader does it."""
+"""Makes one pass over all samples; the flag asks for images decoded by the reader's own means."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Absent:
     name: str
     reason: str
     install: str
-    """The command that adds it."""
+    """The command that installs it."""
 
 
 def _imported(module: str) -> Any:
@@ -48,7 +48,7 @@ def _absent(name: str, package: str, error: Exception) -> Absent:
 
 
 def scaled_by_pillow(image: Pillow.Image, size: Size) -> UInt8[np.ndarray, "h w 3"]:
-    """An image at another size, as Pillow does it."""
+    """Returns an image scaled by Pillow."""
     return np.asarray(image if image.size == size else image.resize(size, Pillow.Resampling.BILINEAR))
 
 
@@ -57,7 +57,7 @@ def _opened(data: bytes) -> Pillow.Image:
 
 
 def pillow(data: bytes, size: Size) -> UInt8[np.ndarray, "h w 3"]:
-    """Pillow alone, which all others are compared with."""
+    """Decodes and scales with Pillow alone, the reference for all others."""
     return scaled_by_pillow(_opened(data).convert("RGB"), size)
 
 
@@ -127,11 +127,11 @@ DECODERS: dict[str, tuple[str, Callable[[], Decode]]] = {
     "imagecodecs + torch": ("imagecodecs", _imagecodecs),
     "torchvision + torch": ("torchvision", _torchvision),
 }
-"""The package of each, and what opens it. Behind a plus stands what scales to the size that is wanted."""
+"""The package of each decoder, and the function that opens it. After a plus comes what scales the image."""
 
 
 def decoders(example: bytes) -> tuple[dict[str, Decode], list[Absent]]:
-    """The decoders that work here, each having read the example, and those that do not."""
+    """Returns the decoders that work here, after decoding the example once, and those that don't."""
     found, absent = {}, []
     size = _opened(example).size
     for name, (package, opened) in DECODERS.items():
@@ -139,7 +139,7 @@ def decoders(example: bytes) -> tuple[dict[str, Decode], list[Absent]]:
             decode = opened()
             decode(example, size)
             found[name] = decode
-        except Exception as error:  # a library that doesn't fit the others here fails in a way of its own
+        except Exception as error:  # a library that doesn't fit the others here may raise anything
             absent.append(_absent(name, package, error))
     return found, absent
 
@@ -193,7 +193,7 @@ def _energon(shards: Sequence[Path], folder: Path) -> Read:
             repeat=False,
             task_encoder=type("Encoder", (energon.DefaultTaskEncoder,), {"decoder": decoder})(),
         )
-        # By default it collects garbage every tenth batch, which for single samples would take most of its time.
+        # By default it collects garbage every tenth batch, which would take most of its time with single samples.
         return energon.get_savable_loader(samples, gc_collect_every_n_steps=0)
 
     loaders = {True: loader(energon.SampleDecoder(image_decode="pilrgb")), False: loader(None)}
@@ -217,7 +217,7 @@ def _mosaic(shards: Sequence[Path], folder: Path) -> Read:
     def read(decoded: bool) -> Iterator[Sample]:
         for sample in samples:
             image = sample["image"]
-            # What a column of type `jpeg` does, whose writer would encode the images anew.
+            # Does what a column of type `jpeg` does; its writer would encode the images a second time.
             yield sample["key"], _opened(image).convert("RGB") if decoded else image, sample["caption"]
 
     return read
@@ -228,11 +228,11 @@ READERS: dict[str, tuple[str, Callable[[Sequence[Path], Path], Read]]] = {
     "Energon": ("megatron-energon", _energon),
     "Mosaic Streaming": ("mosaicml-streaming", _mosaic),
 }
-"""The package of each, and what prepares its data in a folder and opens it."""
+"""The package of each reader, and the function that prepares its data in a folder and opens it."""
 
 
 def readers(shards: Sequence[Path], folder: Path) -> tuple[dict[str, Read], list[Absent]]:
-    """The readers that work here, opened on the shards, and those that do not."""
+    """Returns the readers that work here, opened on the shards, and those that don't."""
     found, absent = {}, []
     for name, (package, opened) in READERS.items():
         try:

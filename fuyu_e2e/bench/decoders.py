@@ -7,7 +7,7 @@ from fuyu_e2e.model.decoder import Decoder
 
 
 def new_decoder(config: FuyuConfig, device: str) -> Decoder:
-    """The same new weights whenever it is called, drawn on the device: a CPU takes half a minute for those of `3b`."""
+    """Returns a decoder with new weights, equal in every call; drawn on the device, as a CPU takes 30 s for `3b`."""
     torch.manual_seed(0)
     with torch.device(device):
         return Decoder(config)

@@ -1,4 +1,4 @@
-"""Documents for benchmarks, of random pixels and words: captions, questions and text, with images of many sizes."""
+"""Documents of random pixels and words for benchmarks: captions, questions and text, with images of many sizes."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,13 +13,13 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.image_layout import ImageSpan
 
 PATCH, NEWLINE, BOS, EOS, FIRST_WORD = 3, 4, 1, 2, 10
-"""Token ids; words are all those behind."""
+"""Token ids; all from `FIRST_WORD` on are words."""
 SHAPES = ((1, 1), (3, 4), (4, 3), (2, 3), (3, 2), (9, 16), (16, 9))
-"""Heights to widths as cameras and screens have them."""
+"""Common height to width ratios of cameras and screens."""
 KINDS = ("caption", "caption", "question", "question", "text")
-"""What documents are, each as often as it is named."""
+"""Kinds of documents, in proportion to how often they are listed."""
 LEARNT = {"caption": (12, 48), "question": (2, 24), "text": (32, 256)}
-"""Fewest and most supervised tokens of each, the most not among them."""
+"""Range of supervised tokens of each kind, without the upper bound."""
 
 
 def draw(
@@ -31,7 +31,7 @@ def draw(
     asked: int,
     supervised: int,
 ) -> TokenSequence:
-    """A document: an image of `grid` patches, `asked` tokens of a question and `supervised` tokens to be learnt."""
+    """Returns a document: an image of `grid` patches, `asked` question tokens and `supervised` tokens with loss."""
     rows, cols = grid or (0, 0)
     image = np.full((rows, cols + 1), PATCH)
     image[:, -1] = NEWLINE
@@ -51,14 +51,14 @@ def draw(
 def mixture(
     config: FuyuConfig, *, rows: int, budget: int, sides: tuple[int, int], seed: int = 0
 ) -> list[list[TokenSequence]]:
-    """The documents of so many packed rows: two captions and two questions to each text.
+    """Returns the documents of packed rows: two captions and two questions for each text.
 
     Args:
-        config: Of the decoder that reads them.
-        rows: How many.
+        config: The configuration of the decoder that reads them.
+        rows: Number of rows.
         budget: Tokens of a row.
-        sides: Fewest and most patches along an image's longer side, each number as likely.
-        seed: Of all that is drawn.
+        sides: Fewest and most patches along an image's longer side, uniformly distributed.
+        seed: Seeds all draws.
     """
     rng = np.random.default_rng(seed)
     packer = Packer(budget, "skip", SampleStats())
@@ -79,13 +79,13 @@ def mixture(
 
 
 def histogram(lengths: Sequence[int]) -> dict[str, int]:
-    """How many documents have so many tokens, in steps of a factor of two."""
+    """Returns the number of documents by length in tokens, in ranges of a factor of two."""
     counts = Counter(max(16, 1 << (length - 1).bit_length()) for length in lengths)
     return {f"up to {most}": counts[most] for most in sorted(counts)}
 
 
 class Rows(IterableDataset):
-    """Rows that are there already, as a data set."""
+    """Rows in memory, as a data set."""
 
     def __init__(self, rows: Sequence[PackedRow]) -> None:
         self.rows = rows

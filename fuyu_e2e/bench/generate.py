@@ -1,7 +1,7 @@
-"""What generation costs beside transformers' own: the same weights, the same prompts, as many tokens.
+"""Compares generation with transformers' own: the same weights, the same prompts, the same number of tokens.
 
-Weights are random: what a model says takes as long as what a trained one says. Blocks are drawn so that each says
-something, and the output projection so that the likeliest token stands out from rounding.
+Weights are random, which doesn't change the time. Blocks are drawn so that each contributes, and the output projection
+so that the likeliest token is clear of rounding errors.
 """
 
 import warnings
@@ -31,20 +31,20 @@ from fuyu_e2e.model.image_layout import ImageSpan
 from fuyu_e2e.training.device_limits import copy_bandwidth
 
 NEVER = -1
-"""An end of document that no token is, so that all contenders write as many tokens."""
+"""An end-of-document id that no token has, so that all contenders generate equally many tokens."""
 GRIDS = (4, 12)
 """Fewest and most patches along a side of an image."""
 WORDS = (8, 32)
-"""Fewest and most tokens of text behind it."""
+"""Fewest and most tokens of text after the image."""
 THEIRS = "transformers"
-"""The contender that ratios compare with."""
+"""The contender that ratios refer to."""
 
 Contender = Callable[[int], list[list[int]]]
-"""Writes so many tokens behind each prompt."""
+"""Generates a number of tokens after each prompt."""
 
 
 def generate(args: Sequence[str]) -> None:
-    """Times generation, eager and compiled, beside transformers' generate on the exported model."""
+    """Times generation, eager and compiled, against transformers' generate on the exported model."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = ArgumentParser(prog="python -m fuyu_e2e.bench generate", description=generate.__doc__)
     parser.add_argument(
@@ -77,7 +77,7 @@ def generate(args: Sequence[str]) -> None:
 
 
 def sized(size: str) -> FuyuConfig:
-    """The decoder of a named size, or of the quickstart."""
+    """Returns the configuration of a named size, or the quickstart's."""
     if size == "quickstart":
         return FuyuConfig(**yaml.safe_load(shipped("recipes/quickstart.yaml").read_text())["model"]["decoder"])
     return named_size(size)
@@ -85,7 +85,7 @@ def sized(size: str) -> FuyuConfig:
 
 @torch.no_grad()
 def random_decoder(config: FuyuConfig, device: str) -> Decoder:
-    """A decoder whose every block says something, ready to generate."""
+    """Returns a decoder ready to generate, in which every block contributes."""
     decoder = new_decoder(config, device)
     for name, projection in decoder.blocks.named_modules():
         if name.endswith(("o_proj", "down_proj")):
@@ -96,7 +96,7 @@ def random_decoder(config: FuyuConfig, device: str) -> Decoder:
 
 
 def random_prompts(config: FuyuConfig, count: int) -> list[TokenSequence]:
-    """Images of different sizes, each with a text behind it."""
+    """Returns prompts with images of different sizes, each followed by a text."""
     rng = np.random.default_rng(0)
     prompts = []
     for number in range(count):
@@ -118,7 +118,7 @@ def random_prompts(config: FuyuConfig, count: int) -> list[TokenSequence]:
 
 
 def _theirs(stock: Any, prompts: list[TokenSequence], settings: dict[str, Any], new_tokens: int) -> list[list[int]]:
-    """As its users call it: prompts padded on the left, patches of all images in their order."""
+    """Generates as transformers' users do: prompts padded on the left, patches of all images in order."""
     longest = max(map(len, prompts))
     tokens = np.full((len(prompts), longest), BOS)
     known = np.zeros((len(prompts), longest), dtype=np.int64)
@@ -142,7 +142,7 @@ def _theirs(stock: Any, prompts: list[TokenSequence], settings: dict[str, Any], 
 
 
 def _measure(decoder: Decoder, stock: Any, batch: int, bandwidth: float, options: Any) -> list[dict[str, Any]]:
-    torch.compiler.reset()  # what was compiled for sizes before would be looked through in every step
+    torch.compiler.reset()  # else every step would check the graphs of earlier sizes
     prompts = random_prompts(decoder.config, batch)
 
     def ours(compiled: bool, new_tokens: int) -> list[list[int]]:
@@ -179,7 +179,8 @@ def _measure(decoder: Decoder, stock: Any, batch: int, bandwidth: float, options
 
 
 def bytes_of_step(decoder: Decoder, prompts: list[TokenSequence], new_tokens: int) -> float:
-    """What a step half-way through has to read: every weight but those that only prompts need, and the cache."""
+    """Returns the bytes that a step half-way through has to read: all weights but those for prompts only, and the
+    cache."""
     config = decoder.config
     size = decoder.embed_tokens.weight.element_size()
     weights = [*decoder.blocks.parameters(), *decoder.norm.parameters(), decoder.lm_head.weight]

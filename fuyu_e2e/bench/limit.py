@@ -1,7 +1,7 @@
-"""How near training and generation come to what the machine can do, and what Lightning adds.
+"""Measures how close training and generation come to the machine's limits, and Lightning's overhead.
 
-The machine's limits are measured in the same run: the product of two large matrices, and a copy. Operations are those
-of `fuyu_e2e.model.cost`; bytes are the least that has to move, each weight once for each use, activations left out.
+The limits are measured in the same run: the product of two large matrices, and a copy. Operations are those of
+`fuyu_e2e.model.cost`; bytes are the least that must move, each weight once for each use, without activations.
 """
 
 import io
@@ -45,18 +45,19 @@ from fuyu_e2e.training.optimizers import build_optimizer
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 UPDATE_TOUCHES = 10
-"""Times that a step moves as many values as there are weights: weights in both passes, gradients written and read,
-AdamW's weights and two averages read and written."""
+"""Times that a step moves all weights: weights in both passes, gradients written and read, AdamW's weights and two
+averages read and written."""
 WARM_UP = 5
-"""Steps of a run that are not timed."""
+"""Steps at the start of a run that are not timed."""
 PROMPTS = (1, 8)
 NEW_TOKENS = 32
 PICTURES = 2_000
-"""Of digits, to train on."""
+"""Pictures of digits to train on."""
 
 
 def limit(args: Sequence[str]) -> None:
-    """Measures the device's limits, the shares that a training step and decoding reach, and Lightning's overhead."""
+    """Measures the device's limits, the fractions that a training step and decoding reach, and Lightning's
+    overhead."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = ArgumentParser(prog="python -m fuyu_e2e.bench limit", description=limit.__doc__)
     sizes = ["125m", "1b"] if device == "cuda" else ["small"]
@@ -104,7 +105,7 @@ def limit(args: Sequence[str]) -> None:
 
 
 def _training(size: str, device: str, rounds: int) -> dict[str, Any]:
-    """A step of `bench train`'s, eager."""
+    """Returns the figures of an eager training step of `bench train`."""
     case = CASES[size]
     trainee = build(case, ["ours"], device)["ours"]
     seconds = alternate({"step": trainee.epoch}, rounds, warm_up=1)["step"] / case.rows
@@ -122,7 +123,8 @@ def _training(size: str, device: str, rounds: int) -> dict[str, Any]:
 
 
 def _decoding(size: str, device: str, rounds: int, compiled: bool) -> list[dict[str, Any]]:
-    """A step of generation: what many tokens take beyond one, by their number."""
+    """Returns the figures of a generation step, for each number of prompts: the time of many tokens less that of
+    one."""
     decoder = random_decoder(sized(size), device)
     found = []
     for count in PROMPTS:
@@ -144,20 +146,20 @@ def _decoding(size: str, device: str, rounds: int, compiled: bool) -> list[dict[
 
 
 def prepare(folder: Path) -> None:
-    """The quickstart's shards and tokenizer."""
+    """Writes the quickstart's shards and tokenizer."""
     train = write_shards(folder, split="train", count=PICTURES, seed=0, most_digits=4, processes=1)
     texts = (text for document in read_documents(train[0], SampleStats()) for text in document.texts)
     train_tokenizer(texts, VOCAB_SIZE).save(folder / "tokenizer.model")
 
 
 def quickstart_run(folder: Path, device: str, steps: int, further: Sequence[str] = ()) -> FuyuCLI:
-    """The quickstart as the command line builds it, with all its callbacks; on a GPU of 125m's shape.
+    """Returns the quickstart as the command line builds it, with all its callbacks; on a GPU with the shape of 125m.
 
     Args:
-        folder: That of `prepare`.
+        folder: The folder of `prepare`.
         device: `cpu` or `cuda`.
-        steps: Of the run.
-        further: Options of the command line.
+        steps: Steps of the run.
+        further: More options of the command line.
     """
     settings: dict[str, Any] = {
         "config": shipped("recipes/quickstart.yaml"),
@@ -174,7 +176,7 @@ def quickstart_run(folder: Path, device: str, steps: int, further: Sequence[str]
 
 
 def _profile(folder: Path, device: str, steps: int) -> dict[str, float]:
-    """Of the quickstart's training, its rows read as they are needed, in the process itself."""
+    """Returns milliseconds by part of the quickstart's training, with rows read in the training process."""
     run = quickstart_run(folder, device, steps)
     decoder = new_decoder(run.model.config, device).train()
     optimizer = build_optimizer(decoder, run.model.optimizer_config)
@@ -189,14 +191,14 @@ def _update(decoder: Decoder, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _overhead(folder: Path, device: str, steps: int, rounds: int) -> dict[str, float]:
-    """A step of the real trainer beside one of a bare loop, over the same rows, in turn."""
+    """Returns the time of a real trainer's step and of a bare loop's, over the same rows, measured alternately."""
     stream = quickstart_run(folder, device, steps).datamodule.stream("train")
     rows = list(islice(stream.rows(), steps))
     trainer, bare = [], []
     for _ in range(rounds):
         bare.append(_bare_seconds(folder, device, rows))
         trainer.append(_trainer_seconds(folder, device, rows))
-    # The fastest rounds of either: other work on the machine only ever takes away, and more than is looked for here.
+    # The fastest round of each: other load only slows rounds down, by more than the difference measured here.
     return {
         "trainer_seconds_per_step": round(min(trainer), 6),
         "bare_seconds_per_step": round(min(bare), 6),
@@ -205,7 +207,7 @@ def _overhead(folder: Path, device: str, steps: int, rounds: int) -> dict[str, f
 
 
 class _Clock(Callback):
-    """When the first timed step began, and when the last ended."""
+    """Records when the first timed step began, and when the last ended."""
 
     def __init__(self) -> None:
         self.started_at = self.ended_at = 0.0
@@ -235,7 +237,7 @@ def _trainer_seconds(folder: Path, device: str, rows: Sequence[PackedRow]) -> fl
     clock = _Clock()
     run.trainer.callbacks.append(clock)  # type: ignore[attr-defined]
     run.datamodule.train_dataloader = partial(DataLoader, Rows(rows), batch_size=None)
-    os.environ["FORCE_COLOR"] = "1"  # draws the progress bar as a terminal has it
+    os.environ["FORCE_COLOR"] = "1"  # draws the progress bar as in a terminal
     try:
         with redirect_stdout(io.StringIO()):
             run.trainer.fit(run.model, datamodule=run.datamodule)

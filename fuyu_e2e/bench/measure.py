@@ -1,4 +1,4 @@
-"""Timing contenders side by side, and what a result says about where it was measured."""
+"""Times contenders alternately, and records where results were measured."""
 
 import json
 import os
@@ -21,9 +21,9 @@ def alternate(
     warm_up: int = 2,
     keep: Callable[[dict[str, float]], None] = lambda medians: None,
 ) -> dict[str, float]:
-    """The median seconds of each contender, all run in turn so that a machine's moods hit them alike.
+    """Returns the median seconds of each contender, run alternately so that the machine's state affects all alike.
 
-    `keep` gets the medians so far after each timed round.
+    `keep` receives the medians so far after each timed round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(warm_up + rounds):
@@ -40,7 +40,7 @@ def alternate(
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What stands beside every figure."""
+    """Returns the device and the versions to be stored with all figures."""
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     return {
         "device": hardware,
@@ -53,7 +53,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes figures, for people and programs; at no time does half a file stand there."""
+    """Writes figures as JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(json.dumps(content, indent=1) + "\n")
@@ -61,13 +61,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 class Figures:
-    """A benchmark's figures, written as they come: one that is cut off leaves those that it had.
+    """A benchmark's figures, written as they come, so that an interrupted benchmark keeps those that it had.
 
-    `complete` says in the file whether the benchmark came to its end.
+    `complete` in the file says whether the benchmark finished.
 
     Args:
         path: The file, replaced by the first figures.
-        about: What is written with all of them.
+        about: Entries that are written with all of them.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
@@ -75,11 +75,11 @@ class Figures:
         self._content = dict(about)
 
     def keep(self, **found: Any) -> None:
-        """Writes figures by their names, beside those that were written before."""
+        """Writes figures by name, in addition to earlier ones."""
         self._content |= found
         write_json(self._path, {"complete": False, **self._content})
 
     def end(self, **found: Any) -> None:
-        """Writes the last figures: there are no more to come."""
+        """Writes the last figures, and marks the file as complete."""
         self._content |= found
         write_json(self._path, {"complete": True, **self._content})

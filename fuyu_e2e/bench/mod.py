@@ -1,4 +1,4 @@
-"""What a routed block saves: time beside operations, of a routed and a dense decoder of one shape."""
+"""Measures what a routed block saves: time and operations of a routed and a dense decoder of the same shape."""
 
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ DECODE_TOKENS = 16
 
 
 def mod(args: Sequence[str]) -> None:
-    """Times training steps, prefill and decoding of a routed decoder over those of the dense one."""
+    """Times training steps, prefill and decoding of a routed decoder relative to the dense one."""
     parser = ArgumentParser(prog="python -m fuyu_e2e.bench mod", description=mod.__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1_024])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1_024, 2_048], help="Tokens of a row.")
@@ -68,7 +68,7 @@ def _config(width: int, layers: int, routing: RoutingConfig | None) -> FuyuConfi
 
 
 def _row(length: int, document: int, device: str) -> PackedBatch:
-    """Documents of one length, each half image, a quarter of it supervised."""
+    """Returns a row of documents of one length, each half image, with a quarter supervised."""
     documents = length // document
     places = torch.arange(length).view(documents, document)
     patches = places[:, : document // 2].flatten()
@@ -91,7 +91,7 @@ def _row(length: int, document: int, device: str) -> PackedBatch:
 
 def _measure(width: int, length: int, mode: str, device: str, options: Any) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    torch.compiler.reset()  # or widths measured before would use up the compilations that a function may have
+    torch.compiler.reset()  # earlier widths must not use up the limit of compilations
     row = _row(length, options.document, device)
     blocks = tuple(range(0, options.layers - 1, 2))
     routings = {
@@ -174,7 +174,7 @@ def _measure(width: int, length: int, mode: str, device: str, options: Any) -> l
 
 @torch.no_grad()
 def _settle(decoder: Decoder, row: PackedBatch) -> None:
-    """Lets thresholds find their place on this row, as training would have."""
+    """Lets thresholds settle on this row, as in training."""
     for _ in range(40 if decoder.config.routing is not None else 0):
         read = decoder.row(row)
         decoder.logits(row, read)
@@ -184,7 +184,7 @@ def _settle(decoder: Decoder, row: PackedBatch) -> None:
 
 @torch.no_grad()
 def _flops(decoder: Decoder, row: PackedBatch) -> dict[str, int]:
-    """Operations of a training step, a prefill and a step of decoding, with the tokens that really pass."""
+    """Returns the operations of a training step, a prefill and a decoding step, for the tokens that actually pass."""
     read = decoder.row(row)
     decoder.logits(row, read)
     blocks = routed_blocks(read)
@@ -197,7 +197,7 @@ def _flops(decoder: Decoder, row: PackedBatch) -> dict[str, int]:
         passing=passing,
     )
     reading = cost(decoder.config, document_lengths=row.document_lengths, grids=row.grids, targets=0, passing=passing)
-    # One more token of each document; attention to what is cached is left out on both sides.
+    # One more token of each document; attention to cached tokens is left out for both decoders.
     one = [1] * len(row.document_lengths)
     shares = [sum(counts) / sum(row.document_lengths) for counts in passing]
     writing = cost(

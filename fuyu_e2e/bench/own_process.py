@@ -1,4 +1,4 @@
-"""The most memory that something takes, measured in a process of its own: a process's peak never goes down again."""
+"""Measures peak memory in a separate process, since a process's peak never decreases."""
 
 import os
 import resource
@@ -15,19 +15,19 @@ import torch.nn.functional as F
 
 STATUS = Path("/proc/self/status")
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-"""Has glibc's malloc return freed tensors at once. By default it keeps and splits them, and a process that trains
-comes to hold more than twice what its tensors ever took."""
+"""Makes glibc's malloc return freed tensors at once. By default it keeps and splits them, and a training process comes
+to hold more than twice what its tensors ever took."""
 
 
 def peak_memory(run: Callable[..., Any], *args: Any) -> int:
-    """Bytes by which a call raises the most that a new process holds.
+    """Returns the bytes by which a call raises the peak memory of a new process.
 
-    Of the device where there is one, as PyTorch allocates; else of the process, over what it held when PyTorch was
+    On a GPU that is the device's memory allocated by PyTorch; else the process's, above what it held after PyTorch was
     loaded and had computed something.
 
     Args:
-        run: A function at the top of a module.
-        args: For it; they travel to the process.
+        run: A function at the top level of a module.
+        args: Its arguments, which must be picklable.
     """
     with _environment(GIVES_BACK), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_measured, run, args, torch.get_num_threads()).result()
@@ -66,7 +66,8 @@ def _load_kernels() -> None:
 
 
 def _resident(field: str) -> int:
-    """Bytes of memory of this process. Not what getrusage says where /proc is: a child inherits its parent's peak."""
+    """Returns bytes of memory of this process, from /proc if possible: in getrusage, a child inherits its parent's
+    peak."""
     if STATUS.exists():
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
         return int(line.split()[1]) * 1024

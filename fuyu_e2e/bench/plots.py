@@ -1,4 +1,4 @@
-"""Where pictures of results are drawn, if matplotlib is there."""
+"""Draws pictures of results, if matplotlib is installed."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def draw_picture(path: Path, panels: int, draw: Callable[[list[Any]], None]) -> None:
-    """Saves what `draw` draws on so many axes side by side; says so where matplotlib is missing."""
+    """Saves what `draw` draws on `panels` axes side by side; prints a note without matplotlib."""
     if find_spec("matplotlib") is None:
         print(f"{path} is not drawn: pip install 'fuyu-e2e[plots]'.")
         return

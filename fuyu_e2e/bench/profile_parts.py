@@ -1,15 +1,15 @@
-"""Where the time of a training step goes, by part of the model, from torch's profiler.
+"""Splits the time of a training step by part of the model, with torch's profiler.
 
-An operation belongs to the part whose module ran it; in the backward pass, to the part of the operation that it is the
-gradient of, which autograd numbers alike.
+An operation belongs to the part whose module ran it; in the backward pass, to the part of the forward operation with
+the same autograd number.
 
-- attention: what attention modules do themselves: rotary positions, grouping by length, softmax(QK)V
+- attention: attention modules themselves: rotary positions, grouping by length, softmax(QK)V
 - projections: the linear layers of blocks and of patches
-- loss: all behind the last norm: choosing supervised positions, logits, cross-entropy
+- loss: everything after the last norm: selecting supervised positions, logits, cross-entropy
 - optimizer: clipping, update, zeroing gradients
 - data: waiting for the next row
-- rest: norms, activations, residuals, embeddings, planning the row's attention, gradients summed into place
-- idle: the step's time in which no operation ran: Python between operations; on a GPU, the GPU waiting
+- rest: norms, activations, residuals, embeddings, planning the row's attention, accumulating gradients
+- idle: time of the step without any operation: Python between operations; on a GPU, the GPU waiting
 """
 
 import time
@@ -29,13 +29,13 @@ from fuyu_e2e.model.decoder import Decoder
 PARTS = ("attention", "projections", "loss", "optimizer", "data", "rest")
 PREFIX = "part: "
 WHOLE = ("data", "optimizer")
-"""Parts whose Python counts, too."""
+"""Parts whose Python time counts, too."""
 BACKWARD = 1
-"""The profiler's mark of operations of the backward pass."""
+"""The profiler's scope of operations in the backward pass."""
 
 
 class _Ranges:
-    """Opens and closes a part's range as a module begins and ends."""
+    """Opens and closes a part's range when a module starts and ends."""
 
     def __init__(self) -> None:
         self.open: list[record_function] = []
@@ -48,7 +48,7 @@ class _Ranges:
         self.open.pop().__exit__(None, None, None)
 
     def watch(self, module: nn.Module, part: str) -> list[Any]:
-        """Hooks that mark all that a module does as of a part."""
+        """Registers hooks that assign everything in a module to a part, and returns them."""
         return [
             module.register_forward_pre_hook(lambda *_: self.enter(part)),
             module.register_forward_hook(lambda *_: self.leave()),
@@ -62,14 +62,17 @@ def profile_parts(
     steps: int,
     device: str,
 ) -> dict[str, float]:
-    """Trains for some steps, and gives the milliseconds of a step that each part takes, and `idle`.
+    """Trains for some steps; returns the milliseconds of a step by part, and `idle`.
 
     Args:
-        decoder: Not compiled, or its modules couldn't be told apart.
+        decoder: Must not be compiled, or its modules couldn't be distinguished.
         rows: At least two more than `steps`.
         update: Applies the gradients and drops them.
-        steps: How many are looked at.
-        device: Where the decoder is.
+        steps: Number of measured steps.
+        device: The decoder's device.
+
+    Returns:
+        Milliseconds for each of `PARTS` and `idle`; they add up to the step's time.
     """
     ranges = _Ranges()
     hooks = [hook for module, part in _modules(decoder) for hook in ranges.watch(module, part)]
@@ -116,7 +119,7 @@ def _modules(decoder: Decoder) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _sum_up(events: Any, device: str) -> dict[str, float]:
-    """Microseconds of each part, over all events."""
+    """Returns the microseconds of each part, over all events."""
     sums = dict.fromkeys(PARTS, 0.0)
     for event, part in _by_part(events):
         if device == "cuda":
@@ -127,7 +130,7 @@ def _sum_up(events: Any, device: str) -> dict[str, float]:
 
 
 def _by_part(events: Any) -> Iterator[tuple[Any, str]]:
-    """The host's events, each with the part that it belongs to."""
+    """Yields the host's events, each with its part."""
     host = sorted(
         (event for event in events if event.device_type == torch.autograd.DeviceType.CPU),
         key=lambda event: event.time_range.start,
@@ -136,14 +139,14 @@ def _by_part(events: Any) -> Iterator[tuple[Any, str]]:
     for event in host:
         part = _range_of(event)
         if part is not None and event.scope != BACKWARD and event.sequence_nr >= 0:
-            forward[event.sequence_nr] = part  # of operations that share a number, the last is the one with a gradient
+            forward[event.sequence_nr] = part  # the last operation with a number is the one with a gradient
     for event in host:
         part = _range_of(event)
         yield event, forward.get(_backward_number(event), "rest") if part is None else part
 
 
 def _range_of(event: Any) -> str | None:
-    """The innermost part that an event stands in; None in the backward pass, but for what it computes anew."""
+    """Returns the innermost part around an event; in the backward pass None, except for recomputed operations."""
     while event is not None:
         if event.name.startswith(PREFIX):
             return event.name.removeprefix(PREFIX)
@@ -152,7 +155,7 @@ def _range_of(event: Any) -> str | None:
 
 
 def _backward_number(event: Any) -> int:
-    """The number that an operation of the backward pass shares with the forward operation; -1 where there is none."""
+    """Returns the number that a backward operation shares with its forward operation; -1 if there is none."""
     while event is not None:
         if event.scope == BACKWARD:
             return event.sequence_nr

@@ -1,7 +1,8 @@
-"""How time and memory a token grow with the row, the image, the width and the number of processes.
+"""Measures how time and memory a token grow with the row, the image, the width and the number of processes.
 
-A training step, forward, backward and AdamW, of documents of one length each, so that nothing but what is varied
-varies; the number of processes is that of the real trainer, with all its callbacks, on the quickstart's data.
+The first three use a training step, forward, backward and AdamW, on documents of equal length, so that only one
+quantity varies. The number of processes is measured with the real trainer and all its callbacks, on the quickstart's
+data.
 """
 
 import csv
@@ -40,26 +41,26 @@ from fuyu_e2e.tasks.digits import VOCAB_SIZE, write_shards
 TINY = FuyuConfig(
     vocab_size=512, patch_size=8, layers=2, width=64, heads=2, kv_heads=2, head_size=32, feed_forward=192
 )
-"""Where rows of many lengths are to fit a CPU."""
+"""A decoder small enough for rows of many lengths on a CPU."""
 WORDS = 32
-"""Tokens of text behind each image, half of them supervised."""
+"""Tokens of text after each image, half of them supervised."""
 PICTURES = 2_000
-"""Of digits, to train on with several processes."""
+"""Pictures of digits for training with several processes."""
 PARTS = ("rows", "images", "widths", "processes")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One thing to measure."""
+    """One configuration to measure."""
 
     config: FuyuConfig
     row: int
-    """Tokens of the row, about."""
+    """Approximate tokens of the row."""
     side: int
     """Patches along each side of the image in each document."""
 
     def batch(self) -> PackedBatch:
-        """A row of documents of one length, each an image with a text."""
+        """Returns a row of documents of equal length, each an image with a text."""
         rng = np.random.default_rng(0)
         one = self.side * (self.side + 1) + WORDS
         documents = [
@@ -77,7 +78,7 @@ class Point:
 
 
 class Step:
-    """A training step that can be run again and again."""
+    """A training step that can be run repeatedly."""
 
     def __init__(self, point: Point, device: str) -> None:
         self.device = device
@@ -94,7 +95,7 @@ class Step:
 
 
 def run_twice(point: Point, device: str) -> None:
-    """Trains for two steps; for a process of its own."""
+    """Trains for two steps; to be run in a separate process."""
     step = Step(point, device)
     step()
     step()
@@ -157,13 +158,14 @@ def _wide(width: int) -> FuyuConfig:
 
 
 def _measure(varied: dict[int, Point], device: str, rounds: int) -> Iterator[list[dict[str, Any]]]:
-    """What is known of each point: of more and more points their memory, at last of all their speed too."""
+    """Yields the figures so far of all points: first their memory, one more each time, and finally also their
+    speed."""
     memory: dict[int, int] = {}
     least: dict[FuyuConfig, int] = {}
     for name, point in varied.items():
         memory[name] = peak_memory(run_twice, point, device)
         if point.config not in least:
-            # With next to no row, what the model itself takes.
+            # With almost no row, the memory of the model itself.
             least[point.config] = peak_memory(run_twice, Point(point.config, 1, 1), device)
         yield [
             {"value": known, "bytes_per_token": _bytes_per_token(varied[known], memory[known], least)}
@@ -200,7 +202,7 @@ def _bytes_per_token(point: Point, memory: int, least: Mapping[FuyuConfig, int])
 
 
 def _processes(counts: Sequence[int], steps: int, device: str) -> list[dict[str, Any]]:
-    """Tokens a second of the real trainer under DDP, each process with a row of its own a step; runs alternate."""
+    """Returns tokens a second of the real trainer under DDP, with one row a step for each process; runs alternate."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         train = write_shards(folder, split="train", count=PICTURES, seed=0, most_digits=4, processes=1)
@@ -222,7 +224,7 @@ def _processes(counts: Sequence[int], steps: int, device: str) -> list[dict[str,
 
 
 def _fit(folder: Path, root: Path, count: int, most: int, steps: int, device: str) -> float:
-    """Trains the quickstart in processes of their own, and gives the median of the tokens a second that it logged."""
+    """Trains the quickstart in separate processes, and returns the median of the tokens a second that it logged."""
     settings = {
         "config": shipped("recipes/quickstart.yaml"),
         "trainer.max_steps": steps,
@@ -238,7 +240,7 @@ def _fit(folder: Path, root: Path, count: int, most: int, steps: int, device: st
         "data.tokenizer": folder / "tokenizer.model",
         "checkpoint.every_n_train_steps": 10 * steps,
     }
-    script = folder / "fit.py"  # which Lightning starts again for each further process
+    script = folder / "fit.py"  # Lightning starts it again for each further process
     script.write_text("import sys\n\nfrom fuyu_e2e.cli import main\n\nsys.exit(main())\n")
     threads = str(max(1, torch.get_num_threads() // most))
     done = subprocess.run(

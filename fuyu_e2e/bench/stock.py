@@ -1,4 +1,4 @@
-"""transformers' `FuyuForCausalLM` as a contender: the same weights, and documents as its users batch them."""
+"""transformers' `FuyuForCausalLM` as a contender: the same weights, and documents batched as its users do."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,11 +14,11 @@ from fuyu_e2e.export.transformers import stock_inputs, to_transformers, transfor
 from fuyu_e2e.model.decoder import Decoder
 
 NO_LOSS = -100
-"""The label that its loss leaves out."""
+"""The label that its loss ignores."""
 
 
 def require_transformers() -> Any:
-    """transformers, the module.
+    """Returns the module transformers.
 
     Raises:
         UserError: It isn't installed.
@@ -33,7 +33,7 @@ def require_transformers() -> Any:
 
 
 def stock_model(decoder: Decoder, attention: str = "sdpa") -> Any:
-    """transformers' model of a decoder's weights, on the same device and in the same type.
+    """Returns transformers' model with a decoder's weights, on the same device and in the same dtype.
 
     Raises:
         UserError: transformers is missing.
@@ -41,7 +41,7 @@ def stock_model(decoder: Decoder, attention: str = "sdpa") -> Any:
     transformers = require_transformers()
     weight = decoder.embed_tokens.weight
     config = transformers_config(decoder.config, patch_id=PATCH, bos_id=BOS, eos_id=EOS, dtype=weight.dtype)
-    # Copies, or it would take the decoder's own; and not by way of a file, which for `3b` has 12 GB.
+    # Copies, so that it doesn't share the decoder's weights; and without a file, which would take 12 GB for `3b`.
     weights = {name: tensor.clone() for name, tensor in to_transformers(decoder.state_dict(), decoder.config).items()}
     model = transformers.FuyuForCausalLM.from_pretrained(
         None,
@@ -55,7 +55,7 @@ def stock_model(decoder: Decoder, attention: str = "sdpa") -> Any:
 
 
 def stock_training_batch(documents: list[TokenSequence], device: str) -> dict[str, Tensor]:
-    """A padded batch, on the left as its processor pads, with labels where documents carry loss."""
+    """Returns a batch padded on the left, as transformers' processor does, with labels where documents carry loss."""
     inputs = stock_inputs(documents)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"][None]
@@ -67,10 +67,10 @@ def stock_training_batch(documents: list[TokenSequence], device: str) -> dict[st
 
 
 def grouped_by_length(batches: list[list[TokenSequence]]) -> list[list[TokenSequence]]:
-    """The same documents in as many batches of as many tokens, but neighbours in length together.
+    """Returns the same documents in equally many batches of about equally many tokens, grouped by length.
 
-    What transformers' trainer calls grouping by length: less is padded, and which documents share a step is no longer
-    left to chance.
+    transformers' trainer calls this grouping by length: it pads less, but which documents share a step is no longer
+    random.
     """
     documents = sorted((document for batch in batches for document in batch), key=len)
     room = -(-sum(map(len, documents)) // len(batches))

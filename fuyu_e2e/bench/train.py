@@ -1,10 +1,9 @@
-"""What a training step costs beside transformers': the same weights, documents and AdamW; forward, backward, update.
+"""Compares a training step with transformers': the same weights, documents and AdamW; forward, backward, update.
 
-The update of ours is that of the trainer's own optimizer, of transformers' that of torch's fused AdamW.
-
-Both train on the same mixture of captions, questions and text with images of many sizes. Ours reads a packed row,
-transformers the row's documents as one batch padded on the left, or, grouped by length, all rows' documents sorted and
-cut into as many batches. Only documents' own tokens count; batches lie ready on the device.
+Our update is the trainer's own optimizer, transformers' is torch's fused AdamW. Both train on the same mixture of
+captions, questions and text with images of many sizes. We read a packed row; transformers reads the row's documents as
+one batch padded on the left, or, grouped by length, the sorted documents of all rows in equally many batches. Only the
+documents' tokens count; batches are on the device before timing.
 """
 
 from argparse import ArgumentParser
@@ -35,22 +34,22 @@ from fuyu_e2e.training.device_limits import peak_rate
 from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
 
 ADAMW = OptimizerConfig(lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1)
-"""Of all contenders."""
+"""The optimizer settings of all contenders."""
 SMALL = FuyuConfig(
     vocab_size=4_096, patch_size=16, layers=4, width=256, heads=4, kv_heads=2, head_size=64, feed_forward=768
 )
-"""A size for CPUs, with as many words to a value of its width as `1b` has."""
+"""A size for CPUs, with the same ratio of vocabulary to width as `1b`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is trained on what."""
+    """A decoder size with its training data."""
 
     size: str
     budget: int
     """Tokens of a row."""
     rows: int
-    """Rows that are gone through, each a step."""
+    """Rows of an epoch, each a step."""
     sides: tuple[int, int]
     """Fewest and most patches along an image's longer side."""
 
@@ -61,7 +60,7 @@ class Case:
 
     @property
     def documents(self) -> list[list[TokenSequence]]:
-        """Of each row."""
+        """The documents of each row."""
         return mixture(self.config, rows=self.rows, budget=self.budget, sides=self.sides)
 
 
@@ -81,7 +80,7 @@ class Contender:
     ours: bool
     compiled: bool = False
     attention: str = "sdpa"
-    """transformers' name of its attention."""
+    """transformers' name for its attention."""
     grouped: bool = False
     """Whether batches are grouped by length."""
     fp8: bool = False
@@ -107,17 +106,17 @@ class Trainee:
 
     batches: Sequence[Any]
     loss: Callable[[Any], Tensor]
-    """The mean over supervised tokens of a batch."""
+    """Returns the mean loss over supervised tokens of a batch."""
     optimizer: torch.optim.Optimizer
     device: str
 
     def forward(self, batch: Any) -> Tensor:
-        """The loss, under bfloat16 autocast on a GPU, as our trainer and transformers' have it."""
+        """Returns the loss, under bfloat16 autocast on a GPU, like our trainer and transformers'."""
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             return self.loss(batch)
 
     def epoch(self) -> None:
-        """A step on each batch."""
+        """Trains one step on each batch."""
         for batch in self.batches:
             self.forward(batch).backward()
             self.optimizer.step()
@@ -125,7 +124,7 @@ class Trainee:
 
 
 def train(args: Sequence[str]) -> None:
-    """Times training steps, eager and compiled, beside transformers' FuyuForCausalLM, with memory and MFU."""
+    """Times training steps, eager and compiled, against transformers' FuyuForCausalLM, with memory and MFU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = ArgumentParser(prog="python -m fuyu_e2e.bench train", description=train.__doc__)
     default = ["125m", "1b", "3b"] if device == "cuda" else ["small"]
@@ -162,7 +161,7 @@ def train(args: Sequence[str]) -> None:
 
 
 def available() -> list[str]:
-    """The contenders that run here: flash attention needs its package and a GPU, float8 a GPU that has it."""
+    """Returns the contenders that run here: flash attention needs its package and a GPU, float8 a GPU with support."""
     flash = torch.cuda.is_available() and require_transformers().utils.is_flash_attn_2_available()
     return [
         name
@@ -179,7 +178,7 @@ def _measure(
     peak: float,
     keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Memory of each contender, then its speed; `keep` gets what is known so far, again and again."""
+    """Measures the memory of each contender, then its speed; `keep` receives the figures so far after each step."""
     documents = case.documents
     rows = [pack_row(row, case.budget) for row in documents]
     lengths = [length for row in rows for length in row.document_lengths]
@@ -254,7 +253,7 @@ def _measure(
 
 
 def _remember(run: Callable[[], Any]) -> Any:
-    """What `run` gives, or in words why it can't: a contender that fails is shown as such beside the others."""
+    """Returns the result of `run`, or its error in words, so that a failing contender is listed with the others."""
     try:
         return run()
     except (torch.OutOfMemoryError, RuntimeError, ImportError) as error:
@@ -262,7 +261,7 @@ def _remember(run: Callable[[], Any]) -> Any:
 
 
 def _first_loss(trainee: Trainee) -> float:
-    """Of new weights; runs a whole step, so that what doesn't fit or compile shows before it is timed."""
+    """Returns the loss with new weights, after a whole step, so that a failure shows before timing."""
     loss = trainee.forward(trainee.batches[0])
     loss.backward()
     trainee.optimizer.zero_grad()
@@ -270,7 +269,7 @@ def _first_loss(trainee: Trainee) -> float:
 
 
 def _together(case: Case, row: Any, names: Sequence[str]) -> int:
-    """Bytes that all contenders take that are in memory at once, each of ours and one model of transformers'."""
+    """Returns the bytes of all contenders that are in memory at once: each of ours and one model of transformers."""
     models = sum(CONTENDERS[name].ours for name in names) + 1
     parts = memory(case.config, tokens=case.budget, patches=len(row.patches), targets=len(row.targets))
     states = parts.weights + parts.gradients + parts.optimizer_state
@@ -285,7 +284,8 @@ def _padded(documents: list[list[TokenSequence]], contender: Contender, budget: 
 
 
 def build(case: Case, names: Sequence[str], device: str) -> dict[str, Trainee]:
-    """Contenders with the same new weights; transformers' share one model, ours have one each."""
+    """Returns contenders with the same new weights; transformers' contenders share one model, each of ours has its
+    own."""
     documents = case.documents
     trainees: dict[str, Trainee] = {}
     stock = None
@@ -336,7 +336,7 @@ class _TheirLoss:
 
 
 def _fused_adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """Torch's own with the settings that ours has: decay on matrices alone."""
+    """Returns torch's AdamW with the settings of ours: decay on matrices only."""
     matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
     vectors = [weight for weight in model.parameters() if weight.ndim < 2]
     groups = [{"params": matrices, "weight_decay": ADAMW.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -344,6 +344,6 @@ def _fused_adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def run_once(case: Case, name: str, device: str) -> None:
-    """Trains one contender for two steps; for a process of its own."""
+    """Trains one contender for two steps; to be run in a separate process."""
     trainee = build(replace(case, rows=2), [name], device)[name]
     trainee.epoch()

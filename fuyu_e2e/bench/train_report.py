@@ -1,4 +1,4 @@
-"""The table and the picture of training beside transformers."""
+"""The table and the picture of `bench train`."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -19,7 +19,7 @@ COLUMNS = {
     "GiB": ("peak_memory_bytes", 2**30),
     "loss": ("first_loss", 1),
 }
-"""Of each heading, the figure below it and its unit."""
+"""For each heading, the key of its figure and the unit to divide by."""
 
 
 def report(cases: Sequence[dict[str, Any]], picture: Path) -> None:

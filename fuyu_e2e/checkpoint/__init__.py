@@ -1,1 +1,1 @@
-"""What lies on disk of a model: checkpoints of a run, exported folders, and how to read them without running them."""
+"""Models on disk: checkpoints of a run, exported folders, and how to read both without running their content."""

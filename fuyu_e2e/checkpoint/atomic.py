@@ -1,12 +1,12 @@
-"""A checkpoint on disk that is whole or not there: a directory with a manifest, which appears by one renaming.
+"""A checkpoint on disk that is either complete or absent: a directory with a manifest, which appears by a rename.
 
     step=300.ckpt/
-        manifest.json           step, tokens, versions, recipe, and of every other file its size and sha256
+        manifest.json           step, tokens, versions, recipe, and for every other file its size and sha256
         manifest.json.sha256    the checksum of the manifest itself
         checkpoint.pt           Lightning's checkpoint; or the files of a sharded one
 
-The directory is filled beside its place under another name, flushed to the disk, and renamed. Whoever reads meets a
-whole checkpoint or none, and one flipped byte is found.
+The directory is filled next to its place under another name, flushed to disk, and renamed. A reader finds a complete
+checkpoint or none, and detects a single flipped byte.
 """
 
 import hashlib
@@ -27,39 +27,39 @@ from fuyu_e2e.version import __version__
 MANIFEST = "manifest.json"
 DIGEST_FILE = f"{MANIFEST}.sha256"
 FILE = "checkpoint.pt"
-"""What a checkpoint that is not sharded lies in."""
+"""The file of a checkpoint that is not sharded."""
 TABLE = ".metadata"
-"""The table of contents."""
+"""The table of contents of a sharded checkpoint."""
 UNFINISHED = ".unfinished-"
-"""How the names of directories begin that are being filled, or were when their process died."""
+"""Prefix of directories that are being filled, or were when their process died."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointManifest:
-    """What a checkpoint's manifest says."""
+    """The content of a checkpoint's manifest."""
 
     step: int
     """Optimizer steps."""
     tokens_seen: int
     """Tokens of documents trained on."""
     files: dict[str, dict[str, Any]]
-    """By name, `bytes` and `sha256` of every file but the manifest and its checksum."""
+    """`bytes` and `sha256` of every file by name, except the manifest and its checksum."""
     recipe: str | None
-    """The run's `config.yaml`, where it has one."""
+    """The run's `config.yaml`, if it has one."""
     written: float
-    """When, in seconds since 1970."""
+    """Time of writing, in seconds since 1970."""
     fuyu_e2e: str = __version__
     """The version that wrote it."""
     monitored: dict[str, Any] | None = None
-    """The figure that tells a run's best checkpoint, taken with these very weights: its `name`, its `value`, and the
-    `mode`, "min" or "max", in which it is better. None where it was not taken at this step."""
+    """The figure that ranks a run's checkpoints, taken with these weights: its `name`, its `value`, and `mode`, "min"
+    or "max", for which is better. None if it was not taken at this step."""
 
     @classmethod
     def read(cls, checkpoint: Path) -> "CheckpointManifest":
-        """The manifest of a checkpoint.
+        """Returns the manifest of a checkpoint.
 
         Raises:
-            UserError: There is none, it is damaged, or something else.
+            UserError: There is none, or it is damaged or something else.
         """
         path = checkpoint / MANIFEST
         try:
@@ -75,17 +75,17 @@ class CheckpointManifest:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a path is a checkpoint with a manifest; its files are not looked at."""
+    """Returns whether a path is a checkpoint with a manifest, without checking its files."""
     return (path / MANIFEST).is_file()
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether a path is a checkpoint in shards."""
+    """Returns whether a path is a sharded checkpoint."""
     return (path / TABLE).is_file()
 
 
 def faults(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, file by file; nothing, where every byte is what was written."""
+    """Returns what is wrong with a checkpoint, file by file; empty if every byte is as written."""
     try:
         listed = CheckpointManifest.read(checkpoint).files
         there = {path.name for path in checkpoint.iterdir()} - {MANIFEST, DIGEST_FILE}
@@ -104,7 +104,7 @@ def faults(checkpoint: Path) -> list[str]:
 
 
 def check(checkpoint: Path) -> None:
-    """Refuses a checkpoint that is not what was written.
+    """Refuses a damaged checkpoint.
 
     Raises:
         UserError: Names the first file that is wrong.
@@ -114,13 +114,13 @@ def check(checkpoint: Path) -> None:
 
 
 def unfinished_place(target: Path) -> Path:
-    """Where a checkpoint is filled that is to become `target`."""
+    """Returns the temporary place in which the checkpoint `target` is filled."""
     return target.parent / f"{UNFINISHED}{target.name}"
 
 
 @contextmanager
 def staging_directory(target: Path) -> Iterator[Path]:
-    """A directory beside `target` to fill, which is gone when that fails."""
+    """Yields a directory next to `target` to fill, and removes it unless it was renamed."""
     place = unfinished_place(target)
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -131,12 +131,12 @@ def staging_directory(target: Path) -> Iterator[Path]:
 
 
 def commit(place: Path, target: Path, *, step: int, tokens_seen: int, monitored: dict[str, Any] | None = None) -> None:
-    """Makes a filled directory the checkpoint `target`: flushes it, writes its manifest, and renames it.
+    """Turns a filled directory into the checkpoint `target`: flushes it, writes its manifest, and renames it.
 
-    A checkpoint of that name gives way to the new one.
+    Replaces an existing checkpoint of that name.
 
     Raises:
-        OSError: The disk is full, or at fault.
+        OSError: The disk is full or fails.
     """
     files = sorted(path for path in place.iterdir() if path.is_file())
     for path in files:
@@ -155,7 +155,7 @@ def commit(place: Path, target: Path, *, step: int, tokens_seen: int, monitored:
     for path in (place / MANIFEST, place / DIGEST_FILE, place):
         _flush(path)
     replaced = target.with_name(f"{target.stem}-replaced{target.suffix}")
-    if target.exists():  # at every moment one of the two is there, and whole
+    if target.exists():  # at any moment one of the two exists and is complete
         target.rename(replaced)
     place.rename(target)
     _flush(target.parent)
@@ -164,9 +164,9 @@ def commit(place: Path, target: Path, *, step: int, tokens_seen: int, monitored:
 
 
 def link(checkpoint: Path, name: Path) -> None:
-    """Lets a name beside a checkpoint lead to it, if it is there; at no moment does the name lead nowhere.
+    """Makes `name`, next to a checkpoint, a link to it if it exists; the link is replaced atomically.
 
-    Unless the name is a checkpoint itself, since a tool that follows links copied the run: that one gives way first.
+    If `name` is itself a checkpoint, because a tool that follows links copied the run, it is removed first.
     """
     if not is_whole(checkpoint):
         return
@@ -179,7 +179,7 @@ def link(checkpoint: Path, name: Path) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Takes a checkpoint away: its name first, so that none is met half gone."""
+    """Removes a checkpoint: renames it first, so that no reader finds it half deleted."""
     if checkpoint.is_symlink() or checkpoint.is_file():
         checkpoint.unlink()
         return
@@ -195,7 +195,7 @@ def _sha256(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a directory, are on the disk."""
+    """Waits until a file, or a directory's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

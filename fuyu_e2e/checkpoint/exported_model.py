@@ -1,6 +1,6 @@
 """The exported folder: `model.safetensors`, `config.json`, `tokenizer.model` and a card, `README.md`.
 
-`config.json` holds the format and its version, the decoder and image settings, the tokenizer's checksum and the
+`config.json` contains the format and its version, the decoder and image settings, the tokenizer's checksum and the
 model's provenance.
 """
 
@@ -28,12 +28,12 @@ FORMAT_VERSION = 1
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a path is a folder with a configuration, of this project or of another."""
+    """Returns whether a path is a folder with a `config.json`, of this project or another."""
     return (path / CONFIG).is_file()
 
 
 def folder_config(metadata: ModelMetadata, provenance: Provenance) -> dict[str, Any]:
-    """What goes into `config.json`."""
+    """Returns the content of `config.json`."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -44,10 +44,13 @@ def folder_config(metadata: ModelMetadata, provenance: Provenance) -> dict[str, 
 
 
 def read_folder(folder: Path) -> tuple[ModelMetadata, dict[str, Tensor], Provenance]:
-    """Reads an exported folder; nothing in it is ever run.
+    """Reads an exported folder, without ever running anything in it.
+
+    Returns:
+        The description, the weights by the decoder's names, and the provenance.
 
     Raises:
-        UserError: Names the file that is missing or damaged, or that doesn't belong to the others.
+        UserError: Names the file that is missing, damaged, or doesn't belong to the others.
     """
     path = folder / CONFIG
     config = read_json(path)
@@ -78,10 +81,10 @@ def read_folder(folder: Path) -> tuple[ModelMetadata, dict[str, Tensor], Provena
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which appears under its name when it is whole.
+    """Yields a temporary folder to fill, which is renamed to `folder` when complete.
 
     Raises:
-        UserError: It holds something already, or can't be made.
+        UserError: `folder` is not empty, or can't be created.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already holds something: name another place, or remove it.")
@@ -90,7 +93,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         stack.callback(_remove_empty, missing)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            # Beside its place, so that the renaming below moves no bytes.
+            # Next to its place, so that the rename below moves no bytes.
             unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         except OSError as error:
             raise UserError(
@@ -105,7 +108,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Removes those of some nested folders, innermost first, that hold nothing."""
+    """Removes the empty ones of some nested folders, given innermost first."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()

@@ -1,4 +1,4 @@
-"""JSON files beside weights and in checkpoints. Imports no torch, so that checksums are compared without it."""
+"""JSON files of models and checkpoints. Imports no torch, so that checksums can be compared without it."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ from fuyu_e2e.errors import UserError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Returns the object in a JSON file.
 
     Raises:
-        UserError: There is none, or it holds something else.
+        UserError: There is no file, or it contains something else.
     """
     try:
         value = json.loads(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Checkpoints as training leaves them: one file, or the shards of several processes. Nothing in them is ever run."""
+"""Reads and writes training checkpoints, in one file or in shards, without running anything in them."""
 
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,19 @@ from fuyu_e2e.checkpoint.sharded_files import (
 )
 
 WEIGHTS_PREFIX = "decoder."
-"""What stands before the decoder's own names in the checkpoint's weights."""
+"""Prefix of the decoder's names in a checkpoint's weights."""
 
 
 def read_checkpoint(path: Path, *, checked: bool = False, optimizer: bool = False) -> dict[str, Any]:
-    """Lightning's checkpoint as a dictionary of tensors and primitives, whole on any machine.
+    """Returns Lightning's checkpoint as a dictionary of tensors and primitives, whole on any machine.
 
     Args:
-        path: Of a checkpoint with a manifest, or as Lightning alone writes one.
+        path: A checkpoint with a manifest, or one that Lightning alone wrote.
         checked: Whether its files were compared with the manifest already.
-        optimizer: Whether the optimizer's state in shards is wanted too, in the place where one file has it anyway.
+        optimizer: Whether to read the optimizer state of shards too, to the key that a single file has it under.
 
     Raises:
-        UserError: It is not a checkpoint, is damaged, or holds code.
+        UserError: It is not a checkpoint, is damaged, or contains code.
     """
     if not path.is_dir():
         return read_tensors_and_primitives(path)
@@ -55,8 +55,8 @@ def write_file(checkpoint: dict[str, Any], target: Path) -> None:
     """Writes Lightning's checkpoint as the directory `target`, in one file.
 
     Raises:
-        OSError: The disk is full, or at fault.
-        RuntimeError: The same, as torch says it.
+        OSError: The disk is full or fails.
+        RuntimeError: The same, from torch.
     """
     with staging_directory(target) as place:
         torch.save(checkpoint, place / FILE)
@@ -64,7 +64,7 @@ def write_file(checkpoint: dict[str, Any], target: Path) -> None:
 
 
 def publish_checkpoint(checkpoint: dict[str, Any], place: Path, target: Path) -> None:
-    """Makes the directory `place`, which holds Lightning's checkpoint, the checkpoint `target`."""
+    """Turns the directory `place`, which contains Lightning's checkpoint, into the checkpoint `target`."""
     section = checkpoint.get(SECTION, {})
     commit(
         place,
@@ -76,7 +76,7 @@ def publish_checkpoint(checkpoint: dict[str, Any], place: Path, target: Path) ->
 
 
 def _numbered(groups: list[dict[str, Any]], tensors: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state as torch's optimizers take it: by the numbers of weights, in the order of the groups."""
+    """Returns an optimizer's state in torch's form, with weights numbered in the order of the groups."""
     state: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         weight, _, entry = name.rpartition(".")

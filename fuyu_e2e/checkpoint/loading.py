@@ -1,4 +1,4 @@
-"""From what lies on disk to a model: a Lightning checkpoint, a sharded one and an exported folder, all alike."""
+"""Loads models from disk: from a Lightning checkpoint, a sharded one, or an exported folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,36 +19,36 @@ from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.parallel import copy_part
 
 OUTPUT = "lm_head.weight"
-"""The output projection, which is the embedding itself where the two are tied."""
+"""The output projection, which is the embedding if the two are tied."""
 EMBEDDING = "embed_tokens.weight"
 NAMED = 3
-"""How many tensors of many an error names."""
+"""Most tensors that an error names."""
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model as it is stored."""
+    """A model in its stored form."""
 
     source: Path
     """The file or folder it was read from."""
     metadata: ModelMetadata
     weights: dict[str, Tensor]
-    """By the decoder's own names, in the types they are stored in; without a tied output projection."""
+    """Weights by the decoder's names, in their stored dtypes; without a tied output projection."""
     provenance: Provenance
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A decoder in evaluation mode, with what it takes to prompt it."""
+    """A decoder in evaluation mode, with the means to prompt it."""
 
     decoder: Decoder
     builder: SequenceBuilder
     step: int
-    """Optimizer steps it was trained for."""
+    """Optimizer steps of its training."""
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer it was trained with."""
+        """The tokenizer of its training."""
         return self.builder.tokenizer
 
 
@@ -56,12 +56,12 @@ def read_model(path: str | Path, averaged: bool = False) -> StoredModel:
     """Reads a checkpoint, the newest one in a run's directory, or an exported folder.
 
     Args:
-        path: Where it lies.
-        averaged: Whether averaged weights (EMA) are wanted, not those that the optimizer left.
+        path: The file or folder.
+        averaged: Whether to read averaged weights (EMA) instead of the optimizer's.
 
     Raises:
-        UserError: There is nothing, it can't be read, it holds code, its weights don't fit its own description, or
-            no averaged weights are there.
+        UserError: There is nothing at the path, it can't be read, it contains code, its weights don't fit its own
+            description, or it has no averaged weights.
     """
     path = Path(path)
     if is_exported(path):
@@ -70,9 +70,9 @@ def read_model(path: str | Path, averaged: bool = False) -> StoredModel:
             raise UserError(f"{path} holds no averaged weights: leave that option out.")
         return StoredModel(path, metadata, fitting(weights, metadata.config, path), provenance)
     file = find_checkpoint(path)
-    checkpoint = read_checkpoint(file, checked=file != path)  # one that was searched for was compared on the way
+    checkpoint = read_checkpoint(file, checked=file != path)  # the search has already compared checksums
     metadata = ModelMetadata.of(checkpoint, str(file))
-    # Lightning's WeightAveraging puts averaged weights in the place of the others.
+    # Lightning's WeightAveraging stores averaged weights in place of the others.
     holds_average = "current_model_state" in checkpoint
     if averaged and not holds_average:
         raise UserError(
@@ -96,7 +96,7 @@ def read_model(path: str | Path, averaged: bool = False) -> StoredModel:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> TrainedModel:
-    """The trained model of a checkpoint, of the newest one in a run's directory, or of an exported folder.
+    """Returns the trained model of a checkpoint, of the newest one in a run's directory, or of an exported folder.
 
     Raises:
         UserError: As in `read_model`.
@@ -105,25 +105,25 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> TrainedM
 
 
 def build_model(stored: StoredModel, device: torch.device | str = "cpu") -> TrainedModel:
-    """The trained model of what was stored."""
+    """Returns the trained model of a stored one."""
     metadata = stored.metadata
     decoder = build_decoder(metadata.config, stored.weights, device)
     return TrainedModel(decoder, metadata.builder, stored.provenance.step)
 
 
 def build_decoder(config: FuyuConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Decoder:
-    """A decoder in evaluation mode with weights that fit it, computing in float32."""
+    """Returns a float32 decoder in evaluation mode with weights that fit it."""
     with torch.device("meta"):
         decoder = Decoder(config)
     decoder.to_empty(device=device)
     if config.tie_embeddings:
-        decoder.lm_head.weight = decoder.embed_tokens.weight  # the move from the meta device parted them
+        decoder.lm_head.weight = decoder.embed_tokens.weight  # the move from the meta device broke the tie
     load_weights(decoder, weights)
     return decoder.eval()
 
 
 def load_weights(decoder: Decoder, weights: Mapping[str, Tensor]) -> None:
-    """Gives a decoder weights that fit it, each process its part where it is sharded."""
+    """Loads weights that fit into a decoder; if it is sharded, each process loads its part."""
     tied = {OUTPUT: weights[EMBEDDING]} if decoder.config.tie_embeddings else {}
     stored = {**weights, **tied}
     for name, tensor in decoder.state_dict().items():
@@ -131,12 +131,12 @@ def load_weights(decoder: Decoder, weights: Mapping[str, Tensor]) -> None:
 
 
 def fitting(weights: dict[str, Tensor], config: FuyuConfig, source: Path) -> dict[str, Tensor]:
-    """The weights, without a tied output projection, if they are those of a decoder of this configuration.
+    """Returns the weights, without a tied output projection, after checking that they fit the configuration.
 
     Raises:
-        UserError: Names the tensors that are missing, too many or of another shape.
+        UserError: Names the tensors that are missing, unknown or of another shape.
     """
-    if config.layers > len(weights):  # before a decoder of as many blocks as somebody claims is made
+    if config.layers > len(weights):  # checked before a decoder with a claimed number of blocks is built
         raise UserError(
             f"{source} describes {config.layers:,} layers, but holds {len(weights)} tensors: fetch it again."
         )

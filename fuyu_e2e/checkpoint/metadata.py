@@ -1,4 +1,4 @@
-"""What stored weights say about themselves: the model, its tokenizer and images, and how it was trained."""
+"""The description stored with weights: the model, its tokenizer and images, and how it was trained."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ SECTION = "fuyu_e2e"
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """Everything but the weights that it takes to run a model."""
+    """Everything but the weights that is needed to run a model."""
 
     config: FuyuConfig
     tokenizer: Tokenizer
@@ -26,19 +26,19 @@ class ModelMetadata:
 
     @property
     def builder(self) -> SequenceBuilder:
-        """What turns documents into the sequences that the model reads."""
+        """Turns documents into the sequences that the model reads."""
         return SequenceBuilder(self.tokenizer, self.images, self.config.connector)
 
     def settings(self) -> dict[str, Any]:
-        """The description without the tokenizer, in primitives."""
+        """Returns the description without the tokenizer, as primitives."""
         return {"version": __version__, "decoder": self.config.to_dict(), "images": asdict(self.images)}
 
     @classmethod
     def of_settings(cls, settings: dict[str, Any], tokenizer: Tokenizer, source: str) -> "ModelMetadata":
-        """The inverse of `settings`; `source` is the file that an error names.
+        """Returns the description that `settings` gave; `source` is the file for error messages.
 
         Raises:
-            UserError: They were written by an incompatible version of this project.
+            UserError: An incompatible version of this project wrote the settings.
         """
         try:
             decoder, images = (_listed_as_tuples(settings[part]) for part in ("decoder", "images"))
@@ -50,17 +50,17 @@ class ModelMetadata:
             ) from error
 
     def section(self) -> dict[str, Any]:
-        """The description as tensors and primitives, to be stored under `SECTION`."""
+        """Returns the description as tensors and primitives, to be stored under `SECTION`."""
         return self.settings() | {
             "tokenizer": torch.frombuffer(bytearray(self.tokenizer.model), dtype=torch.uint8),
         }
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], source: str) -> "ModelMetadata":
-        """Reads the section of a loaded checkpoint; `source` is the file that an error names.
+        """Returns the description in a loaded checkpoint; `source` is the file for error messages.
 
         Raises:
-            UserError: The checkpoint was not written by this project, or by an incompatible version of it.
+            UserError: The checkpoint is not of this project, or of an incompatible version.
         """
         if SECTION not in checkpoint:
             raise UserError(f"{source} is no checkpoint of fuyu-e2e: it doesn't say which model it holds.")
@@ -68,10 +68,10 @@ class ModelMetadata:
         return cls.of_settings(section, Tokenizer(section["tokenizer"].numpy().tobytes()), source)
 
     def check_same(self, other: "ModelMetadata", source: str) -> None:
-        """Refuses to go on from weights (`other`, read from `source`) of another configuration.
+        """Refuses to continue from weights (`other`, read from `source`) of another configuration.
 
         Raises:
-            UserError: Names the tokenizer, whose vocabulary a named size takes, or every setting that differs.
+            UserError: Names the tokenizer, since a named size takes its vocabulary, or every setting that differs.
         """
         if self.tokenizer.digest != other.tokenizer.digest:
             raise UserError(
@@ -90,7 +90,7 @@ class ModelMetadata:
 
 
 def _listed_as_tuples(value: Any) -> Any:
-    """Settings as they were before JSON made lists of their tuples."""
+    """Returns settings from JSON with its lists turned back into tuples."""
     if isinstance(value, dict):
         return {name: _listed_as_tuples(inner) for name, inner in value.items()}
     return tuple(map(_listed_as_tuples, value)) if isinstance(value, list) else value
@@ -98,18 +98,18 @@ def _listed_as_tuples(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """How weights came about, in primitives: what a model's card tells."""
+    """How weights were trained, as primitives, for a model's card."""
 
     step: int = 0
     """Optimizer steps."""
     tokens_seen: int = 0
     """Tokens of documents trained on."""
     data: dict[str, str] = field(default_factory=dict)
-    """By source, the sha256 over the checksums of all its shards, in the order of the manifest."""
+    """For each source, the sha256 over the checksums of all its shards, in the manifest's order."""
     validation: dict[str, float] = field(default_factory=dict)
     """The figures of the last validation, by their names in TensorBoard."""
     documents: dict[str, int] = field(default_factory=dict)
-    """Usable documents of the training shards by kind (`caption`, `chat`, `interleaved`, `text`); empty where the
+    """Usable documents of the training shards by kind (`caption`, `chat`, `interleaved`, `text`); empty if the
     checkpoint doesn't say."""
     averaged: bool = False
-    """Whether these are averaged weights (EMA), not those that the optimizer left."""
+    """Whether the weights are averaged (EMA) rather than the optimizer's."""

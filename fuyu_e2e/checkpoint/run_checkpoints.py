@@ -1,7 +1,7 @@
-"""What a run's checkpoints are, and which of them is the newest, the best, or the one that was named.
+"""Finds a run's checkpoints: all of them, the newest, the best, or a named one.
 
-Everything that looks for a checkpoint asks here. Their order is that in which they were written, as their manifests
-say: file times are those of a copy where `rsync -r`, an object store or `unzip` made one.
+All searches for checkpoints go through this module. It orders them by the time of writing in their manifests: file
+times are those of a copy if `rsync -r`, an object store or `unzip` made one.
 """
 
 import logging
@@ -19,19 +19,19 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".ckpt"
 LAST = f"last{SUFFIX}"
-"""The name that leads to the newest; a real checkpoint of that name is a copy of it."""
+"""The link to the newest checkpoint; a real checkpoint of that name is a copy of it."""
 
 
 def run_checkpoints(path: Path) -> list[Path]:
-    """The checkpoints of a run's directory, wherever in it they lie, or of a folder of checkpoints; the newest first.
+    """Returns the checkpoints of a run's directory, anywhere in it, or of a folder of checkpoints, newest first.
 
-    Of a directory that is neither, but holds some further down, those of the folder with the newest.
+    For a directory that is neither but contains some further down, returns those of the folder with the newest one.
     """
     below = {manifest.parent.parent for manifest in path.glob(f"**/*{SUFFIX}/{MANIFEST}")}
     if (path / CHECKPOINTS).is_dir():
-        others = {recipe.parent for recipe in path.glob(f"**/{RECIPE}")} - {path}  # runs in a directory of this one
+        others = {recipe.parent for recipe in path.glob(f"**/{RECIPE}")} - {path}  # runs nested in this one
         own = {folder for folder in below if not others & {folder, *folder.parents}}
-        return written_last_first([path / CHECKPOINTS, *own])  # the folder itself may be a link, which glob leaves out
+        return written_last_first([path / CHECKPOINTS, *own])  # glob doesn't follow the folder if it is a link
     if found := written_last_first([path]):
         return found
     each = [found for folder in below if (found := written_last_first([folder]))]
@@ -39,9 +39,9 @@ def run_checkpoints(path: Path) -> list[Path]:
 
 
 def written_last_first(folders: Iterable[Path]) -> list[Path]:
-    """The checkpoints with a manifest in some folders, by when they were written.
+    """Returns the checkpoints with a manifest in some folders, last written first.
 
-    A link to one of them is not another one. Those whose manifest is damaged come first: any may be the newest.
+    Ignores links to other results. Checkpoints with a damaged manifest come first, since any may be the newest.
     """
     found = {path for folder in folders for path in folder.glob(f"*{SUFFIX}") if is_whole(path)}
     found = {path for path in found if not path.name.startswith(UNFINISHED)}
@@ -59,7 +59,7 @@ def _written(checkpoint: Path) -> tuple[float, int, bool, str]:
 
 
 def manifests(checkpoints: Iterable[Path]) -> dict[Path, CheckpointManifest]:
-    """What the manifests of some checkpoints say, without those that are damaged."""
+    """Returns the manifests of some checkpoints by path, without damaged ones."""
     found = {}
     for path in checkpoints:
         with suppress(UserError):
@@ -68,7 +68,7 @@ def manifests(checkpoints: Iterable[Path]) -> dict[Path, CheckpointManifest]:
 
 
 def newest(path: Path) -> tuple[Path, dict[Path, str]]:
-    """The newest of `run_checkpoints` in which every byte is right, and what is wrong with those passed over.
+    """Returns the newest intact one of `run_checkpoints`, and the faults of newer ones by path.
 
     Raises:
         UserError: There is none.
@@ -83,12 +83,12 @@ def newest(path: Path) -> tuple[Path, dict[Path, str]]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest one in a run's directory whose every byte is right.
+    """Returns the checkpoint that `path` names: itself, or the newest intact one in a run's directory.
 
-    Warns of those that it passes over, since they are damaged.
+    Warns about damaged ones that it skips.
 
     Raises:
-        UserError: There is none, or there are several that only Lightning wrote, which don't say when that was.
+        UserError: There is none, or there are several that Lightning alone wrote, whose age is unknown.
     """
     path = Path(path)
     if path.is_file() or is_sharded(path) or is_whole(path):
@@ -117,19 +117,19 @@ class BestCheckpoint:
     step: int
     """Optimizer steps."""
     name: str
-    """The figure by which it is the best, as in TensorBoard: `val/loss`."""
+    """The figure that ranks it best, named as in TensorBoard: `val/loss`."""
     value: float
-    """That figure of its own weights."""
+    """The figure's value for its weights."""
 
 
 def best_checkpoint(run: Path) -> BestCheckpoint | None:
-    """The best checkpoint in a run's directory, by the figures that the checkpoints themselves record.
+    """Returns the best checkpoint in a run's directory, by the figures recorded in the checkpoints.
 
-    The newest one that records a figure says which figure counts, and whether less is better. Of equal ones the
-    earlier step is taken. Only manifests are read: weights are compared with their checksums when they are read.
+    The newest checkpoint with a figure decides which figure counts, and whether lower is better. Among equal ones,
+    takes the earliest step. Reads only manifests; checksums are compared when weights are read.
 
     Returns:
-        None where no checkpoint records such a figure: the run had no validation, or an earlier version wrote it.
+        None if no checkpoint records such a figure: the run had no validation, or an earlier version wrote it.
     """
     found: list[tuple[BestCheckpoint, str]] = []
     for path, manifest in manifests(run_checkpoints(run)).items():

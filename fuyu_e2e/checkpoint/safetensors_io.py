@@ -1,7 +1,7 @@
-"""Weights in safetensors files: tensors and their names, and nothing that could run.
+"""Weights in safetensors files, which contain tensors and names, and nothing that could run.
 
 The layout is that of the Hugging Face Hub: `model.safetensors`, or above 5 GB several files and
-`model.safetensors.index.json`, which says in which one each tensor lies.
+`model.safetensors.index.json`, which says in which file each tensor is.
 """
 
 import json
@@ -19,29 +19,29 @@ FILE = "model.safetensors"
 INDEX = f"{FILE}.index.json"
 SHARD_SIZE = "5GB"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-"""Files of weights that may hold code."""
+"""Weight files that may contain code."""
 
 
 def write_weights(weights: dict[str, Tensor], folder: Path, shard_size: int | str = SHARD_SIZE) -> None:
     """Writes weights into a folder.
 
     Args:
-        weights: By name; none shares memory with another.
-        folder: It exists.
-        shard_size: Above which size, in bytes or as "5GB", they go into several files.
+        weights: Tensors by name, which don't share memory.
+        folder: An existing folder.
+        shard_size: The most bytes of a file, as a number or as "5GB"; larger weights go into several files.
     """
     split = split_torch_state_dict_into_shards(weights, max_shard_size=shard_size)
     for file, names in split.filename_to_tensors.items():
         tensors = {name: weights[name].contiguous() for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors leaves it readable for its writer alone
+        (folder / file).chmod(0o644)  # safetensors makes it readable only for its owner
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Reads the weights of a folder, on the CPU, in the types they are stored in.
+    """Returns the weights in a folder by name, on the CPU, in their stored dtypes.
 
     Raises:
         UserError: Names the file that is missing or damaged, or the tensor that isn't where the index says.
@@ -56,8 +56,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if Path(file).name != file:
             raise UserError(f"{folder / INDEX} names the file {file!r}, which lies outside its folder: don't use it.")
         found = _read(folder, file)
-        if strange := sorted(found.keys() ^ {name for name, stands_in in named.items() if stands_in == file}):
-            said = "stands in" if strange[0] in found else "is missing from"
+        if strange := sorted(found.keys() ^ {name for name, listed in named.items() if listed == file}):
+            said = "is in" if strange[0] in found else "is missing from"
             raise UserError(f"{strange[0]} {said} {folder / file}, against {INDEX}: fetch the folder again.")
         weights |= found
     return weights

@@ -1,13 +1,13 @@
-"""Checkpoints in shards: torch's distributed checkpoint, with nothing in it that could be code.
+"""Sharded checkpoints: torch's distributed checkpoint, without anything that could be code.
 
-    __0_0.distcp, __1_0.distcp, …   tensors, each process's own parts: `state_dict.NAME` the weights,
-                                    `optimizer.WEIGHT.NAME` what the optimizer keeps of each
-    .metadata                       which part of which tensor lies where: a pickle, read with a list of the classes
-                                    that may stand in it
-    meta.pt                         all else that Lightning saves, and the optimizer's settings with names of weights
+    __0_0.distcp, __1_0.distcp, …   tensors, each process's parts: weights as `state_dict.NAME`,
+                                    optimizer state as `optimizer.WEIGHT.NAME`
+    .metadata                       where each part of each tensor is: a pickle, read with a list of allowed classes
+    meta.pt                         everything else that Lightning saves, and the optimizer's settings with weight
+    names
 
-However the tensors were laid over processes, any other number of them can take their own parts.
-Lightning's own sharded checkpoints are alike but for the optimizer, which torch would unpickle: it isn't read.
+Any number of processes can read its parts, however the tensors were sharded. Lightning's own sharded checkpoints
+differ only in the optimizer state, which torch would unpickle: it isn't read.
 """
 
 import pickle
@@ -26,23 +26,23 @@ from fuyu_e2e.checkpoint.atomic import TABLE
 from fuyu_e2e.errors import UserError
 
 REST = "meta.pt"
-"""All that is no tensor of weights or optimizer."""
+"""The file of everything but the tensors of weights and optimizer."""
 WEIGHTS, OPTIMIZER = "state_dict.", "optimizer."
-"""What stands before the names of tensors."""
+"""Prefixes of tensor names."""
 GROUPS = "optimizer_groups"
-"""The key in `REST` of the optimizer's settings."""
+"""The key of the optimizer's settings in `REST`."""
 
 
 def write_shards(checkpoint: dict[str, Any], place: Path, group: dist.ProcessGroup) -> None:
-    """Writes a checkpoint, of which each process of `group` has its parts, into a folder that is there and empty.
+    """Writes a checkpoint, of which each process of `group` has its parts, into an existing empty folder.
 
     Args:
-        checkpoint: Lightning's, with the optimizer's state by names of weights.
-        place: The same for all processes.
-        group: One that carries tensors of the CPU.
+        checkpoint: Lightning's checkpoint, with the optimizer state by weight names.
+        place: The folder, the same for all processes.
+        group: A process group for CPU tensors.
 
     Raises:
-        OSError: A process could not write, or went away; on all that are left.
+        OSError: A process could not write or is gone; raised on all that are left.
     """
     rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
     tensors = {f"{WEIGHTS}{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
@@ -60,10 +60,10 @@ def write_shards(checkpoint: dict[str, Any], place: Path, group: dist.ProcessGro
 
 
 class ShardedFiles:
-    """A checkpoint in shards to be read: its tensors' sizes are known, their values come on demand.
+    """Reads a sharded checkpoint: tensor sizes at once, values on demand.
 
     Raises:
-        UserError: A part of it is missing, damaged, or holds code.
+        UserError: A part of it is missing, damaged, or contains code.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,28 +77,28 @@ class ShardedFiles:
         except _UNREADABLE as error:
             raise self._unreadable(error) from error
         self.tensors = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-        """Size and type of each tensor."""
+        """Size and dtype of each tensor."""
 
     def read_rest(self) -> dict[str, Any]:
-        """All that is no tensor of weights or optimizer."""
+        """Returns everything but the tensors of weights and optimizer."""
         return read_tensors_and_primitives(self.path / REST)
 
     def read_into(self, tensors: dict[str, Tensor]) -> None:
-        """Fills tensors, or the parts of them that are this process's, with what is stored by their names.
+        """Fills tensors, or this process's parts of them, with the stored values of their names.
 
         Raises:
-            UserError: A name isn't there or has another size, or the files are damaged.
+            UserError: A name is missing or has another size, or the files are damaged.
         """
         try:
             with warnings.catch_warnings():
-                # Each process reads by itself, as is intended.
+                # Intended: each process reads independently.
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 dcp.load(dict(tensors), storage_reader=self._reader, no_dist=True)
         except _UNREADABLE as error:
             raise self._unreadable(error) from error
 
     def read_whole(self, section: str) -> dict[str, Tensor]:
-        """The tensors of a section (`WEIGHTS` or `OPTIMIZER`) as wholes, by their names without the section's."""
+        """Returns the whole tensors of a section (`WEIGHTS` or `OPTIMIZER`), by their names without its prefix."""
         found = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in self.tensors.items()
@@ -108,14 +108,14 @@ class ShardedFiles:
         return {name.removeprefix(section): tensor for name, tensor in found.items()}
 
     def optimizer_groups(self, rest: dict[str, Any]) -> list[dict[str, Any]]:
-        """The optimizer's settings, of what `read_rest` gave.
+        """Returns the optimizer's settings from the result of `read_rest`.
 
         Raises:
-            UserError: Its state was stored as objects, as Lightning's own is.
+            UserError: The optimizer state was stored as objects, as in Lightning's own checkpoints.
         """
         if GROUPS not in rest:
             raise UserError(
-                f"{self.path} has no optimizer's state that can be read without running what it holds: begin anew "
+                f"{self.path} has no optimizer's state that can be read without running what it holds: start over "
                 "from its weights with --model.weights."
             )
         groups: list[dict[str, Any]] = rest[GROUPS]
@@ -129,10 +129,10 @@ class ShardedFiles:
 
 
 def read_tensors_and_primitives(path: Path) -> dict[str, Any]:
-    """The dictionary in a file of torch's, which is not let run anything.
+    """Returns the dictionary in a torch file, without running anything in it.
 
     Raises:
-        UserError: It is something else, is damaged, or holds code.
+        UserError: The file is something else, is damaged, or contains code.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # noqa: TID251
@@ -158,14 +158,14 @@ _UNREADABLE = (
 
 
 class _TableReader(pickle.Unpickler):
-    """Reads a table of contents: the classes that torch writes there, and torch's own types, are all it makes."""
+    """Unpickles a table of contents, allowing only the classes that torch writes there, and torch's dtypes."""
 
     CLASSES: ClassVar[dict[tuple[str, str], Any]] = {
         **{(metadata.__name__, name): getattr(metadata, name) for name in metadata.__all__},
         (metadata.__name__, "_MEM_FORMAT_ENCODING"): metadata._MEM_FORMAT_ENCODING,
         (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
         ("torch", "Size"): torch.Size,
-        # Where it was saved, which nothing reads: a path that can't be opened will do.
+        # The paths of the saving machine, which nothing reads: a path class that can't be opened will do.
         **{
             (f"pathlib{part}", f"{system}Path"): PurePath
             for part in ("", "._local")
@@ -175,7 +175,7 @@ class _TableReader(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class, or a refusal."""
+        """Returns the class if it is allowed, and raises otherwise."""
         if module == "torch" and isinstance(kind := getattr(torch, name, None), torch.dtype):
             return kind
         if (module, name) not in self.CLASSES:
@@ -184,10 +184,10 @@ class _TableReader(pickle.Unpickler):
 
 
 class _ShardReader(dcp.FileSystemReader):
-    """torch's reader, but for the table of contents, which it would unpickle whatever stands in it."""
+    """torch's reader, except that it doesn't unpickle arbitrary objects in the table of contents."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The table of contents."""
+        """Returns the table of contents."""
         path = Path(self.path) / TABLE
         with path.open("rb") as file:
             table = _TableReader(file).load()

@@ -1,4 +1,4 @@
-"""The command line: one file a command, whose code is imported when it is called."""
+"""The command line: one file for each command, whose dependencies are imported when it runs."""
 
 from fuyu_e2e.cli.main import main
 

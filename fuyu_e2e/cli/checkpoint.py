@@ -1,4 +1,4 @@
-"""`fuyu-e2e checkpoint verify|info|consolidate`: whether one is what was written, what it is, and it in one file."""
+"""`fuyu-e2e checkpoint verify|info|consolidate`: verifies a checkpoint, describes it, or writes it as one file."""
 
 import time
 from collections.abc import Sequence
@@ -8,17 +8,17 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.settings.arguments import CommandParser, add_allow_imports
 
 DAMAGED = 1
-"""Exit code of `verify` where a checkpoint is damaged."""
+"""Exit code of `verify` for a damaged checkpoint."""
 
 
 def checkpoint(args: Sequence[str]) -> int:
-    """Looks after checkpoints: compares them with their checksums, tells what one is, makes one file of shards."""
+    """Verifies checkpoints by their checksums, describes one, or turns shards into one file."""
     parser = CommandParser(prog="fuyu-e2e checkpoint", description=checkpoint.__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     for name, said in (
         ("verify", "Compare a checkpoint, or all of a run, with the checksums taken when they were written."),
-        ("info", "Tell the step, data, figures and model of a checkpoint, or of the newest of a run."),
-        ("consolidate", "Write a checkpoint in shards, or the newest of a run, anew as one file."),
+        ("info", "Show the step, data, figures and model of a checkpoint, or of the newest of a run."),
+        ("consolidate", "Write a sharded checkpoint, or the newest of a run, as one file."),
     ):
         action = actions.add_parser(name, help=said, description=said)
         add_allow_imports(action)
@@ -33,7 +33,7 @@ def checkpoint(args: Sequence[str]) -> int:
 
 
 def verify(path: Path) -> int:
-    """Prints what is wrong with a checkpoint, or with each of a run's; 1 where anything is."""
+    """Prints the faults of a checkpoint, or of each of a run's; returns 1 if there are any."""
     from fuyu_e2e.checkpoint.atomic import faults, is_whole
     from fuyu_e2e.checkpoint.run_checkpoints import run_checkpoints
     from fuyu_e2e.data.progress_bar import ProgressBar
@@ -52,7 +52,7 @@ def verify(path: Path) -> int:
 
 
 def consolidate(path: Path, out: Path) -> int:
-    """Writes a checkpoint in one file, as a run whose weights are whole in each process would have."""
+    """Writes a checkpoint as one file, in the form of an unsharded run."""
     from fuyu_e2e.checkpoint.lightning_io import read_checkpoint, write_file
     from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint
 
@@ -66,7 +66,7 @@ def consolidate(path: Path, out: Path) -> int:
 
 
 def info(path: Path) -> int:
-    """Prints what a checkpoint is."""
+    """Prints a description of a checkpoint."""
     from rich.console import Console
     from rich.table import Table
 

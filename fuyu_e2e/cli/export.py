@@ -62,7 +62,7 @@ def export(args: Sequence[str]) -> int:
 
 
 def import_model(args: Sequence[str]) -> int:
-    """Makes a FuyuForCausalLM folder of transformers, the released Fuyu-8B among them, a model to go on with."""
+    """Turns transformers' FuyuForCausalLM folder, such as the released Fuyu-8B, into a model to continue with."""
     parser = CommandParser(prog="fuyu-e2e import", description=import_model.__doc__)
     parser.add_argument("--from", dest="source", required=True, help="The folder, with config.json and safetensors.")
     parser.add_argument("--out", required=True, help="The folder to write.")

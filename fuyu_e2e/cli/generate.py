@@ -1,4 +1,4 @@
-"""`fuyu-e2e generate`: continues one prompt, or one after the other."""
+"""`fuyu-e2e generate`: continues one prompt, or several in turn."""
 
 import shlex
 import sys
@@ -11,7 +11,7 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.settings.arguments import CommandParser, whole_number
 
 MOST_SEED = 2**63 - 1
-"""torch takes those of 64 bits."""
+"""torch accepts seeds of 64 bits."""
 SET_IMAGES = ":image"
 INTERACTIVE_HELP = (
     "Load the model once and read prompts from standard input, one a line, until it ends. A line `:image a.png b.png` "
@@ -64,7 +64,7 @@ def generate(args: Sequence[str]) -> int:
 
 
 def answer_lines(answer: Callable[[Sequence[str], str], str], images: Sequence[str]) -> None:
-    """Answers the prompts of standard input, one a line, until it ends; what is refused is said, and the next read.
+    """Answers prompts from standard input, one a line, until it ends; prints an error of a prompt and continues.
 
     Args:
         answer: Continues a prompt, given its images and its text.
@@ -82,7 +82,7 @@ def answer_lines(answer: Callable[[Sequence[str], str], str], images: Sequence[s
 
 
 def _lines() -> Iterator[str]:
-    """The lines of standard input; in a terminal, each is asked for."""
+    """Yields the lines of standard input, with a prompt sign for each in a terminal."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

@@ -8,10 +8,10 @@ from fuyu_e2e.training.settings.setting_errors import reason
 
 
 def lightning(args: Sequence[str]) -> int:
-    """Runs Lightning's command; a run that a signal ended leaves from within, with an exit code of its own.
+    """Runs a Lightning command; a run that a signal ended exits from within, with its own exit code.
 
     Raises:
-        UserError: Lightning finds settings that don't go together as it begins.
+        UserError: Lightning finds contradicting settings at its start.
     """
     with starting():
         from lightning.pytorch.utilities.exceptions import MisconfigurationException

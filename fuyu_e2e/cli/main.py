@@ -1,6 +1,6 @@
 """Finds and runs a command: Lightning's `fit`, `validate`, `test` and `predict`, and the project's own.
 
-Nothing heavy is imported here: a command's module is, once it is known which command to run.
+Nothing heavy is imported here; a command's module is imported once the command is known.
 """
 
 import errno
@@ -29,9 +29,9 @@ usage: fuyu-e2e COMMAND [--help]
   evaluate           score a checkpoint on a task, and whether it looks:  fuyu-e2e evaluate --checkpoint C --task T
   generate           continue prompts:  fuyu-e2e generate --checkpoint C --image a.png --prompt "..."
   routing            show how much depth each token of a prompt gets in a model with routed blocks
-  checkpoint         verify, info, consolidate: whether one is what was written, what it is, and it in one file
+  checkpoint         verify, info, consolidate: check a checkpoint, describe it, or write it as one file
   export             write a trained model for fuyu_e2e.load, or --to transformers for FuyuForCausalLM
-  import             make a FuyuForCausalLM folder a model to go on with: generate, fit, export
+  import             turn a FuyuForCausalLM folder into a model for generate, fit and export
   tokenizer train    train a tokenizer on the text of shards
   shards             index, verify, stats or write: what shards hold, and new ones from your own files
   inspect            show a sample as it enters the model
@@ -39,7 +39,7 @@ usage: fuyu-e2e COMMAND [--help]
 """
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NO_WAY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-"""What the system says of a place that is closed to this user, or is none."""
+"""Errors of the system for a place that this user may not use, or that isn't one."""
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = {
     **dict.fromkeys(LIGHTNING_COMMANDS, "fuyu_e2e.cli.lightning:lightning"),
@@ -55,12 +55,13 @@ COMMANDS = {
     "tokenizer": "fuyu_e2e.cli.tokenizer:tokenizer",
     "quickstart": "fuyu_e2e.cli.quickstart:quickstart",
 }
-"""By name, the function that takes what follows the name on the command line, of Lightning's commands the name as
-well, and returns the exit code."""
+"""For each command, a function that takes its arguments (Lightning's commands also take the name first) and returns
+the exit code."""
 
 
 def main() -> int:
-    """Runs one command; what the user can mend ends with a sentence and its exit code instead of a traceback."""
+    """Runs one command; an error that the user can fix ends with a sentence and its exit code instead of a
+    traceback."""
     set_defaults()
     name, *args = words_with_home(sys.argv[1:]) or ["--help"]
     if name == "--version":
@@ -75,7 +76,7 @@ def main() -> int:
         print("\nfuyu-e2e: interrupted.", file=sys.stderr)
         return of_signal(signal.SIGINT)
     except UserError as error:
-        # An error of a loader's worker arrives as a traceback in text, with the sentence in its last line.
+        # An error of a loader's worker arrives as a traceback in text, with our sentence in its last line.
         sentence = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
         print(f"fuyu-e2e: {sentence}", file=sys.stderr)
         return error.exit_code
@@ -97,10 +98,10 @@ def main() -> int:
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
-    """Imports a command.
+    """Imports a command and returns its function.
 
     Raises:
-        UserError: There is none of that name.
+        UserError: There is no command of that name.
     """
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS) or "fuyu-e2e --help lists all commands."
@@ -111,12 +112,12 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
 
 
 def _silence_what_no_user_can_act_on() -> None:
-    """Keeps a product's advertisement, and what Lightning warns of where nothing is wrong, out of what runs print."""
+    """Silences a product's advertisement, and Lightning's warnings about normal conditions."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
-    # A run that goes on, and one without validation.
+    # A resumed run, and one without validation.
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")
     # Rows have no batch sampler, and WritePredictions needs no indices.

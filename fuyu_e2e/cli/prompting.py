@@ -1,4 +1,4 @@
-"""What commands that read a prompt are given alike: a model, where it computes, and the prompt."""
+"""Options that all commands with a prompt share: the model, the device, and the prompt."""
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ DEVICE_HELP = (
     "it, in float32 elsewhere."
 )
 MOST_TOKENS = 2**31 - 1
-"""Positions that a document may have, as the decoder counts them."""
+"""Most positions of a document that the decoder can count."""
 
 
 def add_model_and_images(parser: ArgumentParser) -> None:
-    """Adds which model, where it computes, and the images of the prompt."""
+    """Adds the options for the model, its device, and the prompt's images."""
     add_allow_imports(parser)
     parser.add_argument("--checkpoint", required=True, help="A checkpoint, a run's directory, or an exported folder.")
     parser.add_argument("--image", action="append", default=[], help="An image file; may be given several times.")
@@ -24,7 +24,7 @@ def add_model_and_images(parser: ArgumentParser) -> None:
 
 
 def add_max_new_tokens(parser: ArgumentParser) -> None:
-    """Adds how much is written at most."""
+    """Adds the option for the most generated tokens."""
     parser.add_argument(
         "--max-new-tokens",
         type=whole_number(1, MOST_TOKENS),
@@ -34,5 +34,5 @@ def add_max_new_tokens(parser: ArgumentParser) -> None:
 
 
 def prompt_parts(images: Sequence[str], text: str) -> list[Path | str]:
-    """The parts of a prompt, as `fuyu_e2e.Processor` takes them."""
+    """Returns the parts of a prompt, as `fuyu_e2e.Processor` takes them."""
     return [*map(Path, images), *([text] if text else [])]

@@ -6,7 +6,7 @@ from fuyu_e2e.cli.starting import starting
 from fuyu_e2e.training.settings.arguments import CommandParser, whole_number
 
 MOST_SEED = 2**32 - 1
-"""`fit` takes no larger one."""
+"""`fit` accepts no larger seed."""
 
 
 def quickstart(args: Sequence[str]) -> int:

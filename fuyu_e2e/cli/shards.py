@@ -1,4 +1,4 @@
-"""`fuyu-e2e shards`: what shards hold, whether they are whole, and new ones from a user's own files."""
+"""`fuyu-e2e shards`: shows what shards contain, verifies them, and writes new ones from a user's own files."""
 
 import os
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ from fuyu_e2e.training.settings.arguments import CommandParser, did_you_mean
 
 USAGE = """usage: fuyu-e2e shards {index,verify,stats,write} [--help]
 
-  index PATTERN      count what shards hold, into fuyu-manifest.json beside them
+  index PATTERN      count what shards hold, into fuyu-manifest.json next to them
   verify PATTERN     compare shards with their manifest: bytes, checksums, documents; --deep decodes images
   stats PATTERN      a table (and a picture, with matplotlib) of resolutions, aspect ratios, text lengths and tokens
   write SOURCE       shards from your own images and texts
 """
 HEADERS_ONLY = "Images were judged by their headers, not decoded: `fuyu-e2e shards verify --deep` decodes each."
 FAULTY = 1
-"""Exit code of `verify` where a shard is not what its manifest says."""
+"""Exit code of `verify` if a shard differs from its manifest."""
 
 
 def shards(args: Sequence[str]) -> int:
-    """Runs one of the commands about shards."""
+    """Runs one of the `shards` commands."""
     commands = {"index": _index, "verify": _verify, "stats": _stats, "write": write}
     name = args[0] if args else ""
     if name in ("", "--help", "-h"):
@@ -52,7 +52,7 @@ def _parser(name: str, description: str | None) -> CommandParser:
 
 
 def _index(args: Sequence[str]) -> int:
-    """Counts what shards hold, into fuyu-manifest.json beside them or, where that can't be written, in the cache."""
+    """Counts what shards hold, into fuyu-manifest.json next to them, or in the cache if that can't be written."""
     options = _parser("index", _index.__doc__).parse_args(args)
     found = expand_patterns(options.patterns, allow_pipe=options.allow_pipe)
     facts, places = index(found, ShardCache.at(options.cache_dir), options.processes)
@@ -64,7 +64,7 @@ def _index(args: Sequence[str]) -> int:
 
 
 def _verify(args: Sequence[str]) -> int:
-    """Compares shards with their manifests; exit code 1 where one is not what it should be."""
+    """Compares shards with their manifests; exit code 1 if one differs."""
     parser = _parser("verify", _verify.__doc__)
     parser.add_argument("--deep", action="store_true", help="Decode each image to its end, too.")
     options = parser.parse_args(args)
@@ -82,7 +82,7 @@ def _verify(args: Sequence[str]) -> int:
 
 
 def _stats(args: Sequence[str]) -> int:
-    """Prints what documents of shards are like, and draws the distributions."""
+    """Prints statistics of the documents in shards, and draws their distributions."""
     parser = _parser("stats", _stats.__doc__)
     parser.add_argument("--out", type=Path, default=Path("shards.png"), help="The picture (default: %(default)s).")
     parser.add_argument("--tokenizer", type=Path, help="Count its tokens instead of estimating them.")

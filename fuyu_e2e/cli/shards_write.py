@@ -1,4 +1,4 @@
-"""`fuyu-e2e shards write`: shards from a user's own files, and the commands that train on them."""
+"""`fuyu-e2e shards write`: writes shards from a user's own files, and prints the commands that train on them."""
 
 import glob
 import os
@@ -16,9 +16,9 @@ from fuyu_e2e.data.shards.writing import INTERRUPTED, REPORT, write_shards
 from fuyu_e2e.training.settings.arguments import CommandParser
 
 VOCAB_SIZE = 512
-"""Of the tokenizer that the printed commands train: that of `recipes/own-pictures.yaml`."""
+"""Vocabulary of the tokenizer in the printed commands, as in `recipes/own-pictures.yaml`."""
 FEW = 50
-"""Documents to validate on below which a figure on them is mostly chance."""
+"""Validation documents below which a figure on them is mostly chance."""
 
 
 def write(args: Sequence[str]) -> int:
@@ -63,7 +63,7 @@ def write(args: Sequence[str]) -> int:
 
 
 def next_steps(out: Path, report: WriteReport) -> str:
-    """The lines below the counts: rows left out by name, the patterns of both splits, and commands ready to paste."""
+    """Returns the lines below the counts: skipped rows, the patterns of both splits, and commands ready to paste."""
     lines = [f"  left out: {said}" for said in report.left_out()]
     if lines:
         lines.append(f"  more of them: {out / REPORT}")
@@ -78,7 +78,7 @@ def next_steps(out: Path, report: WriteReport) -> str:
     if held_out < FEW:
         written = held_out + report.splits["train"].written
         enough = f": --val-share {FEW / written:.2g}, into another folder, holds out about {FEW}"
-        hint = enough if written > 4 * FEW else ""  # of fewer, training needs nearly all
+        hint = enough if written > 4 * FEW else ""  # with fewer, training needs nearly all
         lines.append(f"{held_out or 'No'} documents to validate on {'are few' if held_out else 'are left'}{hint}.")
     return "\n".join(
         [

@@ -1,4 +1,4 @@
-"""A sign on the terminal while a command loads what it needs, torch and Lightning above all: that takes seconds."""
+"""Shows that a command is loading its dependencies, mainly torch and Lightning, which takes seconds."""
 
 import sys
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Shows how long a command has been starting, on a terminal and from the second second on."""
+    """Shows in a terminal, after two seconds, how long a command has been starting."""
     if not sys.stderr.isatty():
         yield
         return

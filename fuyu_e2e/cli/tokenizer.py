@@ -7,7 +7,7 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.settings.arguments import CommandParser, whole_number
 
 MOST_TOKENS = 2**20
-"""More than any tokenizer has; what the text doesn't fill would be padding, and take a decoder's memory."""
+"""More than any tokenizer has; what the text doesn't fill would be padding, and cost a decoder's memory."""
 
 
 def tokenizer(args: Sequence[str]) -> int:

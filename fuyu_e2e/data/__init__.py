@@ -1,1 +1,1 @@
-"""From files to packed batches: documents, images, the tokenizer, sequences, packing, and streams of shards."""
+"""From files to packed batches: documents, images, tokenizer, sequences, packing, and streams of shards."""

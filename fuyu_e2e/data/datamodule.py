@@ -1,4 +1,4 @@
-"""Shards in, packed batches out: the LightningDataModule."""
+"""The LightningDataModule, which turns shards into packed batches."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -34,33 +34,33 @@ Patterns = str | list[str] | None
 
 
 class FuyuDataModule(pl.LightningDataModule):
-    """Streams webdataset shards of any format as packed rows; one row is one micro-batch of a process.
+    """Streams webdataset shards of any format as packed rows; a row is one micro-batch of a process.
 
     Args:
         tokenizer: A sentencepiece model, as `fuyu-e2e tokenizer train` writes it.
         patch_size: Side of a patch in pixels; the command line takes it from the decoder.
-        train: Shards to train on: a path, URL, glob or brace pattern, a folder, or a list of them. Read without end.
-        mixture: Several sources instead, by name, with shards and a weight each.
+        train: Shards to train on: a path, URL, glob or brace pattern, a folder, or a list of them. Read endlessly.
+        mixture: Several named sources instead of `train`, each with shards and a weight.
         val: Shards for `validate` and for validation during `fit`; read once.
         test: Shards for `test`; read once.
-        predict: Shards for `predict`, whose documents are continued from before their last supervised text.
+        predict: Shards for `predict`, which continues each document from before its last supervised text.
         budget: Tokens of a row.
-        long_documents: Whether a document longer than a row is left out (`skip`) or cut where the rest stays
-            valid (`cut`); either is counted.
-        max_patches: Patch budget of an image; a larger one is scaled down to it, a smaller one never up.
+        long_documents: Whether a document longer than a row is skipped (`skip`), or cut if the rest stays valid
+            (`cut`); either is counted.
+        max_patches: Patch budget of an image; a larger one is scaled down to it, a smaller one is never scaled up.
         max_size: Height and width in pixels, whole patches, that a larger image is scaled down to fit; the released
-            Fuyu's is 1080 x 1920. With a budget that holds it, transformers' processor scales all images alike, which
-            `export --to transformers` asks for. None scales to the budget alone.
-        lanes: Sample streams that rows are drawn from in turn. Fixes the order of the data together with the
-            seed, so that it doesn't depend on processes and workers; a multiple of processes x workers.
-        shuffle: Documents that each lane shuffles together. They are read where they stand, not held in memory.
+            Fuyu's is 1080 x 1920. If the budget allows it, transformers' processor scales all images to the same
+            sizes, which `export --to transformers` requires. None scales to the budget alone.
+        lanes: Sample streams that rows are drawn from in turn. With the seed it fixes the order of the data, so that
+            it doesn't depend on processes and workers; a multiple of processes x workers.
+        shuffle: Documents that each lane shuffles together. They are read from the shards, not held in memory.
         mix_by: Whether the weights of a mixture are shares of its `tokens` or of its `documents`.
-        workers: Worker processes that read and decode; 0 does it in the training process.
+        workers: Worker processes that read and decode; 0 reads in the training process.
         seed: Seeds the order of the data.
         layout: Views and tokens of an image; the command line takes it from the decoder's connector.
-        cache_dir: Where shards from elsewhere are kept on this machine.
-        cache_gigabytes: What they may take up there at most; the least recently used go first.
-        allow_pipe: Whether `pipe:COMMAND` may stand for a shard. The command runs in a shell.
+        cache_dir: The folder of this machine for downloaded shards.
+        cache_gigabytes: The most that these may take up; the least recently used are deleted first.
+        allow_pipe: Whether `pipe:COMMAND` may be given as a shard. The command runs in a shell.
     """
 
     def __init__(
@@ -112,23 +112,23 @@ class FuyuDataModule(pl.LightningDataModule):
         self.allow_pipe = allow_pipe
         self._stream_sources: dict[str, tuple[StreamSource, ...]] = {}
         self.row: PackedRow | None = None
-        """The row whose batch is being worked on: the keys of its samples, and what was read for it."""
+        """The row being processed: the keys of its samples, and the stats of what was read for it."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the run."""
+        """The run's tokenizer."""
         return Tokenizer.from_file(self.tokenizer_path)
 
     @cached_property
     def builder(self) -> SequenceBuilder:
-        """Turns the documents of the run into sequences."""
+        """Turns the run's documents into sequences."""
         return SequenceBuilder(self.tokenizer, self.images, self.layout)
 
     def prepare_data(self) -> None:
-        """Indexes local shards that no manifest knows, in one process of a machine for all.
+        """Indexes local shards that no manifest lists, in one process of each machine.
 
-        What is wrong with them is left to `setup`, where all processes find it: from here the others would hear only
-        that one of them is gone.
+        Leaves errors to `setup`, which raises them on all processes; raised here, the others would only learn that one
+        process is gone.
         """
         assert self.trainer is not None
         assert self.trainer.state.fn is not None
@@ -139,8 +139,8 @@ class FuyuDataModule(pl.LightningDataModule):
         """Checks the shards that the stage is about to read.
 
         Raises:
-            UserError: A pattern is missing or matches nothing, a shard is not what its manifest says or no tar, two
-                splits hold the same shard, the tokenizer can't be read.
+            UserError: A pattern is missing or matches nothing, a shard differs from its manifest or is not a tar, two
+                splits contain the same shard, or the tokenizer can't be read.
         """
         self._look_up(stage)
         assert self.tokenizer
@@ -148,7 +148,7 @@ class FuyuDataModule(pl.LightningDataModule):
     def _look_up(self, stage: str) -> None:
         """Indexes the shards that a stage reads, and compares them with those of the other splits.
 
-        Of the other splits only local shards that a manifest already knows are compared: the rest may not be here.
+        Of the other splits it compares only local shards with a manifest; the rest may not be here.
         """
         needed = [NamedShards(self._setting(split), self._facts(split)) for split in self._needed(stage)]
         if stage == "predict":  # anything may be continued
@@ -179,10 +179,10 @@ class FuyuDataModule(pl.LightningDataModule):
         return [*needed, "val"] if stage == "fit" and self.patterns["val"] is not None else needed
 
     def sources(self, split: str) -> dict[str, Source]:
-        """The sources of `train`, `val`, `test` or `predict` by name; a single one is called as the split.
+        """Returns the sources of `train`, `val`, `test` or `predict` by name; a single source has the split's name.
 
         Raises:
-            UserError: None was named.
+            UserError: No source is set.
         """
         if split == "train" and self.mixture:
             return self.mixture
@@ -192,20 +192,20 @@ class FuyuDataModule(pl.LightningDataModule):
         return {split: Source(patterns)}
 
     def shards(self, split: str) -> tuple[str, ...]:
-        """The shards of all sources of a split.
+        """Returns the shards of all sources of a split.
 
         Raises:
-            UserError: No pattern was given for them, or one matches nothing.
+            UserError: No pattern is set for them, or one matches nothing.
         """
         return tuple(shard for source in self.sources(split).values() for shard in self._expanded(split, source))
 
     def stream_sources(self, split: str) -> tuple[StreamSource, ...]:
-        """The sources of a split with what their shards hold, looked up once.
+        """Returns the sources of a split with the contents of their shards, looked up once.
 
-        Local shards that no manifest knows are indexed.
+        Indexes local shards that no manifest lists.
 
         Raises:
-            UserError: A pattern matches nothing, or a shard is not what its manifest says, is gone, or no tar.
+            UserError: A pattern matches nothing, or a shard differs from its manifest, is gone, or is not a tar.
         """
         if split in self._stream_sources:
             return self._stream_sources[split]
@@ -218,7 +218,7 @@ class FuyuDataModule(pl.LightningDataModule):
         return self._stream_sources[split]
 
     def document_kinds(self) -> dict[str, int]:
-        """Usable documents of all training shards by kind, as their manifests count them."""
+        """Returns the number of usable training documents of each kind, as the manifests count them."""
         return dict(totals([facts for source in self.stream_sources("train") for facts in source.facts])["kinds"])
 
     def _expanded(self, split: str, source: Source) -> tuple[str, ...]:
@@ -229,12 +229,12 @@ class FuyuDataModule(pl.LightningDataModule):
             raise UserError(f"{setting}: {error}") from error
 
     def documents(self, split: str, stats: SampleStats) -> Iterator[Document]:
-        """All documents of a split once, in stored order; unusable samples are counted in `stats`."""
+        """Yields all documents of a split once, in stored order; unusable samples are counted in `stats`."""
         for shard in self.shards(split):
             yield from read_documents(self.cache.path(shard), stats, shard)
 
     def stream(self, split: str) -> Stream:
-        """The stream of a split: endless and shuffled for `train`, once and in stored order for the others."""
+        """Returns the stream of a split: endless and shuffled for `train`, once and in stored order for the others."""
         training = split == "train"
         return Stream(
             sources=self.stream_sources(split),
@@ -250,7 +250,7 @@ class FuyuDataModule(pl.LightningDataModule):
         )
 
     def validation_prompts(self, count: int) -> list[Prompt]:
-        """The first usable documents of the validation shards, as prompts to be continued."""
+        """Returns the first usable documents of the validation shards as prompts."""
         return list(islice(self.builder.prompts(self.documents("val", SampleStats()), SampleStats()), count))
 
     @property
@@ -260,7 +260,7 @@ class FuyuDataModule(pl.LightningDataModule):
     def _loader(self, split: str, completed: Callable[[], int] | None = None) -> "RowLoader":
         rows = RowDataset(self.stream(split), self._place.rank, self._place.size)
         pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        # Training rows have no end. Of others, one process may have a row more than the next.
+        # Training rows never end. Of other rows, one process may have one more than the next.
         ends = split != "train"
         any_rank_has_rows = (
             partial(any_rank, self.trainer) if self.trainer and ends and is_sharded(self.trainer) else None
@@ -268,38 +268,39 @@ class FuyuDataModule(pl.LightningDataModule):
         return RowLoader(rows, completed, any_rank_has_rows, batch_size=None, num_workers=self.workers, pin_memory=pin)
 
     def train_dataloader(self) -> "RowLoader":
-        """Rows without end, continued where a resumed run stopped; the first ones again and again to overfit.
+        """Returns training rows without end, from where a resumed run stopped; repeats the first ones to overfit.
 
         Raises:
-            UserError: The trainer would make a new loader in each epoch, and so begin with the first again.
+            UserError: The trainer would make a new loader in each epoch, which would start over.
         """
         assert self.trainer is not None
         if self.trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
             raise UserError(
-                "trainer.reload_dataloaders_every_n_epochs would begin the stream of training data anew: leave it out."
+                "trainer.reload_dataloaders_every_n_epochs would restart the stream of training data: leave it out."
             )
         overfit = self.trainer.overfit_batches  # type: ignore[attr-defined]
         again = isinstance(overfit, int) and overfit > 0
         return self._loader("train", None if again else partial(completed_rows, self.trainer))
 
     def val_dataloader(self) -> "RowLoader | list[RowLoader]":
-        """The rows of the validation shards, once; none where the recipe names no shards."""
+        """Returns the rows of the validation shards, once; an empty list if the recipe names no shards."""
         return self._loader("val") if self.patterns["val"] is not None else []
 
     def test_dataloader(self) -> "RowLoader":
-        """The rows of the test shards, once."""
+        """Returns the rows of the test shards, once."""
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """Lists of 32 prompts to be continued."""
+        """Returns lists of 32 prompts to be continued."""
         self.prompt_tally = SampleStats()
         prompts = PromptDataset(self, self.prompt_tally)
         return DataLoader(prompts, batch_size=32, collate_fn=list, num_workers=0)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Moves the packed batch of a row, and keeps the rest as `row`; prompts stay on the host until packed.
+        """Moves a row's packed batch to the device, and stores the row as `row`; prompts stay on the host until
+        packed.
 
-        Lightning fetches rows ahead, but calls this as it begins to work on one.
+        Lightning fetches rows ahead, but calls this when it starts to process one.
         """
         if not isinstance(batch, PackedRow):
             return batch
@@ -308,7 +309,7 @@ class FuyuDataModule(pl.LightningDataModule):
 
 
 class PromptDataset(IterableDataset):
-    """The documents to be predicted as prompts to be continued; what can't be used is counted in `stats`."""
+    """Documents of `predict` as prompts; counts unusable ones in `stats`."""
 
     def __init__(self, data: FuyuDataModule, stats: SampleStats) -> None:
         self.data = data

@@ -1,6 +1,6 @@
-"""A document: what one sample says, as text and images in order.
+"""A document: the content of one sample, as texts and images in order.
 
-Every format of shard becomes documents, and everything after knows documents only.
+Every shard format becomes documents, and all later code handles documents only.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Text:
-    """A run of text; `loss` says whether the model learns to write it or only reads it (a prompt)."""
+    """A run of text; `loss` says whether the model learns to write it, or only reads it (a prompt)."""
 
     text: str
     loss: bool = True
@@ -27,19 +27,19 @@ Segment = Text | Image
 
 @dataclass(frozen=True)
 class Document:
-    """An ordered list of segments, and the key that finds its sample again."""
+    """An ordered list of segments, and the key of its sample."""
 
     key: str
     segments: tuple[Segment, ...]
 
     @property
     def texts(self) -> Iterable[str]:
-        """The text of every text segment, in order."""
+        """The text of each text segment, in order."""
         return (segment.text for segment in self.segments if isinstance(segment, Text))
 
     @property
     def prompt(self) -> "Document":
-        """The document up to its last supervised text, which is what a model is asked to continue."""
+        """The document up to its last supervised text, for a model to continue."""
         last = max(
             (i for i, segment in enumerate(self.segments) if isinstance(segment, Text) and segment.loss),
             default=len(self.segments),
@@ -48,9 +48,10 @@ class Document:
 
     @property
     def turns(self) -> tuple["Document", ...]:
-        """The document up to each of its answers, which are supervised texts that an unsupervised one asked for.
+        """The document up to each of its answers, the supervised texts that follow an unsupervised one.
 
-        The `prompt` of each holds the true turns before it. A document that asks nothing, a caption, is its only turn.
+        The `prompt` of each contains the true turns before it. A document without a question, such as a caption, is
+        its own only turn.
         """
         stops = []
         asked, stop = False, 0
@@ -65,6 +66,6 @@ class Document:
 
     @property
     def answer(self) -> str:
-        """The last supervised text: what a perfect model continues `prompt` with; empty where there is none."""
+        """The last supervised text, with which a perfect model continues `prompt`; empty if there is none."""
         supervised = [segment.text for segment in self.segments if isinstance(segment, Text) and segment.loss]
         return supervised[-1] if supervised else ""

@@ -1,8 +1,8 @@
-"""`~` at the beginning of a path that a user names, which stands for the home folder.
+"""Expands `~` at the start of a path that a user names to the home folder.
 
-A shell puts it there only where a word begins with it, unquoted: not in '~/shards/*.tar', whose quotes leave the star
-to us, nor in --out=~/run, nor in a recipe. So commands do it themselves, all in one way: with the words of a command
-line before anything looks at them, and with the settings of a recipe as soon as they are read.
+A shell expands it only at the start of an unquoted word: not in '~/shards/*.tar', whose quotes keep the star for us,
+nor in --out=~/run, nor in a recipe. So commands expand it themselves, all in the same way: in the words of a command
+line before anything reads them, and in the settings of a recipe as soon as they are read.
 """
 
 import argparse
@@ -12,11 +12,11 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 TEXT_OPTIONS = ("--prompt",)
-"""Options that take a text, which may begin as it likes."""
+"""Options that take a text, which may start with any character."""
 
 
 def words_with_home(words: Sequence[str]) -> list[str]:
-    """The words of a command line with the home folder in place of `~`, also behind `--option=` and `KEY=`."""
+    """Returns the words of a command line with `~` expanded, also after `--option=` and `KEY=`."""
     return [
         word if before in TEXT_OPTIONS else _word_with_home(word)
         for before, word in zip(["", *words], words, strict=False)
@@ -31,14 +31,14 @@ def _word_with_home(word: str) -> str:
 
 
 def with_home(setting: Any, but: Collection[str] = ()) -> Any:
-    """A setting with the home folder in place of `~`; of several, in all that they hold, namespaces where they are.
+    """Returns a setting with `~` expanded; in lists, dicts and namespaces, in all values. Changes namespaces in place.
 
     Args:
-        setting: Anything that a recipe may hold.
-        but: Texts that stay as they are.
+        setting: Any value of a recipe.
+        but: Texts to leave as they are.
     """
     if isinstance(setting, str):
-        # Path's own raises where there is no such user, and a file's name may well begin so.
+        # Path's own method raises if there is no such user, but a file's name may start that way.
         return setting if setting in but else os.path.expanduser(setting)  # noqa: PTH111
     if isinstance(setting, list | tuple):
         return type(setting)(with_home(each, but) for each in setting)

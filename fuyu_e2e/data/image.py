@@ -1,7 +1,7 @@
-"""Images of any resolution: safe decoding, a budget instead of a fixed size, and raw patches.
+"""Images of any resolution: safe decoding, a patch budget instead of a fixed size, and raw patches.
 
-An image keeps its native size. Only one that needs more patches than the budget is scaled down, keeping its aspect
-ratio, until it fits; none is scaled up, cropped or squared. At the bottom and right it is padded to whole patches.
+An image keeps its native size. Only one that needs more patches than the budget is scaled down, with its aspect ratio,
+until it fits; none is scaled up, cropped or squared. The bottom and right are padded to whole patches.
 """
 
 import io
@@ -26,16 +26,16 @@ try:
 except ImportError:
     simplejpeg = None
 
-# Whatever Pillow warns about (corrupt EXIF, huge sizes) is either harmless or refused here. Said once for the process:
-# `warnings.catch_warnings` around each image would hide what other threads, a checkpoint's writer, warn of meanwhile.
+# Pillow's warnings (corrupt EXIF, huge sizes) are harmless or refused here. Filtered once for the process:
+# `warnings.catch_warnings` around each image would hide warnings of other threads, such as a checkpoint's writer.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-"""The decoders that untrusted bytes may reach."""
+"""The only Pillow decoders that untrusted bytes may reach."""
 PADDING = 1
-"""Pixel value that fills up the last patches: transformers' Fuyu pads the image of 0..255 with 1.0."""
+"""Pixel value that fills up the last patches: transformers' Fuyu pads images of 0..255 with 1.0."""
 GROUND = (255, 255, 255)
-"""What shows behind transparent pixels."""
+"""The colour under transparent pixels."""
 
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda pixels: pixels[:, ::-1],
@@ -46,9 +46,9 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
     8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
 }
-"""What each of EXIF's orientations but the first asks for."""
+"""The transform that each EXIF orientation but the first requires."""
 SIDEWAYS = range(5, 9)
-"""The orientations by which width and height change places."""
+"""Orientations that swap width and height."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class ImagePatches:
     values: UInt8[np.ndarray, "P C"]
     """Each patch flattened row, column, channel: the order of transformers' Fuyu."""
     padding: tuple[int, int] = (0, 0)
-    """Rows of pixels at the bottom, and columns at the right, that only fill up the last patches."""
+    """Rows of pixels at the bottom, and columns at the right, that only pad the last patches."""
 
 
 def load_views(data: bytes, policy: ImagePolicy, layout: ImageLayout) -> tuple[ImagePatches, ...]:
-    """The patches of each view of an encoded image, which is decoded once.
+    """Returns the patches of each view of an encoded image, which is decoded once.
 
     Raises:
         UnusableSampleError: As in `decode_image`.
@@ -82,13 +82,14 @@ def _crop(pixels: UInt8[np.ndarray, "H W 3"], view: View) -> UInt8[np.ndarray, "
 
 
 def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]:
-    """Decodes an image as a person would see it, scaled down to the largest size and the patch budget of the policy.
+    """Returns the pixels of an image as a person sees it, scaled down to the policy's largest size and patch budget.
 
-    Rotated as EXIF says; transparency lies on white; 16-bit grey is scaled to 8 bits; of an animation the first frame.
+    Applies EXIF rotation, puts transparency on white, scales 16-bit grey to 8 bits, and takes the first frame of an
+    animation.
 
     Raises:
         UnusableSampleError: `image-empty`, `image-too-many-bytes`, `image-too-many-pixels` and `image-aspect` before
-            anything is decoded, `image-unreadable` for all that Pillow can't read to its end.
+            anything is decoded; `image-unreadable` if Pillow can't read the image to its end.
         MemoryError: The machine is at fault, not the sample, so it is not skipped.
     """
     pixels, views = _decode(data, policy, FUYU_LAYOUT)
@@ -98,7 +99,7 @@ def decode_image(data: bytes, policy: ImagePolicy) -> UInt8[np.ndarray, "H W 3"]
 def _decode(
     data: bytes, policy: ImagePolicy, layout: ImageLayout
 ) -> tuple[UInt8[np.ndarray, "H W 3"], tuple[View, ...]]:
-    """The views of an image, and its pixels at a size that is enough for all of them."""
+    """Returns the pixels of an image at a size that is large enough for all its views, and the views."""
     with _opened(data, policy) as image:
         native = image.size
         if image.format == "PNG":
@@ -114,7 +115,7 @@ def _decode(
 
 
 def check_image(data: bytes, policy: ImagePolicy) -> None:
-    """Decodes an image to its end, as small as its format allows, and keeps nothing of it.
+    """Decodes an image to its end, as small as its format allows, and discards the result.
 
     Raises:
         UnusableSampleError: As in `decode_image`.
@@ -124,13 +125,13 @@ def check_image(data: bytes, policy: ImagePolicy) -> None:
 
 
 def image_size(data: bytes, policy: ImagePolicy) -> tuple[int, int]:
-    """Width and height of an encoded image in pixels, turned as EXIF says; nothing is decoded.
+    """Returns the width and height of an encoded image in pixels after EXIF rotation, without decoding it.
 
     Raises:
-        UnusableSampleError: As in `decode_image`, as far as the header tells.
+        UnusableSampleError: As in `decode_image`, as far as the header shows.
     """
     with _opened(data, policy) as image:
-        # PNG's own way to EXIF reads all pixels, since it may stand behind them; what stands there is not seen here.
+        # For PNG, Pillow's usual way reads all pixels to find EXIF after them; EXIF there is ignored here.
         turned = _orientation(partial(Pillow.Image.getexif, image)) in SIDEWAYS
         return image.size[::-1] if turned else image.size
 
@@ -150,7 +151,7 @@ def _opened(data: bytes, policy: ImagePolicy) -> Iterator[Pillow.Image]:
     except Pillow.DecompressionBombError as error:
         raise UnusableSampleError("image-too-many-pixels", str(error)) from error
     except Exception as error:  # Pillow's plugins raise nearly anything on bytes that are not what they claim to be
-        # Pillow names the object in memory that it was given, which tells nobody anything.
+        # Pillow's message names the in-memory file object, which helps nobody.
         said = re.sub(r" <_io\.\w+ object at 0x\w+>", "", str(error))
         raise UnusableSampleError("image-unreadable", f"{type(error).__name__}: {said}") from error
 
@@ -163,9 +164,9 @@ def _check_size(width: int, height: int, policy: ImagePolicy) -> None:
 
 
 def _decoded(data: bytes, image: Pillow.Image, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-    """The pixels of an image, none of its sides smaller than those of `size` unless it is so itself.
+    """Returns an image's pixels, at least as large as `size` on both sides unless the image itself is smaller.
 
-    A JPEG decodes at a fraction of its size where that is enough, rounded up; other formats decode whole.
+    A JPEG decodes at a fraction of its size if that is enough, rounded up; other formats decode whole.
     """
     native = image.size
     image.draft(None, size)
@@ -175,15 +176,15 @@ def _decoded(data: bytes, image: Pillow.Image, size: tuple[int, int]) -> UInt8[n
 
 
 def _jpeg_pixels(data: bytes, image: Pillow.Image, native: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"] | None:
-    """The pixels of a JPEG of a native size at the size that the image asks for; None where Pillow has to read it.
+    """Returns the pixels of a JPEG of size `native` at the size of `image`; None if Pillow has to read it.
 
-    Bit for bit Pillow's. All that this decoder complains of is left to Pillow, so that it changes nothing of what is
-    refused and why.
+    The pixels equal Pillow's bit for bit. Everything that this decoder complains about is left to Pillow, so that it
+    never changes which images are refused and why.
     """
     if simplejpeg is None or image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return None
     try:
-        # Nothing of another size than was checked may be decoded, however two readers of the header could differ.
+        # Never decodes another size than the one checked, even if two readers of the header differ.
         if simplejpeg.decode_jpeg_header(data)[1::-1] != native:
             return None
         pixels = simplejpeg.decode_jpeg(data, min_width=image.width, min_height=image.height)
@@ -193,7 +194,7 @@ def _jpeg_pixels(data: bytes, image: Pillow.Image, native: tuple[int, int]) -> U
 
 
 def _orientation(read_exif: Callable[[], Pillow.Exif]) -> int:
-    """What EXIF says of how an image is turned; 1, upright, where it says nothing that can be read."""
+    """Returns the EXIF orientation of an image; 1, upright, if there is none that can be read."""
     try:
         return read_exif().get(ExifTags.Base.Orientation, 1)
     except MemoryError:
@@ -203,9 +204,9 @@ def _orientation(read_exif: Callable[[], Pillow.Exif]) -> int:
 
 
 def _scale_transparent_colour(data: bytes, image: Pillow.Image) -> None:
-    """Brings a PNG's transparent colour to the eight bits that Pillow brings the pixels to, and leaves it without.
+    """Scales a PNG's transparent colour to the eight bits of Pillow's pixels, or removes it.
 
-    Of 16 bits that makes all colours transparent that are alike in their upper eight.
+    With 16 bits, all colours that share the upper eight become transparent.
     """
     if image.format != "PNG" or (colour := image.info.get("transparency")) is None:
         return
@@ -229,9 +230,10 @@ def _to_rgb(image: Pillow.Image) -> Pillow.Image:
 
 
 def scale_pixels(pixels: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels at another size, by a triangle filter as wide as the scale asks for: Pillow's, to two levels of 255.
+    """Returns pixels at another size, by a triangle filter that widens with the scale: Pillow's, up to 2 of 255
+    levels.
 
-    torch does it in a third of Pillow's time.
+    torch takes a third of Pillow's time.
     """
     if pixels.shape[1::-1] == size:
         return pixels
@@ -243,7 +245,7 @@ def scale_pixels(pixels: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> U
 
 
 def to_patches(pixels: UInt8[np.ndarray, "H W 3"], patch_size: int) -> ImagePatches:
-    """Cuts pixels into patches, padding the last row and column of them with `PADDING`."""
+    """Returns pixels cut into patches; pads the last row and column with `PADDING`."""
     height, width = pixels.shape[:2]
     rows, cols = math.ceil(height / patch_size), math.ceil(width / patch_size)
     if (rows * patch_size, cols * patch_size) != (height, width):
@@ -251,7 +253,7 @@ def to_patches(pixels: UInt8[np.ndarray, "H W 3"], patch_size: int) -> ImagePatc
         padded[:height, :width] = pixels
         padded[height:] = padded[:, width:] = PADDING
         pixels = padded
-    # Row by row of a patch as one value each, which numpy moves in less than half the time.
+    # Each row of a patch is moved as a single value, in less than half the time.
     lines = np.ascontiguousarray(pixels).ravel().view(f"V{patch_size * 3}").reshape(rows, patch_size, cols)
     values = lines.swapaxes(1, 2).ravel().view(np.uint8)
     padding = (rows * patch_size - height, cols * patch_size - width)
@@ -259,7 +261,7 @@ def to_patches(pixels: UInt8[np.ndarray, "H W 3"], patch_size: int) -> ImagePatc
 
 
 def to_pixels(patches: ImagePatches) -> UInt8[np.ndarray, "H W 3"]:
-    """The pixels that patches were cut from, padding included."""
+    """Returns the pixels that patches were cut from, including padding."""
     side = math.isqrt(patches.values.shape[1] // 3)
     grid = patches.values.reshape(patches.rows, patches.cols, side, side, 3).swapaxes(1, 2)
     return grid.reshape(patches.rows * side, patches.cols * side, 3)

@@ -1,4 +1,4 @@
-"""A sample as it enters the model: its tokens, and its images with their patch grid."""
+"""Shows a sample as it enters the model: its tokens, and its images with their patch grid."""
 
 from pathlib import Path
 
@@ -13,20 +13,20 @@ from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError, writing
 
 LONGEST_SIDE = 1_600
-"""Pixels to which a drawn image is enlarged at most."""
+"""The largest side in pixels to which a drawn image is enlarged."""
 MARGIN = 12
 """Pixels around and between drawn images."""
 GRID, NEWLINE, GROUND = (255, 64, 64), (40, 90, 220), (255, 255, 255)
 PADDED = ((225, 225, 225), (170, 170, 170))
-"""Stripes that cover padding, which the model sees as black."""
+"""Colours of the stripes over padding, which the model sees as black."""
 STRIPE = 6
 """Width and height in pixels of the steps that stripes are made of."""
 
 
 def show_tokens(sequence: TokenSequence, tokenizer: Tokenizer) -> StyledText:
-    """The sequence as text: patches as one mark for a run of them, tokens with loss in `[brackets]` and green.
+    """Returns the sequence as text: a run of patches as one mark, tokens with loss in `[brackets]` and green.
 
-    Each image row stands on a line of its own, since a newline token ends it there too.
+    Each row of an image is one line, which its newline token ends.
     """
     shown = StyledText(f"{sequence.key}: {len(sequence)} tokens, {len(sequence.patches)} patches in ")
     shown.append(f"{len(sequence.images)} images, {int(sequence.loss.sum())} tokens with loss\n")
@@ -51,9 +51,9 @@ def show_tokens(sequence: TokenSequence, tokenizer: Tokenizer) -> StyledText:
 def draw_patches(
     pixels: UInt8[np.ndarray, "H W 3"], patch_size: int, padding: tuple[int, int] = (0, 0)
 ) -> Pillow.Image:
-    """An image enlarged, with a line around each patch and a blue bar for the newline that ends each row.
+    """Returns an enlarged image with a line around each patch, and a blue bar for the newline that ends each row.
 
-    Stripes cover the rows of pixels at the bottom, and the columns at the right, that are padding.
+    Stripes cover the rows at the bottom and the columns at the right that are padding.
     """
     height, width = pixels.shape[:2]
     scale = max(1, min(16, LONGEST_SIDE // max(height, width)))
@@ -82,7 +82,7 @@ def _stripes(size: tuple[int, int]) -> Pillow.Image:
 
 
 def draw_sequence(sequence: TokenSequence, patch_size: int, path: Path) -> None:
-    """Writes a PNG of all images of a sequence, one below the other.
+    """Writes a PNG of all images of a sequence, one below another.
 
     Raises:
         UserError: The sequence has no image, or the file can't be written.

@@ -1,11 +1,11 @@
-"""All that we use of Lightning without its promise: private names, which any release may change.
+"""All private names of Lightning that we use, which any release may change.
 
-`tests/data/test_lightning_internals.py` holds them against the installed version, and the package against this list.
+`tests/data/test_lightning_internals.py` checks them against the installed version, and the package against this list.
 """
 
 import lightning.pytorch as pl
 
-# The table of `get_available_flops`, which asks it only for the device that is there.
+# The table of `get_available_flops`, which only looks up the present device.
 from lightning.fabric.utilities.throughput import _CUDA_FLOPS as CUDA_FLOPS
 
 INHERITED = {
@@ -41,7 +41,7 @@ INHERITED = {
     "lightning.pytorch.strategies.ModelParallelStrategy": ("_device_mesh", "_setup_distributed"),
     "lightning.pytorch.loggers.TensorBoardLogger": ("_experiment", "_kwargs"),
 }
-"""Private names of Lightning's classes that subclasses of ours override or read."""
+"""Private names of Lightning's classes that our subclasses override or read."""
 
 __all__ = [
     "CUDA_FLOPS",
@@ -55,15 +55,15 @@ __all__ = [
 
 
 def accumulates(trainer: pl.Trainer) -> bool:
-    """Returns whether the micro-batch at hand ends no optimizer step."""
+    """Returns whether the current micro-batch does not end an optimizer step."""
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def completed_rows(trainer: pl.Trainer) -> int:
-    """Returns the rows of this process whose optimizer step is done.
+    """Returns the number of rows of this process in completed optimizer steps.
 
-    Lightning fetches one ahead, and gradients of a step that is not done are not saved: a resumed run has to read its
-    rows again.
+    Lightning fetches one row ahead, and gradients of an incomplete step are not saved: a resumed run has to read that
+    step's rows again.
     """
     loop = trainer.fit_loop.epoch_loop
     done = loop.batch_progress
@@ -73,7 +73,7 @@ def completed_rows(trainer: pl.Trainer) -> int:
 
 
 def validates_now(trainer: pl.Trainer) -> bool:
-    """Returns whether a validation that is counted in steps follows the micro-batch at hand."""
+    """Returns whether a validation that is counted in steps follows the current micro-batch."""
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     assert fetcher is not None
     by_steps = trainer._val_check_time_interval is None  # type: ignore[attr-defined]
@@ -81,14 +81,14 @@ def validates_now(trainer: pl.Trainer) -> bool:
 
 
 def count_steps(trainer: pl.Trainer) -> None:
-    """Has curves count optimizer steps.
+    """Makes loggers count optimizer steps.
 
-    Lightning counts one too many where a run goes on from a checkpoint that was saved after its last batch.
+    Lightning counts one too many if a run resumes from a checkpoint that was saved after its last batch.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 def leave_signals_to_us(trainer: pl.Trainer) -> None:
-    """Keeps Lightning from installing its signal handlers, and from asking rank 0 about them before each row."""
+    """Keeps Lightning from installing its signal handlers, and from checking them across ranks before each row."""
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

@@ -1,8 +1,8 @@
-"""Sequences end to end in rows of a fixed token budget.
+"""Packs sequences end to end into rows of a fixed token budget.
 
-Best fit over a buffer: a row opens with the sequence that has waited longest, so that none waits for ever, and
-takes the longest that still fits until none does. With the default buffer of four rows, rows of 2,048 tokens are
-filled to 0.98 and more on captioned pictures of mixed sizes (`tests/data/test_packing.py` holds it above 0.97).
+Best fit over a buffer: a row starts with the sequence that has waited longest, so that none waits forever, and takes
+the longest one that still fits until none does. With the default buffer of four rows, rows of 2,048 tokens are filled
+to 0.98 or more on captioned pictures of mixed sizes (`tests/data/test_packing.py` requires 0.97).
 """
 
 import zlib
@@ -22,7 +22,7 @@ from fuyu_e2e.model.batch import PackedBatch
 LongDocuments = Literal["skip", "cut"]
 
 TOO_LONG = "longer-than-row"
-"""The reason under which documents that fit in no row are counted."""
+"""The reason under which documents longer than a row are counted."""
 
 
 class Packer:
@@ -30,10 +30,9 @@ class Packer:
 
     Args:
         budget: Tokens of a row.
-        long_documents: What becomes of a sequence longer than a row: `skip` leaves it out, counted as
-            `longer-than-row`; `cut` keeps the longest beginning that is still a valid sequence, and counts the
-            tokens lost.
-        stats: Where used, skipped and cut are counted.
+        long_documents: `skip` leaves out a sequence longer than a row, counted as `longer-than-row`; `cut` keeps the
+            longest beginning that is a valid sequence, and counts the lost tokens.
+        stats: Counts used, skipped and cut samples.
         buffer_rows: Sequences worth this many rows wait before a row is filled; more of them fill it better.
     """
 
@@ -54,11 +53,11 @@ class Packer:
 
     @property
     def waiting(self) -> list[Any]:
-        """The tickets of the sequences that wait, the oldest first: added again in this order, they pack the same."""
+        """The tickets of the waiting sequences, oldest first; added again in this order, they pack the same."""
         return [ticket for _, ticket in self._waiting.values()]
 
     def pack(self, sequences: Iterable[TokenSequence]) -> Iterator[list[TokenSequence]]:
-        """Gives all sequences row by row, and at their end what still waits."""
+        """Yields all sequences row by row, and at the end those that still wait."""
         for sequence in sequences:
             self.add(sequence)
             while self.full:
@@ -67,7 +66,7 @@ class Packer:
             yield self.fill_row()
 
     def add(self, sequence: TokenSequence, ticket: Any = None) -> int:
-        """Lets a sequence wait; `ticket` is what `waiting` gives for it. Gives its tokens, 0 where it is left out."""
+        """Adds a sequence to the buffer, with a ticket for `waiting`; returns its tokens, 0 if it is left out."""
         fitting = sequence.cut(self.budget) if self.long_documents == "cut" else sequence
         if fitting is None or len(fitting) > self.budget:
             self.stats.skip(UnusableSampleError(TOO_LONG, f"{sequence.key} has {len(sequence)} tokens"))
@@ -80,7 +79,7 @@ class Packer:
         return len(fitting)
 
     def fill_row(self) -> list[TokenSequence]:
-        """The sequences of a row out of what waits, which must not be nothing."""
+        """Removes the sequences of a row from the buffer, which must not be empty, and returns them."""
         row = [self._take(next(iter(self._waiting)))]
         room = self.budget - len(row[0])
         while fitting := bisect_right(self._by_length, (room, 0)):
@@ -98,21 +97,21 @@ class Packer:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedRow:
-    """A packed batch, and what of its documents no model reads."""
+    """A packed batch, and what belongs to its documents but isn't read by models."""
 
     batch: PackedBatch
     keys: tuple[str, ...] = ()
     """The key of each document's sample."""
     stats: SampleStats = field(default_factory=SampleStats)
-    """What became of the samples read since the row before."""
+    """The counts of samples read since the row before."""
 
     def pin_memory(self) -> "PackedRow":
-        """The same row with its batch in page-locked memory, as torch's loader asks for."""
+        """Returns the same row with its batch in page-locked memory; torch's loader calls this."""
         return replace(self, batch=self.batch.pin_memory())
 
 
 def empty_row(patch_size: int) -> PackedBatch:
-    """A row that holds no document, only one token of padding."""
+    """Returns a row without documents: one token of padding."""
     nothing = torch.empty(0, dtype=torch.int64)
     return PackedBatch(
         tokens=torch.zeros(1, dtype=torch.int64),
@@ -126,7 +125,7 @@ def empty_row(patch_size: int) -> PackedBatch:
 
 
 def pack_row(sequences: list[TokenSequence], budget: int | None = None) -> PackedBatch:
-    """Lays sequences end to end as one row, padded to `budget` tokens where one is given.
+    """Returns sequences laid end to end as one row, padded to `budget` tokens if that is given.
 
     Raises:
         ValueError: The sequences hold more tokens than the budget.
@@ -139,7 +138,7 @@ def pack_row(sequences: list[TokenSequence], budget: int | None = None) -> Packe
     patch_positions = [sequence.patch_positions + start for sequence, start in zip(sequences, starts, strict=True)]
     newlines = [sequence.newline_positions + start for sequence, start in zip(sequences, starts, strict=True)]
     tokens = np.concatenate([*(sequence.tokens for sequence in sequences), np.zeros(padding, np.int64)])
-    # The first token of a document has nothing before it in that document to be guessed from.
+    # The first token of a document is no target, since nothing comes before it.
     guessed = np.concatenate(
         [np.flatnonzero(sequence.loss[1:]) + 1 + start for sequence, start in zip(sequences, starts, strict=True)]
     )

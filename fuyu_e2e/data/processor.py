@@ -1,4 +1,4 @@
-"""From texts and images to prompts, and from tokens back to text: what a model needs around it to be used."""
+"""The processor: from texts and images to prompts, and from tokens back to text."""
 
 import io
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ from fuyu_e2e.data.sequence import SequenceBuilder, TokenSequence
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
 Part = str | Path | bytes | Pillow.Image
-"""A text, or an image: its file, the bytes of its file, or opened by Pillow."""
+"""A text, or an image as a path, as the bytes of a file, or as a Pillow image."""
 
 
 @dataclass(frozen=True)
 class Processor:
-    """Makes prompts as a model was trained to read them.
+    """Makes prompts in the form that a model was trained on.
 
     model, processor = fuyu_e2e.load("runs/quickstart")
     prompt = processor(Path("a.png"), "Read the digits.")
@@ -27,10 +27,10 @@ class Processor:
     builder: SequenceBuilder
 
     def __call__(self, *parts: Part) -> TokenSequence:
-        """The sequence that a model continues: texts and images in the order given, any number of either.
+        """Returns the sequence for a model to continue, from any number of texts and images in order.
 
         Raises:
-            UserError: An image can't be read or used; says which part it is.
+            UserError: An image can't be read or used; names the part.
         """
         segments = [self._segment(number, part) for number, part in enumerate(parts, 1)]
         try:
@@ -40,7 +40,7 @@ class Processor:
             raise
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of tokens."""
+        """Returns the text of tokens."""
         return self.builder.tokenizer.decode(tokens)
 
     @property
@@ -49,7 +49,7 @@ class Processor:
         return self.builder.tokenizer.eos_id
 
     def _refuse_unusable(self, parts: Iterable[Part], segments: Iterable[Segment]) -> None:
-        """Names the first image that can't be used."""
+        """Raises a UserError that names the first unusable image."""
         for number, (part, segment) in enumerate(zip(parts, segments, strict=True), 1):
             if isinstance(segment, Image):
                 try:

@@ -1,4 +1,4 @@
-"""How far long work on shards is: a bar on a terminal, a plain line now and then where there is none."""
+"""Progress of long work on shards: a bar in a terminal, otherwise an occasional line."""
 
 import sys
 import threading
@@ -14,30 +14,30 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 QUIET = 2.0
-"""Seconds of work about which nothing is said."""
+"""Seconds of work before anything is shown."""
 EVERY = 10.0
-"""Seconds between two lines where stderr is no terminal."""
+"""Seconds between two lines if stderr is not a terminal."""
 REFRESH = 0.2
-"""Seconds between two looks at the count where it is one."""
+"""Seconds between two updates of the bar in a terminal."""
 
 Advance = Callable[[float], None]
-"""Counts so much more of the work as done."""
+"""Counts an amount of work as done."""
 
 
 def untold(amount: float) -> None:
-    """An `Advance` that nobody watches."""
+    """An `Advance` that ignores the amount."""
 
 
 class ProgressBar:
     """Shows on stderr how far the work of a `with` block is, once it takes longer than `QUIET`.
 
-    A thread looks at what is done, so the time goes on where the work doesn't say how far it is. Other processes
-    `add` to `count`, which they have to inherit as they start.
+    A thread shows it, so that the time advances even while the work doesn't. Other processes `add` to `count`, which
+    they must inherit when they start.
 
     Args:
-        title: What is being done.
-        total: How much there is to do; None where nobody knows.
-        unit: What is counted; empty where there is nothing to count.
+        title: The kind of work.
+        total: The amount of work; None if unknown.
+        unit: The unit of the amount; empty for work that isn't counted.
     """
 
     def __init__(self, title: str, total: int | float | None = None, unit: str = "") -> None:
@@ -60,22 +60,22 @@ class ProgressBar:
 
     @property
     def count(self) -> "Synchronized[float]":
-        """What other processes have done; shared memory, which is taken once it is asked for."""
+        """The amount that other processes have done; shared memory, allocated on first use."""
         if self._others is None:
             self._others = get_context("spawn").Value("d", 0.0)
         return self._others
 
     @property
     def done(self) -> float:
-        """What all processes have done."""
+        """The amount that all processes have done."""
         return self._own + (0.0 if self._others is None else self._others.value)
 
     def advance(self, amount: float = 1.0) -> None:
-        """Counts so much more as done by this process."""
+        """Counts an amount as done by this process."""
         self._own += amount
 
     def line(self) -> str:
-        """How far the work is: `Indexing shards: 3 of 12 shards (28 %), 0:00:41 so far, 0:01:45 left`."""
+        """Returns a line such as `Indexing shards: 3 of 12 shards (28 %), 0:00:41 so far, 0:01:45 left`."""
         done, passed = self.done, time.monotonic() - self.started_at
         said = []
         if self.unit:
@@ -103,7 +103,7 @@ class ProgressBar:
 
 
 def add(count: "Synchronized[float]", amount: float) -> None:
-    """Counts in whichever process so much more as done."""
+    """Counts an amount as done, from any process."""
     with count.get_lock():
         count.value += amount
 

@@ -19,14 +19,14 @@ from fuyu_e2e.distributed import all_ranks
 from fuyu_e2e.errors import STOP_SIGNALS, UserError
 
 RULES = "rules"
-"""Under which a checkpoint says by which version of the rules samples counted as documents."""
+"""The key of a checkpoint for the version of the rules by which samples count as documents."""
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """Keeps a loader's worker at work when a signal goes to all processes of a run, as Ctrl-C and SLURM's do.
+    """Keeps a loader's worker running when a signal goes to all processes of a run, as Ctrl-C and SLURM's do.
 
-    The trainer still needs its rows to finish the step. Only its parent's SIGTERM ends a worker, at once, as torch has
-    it: that is how a loader gets rid of one. Where the sender can't be told (macOS), every SIGTERM ends it.
+    The trainer still needs its rows to finish the step. Only SIGTERM from its parent ends a worker, at once: torch's
+    loader ends its workers that way. If the sender can't be determined (macOS), every SIGTERM ends it.
     """
     for number in STOP_SIGNALS:
         if number != signal.SIGTERM:
@@ -43,16 +43,16 @@ def _leave_for(parent: int) -> None:
 
 
 class RowDataset(IterableDataset):
-    """The rows of one process, shared out among its workers so that their order is that of one worker."""
+    """The rows of one process, distributed over its workers so that their order is that of a single worker."""
 
     def __init__(self, stream: Stream, rank: int, world_size: int) -> None:
         self.stream = stream
         self.rank = rank
         self.world_size = world_size
         self.start = 0
-        """Rows of this process to leave out, since they were read before."""
+        """Rows of this process to skip, since they were read before."""
         self.states: dict[int, LaneState] = {}
-        """Where each lane stood behind them."""
+        """The state of each lane after those rows."""
 
     def __iter__(self) -> Iterator[StreamRow]:
         info = get_worker_info()
@@ -62,7 +62,7 @@ class RowDataset(IterableDataset):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the order of rows depends on, in primitives."""
+        """Everything that the order of rows depends on, as primitives."""
         stream = self.stream
         settings = {name: getattr(stream, name) for name in ("seed", "lanes", "shuffle", "budget", "mix_by")}
         digests = {source.name: source.digest for source in stream.sources}
@@ -70,15 +70,16 @@ class RowDataset(IterableDataset):
 
 
 class RowLoader(DataLoader):
-    """A loader that Lightning can stop and resume, also with another number of processes and workers.
+    """A loader that Lightning can stop and resume, even with another number of processes and workers.
 
-    Its state is where each lane stood behind the last row whose optimizer step is done.
+    Its state is the state of each lane after the last row of a completed optimizer step.
 
     Args:
         dataset: The rows of this process.
-        settled: How many of its rows are behind a step that is done; None for a loader that begins anew each time.
-        anyone: Whether any process has a row, given whether this one has, where they have to go through the same
-            number of rows: those that have no more give rows that hold nothing.
+        completed: Returns how many rows of this process belong to completed steps; None for a loader that starts over
+            each time.
+        any_rank_has_rows: Returns whether any process has a row, given whether this one has. Set if all processes
+            must go through the same number of rows: one that has none left then yields empty rows.
         options: As in torch's DataLoader.
     """
 
@@ -89,8 +90,8 @@ class RowLoader(DataLoader):
         any_rank_has_rows: Callable[[bool], bool] | None = None,
         **options: Any,
     ) -> None:
-        # Each iterator draws a seed for its workers, and training's random numbers are not to depend on how many there
-        # were.
+        # Each iterator draws a seed for its workers; training's random numbers must not depend on how many iterators
+        # there were.
         own = torch.Generator()
         super().__init__(dataset, worker_init_fn=leave_signals_to_the_trainer, generator=own, **options)
         self.rows = dataset
@@ -116,7 +117,7 @@ class RowLoader(DataLoader):
             while self.any_rank_has_rows and self.any_rank_has_rows(False):
                 yield PackedRow(batch=empty_row(self.rows.stream.builder.images.patch_size))
         except Exception:
-            # Left to the garbage collector behind an error, workers are waited for 5 seconds each.
+            # After an error, the garbage collector would wait 5 seconds for each worker.
             if isinstance(rows, _MultiProcessingDataLoaderIter):
                 rows._shutdown_workers()
             raise
@@ -129,13 +130,14 @@ class RowLoader(DataLoader):
             self.rows.start += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows whose step is done, over all processes, and where each lane stands behind them; in primitives."""
+        """Returns the number of rows in completed steps, over all processes, and the state of each lane after them, as
+        primitives."""
         if not self.completed:
             return {}
         self._complete()
         states = {lane: asdict(state) for lane, state in self.rows.states.items()}
         if self.rows.world_size > 1:
-            # Each process knows the lanes that it reads; of the others it may know where they were when it began.
+            # Each process knows the lanes that it reads; its states of other lanes may be from its start.
             for rank, known in all_ranks((self.rows.rank, states)):
                 states |= {lane: state for lane, state in known.items() if lane % self.rows.world_size == rank}
         return {
@@ -146,10 +148,10 @@ class RowLoader(DataLoader):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where the state was taken.
+        """Continues from a state.
 
         Raises:
-            UserError: The data or its order are others than the state's.
+            UserError: The data or their order differ from the state's.
         """
         if not self.completed:
             return
@@ -172,4 +174,4 @@ class RowLoader(DataLoader):
                     + ". Give the run the same shards and settings, so that it goes on where it stopped."
                 )
         self.rows.start = state["rows"] // self.rows.world_size
-        self.rows.states = {lane: LaneState(**kept) for lane, kept in state["lanes"].items()}
+        self.rows.states = {lane: LaneState.from_dict(kept) for lane, kept in state["lanes"].items()}

@@ -1,4 +1,4 @@
-"""Counting what became of every sample, so that nothing is lost without a number that says so."""
+"""Counts what became of every sample, so that no sample is lost silently."""
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -9,48 +9,48 @@ from fuyu_e2e.errors import UnusableSampleError
 
 @dataclass
 class SampleStats:
-    """How many documents were read, and what became of those that were not used.
+    """Counts of documents read and used, and of those skipped, by reason.
 
-    Every document that was `read` is used, skipped or still waiting to be packed.
+    Every `read` document is used, skipped or still waiting to be packed.
     """
 
     read: int = 0
-    """Documents and unusable samples met in the shards."""
+    """Documents and unusable samples read from the shards."""
     used: int = 0
     """Documents that went into a packed row."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Samples left out, by reason."""
+    """Skipped samples, by reason."""
     tokens_cut: int = 0
     """Tokens cut off documents longer than a row."""
     read_of: Counter[str] = field(default_factory=Counter)
-    """Of a mixture, documents read by source; empty where there is one source only."""
+    """For a mixture, documents read by source; empty for a single source."""
     used_of: Counter[str] = field(default_factory=Counter)
-    """Of a mixture, usable documents drawn by source."""
+    """For a mixture, usable documents drawn by source."""
     tokens_of: Counter[str] = field(default_factory=Counter)
-    """Of a mixture, tokens of usable documents drawn by source."""
+    """For a mixture, tokens of usable documents drawn by source."""
     examples: dict[str, str] = field(default_factory=dict)
-    """One sample for each reason, in words: the first that was met."""
+    """The first sample of each reason, in words."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts as primitives."""
+        """Returns the counts as primitives."""
         return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_dict(cls, counts: dict[str, Any]) -> "SampleStats":
-        """The stats that `to_dict` described."""
+        """Returns the stats that `to_dict` described."""
         stats = cls()
         for name, value in counts.items():
             setattr(stats, name, type(getattr(stats, name))(value))
         return stats
 
     def skip(self, error: UnusableSampleError, where: str | None = None) -> None:
-        """Counts one sample that is left out; `where` is its shard and key, for errors that don't say them."""
+        """Counts a skipped sample; `where` is its shard and key, for errors that don't contain them."""
         self.skipped[error.reason] += 1
         said = str(error)
         self.examples.setdefault(error.reason, said if where is None or where in said else f"{said} ({where})")
 
     def add(self, other: "SampleStats") -> None:
-        """Adds the counts of `other`, made by another stream or at another time."""
+        """Adds the counts of `other`, from another stream or another time."""
         self.read += other.read
         self.used += other.used
         self.skipped.update(other.skipped)
@@ -61,7 +61,7 @@ class SampleStats:
         self.examples = other.examples | self.examples
 
     def take(self) -> "SampleStats":
-        """The counts so far, which start from zero again here."""
+        """Returns the counts so far and resets them."""
         taken = replace(self)
         self.read = self.used = self.tokens_cut = 0
         self.skipped, self.examples = Counter(), {}
@@ -70,11 +70,11 @@ class SampleStats:
 
     @property
     def waiting(self) -> int:
-        """Documents that were read and are still in a shuffle buffer, or not yet packed."""
+        """Documents that are still in a shuffle buffer or not yet packed."""
         return self.read - self.used - self.skipped.total()
 
     def summary(self) -> str:
-        """One line for a log: `1200 read, 1180 used, 20 skipped (image-truncated 12, caption-empty 8)`."""
+        """Returns a line for logs: `1200 read, 1180 used, 20 skipped (image-truncated 12, caption-empty 8)`."""
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.most_common())
         skipped = f"{self.skipped.total():,} skipped" + (f" ({reasons})" if reasons else "")
         cut = f", {self.tokens_cut:,} tokens cut" if self.tokens_cut else ""

@@ -1,19 +1,19 @@
-"""A document as the decoder reads it: token ids, the patches that stand among them, and what carries loss.
+"""A document as the decoder reads it: token ids with image patches among them, and which tokens carry loss.
 
-The layout is the released Fuyu's, so that its processor writes the same ids for the same prompt:
+The layout is the released Fuyu's, whose processor gives the same ids for the same prompt:
 
     image        each row of patches as `|SPEAKER|` x columns, then `|NEWLINE|`; rows from the top
     text         `<s>` before the first text of a document, then the text's own tokens
-    answer       a supervised text that an unsupervised one asked for: `<0x04>` before it, `</s>` behind it
-    end          `</s>` behind the last token of a document, once
+    answer       a supervised text after an unsupervised one: `<0x04>` before it, `</s>` after it
+    end          one `</s>` after the last token of a document
 
 An image of 1 x 2 patches, the question "q" and the answer "7":
 
     token   |SPEAKER| |SPEAKER| |NEWLINE| <s>  q  <0x04>  7  </s>
     loss        -         -         -      -   -    -     x    x
 
-Loss belongs to the token that is to be guessed: "7" is guessed at the position of `<0x04>`. Tokens of answers,
-captions and their ends carry it, tokens of prompts, patches and newlines never do.
+Loss belongs to the token to be predicted: "7" is predicted at the position of `<0x04>`. Tokens of answers, captions
+and their ends carry it; tokens of prompts, patches and newlines never do.
 """
 
 from collections.abc import Iterable, Iterator
@@ -33,12 +33,12 @@ from fuyu_e2e.model.image_layout import FUYU_LAYOUT, ImageLayout, ImagePolicy, I
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSequence:
-    """One document as `n` tokens, `N` of them embeddings of images and `L` newlines in them, and `P` patches."""
+    """A document as `n` tokens with `P` patches; `N` of the tokens are image embeddings, and `L` image newlines."""
 
     key: str
     tokens: Int64[np.ndarray, " n"]
     loss: Bool[np.ndarray, " n"]
-    """Whether the token is one that the model learns to write."""
+    """Whether the model learns to write the token."""
     patches: UInt8[np.ndarray, "P C"]
     """The patches of all views of all images, in their order."""
     images: tuple[ImageSpan, ...]
@@ -48,7 +48,7 @@ class TokenSequence:
 
     @property
     def patch_positions(self) -> Int64[np.ndarray, " N"]:
-        """The position of each embedding of an image."""
+        """The position of each image embedding."""
         return np.concatenate([np.empty(0, np.int64), *(span.patch_positions for span in self.images)])
 
     @property
@@ -58,7 +58,7 @@ class TokenSequence:
 
     @property
     def pictures(self) -> list[UInt8[np.ndarray, "H W 3"]]:
-        """The pixels of each view of each image as the model sees them, padding to whole patches included."""
+        """The pixels of each view of each image as the model sees them, including padding to whole patches."""
         grids = [grid for span in self.images for grid in span.grids]
         ends = np.cumsum([rows * cols for rows, cols in grids])
         parts = np.split(self.patches, ends[:-1]) if grids else []
@@ -66,7 +66,7 @@ class TokenSequence:
 
     @property
     def paddings(self) -> list[tuple[int, int]]:
-        """Rows and columns of pixels in each picture that are padding."""
+        """(rows, columns) of pixels that are padding in each picture."""
         return [padding for span in self.images for padding in span.paddings]
 
     @property
@@ -78,10 +78,10 @@ class TokenSequence:
         ]
 
     def cut(self, budget: int) -> "TokenSequence | None":
-        """The longest valid beginning of at most `budget` tokens; None where nothing in it could be learnt.
+        """Returns the longest valid beginning of at most `budget` tokens, or None if no token in it carries loss.
 
-        A cut never goes through an image: one that doesn't fit goes whole, with all behind it. What is cut off
-        had an end of document, so the beginning has none.
+        A cut never splits an image: one that doesn't fit is removed whole, with everything after it. The beginning has
+        no end-of-document token, since that is cut off.
         """
         if len(self) <= budget:
             return self
@@ -105,17 +105,17 @@ class Prompt:
 
     document: Document
     sequence: TokenSequence
-    """What a model is given to continue."""
+    """The sequence for a model to continue."""
 
     @property
     def truth(self) -> str:
-        """What a perfect model continues it with; empty where the document says nothing of it."""
+        """The text with which a perfect model continues; empty if the document has none."""
         return self.document.answer
 
 
 @dataclass(frozen=True)
 class SequenceBuilder:
-    """Turns documents into sequences, for training and for prompting alike."""
+    """Turns documents into sequences, for training and for prompting."""
 
     tokenizer: Tokenizer
     images: ImagePolicy
@@ -123,7 +123,7 @@ class SequenceBuilder:
     """Views and tokens of an image, as the model's connector asks for."""
 
     def build(self, document: Document) -> TokenSequence:
-        """The sequence that a model learns from.
+        """Returns the sequence for a model to learn from.
 
         Raises:
             UnusableSampleError: An image can't be used (see `fuyu_e2e.data.image`), or no token carries loss
@@ -136,7 +136,8 @@ class SequenceBuilder:
         return tokens.sequence(document.key)
 
     def prompt(self, document: Document) -> TokenSequence:
-        """The sequence that a model continues: the document, with an answer begun where its last text asks for one.
+        """Returns the sequence for a model to continue: the document, plus the start of an answer if its last text
+        asks.
 
         Raises:
             UnusableSampleError: An image can't be used.
@@ -146,7 +147,8 @@ class SequenceBuilder:
         return tokens.sequence(document.key)
 
     def answered(self, prompt: TokenSequence, answer: str) -> TokenSequence:
-        """What `prompt` gave, with a supervised text and the end of the document behind it, as `build` lays it out."""
+        """Returns a sequence from `prompt` with a supervised answer and the end of the document, as `build` lays it
+        out."""
         written = [*self.tokenizer.encode(answer), self.tokenizer.eos_id]
         return replace(
             prompt,
@@ -155,7 +157,7 @@ class SequenceBuilder:
         )
 
     def prompts(self, documents: Iterable[Document], stats: SampleStats) -> Iterator[Prompt]:
-        """Each document as a prompt; those whose images can't be used are counted in `stats`."""
+        """Yields each document as a prompt; counts those with unusable images in `stats`."""
         for document in documents:
             try:
                 yield Prompt(document, self.prompt(document.prompt))
@@ -175,15 +177,15 @@ class SequenceBuilder:
 
 
 class _Tokens:
-    """A sequence while it grows."""
+    """A sequence under construction."""
 
     def __init__(self, tokenizer: Tokenizer, policy: ImagePolicy, layout: ImageLayout) -> None:
         self.tokenizer, self.policy, self.layout = tokenizer, policy, layout
         self.length = 0
         self.last = -1
-        """The last token; none yet where it is -1."""
+        """The last token; -1 if there is none yet."""
         self.learns = self.last_loss = False
-        """Whether any token, and the last, carries loss."""
+        """Whether any token carries loss, and whether the last one does."""
         self.ids: list[Int64[np.ndarray, " n"]] = []
         self.loss: list[Bool[np.ndarray, " n"]] = []
         self.patches: list[UInt8[np.ndarray, "P C"]] = []
@@ -223,7 +225,7 @@ class _Tokens:
         self.extend(np.where(newlines, self.tokenizer.newline_id, self.tokenizer.patch_id), loss=False)
 
     def end_document(self) -> None:
-        """Ends the document; the end is to be guessed where it follows a supervised text."""
+        """Ends the document; the end token carries loss if it follows a supervised text."""
         if self.length and self.last != self.tokenizer.eos_id:
             self.extend([self.tokenizer.eos_id], loss=self.last_loss)
 

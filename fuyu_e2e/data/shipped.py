@@ -1,4 +1,4 @@
-"""Where the files that come with the project lie: `data/` and `recipes/`."""
+"""Paths of the files that come with the project, in `data/` and `recipes/`."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from fuyu_e2e.errors import UserError
 
 
 def shipped(name: str) -> Path:
-    """The path of a shipped file, as `recipes/quickstart.yaml`, in a clone and in an installed wheel alike.
+    """Returns the path of a shipped file, such as `recipes/quickstart.yaml`, in a clone or an installed wheel.
 
     Raises:
         UserError: It is in neither place.

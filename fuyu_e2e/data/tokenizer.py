@@ -1,4 +1,4 @@
-"""Text to token ids and back: sentencepiece with byte fallback, and the special tokens of the released Fuyu."""
+"""The tokenizer: sentencepiece with byte fallback, and the special tokens of the released Fuyu."""
 
 import hashlib
 import io
@@ -14,34 +14,34 @@ from fuyu_e2e.errors import UnusableSampleError, UserError, writing
 
 PATCH, NEWLINE, BOS, EOS, ANSWER = "|SPEAKER|", "|NEWLINE|", "<s>", "</s>", "<0x04>"
 SPACE = "\u2581"
-"""How sentencepiece writes a space inside; a text that holds this very letter must not come back with spaces."""
+"""sentencepiece's internal character for a space; a text that contains it must not come back with spaces."""
 PADDING = "|UNUSED"
-"""What the tokens begin with that only fill up a vocabulary."""
+"""Prefix of tokens that only fill up a vocabulary."""
 ALPHABET = 1_000
-"""Different characters up to which each gets a token of its own.
+"""The most different characters for which each gets a token.
 
-sentencepiece advises to cover all characters of a small alphabet, and 99.95 % of text in scripts of thousands. Several
-alphabets with their accents and punctuation stay below; Chinese and Japanese text, and a crawl of the web, which holds
+sentencepiece advises to cover all characters of a small alphabet, and 99.95 % of text in scripts with thousands.
+Several alphabets with accents and punctuation stay below; Chinese or Japanese text, and a web crawl, which contains
 some of everything, do not: there, rare characters are better spelled in bytes.
 """
 LINE = 2**18
-"""Letters, of at most four bytes each, after which a line is cut: sentencepiece skips longer lines."""
+"""Characters, of at most four bytes each, after which a line is cut, since sentencepiece skips longer lines."""
 NORMAL = 1
-"""sentencepiece's type of a token that was learnt."""
+"""sentencepiece's type of a learnt token."""
 OFTEN = 10
-"""Times that a text has to hold a token for it to be worth one."""
+"""How often texts must contain a token for it to be worth having."""
 WORDS = 100_000
-"""Different words, the most frequent ones, in which tokens are counted."""
+"""The most frequent distinct words, in which tokens are counted."""
 
 
 class Tokenizer:
-    """A sentencepiece model that spells out every text exactly, and the ids that are not text.
+    """A sentencepiece model that encodes every text exactly, and the ids of special tokens.
 
     Args:
         model: A serialized sentencepiece model.
 
     Raises:
-        UserError: The bytes are no such model, or lack a special token.
+        UserError: The bytes are not such a model, or lack a special token.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -64,7 +64,7 @@ class Tokenizer:
         """Reads a model that `fuyu-e2e tokenizer train` wrote.
 
         Raises:
-            UserError: There is none, or it is something else.
+            UserError: There is no such file, or it is not such a model.
         """
         try:
             return cls(Path(path).read_bytes())
@@ -91,7 +91,7 @@ class Tokenizer:
 
     @property
     def padding(self) -> int:
-        """Number of tokens that only fill up the vocabulary, and that no text uses."""
+        """Number of tokens that only fill up the vocabulary; no text uses them."""
         return sum(self.piece(token).startswith(PADDING) for token in range(self.vocab_size))
 
     @cached_property
@@ -100,13 +100,13 @@ class Tokenizer:
         return hashlib.sha256(self.model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text; none of them is special but the byte tokens that spell rare letters.
+        """Returns the tokens of a text, none of them special except byte tokens, which spell rare characters.
 
         Raises:
             UnusableSampleError: `text-not-unicode` for a text with half a surrogate pair.
         """
         try:
-            # One by one: given a list, sentencepiece starts threads anew in each call, which takes 30 times as long.
+            # One at a time: for a list, sentencepiece starts threads in each call, which takes 30 times as long.
             parts = [self._processor.Encode(part.encode()) for part in text.split(SPACE)]
         except UnicodeEncodeError as error:
             raise UnusableSampleError("text-not-unicode", str(error)) from error
@@ -116,11 +116,11 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of tokens: the inverse of `encode`. Special tokens other than bytes say nothing."""
+        """Returns the text of tokens, the inverse of `encode`; special tokens other than bytes give no text."""
         return self._processor.Decode(list(ids))
 
     def piece(self, token: int) -> str:
-        """A token as a person can read it, `▁` for a space."""
+        """Returns a token in readable form, with `▁` for a space."""
         return self._processor.IdToPiece(token)
 
     def _id(self, piece: str) -> int | None:
@@ -131,16 +131,16 @@ class Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) on texts.
 
-    Text is taken as it is, without normalisation; digits stand alone. Each character of a text of at most `ALPHABET`
-    different ones is a token where the vocabulary holds them all; others that are rare are spelled in bytes. A small
-    corpus that has no pairs left to merge fills up with tokens that are never used (see `Tokenizer.padding`).
+    Text is used as it is, without normalisation; each digit is one token. If a text has at most `ALPHABET` different
+    characters and the vocabulary holds them, each is a token; other rare characters are spelled in bytes. If a small
+    corpus runs out of pairs to merge, unused tokens fill up the vocabulary (see `Tokenizer.padding`).
 
     Args:
-        texts: What to learn from.
-        vocab_size: Tokens in all: 256 bytes, the special ones, and what is learnt.
+        texts: The training texts.
+        vocab_size: Total number of tokens: 256 bytes, the special ones, and the learnt ones.
 
     Raises:
-        UserError: There is no text, or the vocabulary can't even hold the letters of the text.
+        UserError: There is no text, or the vocabulary is too small for the characters of the text.
     """
     lines = [piece for text in texts for line in text.split("\n") for piece in _pieces(line)]
     if not lines:
@@ -156,7 +156,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _pieces(line: str) -> Iterator[str]:
-    """A line in pieces that sentencepiece takes, cut before a space where there is one; none of an empty line."""
+    """Yields a line in pieces short enough for sentencepiece, cut before a space if possible; none for an empty
+    line."""
     while len(line) > LINE:
         end = line.rfind(" ", 1, LINE)
         end = end if end > 0 else LINE
@@ -167,12 +168,12 @@ def _pieces(line: str) -> Iterator[str]:
 
 
 def suggest_vocab_size(tokenizer: Tokenizer, texts: Iterable[str]) -> int | None:
-    """The size of a vocabulary whose every merge the texts hold at least `OFTEN` times; None where it is no smaller.
+    """Returns a smaller vocabulary size at which the texts contain every merge at least `OFTEN` times, or None.
 
-    A multiple of 64, as matrix products like it. A larger vocabulary has tokens that are too rare to be learnt.
+    The size is a multiple of 64, for fast matrix products. A larger vocabulary has tokens too rare to be learnt.
 
     Args:
-        tokenizer: One that `train_tokenizer` made of the texts.
+        tokenizer: The result of `train_tokenizer` on the texts.
         texts: The same texts.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # which nothing else here needs
@@ -184,7 +185,7 @@ def suggest_vocab_size(tokenizer: Tokenizer, texts: Iterable[str]) -> int | None
     fixed = tokenizer.vocab_size - tokenizer.padding - len(merges)
 
     def is_frequent(count: int) -> bool:
-        """Whether the texts hold the last of so many merges often, in the vocabulary that ends with it."""
+        """Returns whether the texts often contain merge number `count`, in the vocabulary that ends with it."""
         smaller, later = ModelProto.FromString(tokenizer.model), set(merges[count:])
         del smaller.pieces[:]
         smaller.pieces.extend(piece for number, piece in enumerate(model.pieces) if number not in later)
@@ -205,7 +206,7 @@ def _train_to_size(lines: list[str], vocab_size: int, coverage: float) -> Tokeni
     try:
         return Tokenizer(_train(lines, vocab_size, coverage, unused=0))
     except RuntimeError as error:
-        # sentencepiece tells both limits in its message alone.
+        # sentencepiece reports both limits only in its message.
         if smallest := re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error)):
             raise UserError(
                 f"--vocab-size {vocab_size} can't hold the bytes and letters of this text: it takes at least "

@@ -1,1 +1,1 @@
-"""Tasks and metrics: what a model is asked, how the answer is scored, and pictures of it."""
+"""Tasks and metrics: questions to a model, scores of its answers, and pictures of both."""

@@ -1,9 +1,9 @@
-"""How a model answers many questions: in batches by tokens, so that large images fit, and by three ways.
+"""Answers many questions with a model, in batches by tokens, so that large images fit. There are three ways:
 
-generate     the likeliest token each time (greedy)
-choose       the choice of highest likelihood behind the prompt, its end of document included, and beside it the one
-             of highest likelihood per token (Brown et al. 2020, arXiv 2005.14165, section 2.4)
-perplexity   nothing is answered: the loss of the document's supervised tokens with its first reference behind it
+generate     greedy generation
+choose       the choice with the highest likelihood after the prompt, including its end of document, and also the one
+             with the highest likelihood per token (Brown et al. 2020, arXiv 2005.14165, section 2.4)
+perplexity   no answer, only the loss of the document's supervised tokens followed by its first reference
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,17 +27,17 @@ NOT_ASKED = "not-asked"
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came of one question."""
+    """The result of one question."""
 
     text: str | None = None
-    """What was written or chosen; None where nothing is answered."""
+    """The generated or chosen text; None without an answer."""
     text_per_token: str | None = None
-    """The choice of highest likelihood per token."""
+    """The choice with the highest likelihood per token."""
     loss: float = 0.0
-    """Summed over `tokens`, in nats."""
+    """Sum over `tokens`, in nats."""
     tokens: int = 0
     skipped: str | None = None
-    """Why the question can't be used."""
+    """The reason if the question can't be used."""
 
 
 def answer_all(
@@ -48,17 +48,19 @@ def answer_all(
     stats: SampleStats,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[Answer]:
-    """Answers each question, given what stands before its answer.
+    """Answers each question, given a document to read for it.
 
     Args:
-        model: A decoder in evaluation mode, and what it is prompted with.
+        model: A decoder in evaluation mode, with its processing.
         task: How to answer.
-        questions: What is asked.
-        documents: What the model reads for each: the question's own document, or another; None where it is left out,
-            since it can't be used.
-        stats: Counts what is used, and by reason what can't be: an image that can't be read, `longer-than-batch`,
+        questions: The questions.
+        documents: The document that the model reads for each question, its own or another; None skips the question.
+        stats: Counts used questions, and unusable ones by reason: an image that can't be read, `longer-than-batch`,
             `no-choices`, `choices-lack-answer`.
         batch_tokens: Tokens that are read and written at once.
+
+    Returns:
+        An answer for each question, in order.
     """
     answers = [Answer(skipped=NOT_ASKED)] * len(questions)
     prompts: dict[int, TokenSequence] = {}
@@ -104,7 +106,7 @@ def _prompt(
 def _generate(
     model: TrainedModel, prompts: dict[int, TokenSequence], max_new_tokens: int, batch_tokens: int
 ) -> Iterator[tuple[int, Answer]]:
-    # A cache has as much room for each sequence as for the longest, so those of like length go together.
+    # A cache has room for the longest sequence in every sequence, so those of similar length go together.
     waiting = sorted(prompts, key=lambda number: len(prompts[number]))
     while waiting:
         count = 1
@@ -128,7 +130,7 @@ def _choose(
     sequences = (model.builder.answered(prompts[number], choice) for number, choice in asked)
     likelihoods: dict[int, list[tuple[float, int]]] = {number: [] for number in prompts}
     for (number, _), (sequence, losses) in zip(asked, token_losses(model, sequences, batch_tokens), strict=True):
-        # Texts of the prompt may be supervised, too; those losses stand before the choice's own.
+        # Texts of the prompt may be supervised too; their losses come before the choice's.
         tokens = len(sequence) - len(prompts[number])
         likelihoods[number].append((-float(losses[-tokens:].sum(dtype=np.float64)), tokens))
     for number, likelihood in likelihoods.items():
@@ -148,8 +150,8 @@ def _score(
 
 def token_losses(
     model: TrainedModel, sequences: Iterator[TokenSequence], batch_tokens: int
-) -> Iterator[tuple[TokenSequence, Float32[np.ndarray, " S"]]]:
-    """Each sequence, none longer than a batch, and the loss of its supervised tokens, in nats."""
+) -> Iterator[tuple[TokenSequence, Float32[np.ndarray, " Y"]]]:
+    """Yields each sequence with the loss of its supervised tokens, in nats; none may be longer than a batch."""
     batch: list[TokenSequence] = []
     for sequence in sequences:
         if batch and sum(map(len, batch)) + len(sequence) > batch_tokens:
@@ -162,7 +164,7 @@ def token_losses(
 
 def _losses_of_row(
     model: TrainedModel, sequences: list[TokenSequence]
-) -> Iterator[tuple[TokenSequence, Float32[np.ndarray, " S"]]]:
+) -> Iterator[tuple[TokenSequence, Float32[np.ndarray, " Y"]]]:
     row = pack_row(sequences).to(model.decoder.embed_tokens.weight.device)
     losses = model.decoder.token_losses(row).cpu().numpy()
     ends = np.cumsum([int(sequence.loss[1:].sum()) for sequence in sequences])

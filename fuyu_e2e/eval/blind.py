@@ -1,6 +1,6 @@
-"""The blind check: the same questions without their images, and with images of others.
+"""The blind check: the same questions without their images, and with images of other questions.
 
-A model that never looks scores as well without: what a score owes to the image is what it loses blind.
+A model that never looks scores as well blind: what a score owes to the image is what it loses blind.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,12 @@ from fuyu_e2e.eval.question import Question
 
 
 def without_images(document: Document) -> Document:
-    """The document with its images left out."""
+    """Returns the document without its images."""
     return Document(document.key, tuple(part for part in document.segments if not isinstance(part, Image)))
 
 
 def with_images_of(document: Document, other: Document) -> Document:
-    """The document with the images of another in the place of its own: in order, from the first again where it has
-    fewer."""
+    """Returns the document with its images replaced by those of another in order, repeated if it has fewer."""
     images = cycle([part for part in other.segments if isinstance(part, Image)])
     return Document(
         document.key, tuple(next(images) if isinstance(part, Image) else part for part in document.segments)
@@ -27,9 +26,9 @@ def with_images_of(document: Document, other: Document) -> Document:
 
 
 def draw_partners(questions: Sequence[Question], rng: np.random.Generator) -> Mapping[str, Document]:
-    """For each image a document with another one, drawn at random so that every image is given once.
+    """Returns for each image a document with another image, drawn at random so that every image is used once.
 
-    Empty where all questions are about one image, or about none.
+    Empty if all questions are about one image, or about none.
     """
     documents = {
         question.image: question.document
@@ -43,9 +42,10 @@ def draw_partners(questions: Sequence[Question], rng: np.random.Generator) -> Ma
 
 
 def share_from_image(score: float, blind: float) -> float | None:
-    """The share of a score that the image brought, (score - blind) / score; None where there is no score to share.
+    """Returns the fraction of a score that is due to the image, (score - blind) / score; None for a score of 0.
 
-    It is below 0 where a metric that should be high is higher blind. Of one that should be low, it is below 0 where
-    the image helps: -0.5 says that blind it is half as much again.
+    It is negative if a metric to be maximised is higher blind. For a metric to be minimised it is negative if the
+    image
+    helps: -0.5 means that the blind value is higher by half.
     """
     return (score - blind) / score if score else None

@@ -1,4 +1,4 @@
-"""Confidence intervals: how much a score would vary had other images been drawn."""
+"""Confidence intervals: how much a score would vary with other images."""
 
 from collections.abc import Sequence
 
@@ -16,23 +16,23 @@ def interval(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of a metric's value (Efron and Tibshirani 1993, chapter 13).
+    """Returns the percentile bootstrap interval of a metric's value (Efron and Tibshirani 1993, chapter 13).
 
     Questions about one image are not independent, so images are drawn with replacement, each with all its questions
-    (the cluster bootstrap, Davison and Hinkley 1997, section 3.8). What the statistics were made with stays as it is:
-    CIDEr's idf is that of the whole corpus in every resample. All-right answers give an interval without width, as any
-    percentile bootstrap does; with fewer than some 30 images it is too narrow.
+    (the cluster bootstrap, Davison and Hinkley 1997, section 3.8). Quantities inside the statistics stay fixed:
+    CIDEr's idf is that of the whole corpus in every resample. If all answers are right, the interval has no width, as
+    in any percentile bootstrap; with fewer than about 30 images it is too narrow.
 
     Args:
-        metric: Gives the value of a resample.
-        statistics: A row for each question, such as `Metric.statistics` gives.
+        metric: Computes the value of a resample.
+        statistics: A row for each question, such as `Metric.statistics` returns.
         images: The image of each question.
-        confidence: Share of such intervals that hold the true value.
-        resamples: How often images are drawn.
+        confidence: Fraction of such intervals that contain the true value.
+        resamples: Number of resamples.
         seed: Seeds the draws.
 
     Returns:
-        The lower and the upper end; nan for fewer than two images, which say nothing of others.
+        The lower and the upper end; nan for fewer than two images, which say nothing about others.
     """
     if len(images) != len(statistics):
         raise ValueError(f"{len(statistics)} rows of statistics, but {len(images)} images")
@@ -48,5 +48,5 @@ def interval(
 
 
 def _times_drawn(rng: np.random.Generator, images: int) -> Float64[np.ndarray, " images"]:
-    """How often each image is drawn when as many are drawn as there are."""
+    """Returns how often each image is drawn if as many are drawn as there are."""
     return np.bincount(rng.integers(images, size=images), minlength=images).astype(np.float64)

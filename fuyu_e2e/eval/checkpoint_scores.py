@@ -1,4 +1,4 @@
-"""A checkpoint's scores on a task, and whether it looks at the images: what `fuyu-e2e evaluate` does."""
+"""`fuyu-e2e evaluate`: a checkpoint's scores on a task, and whether it looks at the images."""
 
 import platform
 import time
@@ -24,10 +24,10 @@ from fuyu_e2e.version import __version__
 
 
 def score_checkpoint(options: Namespace) -> None:
-    """Writes and prints the scores that the options of `fuyu-e2e evaluate` ask for.
+    """Computes, writes and prints the scores for the options of `fuyu-e2e evaluate`.
 
     Raises:
-        UserError: The task, its data or the checkpoint can't be read, or no question can be asked.
+        UserError: The task, its data or the checkpoint can't be read, or no question can be used.
     """
     device = find_device(options.device)
     task = load_task(options.task, dict(options.data))
@@ -78,19 +78,19 @@ def score_checkpoint(options: Namespace) -> None:
 
 
 class Told:
-    """Counts how far an evaluation has come."""
+    """Reports an evaluation's progress."""
 
     def __init__(self, progress: ProgressBar) -> None:
         self.progress, self.done = progress, 0
 
     def __call__(self, done: int) -> None:
-        """Takes how many questions are done in all."""
+        """Reports the total number of completed questions."""
         self.progress.advance(float(done - self.done))
         self.done = done
 
 
 def run_folder(source: Path) -> Path:
-    """The directory of the run that a checkpoint is of: itself for an exported folder."""
+    """Returns the directory of a checkpoint's run; an exported folder itself."""
     if is_exported(source):
         return source
     return source.parent.parent if source.parent.name == "checkpoints" else source.parent

@@ -1,4 +1,4 @@
-"""A contact sheet: pictures with what stands in them and what was read, for a person to check."""
+"""Contact sheets: pictures with their true texts and the model's readings, for a person to check."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,28 +10,28 @@ from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 
 CELL = (272, 236)
-"""Width and height of a cell in pixels, its text included."""
+"""Width and height of a cell in pixels, including its text."""
 PICTURE = (256, 176)
-"""Room for a picture in it."""
+"""Width and height in pixels of the room for its picture."""
 COLUMNS = 6
 TITLE = 44
 QUESTION = 24
-"""Room for a line with the question, in pixels, on a sheet whose pictures are asked about."""
+"""Height in pixels of the line with the question, on sheets with questions."""
 MARGIN = 12
 RIGHT, WRONG, INK, GROUND = (0, 120, 40), (200, 0, 0), (40, 40, 40), (255, 255, 255)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture, its truth and what a model read."""
+    """One picture with its truth and a model's reading."""
 
     pixels: UInt8[np.ndarray, "H W 3"]
     truth: str
     reading: str
     question: str = ""
-    """What was asked about it."""
+    """The question about it."""
     right: bool | None = None
-    """Whether the reading counts as right; None where it has to be the truth letter for letter."""
+    """Whether the reading counts as right; None compares it with the truth letter for letter."""
 
     @property
     def is_right(self) -> bool:
@@ -40,14 +40,14 @@ class Cell:
 
 
 def contact_sheet(cells: Sequence[Cell], path: Path) -> None:
-    """Writes what `draw_sheet` draws as a PNG."""
+    """Writes the sheet of `draw_sheet` as a PNG."""
     draw_sheet(cells).save(path)
 
 
 def draw_sheet(cells: Sequence[Cell]) -> Pillow.Image:
-    """Each picture enlarged by whole factors, its truth and its reading below, wrong ones in red.
+    """Returns a sheet of pictures enlarged by whole factors, with truth and reading below, wrong ones in red.
 
-    Where there are questions, they stand above the truth. Texts are cut to the width of a cell.
+    Questions, if there are any, are above the truth. Texts are cut to the width of a cell.
     """
     rows = -(-len(cells) // COLUMNS)
     height = CELL[1] + (QUESTION if any(cell.question for cell in cells) else 0)
@@ -80,7 +80,7 @@ def _draw_cell(sheet: Pillow.Image, pen: ImageDraw.ImageDraw, cell: Cell, left: 
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """A text as one line, as much of it as a cell is wide."""
+    """Returns a text as one line, cut to the width of a cell."""
     line = " ".join(text[: CELL[0]].splitlines())
     while font.getlength(line) > CELL[0] - 2 * MARGIN:
         line = f"{line.removesuffix('…')[:-1]}…"

@@ -1,4 +1,4 @@
-"""How much depth a routed model gives to what it reads: by kind of token, and to ink against empty ground."""
+"""How much depth a routed model gives to its input: by token type, and to ink against empty ground."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,11 +14,11 @@ from fuyu_e2e.eval.exact_match import Reading
 from fuyu_e2e.inference.depth import TokenDepth, token_depth
 
 DARK = 128
-"""Brightness below which a pixel is taken for ink."""
+"""Brightness below which a pixel counts as ink."""
 
 
 def reading_depths(model: TrainedModel, readings: Sequence[Reading]) -> list[TokenDepth]:
-    """The depth of every token of some prompts and of what the model wrote behind them; none for a dense model."""
+    """Returns the depth of every token of some prompts and of the generated texts; empty for a dense model."""
     if model.decoder.config.routing is None:
         return []
     return [
@@ -28,13 +28,13 @@ def reading_depths(model: TrainedModel, readings: Sequence[Reading]) -> list[Tok
 
 
 def depth_shares(depths: Sequence[TokenDepth]) -> dict[str, float]:
-    """The share of the routed blocks that tokens passed, by kind; patches also apart, with and without ink."""
+    """Returns the fraction of routed blocks passed by token type; for patches also split by ink."""
     passed = torch.cat([depth.passed for depth in depths], dim=1).float().mean(dim=0).numpy()
     kinds = [np.array(depth.kind_names, dtype=object) for depth in depths]
     for names, depth in zip(kinds, depths, strict=True):
         ink = has_ink(depth.sequence)
         places = depth.sequence.patch_positions
-        if len(places) == len(ink):  # else patches have no tokens of their own
+        if len(places) == len(ink):  # else patches don't correspond to tokens
             names[places] = np.where(ink, "patches_with_ink", "patches_without_ink")
     names = np.concatenate(kinds)
     shares = {name: float(passed[names == name].mean()) for name in sorted(set(names.tolist()))}
@@ -43,7 +43,7 @@ def depth_shares(depths: Sequence[TokenDepth]) -> dict[str, float]:
 
 
 def depth_table(shares: Mapping[str, float]) -> Table:
-    """The same to be printed."""
+    """Returns these fractions as a table."""
     table = Table("share of the routed blocks passed by", "")
     for name, share in shares.items():
         table.add_row(name.replace("_", " "), f"{share:.1%}")
@@ -51,7 +51,7 @@ def depth_table(shares: Mapping[str, float]) -> Table:
 
 
 def has_ink(sequence: TokenSequence) -> Bool[np.ndarray, " P"]:
-    """Whether each patch of pictures of dark ink on light ground holds any of it."""
+    """Returns whether each patch contains ink, for pictures with dark ink on light ground."""
     pixels: UInt8[np.ndarray, "P pixels 3"] = sequence.patches.reshape(len(sequence.patches), -1, 3)
     padding = (pixels == PADDING).all(axis=-1)
     return ((pixels.mean(axis=-1) < DARK) & ~padding).any(axis=-1)

@@ -1,4 +1,4 @@
-"""One evaluation: every question is asked three times, with its image, without, and with the image of another."""
+"""An evaluation, which asks every question three times: with its image, without it, and with another's image."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,31 +21,31 @@ from fuyu_e2e.eval.question import Question
 from fuyu_e2e.eval.task import BATCH_TOKENS, Task
 
 Run = Literal["image", "without_image", "other_image"]
-"""What a question is asked with."""
+"""The image that a question is asked with."""
 RUNS: tuple[Run, ...] = get_args(Run)
 CHUNK = 512
-"""Questions whose images are in memory at once, or twice as many: images are exchanged among these."""
+"""Questions whose images are in memory at once (up to twice as many); images are exchanged among these."""
 NO_OTHER_IMAGE = "no-other-image"
-"""Why a question is not asked with another's image: all of them are about one."""
+"""The reason why a question isn't asked with another's image: all questions are about one image."""
 PICTURES = 48
-"""Pictures of right answers, and of wrong ones, that are kept to be looked at."""
+"""Most pictures of right answers, and of wrong ones, that are kept for contact sheets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One question and what came of it; without its image, so that all of them fit in memory."""
+    """One question with its answers; without its image, so that all of them fit in memory."""
 
     key: str
     image: str
     groups: Mapping[str, str]
     prompt: str
-    """What was asked, with `<image>` where an image stood."""
+    """The prompt, with `<image>` in place of images."""
     references: tuple[str, ...]
     answers: Mapping[Run, Answer]
     right: bool
-    """Whether the answer is a reference, as accuracy has it."""
+    """Whether the answer is a reference, by the metric `accuracy`."""
     turn: int = 1
-    """Which answer of its conversation it is."""
+    """Number of the answer in its conversation, from 1."""
 
 
 @dataclass
@@ -56,9 +56,9 @@ class Evaluation:
     seed: int
     outcomes: list[Outcome] = field(default_factory=list)
     read: SampleStats = field(default_factory=SampleStats)
-    """What was read, and by reason what is no question and so has no score."""
+    """Counts of samples read, and of those that aren't questions, by reason; these have no score."""
     all_stats: dict[Run, SampleStats] = field(default_factory=lambda: {run: SampleStats() for run in RUNS})
-    """Of each run, the questions that were used, and by reason those that can't be and are scored as wrong."""
+    """For each run, counts of used questions, and by reason those that can't be used and count as wrong."""
     right: list[Cell] = field(default_factory=list)
     wrong: list[Cell] = field(default_factory=list)
 
@@ -74,17 +74,17 @@ def evaluate(
     read: SampleStats | None = None,
     tell: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Has a model answer questions, with and without looking.
+    """Asks a model questions, with and without their images.
 
     Args:
-        model: A decoder in evaluation mode, and what it is prompted with.
+        model: A decoder in evaluation mode, with its processing.
         task: How to answer.
-        questions: What is asked.
-        limit: How many at most, the first ones; None asks all.
+        questions: The questions.
+        limit: Most questions asked, from the first; None asks all.
         batch_tokens: Tokens that are read and written at once.
-        seed: Seeds which image takes the place of which.
-        read: What counts the questions as they are read.
-        tell: Is told now and then how many questions are done.
+        seed: Seeds the exchange of images.
+        read: The stats in which the questions' reader counts.
+        tell: Called from time to time with the number of completed questions.
     """
     evaluation = Evaluation(task, seed, read=read or SampleStats())
     rng = np.random.default_rng(seed)
@@ -95,7 +95,7 @@ def evaluate(
 
 
 def _chunks(questions: Iterable[Question]) -> Iterator[list[Question]]:
-    """Lists of questions, each about two images or more wherever that many are left to be about."""
+    """Yields lists of questions, each about two or more images as long as enough are left."""
     waiting: list[Question] = []
     for question in questions:
         waiting.append(question)
@@ -113,8 +113,8 @@ def _ask(
 ) -> None:
     task, all_stats = evaluation.task, evaluation.all_stats
     seen = answer_all(model, task, chunk, [question.document for question in chunk], all_stats["image"], batch_tokens)
-    # What can't be used with its image is wrong in every run, and its image is given to nobody: the runs differ in
-    # images alone.
+    # A question that can't be used with its image counts as wrong in every run, and its image is given to no other
+    # question: the runs differ only in images.
     usable = [question for question, answer in zip(chunk, seen, strict=True) if answer.skipped is None]
     partners = draw_partners(usable, rng)
     looks = [_has_image(question) and answer.skipped is None for question, answer in zip(chunk, seen, strict=True)]
@@ -128,7 +128,7 @@ def _ask(
     answers: dict[Run, list[Answer]] = {"image": seen}
     for run, documents in blind.items():
         asked = answer_all(model, task, chunk, documents, all_stats[run], batch_tokens)
-        # Where there is nothing to look at, nothing changes.
+        # Without an image to look at, the answer stays the same.
         answers[run] = [new if looking else old for new, old, looking in zip(asked, seen, looks, strict=True)]
     texts = [answer.text or "" for answer in seen]
     rows = METRICS["accuracy"].statistics(texts, [question.references for question in chunk])

@@ -1,4 +1,4 @@
-"""Exact match: the share of prompts that a model continues with the true text, letter for letter."""
+"""Exact match: the fraction of prompts that a model continues with exactly the true text."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from fuyu_e2e.inference.generation import continue_texts
 
 @dataclass(frozen=True)
 class Reading:
-    """One prompt and what a model continued it with."""
+    """One prompt with a model's continuation."""
 
     prompt: Prompt
     text: str
@@ -23,7 +23,7 @@ class Reading:
 
 
 def read(model: TrainedModel, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int = 64) -> list[Reading]:
-    """Lets a model continue all prompts, taking the likeliest token each time."""
+    """Returns a model's greedy continuation of each prompt."""
     readings = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -33,12 +33,12 @@ def read(model: TrainedModel, prompts: Sequence[Prompt], max_new_tokens: int, ba
 
 
 def exact_match(readings: Sequence[Reading]) -> float:
-    """The share of right readings."""
+    """Returns the fraction of right readings."""
     return sum(reading.right for reading in readings) / len(readings)
 
 
 def by_group(readings: Sequence[Reading], group: Callable[[Reading], int]) -> dict[int, float]:
-    """Exact match for each value of `group`, in order."""
+    """Returns the exact match for each value of `group`, in order."""
     groups: dict[int, list[Reading]] = {}
     for reading in readings:
         groups.setdefault(group(reading), []).append(reading)
@@ -46,7 +46,7 @@ def by_group(readings: Sequence[Reading], group: Callable[[Reading], int]) -> di
 
 
 def exchange_images(documents: Sequence[Document]) -> Iterator[Document]:
-    """The same questions and truths, each with the images of the document before it.
+    """Yields the same questions and truths, each with the images of the document before it.
 
     A model that doesn't look reads them as well as the originals.
     """
@@ -57,7 +57,7 @@ def exchange_images(documents: Sequence[Document]) -> Iterator[Document]:
 
 
 def chance_of_exchange(documents: Sequence[Document]) -> float:
-    """The exact match of a perfect reader on exchanged images: how often two neighbours share their truth."""
+    """Returns a perfect reader's exact match on exchanged images: how often two neighbours share their truth."""
     return sum(a.answer == b.answer for a, b in zip(documents, [documents[-1], *documents[:-1]], strict=True)) / len(
         documents
     )

@@ -1,4 +1,4 @@
-"""What a metric is: sums over questions, so that its value for any sample of them costs nothing more."""
+"""The interface of metrics: sums over questions, so that the value for any resample costs almost nothing."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -9,15 +9,15 @@ from jaxtyping import Float64
 
 @runtime_checkable
 class Score(Protocol):
-    """The value for some questions follows from the sum of their statistics."""
+    """Computes the value for some questions from the sum of their statistics."""
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether more is better; an error rate is better low."""
+        """Whether higher values are better; an error rate is better low."""
         ...
 
     def value(self, total: Float64[np.ndarray, "*samples K"]) -> Float64[np.ndarray, "*samples"]:
-        """The score of questions whose statistics add up to `total`; nan where there is none."""
+        """Returns the score of questions whose statistics add up to `total`; nan without any."""
         ...
 
 
@@ -25,10 +25,10 @@ class Score(Protocol):
 class Metric(Score, Protocol):
     """Scores answers.
 
-    An accuracy has a point and a one for each question, a character error rate edits and letters, BLEU its counts of
-    n-grams: a bootstrap then resamples rows and never scores an answer twice.
+    An accuracy has points and a one for each question, a character error rate edits and letters, BLEU its counts of
+    n-grams: a bootstrap resamples these rows and never scores an answer twice.
     """
 
     def statistics(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> Float64[np.ndarray, "N K"]:
-        """Of each answer, given all that count as right for it."""
+        """Returns a row for each answer, given all its right references."""
         ...

@@ -1,4 +1,4 @@
-"""A question to a model, as every task asks it, whatever file it came from."""
+"""A question to a model, in the form that all tasks use."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,17 +8,17 @@ from fuyu_e2e.data.document import Document
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question and what counts as its answer."""
+    """One question and its right answers."""
 
     document: Document
-    """What the model reads: images and text without loss, in order; its key finds the question again."""
+    """What the model reads: images and text without loss, in order; its key identifies the question."""
     references: tuple[str, ...]
-    """Right answers, by the annotators who gave them (VQAv2 has ten), or all that count as right."""
+    """Right answers: one from each annotator (VQAv2 has ten), or all that count as right."""
     choices: tuple[str, ...] = ()
-    """What a multiple-choice question lets a model choose from; one of them is the first reference."""
+    """The choices of a multiple-choice question; one of them is the first reference."""
     image: str
-    """Names the image. Questions about one image are not independent, so intervals resample images."""
+    """Identifies the image. Questions about one image are not independent, so intervals resample images."""
     groups: Mapping[str, str] = field(default_factory=dict)
-    """What scores are also given apart by, `{"kind": "relational"}` say."""
+    """Groups that scores are also reported for, such as `{"kind": "relational"}`."""
     turn: int = 1
-    """Which answer of its conversation is asked for, from 1."""
+    """Number of the answer in its conversation, from 1."""

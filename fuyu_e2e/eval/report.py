@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: figures as JSON, every answer as a line, pictures, and a table to read."""
+"""The results of an evaluation: figures as JSON, every answer as a line, pictures, and a table."""
 
 import json
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ BLIND: dict[Run, str] = {"without_image": "blind: without image", "other_image":
 def write_report(
     evaluation: Evaluation, scores: Mapping[str, MetricScores], about: Mapping[str, Any], folder: Path
 ) -> None:
-    """Writes `results.json`, `answers.jsonl` and, of tasks whose answers can be right, `pictures/`.
+    """Writes `results.json`, `answers.jsonl` and, for tasks whose answers can be right, `pictures/`.
 
     Args:
         evaluation: All outcomes.
-        scores: What they came to.
-        about: What else belongs to the results, in primitives.
-        folder: Where to; made where it is missing.
+        scores: Their scores.
+        about: Further entries of the results, as primitives.
+        folder: The folder; created if needed.
     """
     pictures = folder / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def write_report(
 
 
 def counts(evaluation: Evaluation) -> dict[str, Any]:
-    """What became of every question, in primitives."""
+    """Returns the counts of all questions, as primitives."""
     return {
         "seed": evaluation.seed,
         "questions": len(evaluation.outcomes),
@@ -55,7 +55,7 @@ def counts(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def line(outcome: Outcome) -> dict[str, Any]:
-    """One outcome in primitives."""
+    """Returns one outcome as primitives."""
     answers = {run: answer for run, answer in outcome.answers.items() if run == "image" or answer.skipped is None}
     shown = {
         run: {name: value for name, value in asdict(found).items() if value not in (None, 0)}
@@ -76,7 +76,7 @@ def line(outcome: Outcome) -> dict[str, Any]:
 
 
 def print_report(console: Console, evaluation: Evaluation, scores: Mapping[str, MetricScores]) -> None:
-    """Prints scores with intervals, of groups too, the blind check, and what was left out."""
+    """Prints scores with intervals, also by group, the blind check, and what was left out."""
     table = Table("", "score", "95 % interval", "questions", "from the image")
     for name, found in scores.items():
         better = "" if found.higher_is_better else " (lower is better)"

@@ -1,4 +1,4 @@
-"""From answers to scores: of all questions and of groups, with intervals, and how much of each the image brought."""
+"""Turns answers into scores: of all questions and of groups, with intervals and the fraction due to the image."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from fuyu_e2e.eval.metric import Metric, Score
 from fuyu_e2e.eval.metrics import METRICS
 
 NO_ANSWER = "\N{REPLACEMENT CHARACTER}"
-"""What a question that can't be used is scored as answered with: an empty text may be right."""
+"""The answer that an unusable question is scored with; not empty, since an empty text may be right."""
 TURN = "turn"
-"""The group of scores by turn of a conversation, unless the task has one of that name."""
+"""The group of scores by turn of a conversation, unless the task has a group of that name."""
 PER_TOKEN = "_per_token"
-"""Behind a metric's name: of the choices of highest likelihood per token."""
+"""Suffix of a metric's name for the choices with the highest likelihood per token."""
 
 
 @dataclass(frozen=True)
@@ -25,25 +25,25 @@ class Scored:
     """The score of some questions."""
 
     value: float | None
-    """None where there is none."""
+    """None without a score."""
     interval: tuple[float, float] | None
-    """95 %, by bootstrap over images; None where it was not asked for, or there are not two images."""
+    """The 95 % interval by bootstrap over images; None if it was not asked for, or for fewer than two images."""
     questions: int
     images: int
 
 
 @dataclass(frozen=True)
 class MetricScores:
-    """What one metric says of a task."""
+    """The scores of a task by one metric."""
 
     higher_is_better: bool
     all: Scored
     groups: dict[str, dict[str, Scored]]
-    """By group and its value, and by turn where conversations have several."""
+    """Scores by group and its value, and by turn if conversations have several."""
     blind: Mapping[Run, Scored]
-    """The same questions without their images, and with images of others."""
+    """Scores of the same questions without their images, and with images of others."""
     from_image: Mapping[Run, float | None]
-    """The share of the score that the image brought, by either."""
+    """The fraction of the score that is due to the image, by either run."""
 
 
 class Perplexity:
@@ -52,17 +52,17 @@ class Perplexity:
     higher_is_better = False
 
     def value(self, total: Float64[np.ndarray, "*samples 2"]) -> Float64[np.ndarray, "*samples"]:
-        """Of tokens whose losses add up to the first number; nan where there are none."""
+        """Returns the perplexity for (sum of losses, number of tokens); nan without tokens."""
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             return np.asarray(np.exp(total[..., 0] / total[..., 1]))
 
 
 def score(evaluation: Evaluation, intervals: bool = True) -> dict[str, MetricScores]:
-    """Every metric of the task; a question that can't be used is wrong.
+    """Returns the scores by every metric of the task; an unusable question counts as wrong.
 
     Args:
         evaluation: All outcomes.
-        intervals: Whether to find the intervals, too, which takes far longer than the scores.
+        intervals: Whether to compute the intervals too, which takes far longer than the scores.
     """
     runs = {run: statistics(evaluation, run) for run in RUNS if _was_asked(evaluation, run)}
     outcomes, seed = evaluation.outcomes, evaluation.seed if intervals else None
@@ -84,7 +84,7 @@ def score(evaluation: Evaluation, intervals: bool = True) -> dict[str, MetricSco
 
 
 def _parts(evaluation: Evaluation) -> dict[str, dict[str, Bool[np.ndarray, " N"]]]:
-    """By group and its value, which questions are of it: groups of the task, and turns where there are several."""
+    """Returns a mask of the questions for each value of each group, and for turns if there are several."""
     outcomes = evaluation.outcomes
     parts = {}
     for group in evaluation.task.groups:
@@ -100,7 +100,7 @@ def _parts(evaluation: Evaluation) -> dict[str, dict[str, Bool[np.ndarray, " N"]
 
 
 def statistics(evaluation: Evaluation, run: Run) -> dict[str, tuple[Score, Float64[np.ndarray, "N K"]]]:
-    """By metric, its statistics of every question of a run."""
+    """Returns for each metric its statistics of every question of a run."""
     answers = [outcome.answers[run] for outcome in evaluation.outcomes]
     if evaluation.task.answer == "perplexity":
         losses = np.array([[answer.loss, answer.tokens] for answer in answers], np.float64).reshape(-1, 2)
@@ -120,7 +120,7 @@ def statistics(evaluation: Evaluation, run: Run) -> dict[str, tuple[Score, Float
 
 
 def _was_asked(evaluation: Evaluation, run: Run) -> bool:
-    """Whether any question was asked in this way."""
+    """Returns whether any question was asked in this run."""
     return run == "image" or evaluation.all_stats[run].used > 0
 
 

@@ -1,7 +1,6 @@
-"""Shards as questions: each answer of a conversation is asked for, with the true turns before it as context.
+"""Reads questions from shards: each answer of a conversation is a question, with the true turns before it as context.
 
-Of a document that asks nothing, a caption, the last supervised text is the answer, and what stands before it the
-prompt.
+For a document without a question, such as a caption, the last supervised text is the answer and the rest the prompt.
 """
 
 from collections.abc import Iterator
@@ -17,19 +16,19 @@ from fuyu_e2e.eval.question import Question
 
 
 def read_shards(shards: str, stats: SampleStats, whole: bool = False) -> Iterator[Question]:
-    """The questions of shards, in stored order: of a conversation one a turn, of all else one a sample.
+    """Yields the questions of shards, in stored order: one a turn of a conversation, one a sample otherwise.
 
-    Beside what its format has, the JSON of a sample may hold `"groups": {"kind": "relational"}`, `"choices": [...]`
-    and `"image": "name"`: samples that share an image name are about one image.
+    In addition to its format, the JSON of a sample may have `"groups": {"kind": "relational"}`, `"choices": [...]` and
+    `"image": "name"`: samples with the same image name are about one image.
 
     Args:
-        shards: Path, glob, brace pattern or URL.
-        whole: Whether to ask for the last turn only, whose prompt and answer are the whole document.
-        stats: Counts all samples as read, and by reason those that are no question: among them `no-answer`, and
-            `json-type` where one of the three is something else.
+        shards: A path, glob, brace pattern or URL.
+        stats: Counts all samples as read, and by reason those that aren't questions, such as `no-answer`, and
+            `json-type` if one of the three keys has the wrong type.
+        whole: Whether to ask only for the last turn, whose prompt and answer are the whole document.
 
     Raises:
-        UserError: There are none, or one can't be read.
+        UserError: There are no shards, or one can't be read.
     """
     cache = ShardCache.at()
     for name in expand_patterns(shards):
@@ -45,10 +44,10 @@ def read_shards(shards: str, stats: SampleStats, whole: bool = False) -> Iterato
 
 
 def questions(sample: Sample) -> list[Question]:
-    """The questions that a sample asks, its last turn last.
+    """Returns the questions of a sample, its last turn last.
 
-    Choices are those of one question: of a sample that has some, a turn before the last is a question where its answer
-    is one of them.
+    Choices belong to one question: in a sample with choices, an earlier turn is a question only if its answer is one
+    of them.
 
     Raises:
         UnusableSampleError: As in `read_shards`, and in `fuyu_e2e.data.shards.formats.document`.
@@ -79,4 +78,4 @@ def questions(sample: Sample) -> list[Question]:
 
 
 DEFAULTS: dict[str, Any] = {"groups": {}, "choices": [], "image": ""}
-"""What a sample may say of its question, and what holds where it doesn't."""
+"""Optional JSON keys of a sample about its question, with their defaults."""

@@ -1,4 +1,4 @@
-"""A task: questions of a public format or of shards, how a model answers them, and what scores the answers.
+"""A task: questions of a public format or of shards, how a model answers them, and the metrics of the answers.
 
 A task is a small YAML file of plain values, and never code:
 
@@ -6,11 +6,11 @@ A task is a small YAML file of plain values, and never code:
     data:                                 # its files and folders, relative to the task file
       annotations: val_v1.0.json
       images: .
-    prompt: "{question}"                  # for formats that hold questions; shards hold whole prompts
+    prompt: "{question}"                  # for formats with questions; shards have whole prompts
     answer: generate                      # or choose, or perplexity
     max_new_tokens: 32
     metrics: [anls, accuracy]
-    groups: [question_type]               # scores are given apart by these, too
+    groups: [question_type]               # also reports scores by these
 """
 
 import inspect
@@ -33,33 +33,33 @@ from fuyu_e2e.eval.shard_questions import read_shards
 
 AnswerKind = Literal["generate", "choose", "perplexity"]
 READERS: dict[str, Callable[..., Iterator[Question]]] = {**PUBLIC_READERS, "shards": read_shards}
-"""What reads each format."""
+"""The reader of each format."""
 BATCH_TOKENS = 16_384
-"""Tokens that a model reads and writes at once, unless somebody says otherwise."""
+"""Default number of tokens that a model reads and writes at once."""
 FOLDER = "recipes/tasks"
-"""Where the shipped ones stand."""
+"""The folder of shipped tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is asked, and how it is scored.
+    """The questions of a task, and how answers are scored.
 
     Raises:
-        UserError: A value is not what it should be; says which.
+        UserError: A value is wrong; says which.
     """
 
     name: str
-    """Names it in results and on curves."""
+    """Name in results and on curves."""
     format: str
     data: Mapping[str, str] = field(default_factory=dict)
-    """The files and folders that the format's reader takes, by its own names for them."""
+    """Files and folders for the format's reader, by its parameter names."""
     prompt: str | None = None
-    """What a model reads behind the image, with `{question}` in it; None leaves it to the reader."""
+    """The text after the image, with `{question}` in it; None takes the reader's default."""
     answer: AnswerKind = "generate"
-    """`generate` has it written, `choose` takes the likeliest of the question's choices, and `perplexity` asks for
-    nothing: it is the likelihood of the documents."""
+    """`generate` generates the answer, `choose` takes the likeliest of the question's choices, and `perplexity` has no
+    answers: it measures the likelihood of the documents."""
     max_new_tokens: int = 64
-    """Tokens written at most."""
+    """Most tokens of a generated answer."""
     metrics: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
 
@@ -93,13 +93,13 @@ class Task:
         return {name: taken for name, taken in self._takes.items() if name not in ("prompt", "stats", "whole")}
 
     def questions(self, stats: SampleStats) -> Iterator[Question]:
-        """All questions, in stored order; what can't be read as one is counted in `stats`.
+        """Returns all questions, in stored order; counts samples that aren't questions in `stats`.
 
         Raises:
-            UserError: A file is missing, or not of the format.
+            UserError: A file is missing or has another format.
         """
         prompt = {} if self.prompt is None else {"prompt": self.prompt}
-        # A likelihood of whole documents, in which each token counts once.
+        # The likelihood of whole documents, in which each token counts once.
         whole = {"whole": True} if self.answer == "perplexity" and "whole" in self._takes else {}
         return READERS[self.format](**self.data, **prompt, **whole, stats=stats)
 
@@ -108,11 +108,11 @@ def load_task(named: str, data: Mapping[str, str] | None = None) -> Task:
     """Reads a task file.
 
     Args:
-        named: Its path, or the name of a shipped one.
-        data: Files and folders in place of the task's own, relative to where the command runs.
+        named: Path of a task file, or the name of a shipped task.
+        data: Files and folders that replace the task's own, relative to the working directory.
 
     Raises:
-        UserError: There is no such file, or what it says is no task; names the file.
+        UserError: There is no such file, or it isn't a task; names the file.
     """
     path = Path(named)
     if not path.is_file():
@@ -131,7 +131,7 @@ def load_task(named: str, data: Mapping[str, str] | None = None) -> Task:
 
 
 def _checked(settings: Any, folder: Path, data: Mapping[str, str]) -> dict[str, Any]:
-    """The settings of a file, of the types that a task has, with data that stands where the file does."""
+    """Returns a file's settings in the types of a task, with data paths relative to the file."""
     kinds = {"data": dict, "max_new_tokens": int, "metrics": list, "groups": list}
     known = [entry.name for entry in fields(Task) if entry.name != "name"]
     if not isinstance(settings, dict) or "format" not in settings:

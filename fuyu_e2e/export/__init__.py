@@ -1,1 +1,1 @@
-"""Out of the trainer: the layouts that other software reads."""
+"""Exports to formats that other software reads, and imports from them."""

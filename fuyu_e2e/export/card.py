@@ -13,7 +13,7 @@ from fuyu_e2e.version import __version__
 
 Use = Literal["caption", "chat"]
 QUESTION = "What is it?"
-"""What an example asks where nobody names a question."""
+"""The question in examples, unless another is given."""
 
 _USES: dict[Use, str] = {
     "caption": "It writes captions of pictures",
@@ -47,7 +47,7 @@ print(processor.decode(tokens, skip_special_tokens=True))"""
 
 
 def find_recipe(source: Path) -> str | None:
-    """The recipe of the run that a checkpoint lies in, or of an exported folder; None where there is none."""
+    """Returns the recipe of a checkpoint's run or of an exported folder; None if there is none."""
     for place in (source / "recipe.yaml", source.parent / "config.yaml", source.parent.parent / "config.yaml"):
         if place.is_file():
             return place.read_text(encoding="utf-8")
@@ -55,9 +55,9 @@ def find_recipe(source: Path) -> str | None:
 
 
 def uses_of(documents: Mapping[str, int]) -> list[Use]:
-    """How a model is prompted that was trained on documents of such kinds; both ways where they don't tell.
+    """Returns how to prompt a model that was trained on documents of these kinds; both ways if they are unknown.
 
-    A text that follows an image in an interleaved document is begun like a caption.
+    Text after an image in an interleaved document starts like a caption.
     """
     captions = documents.get("caption", 0) + documents.get("interleaved", 0)
     counts: dict[Use, int] = {"caption": captions, "chat": documents.get("chat", 0)}
@@ -73,15 +73,15 @@ def card(
     for_transformers: bool,
     question: str = QUESTION,
 ) -> str:
-    """The text of the card, with the front matter that the Hugging Face Hub reads.
+    """Returns the text of the card, with the front matter that the Hugging Face Hub reads.
 
     Args:
         stored: The model.
-        name: Of the folder.
-        licence: The identifier of the licence of the weights; None where the exporter named none.
-        recipe: The recipe it was trained with.
-        for_transformers: Whether the folder is one for transformers.
-        question: What the example asks a model that was trained on questions.
+        name: Name of the folder.
+        licence: Licence identifier of the weights; None if not stated.
+        recipe: The recipe of the training.
+        for_transformers: Whether the folder is for transformers.
+        question: The example's question to a model that was trained on questions.
     """
     config, images, told = stored.metadata.config, stored.metadata.images, stored.provenance
     parameters = cost(config, document_lengths=(1,), grids=(), targets=0).parameters
@@ -150,7 +150,7 @@ def card(
 
 
 def _examples(uses: list[Use], folder: str, question: str, for_transformers: bool) -> list[str]:
-    """How to run the model, in code that runs beside the folder and a picture `a.png`."""
+    """Returns the example code, to be run next to the folder and a picture `a.png`, as lines of the card."""
     template, prompts = (_STOCK, _STOCK_PROMPTS) if for_transformers else (_OWN, _OWN_PROMPTS)
     lines = []
     for use in uses:

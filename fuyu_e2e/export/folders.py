@@ -1,4 +1,4 @@
-"""Folders that a trained model is exported to, and imported from."""
+"""Exports trained models to folders, and imports them."""
 
 import json
 from pathlib import Path
@@ -21,10 +21,10 @@ RECIPE = "recipe.yaml"
 
 
 def chosen_checkpoint(path: Path) -> tuple[Path, str]:
-    """Which checkpoint is exported of what the user names, and the reason as it is printed.
+    """Returns the checkpoint to export for a user's path, and the reason in words for printing.
 
-    Of a run's directory it is the best by validation, if any checkpoint records its own figure; a checkpoint or an
-    exported folder is taken as it is.
+    For a run's directory that is the best by validation, if any checkpoint records a figure, else the newest; a
+    checkpoint or an exported folder is taken as it is.
     """
     if is_exported(path):
         return path, ""
@@ -35,10 +35,10 @@ def chosen_checkpoint(path: Path) -> tuple[Path, str]:
 
 
 def check_scaling(stored: StoredModel) -> None:
-    """Refuses a model whose large images transformers' processor would scale otherwise than training did.
+    """Refuses a model whose large images transformers' processor would scale differently than training did.
 
     Raises:
-        UserError: Names the setting, and the value with which both scale alike.
+        UserError: Names the setting and the value that would make them agree.
     """
     images = stored.metadata.images
     if scales_alike(images):
@@ -58,10 +58,10 @@ def check_scaling(stored: StoredModel) -> None:
 
 
 def export_own(stored: StoredModel, out: Path, licence: str | None = None, question: str = QUESTION) -> None:
-    """Writes the folder that `fuyu_e2e.load` reads; `question` is what its card asks.
+    """Writes the folder that `fuyu_e2e.load` reads; `question` is the example on its card.
 
     Raises:
-        UserError: `out` holds something already.
+        UserError: `out` is not empty.
     """
     recipe = find_recipe(stored.source)
     with new_folder(out) as folder:
@@ -81,14 +81,14 @@ def export_to_transformers(
     """Writes the folder that transformers reads.
 
     Args:
-        stored: The model; `check_scaling` says whether its images are scaled alike there.
+        stored: The model; see `check_scaling` for its images.
         out: The folder.
-        licence: Of the weights, for the card.
-        fast: The fast tokenizer, where none can be made of the model's own.
-        question: What the card asks.
+        licence: Licence of the weights, for the card.
+        fast: The fast tokenizer, if none can be made from the model's own.
+        question: The example question on the card.
 
     Raises:
-        UserError: `out` holds something already, or the model is one that transformers can't run.
+        UserError: `out` is not empty, or transformers can't run the model.
     """
     recipe = find_recipe(stored.source)
     with new_folder(out) as folder:
@@ -98,15 +98,18 @@ def export_to_transformers(
 
 
 def import_folder(source: Path, out: Path, tokenizer: Path | None = None) -> StoredModel:
-    """Makes a FuyuForCausalLM folder of transformers a folder of our own, with a recipe to go on with.
+    """Turns transformers' FuyuForCausalLM folder into a folder of our own, with a recipe for further training.
 
     Args:
         source: The folder, with config.json and safetensors.
         out: The folder to write.
-        tokenizer: The sentencepiece model, where it is not the folder's tokenizer.model.
+        tokenizer: The sentencepiece model, if it is not the folder's tokenizer.model.
+
+    Returns:
+        The imported model.
 
     Raises:
-        UserError: The folder is no such model, or `out` holds something already.
+        UserError: The folder is not such a model, or `out` is not empty.
     """
     stored = read_transformers(source, tokenizer)
     recipe = finetuning_recipe(stored, out)
@@ -117,7 +120,7 @@ def import_folder(source: Path, out: Path, tokenizer: Path | None = None) -> Sto
 
 
 def finetuning_recipe(stored: StoredModel, out: Path) -> str:
-    """A recipe that goes on training a model which was exported to `out`."""
+    """Returns a recipe for further training of a model that was exported to `out`."""
     images = stored.metadata.images
     decoder = {name: value for name, value in stored.metadata.config.to_dict().items() if value is not None}
     model: dict[str, Any] = {"weights": str(out), "decoder": decoder}

@@ -1,4 +1,4 @@
-"""A folder that transformers wrote for `FuyuForCausalLM`, the released Fuyu-8B among them, as a model of ours."""
+"""Imports a `FuyuForCausalLM` folder of transformers, such as the released Fuyu-8B."""
 
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,26 @@ from fuyu_e2e.model.dialects import Dialect
 from fuyu_e2e.model.image_layout import ImagePolicy
 
 RELEASED_SIZE = {"height": 1080, "width": 1920}
-"""What the released Fuyu scales larger images down to."""
+"""The size in pixels that the released Fuyu scales larger images down to fit."""
 EXPECTED: dict[Dialect, dict[str, Any]] = {
     "fuyu": {"hidden_act": "relu2", "qk_layernorm": True},
     "qwen3": {"hidden_act": "silu", "attention_bias": False},
 }
-"""What each dialect fixes and the configuration of its text model leaves open."""
+"""Settings of the text model that each dialect fixes."""
 
 
 def read_transformers(folder: Path, tokenizer: Path | None = None) -> StoredModel:
-    """Reads a `FuyuForCausalLM` folder: safetensors under the Hub's names, or those that transformers has in memory.
+    """Reads a `FuyuForCausalLM` folder: safetensors with the Hub's names, or with those that transformers has in
+    memory.
 
     Args:
-        folder: With `config.json` and the weights; with the processor's settings where they differ from the released
-            Fuyu's.
-        tokenizer: The sentencepiece model; `tokenizer.model` of the folder where None.
+        folder: A folder with `config.json` and weights, and with the processor's settings if they differ from the
+            released Fuyu's.
+        tokenizer: The sentencepiece model; by default the folder's `tokenizer.model`.
 
     Raises:
         UserError: transformers is missing; a file is missing, damaged or a pickle; the model is of another kind, or
-            computes something that no dialect does; weights, tokenizer and configuration don't fit each other.
+            computes something that no dialect does; or weights, tokenizer and configuration don't fit each other.
     """
     config = decoder_config(folder)
     images = _image_policy(folder, config.patch_size)
@@ -55,10 +56,10 @@ def read_transformers(folder: Path, tokenizer: Path | None = None) -> StoredMode
 
 
 def decoder_config(folder: Path) -> FuyuConfig:
-    """The decoder that the `config.json` of a folder describes, whichever version of transformers wrote it.
+    """Returns the decoder that a folder's `config.json` describes, from any version of transformers.
 
     Raises:
-        UserError: It describes another kind of model, or one that computes something that no dialect does.
+        UserError: It describes another kind of model, or one that no dialect computes.
     """
     path = folder / "config.json"
     settings = read_json(path)
@@ -119,7 +120,7 @@ def decoder_config(folder: Path) -> FuyuConfig:
 
 
 def _masks(text: Any, path: Path) -> tuple[AttentionMask, ...]:
-    """The shortest pattern that gives every block of the text model its mask."""
+    """Returns the shortest pattern of masks that gives every block of the text model its mask."""
     kinds, window = text.layer_types, text.sliding_window
     if unknown := set(kinds) - {SLIDING, FULL}:
         raise UserError(
@@ -135,19 +136,19 @@ def _masks(text: Any, path: Path) -> tuple[AttentionMask, ...]:
 
 
 def _completed(settings: dict[str, Any], path: Path) -> Any:
-    """transformers' own reading of a configuration, which knows the defaults and the layouts of all its versions."""
+    """Returns transformers' own parsing of a configuration, with the defaults and layouts of all its versions."""
     try:
         from transformers import FuyuConfig as StockConfig
     except ImportError as error:
         raise UserError("Importing needs transformers: install it with pip install 'transformers>=5.16'.") from error
     try:
         return StockConfig.from_dict(settings)
-    except Exception as error:  # whatever a wrong value makes of it: its own checks raise several kinds
+    except Exception as error:  # a wrong value may raise anything
         raise UserError(f"transformers can't read {path} ({str(error).splitlines()[0]}): fetch it again.") from error
 
 
 def _image_policy(folder: Path, patch_size: int) -> ImagePolicy:
-    """How the folder's processor scales images, as a policy whose budget holds all that fit."""
+    """Returns the processor's image scaling as a policy whose patch budget holds all images that fit."""
     source, size = folder / "preprocessor_config.json", RELEASED_SIZE
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():

@@ -1,7 +1,7 @@
-"""Prefill and decoding step as graphs of fixed shapes (`torch.export`), for runtimes without this project or Python.
+"""Exports prefill and decoding step as graphs of fixed shapes (`torch.export`), for runtimes without Python.
 
-Both are pure functions: the cache goes in and comes out, as a list of keys and one of values with an entry for each
-block, of the shape (sequences, key/value heads, capacity, head size).
+Both are pure functions that take and return the cache: a list of keys and a list of values, with an entry for each
+block of the shape (sequences, key/value heads, capacity, head size).
 """
 
 from functools import partial
@@ -23,19 +23,19 @@ Outputs = tuple[Tensor, list[Tensor], list[Tensor]]
 
 @torch.no_grad()
 def export_prefill(decoder: Decoder, *, tokens: int, patches: int, capacity: int) -> ExportedProgram:
-    """The graph that reads one prompt.
+    """Returns the graph that reads one prompt.
 
-    Its inputs are token ids, raw patches and the positions of the patches, as `pack_row` lays them out.
+    Its inputs are token ids, raw patches and the positions of the patches, as in `pack_row`.
 
     Args:
-        decoder: Dense, in evaluation mode.
-        tokens: Tokens of the prompt, patches and newlines included.
-        patches: Patches among them.
-        capacity: Places of the cache that comes out.
+        decoder: A dense decoder in evaluation mode.
+        tokens: Tokens of the prompt, including patches and newlines.
+        patches: Number of patches among them.
+        capacity: Slots of the returned cache.
 
     Raises:
-        UserError: Only some tokens pass one of the decoder's blocks; it reads the grids of images, or where they are;
-            or the prompt doesn't fit the cache.
+        UserError: The decoder has blocks that select tokens, reads the grids or places of images; or the prompt
+            doesn't fit the cache.
     """
     _check_dense(decoder)
     if (mask := next((mask for mask in decoder.config.block_masks if mask.reads_images), None)) is not None:
@@ -62,17 +62,17 @@ def export_prefill(decoder: Decoder, *, tokens: int, patches: int, capacity: int
 
 @torch.no_grad()
 def export_decode_step(decoder: Decoder, *, sequences: int, capacity: int) -> ExportedProgram:
-    """The graph that reads one more token of each sequence.
+    """Returns the graph that reads one more token of each sequence.
 
-    Its inputs are these tokens, how many tokens each sequence has in the cache, keys and values.
+    Its inputs are these tokens, the number of cached tokens of each sequence, keys and values.
 
     Args:
-        decoder: Dense, in evaluation mode.
-        sequences: How many there are.
-        capacity: Places of the cache.
+        decoder: A dense decoder in evaluation mode.
+        sequences: Number of sequences.
+        capacity: Slots of the cache.
 
     Raises:
-        UserError: Only some tokens pass one of the decoder's blocks.
+        UserError: The decoder has blocks that select tokens.
     """
     _check_dense(decoder)
     cache = KeyValueCache(decoder, sequences, capacity)

@@ -1,4 +1,5 @@
-"""Hugging Face's fast tokenizer, `tokenizer.json`, made of our sentencepiece model: the same ids for every text."""
+"""Hugging Face's fast tokenizer, `tokenizer.json`, made from our sentencepiece model, with the same ids for every
+text."""
 
 from pathlib import Path
 
@@ -11,20 +12,20 @@ from fuyu_e2e.errors import UserError
 
 UNKNOWN = "<unk>"
 MARKS = ("<0x00>", "<0x01>", "<0x02>", "<0x03>", ANSWER)
-"""The byte tokens that the released Fuyu gives a meaning of their own: box and point marks, begin of answer."""
+"""Byte tokens that the released Fuyu uses as marks: of boxes and points, and of the start of an answer."""
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer:
-    """The same tokenizer for the `tokenizers` library.
+    """Returns the same tokenizer for the `tokenizers` library.
 
-    A space stands for itself in its vocabulary, not as sentencepiece's letter `\u2581`, so that a text which holds
-    that very letter spells it in bytes, as ours does.
+    Its vocabulary spells a space as a space, not as sentencepiece's `\u2581`, so that a text with that very character
+    spells it in bytes, as ours does.
 
-    Two things are as transformers' Fuyu processor wants them: a text that begins with a patch placeholder gets one
-    token before it, which the processor takes off again; and special tokens, spelled out in a text, are read as such.
+    Two details follow transformers' Fuyu processor: a text that starts with a patch placeholder gets one token before
+    it, which the processor removes; and special tokens spelled out in a text are read as such.
 
     Raises:
-        UserError: The sentencepiece model is not of the kind that `fuyu-e2e tokenizer train` makes.
+        UserError: The sentencepiece model is of another kind than `fuyu-e2e tokenizer train` makes.
     """
     model = ModelProto.FromString(tokenizer.model)
     spec, normalizer = model.trainer_spec, model.normalizer_spec
@@ -50,16 +51,16 @@ def fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer:
     )
     fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (UNKNOWN, BOS, EOS)])
     fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in MARKS])
-    # Found after the normalizer above has seen them.
+    # Matched after the normalizer above has run.
     fast.add_special_tokens([AddedToken(token, special=True, normalized=True) for token in (PATCH, NEWLINE)])
     return fast
 
 
 def read_fast_tokenizer(path: Path, tokenizer: Tokenizer) -> FastTokenizer:
-    """The fast tokenizer in a file, which is to stand for ours.
+    """Returns the fast tokenizer in a file, which is to replace ours.
 
     Raises:
-        UserError: It can't be read, or gives special tokens other ids.
+        UserError: It can't be read, or has other ids for special tokens.
     """
     try:
         fast = FastTokenizer.from_file(str(path))
@@ -84,7 +85,7 @@ def _spelled(piece: ModelProto.SentencePiece) -> str:
 
 
 def _merges(model: ModelProto) -> list[tuple[str, str]]:
-    """All pairs that make up a piece, in the order in which sentencepiece prefers the pieces."""
+    """Returns all pairs that form a piece, in sentencepiece's order of preference."""
     spelled = [_spelled(piece) for piece in sorted(filter(_is_text, model.pieces), key=lambda piece: -piece.score)]
     known = set(spelled)
     return [

@@ -1,8 +1,8 @@
-"""The folder that transformers' `FuyuForCausalLM` and `FuyuProcessor` load, and weights under its names and back.
+"""The folder that transformers' `FuyuForCausalLM` and `FuyuProcessor` load; weights under its names, and back.
 
-The `qwen3` dialect computes what its Qwen3 text model computes, `fuyu` what its Persimmon does, so weights go over as
-they are; Persimmon alone keeps queries, keys and values in one matrix, head by head. Names are the Hub's, which every
-version reads (`language_model.model.layers.0...`); newer versions of transformers name the same weights
+The `qwen3` dialect computes the same as transformers' Qwen3 text model, `fuyu` the same as its Persimmon, so weights
+are copied unchanged; only Persimmon's queries, keys and values are one matrix, head by head. Names are the Hub's,
+which every version reads (`language_model.model.layers.0...`); newer versions of transformers call the same weights
 `model.language_model.layers.0...` in memory.
 """
 
@@ -30,17 +30,17 @@ from fuyu_e2e.model.decoder import meta_decoder
 from fuyu_e2e.model.image_layout import ImagePolicy
 
 SUPPORTED = "5.16 to 5.24"
-"""The versions of transformers that the exported folder is made for, both ends tested."""
+"""Versions of transformers that exported folders are made for; both ends are tested."""
 TEXT_MODELS = {"qwen3": "qwen3", "fuyu": "persimmon"}
 """The text model that computes each dialect."""
 PAD_ID = 0
-"""What transformers' Fuyu processor pads with, whatever the tokenizer says."""
+"""The padding token of transformers' Fuyu processor, regardless of the tokenizer."""
 MAX_POSITIONS = 16_384
-"""The released Fuyu's; serving software takes it for the longest context. Rotary positions have no end."""
+"""The released Fuyu's value, which serving software takes as the longest context; rotary positions have no limit."""
 SLIDING, FULL = "sliding_attention", "full_attention"
-"""What transformers calls blocks with a window, in which it too counts the query itself, and those without one."""
+"""transformers' names of blocks with a window, which also counts the query itself, and without one."""
 TEXT = "language_model.model."
-"""What stands before the text model's own names."""
+"""Prefix of the text model's names."""
 
 _OUTSIDE = {
     "embed_tokens": f"{TEXT}embed_tokens",
@@ -73,11 +73,11 @@ _IN_MEMORY = (
     ("model.vision_embed_tokens.", "vision_embed_tokens."),
     ("lm_head.", "language_model.lm_head."),
 )
-"""How newer versions of transformers begin the names, and the Hub."""
+"""Name prefixes in newer versions of transformers, and those of the Hub."""
 
 
 def _modules(config: FuyuConfig) -> dict[str, str]:
-    """Our name of each module that goes over as it is, and transformers'."""
+    """Returns our name of each module whose weights are copied unchanged, with transformers' name."""
     inside = _IN_BLOCK[config.dialect].items()
     return {
         **_OUTSIDE,
@@ -91,13 +91,12 @@ def _modules(config: FuyuConfig) -> dict[str, str]:
 
 
 def to_transformers(weights: Mapping[str, Tensor], config: FuyuConfig) -> dict[str, Tensor]:
-    """Weights of a dense decoder under the Hub's names of `FuyuForCausalLM`; their types and values stay.
+    """Returns the weights of a dense decoder under the Hub's names of `FuyuForCausalLM`, with their dtypes and values.
 
-    A tied output projection is left out: it is the embedding.
+    Omits a tied output projection, which is the embedding.
 
     Raises:
-        UserError: The decoder computes what no text model of transformers does, or its images pass more than one
-            linear layer.
+        UserError: No text model of transformers computes the decoder, or its images pass more than one linear layer.
     """
     _check_stock(config)
     modules = _modules(config)
@@ -116,9 +115,9 @@ def to_transformers(weights: Mapping[str, Tensor], config: FuyuConfig) -> dict[s
 
 
 def from_transformers(weights: Mapping[str, Tensor], config: FuyuConfig) -> dict[str, Tensor]:
-    """The inverse of `to_transformers`, from the Hub's names or those that transformers has in memory.
+    """Returns the weights under our names, from the Hub's names or those that transformers has in memory.
 
-    Names that it doesn't know stay as they are. Old folders hold rotary frequencies too, which are no weights.
+    Leaves unknown names as they are, and drops the rotary frequencies in old folders.
     """
     modules = {theirs: ours for ours, theirs in _modules(config).items()}
     renamed = {}
@@ -143,11 +142,10 @@ def from_transformers(weights: Mapping[str, Tensor], config: FuyuConfig) -> dict
 def transformers_config(
     config: FuyuConfig, *, patch_id: int, bos_id: int, eos_id: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What goes into transformers' `config.json`.
+    """Returns the content of transformers' `config.json`.
 
     Raises:
-        UserError: The decoder computes what no text model of transformers does, or its images pass more than one
-            linear layer.
+        UserError: No text model of transformers computes the decoder, or its images pass more than one linear layer.
     """
     window = _check_stock(config)
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -201,10 +199,10 @@ def transformers_config(
 
 
 def largest_size(images: ImagePolicy) -> tuple[int, int]:
-    """Height and width that transformers' processor scales larger images down to.
+    """Returns the (height, width) in pixels that transformers' processor scales larger images down to fit.
 
-    Its policy knows a largest size only. Where ours has none, it is the largest square within the patch budget, so
-    that no image gets more patches than the budget; images that fit the square are then treated alike by both.
+    Its policy has only a largest size. If ours has none, it is the largest square within the patch budget, so that no
+    image exceeds the budget; images that fit the square are then treated alike by both.
     """
     if images.max_size is not None:
         return images.max_size
@@ -213,7 +211,7 @@ def largest_size(images: ImagePolicy) -> tuple[int, int]:
 
 
 def scales_alike(images: ImagePolicy) -> bool:
-    """Whether transformers' processor gives every image the size that ours gives it."""
+    """Returns whether transformers' processor scales every image to the same size as ours."""
     if images.max_size is None:
         return False
     height, width = images.max_size
@@ -223,17 +221,17 @@ def scales_alike(images: ImagePolicy) -> bool:
 def write_transformers(
     metadata: ModelMetadata, weights: Mapping[str, Tensor], folder: Path, fast: FastTokenizer | None = None
 ) -> None:
-    """Writes all that transformers needs into an empty folder: weights, configuration, tokenizer and processor.
+    """Writes everything that transformers needs into an empty folder: weights, configuration, tokenizer and processor.
 
     Args:
-        description: Of the model.
-        weights: By the decoder's own names.
-        folder: Where to.
-        fast: The fast tokenizer, where it can't be made of the model's own.
+        metadata: The model's description.
+        weights: Weights by the decoder's names.
+        folder: The folder.
+        fast: The fast tokenizer, if it can't be made from the model's own.
 
     Raises:
-        UserError: The decoder computes what no text model of transformers does, its images pass more than one linear
-            layer, or the tokenizer is of a kind that has no fast form.
+        UserError: No text model of transformers computes the decoder, its images pass more than one linear layer, or
+            the tokenizer is of a kind without a fast form.
     """
     tokenizer, images = metadata.tokenizer, metadata.images
     named = to_transformers(weights, metadata.config)
@@ -278,10 +276,10 @@ def write_transformers(
 
 
 def stock_inputs(prompts: Sequence[TokenSequence]) -> dict[str, Tensor]:
-    """Prompts as `FuyuForCausalLM` takes them, any number of images in each: what its own processor can't make.
+    """Returns prompts in the form of `FuyuForCausalLM`, with any number of images in each; its processor takes one.
 
     Returns:
-        `input_ids` and `attention_mask`, (prompts, longest) int64, padded on the left; where there are images,
+        `input_ids` and `attention_mask`, (prompts, longest) int64, padded on the left; with images also
         `pixel_values`, (patches of all prompts in order, patch_size^2 x 3) float32 in [-1, 1].
     """
     longest = max(len(prompt) for prompt in prompts)
@@ -296,7 +294,7 @@ def stock_inputs(prompts: Sequence[TokenSequence]) -> dict[str, Tensor]:
 
 
 def _check_stock(config: FuyuConfig) -> int | None:
-    """Refuses a decoder that transformers has no model for; gives the window of its blocks, None without one."""
+    """Refuses a decoder that transformers has no model for; returns the window of its blocks, or None."""
     for name, default in (("connector", LINEAR), ("image_norm", False), ("grid_embeddings", None)):
         if (value := getattr(config, name)) != default:
             raise UserError(

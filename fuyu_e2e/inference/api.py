@@ -1,4 +1,4 @@
-"""What `import fuyu_e2e` offers to programs, imported when it is first used."""
+"""The Python API that `import fuyu_e2e` offers, imported on first use."""
 
 from pathlib import Path
 
@@ -13,14 +13,14 @@ __all__ = ["Processor", "Sampling", "generate", "load"]
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Decoder, Processor]:
-    """A trained model and what makes its prompts.
+    """Returns a trained model and the processor that makes its prompts.
 
     Args:
         path: A checkpoint, one file or sharded; a run's directory, for its newest checkpoint; or an exported folder.
-        device: Where the model goes.
+        device: The device of the model.
 
     Raises:
-        UserError: There is nothing, it can't be read, or it holds code, which is never run.
+        UserError: There is nothing at the path, it can't be read, or it contains code, which is never run.
     """
     model = load_model(path, device)
     return model.decoder, Processor(model.builder)

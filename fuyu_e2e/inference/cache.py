@@ -1,9 +1,9 @@
 """The key/value cache: what a decoder remembers of each sequence, block by block.
 
-A dense block remembers every token that its mask may still show to a later one, in room that is there from the start:
-shapes never change, so a step can be compiled. Under a window the room is a ring after the sinks. A block that
-selects tokens remembers those that passed it, or every token where skipped ones leave their keys behind; how many that
-will be is not known before, so its room grows, to the ring's size at most.
+A dense block remembers every token that its mask may still show to a later one, in memory allocated at the start:
+shapes never change, so a step can be compiled. Under a window the memory is a ring after the sinks. A block that
+selects tokens remembers those that passed it, or every token if skipped ones leave their keys. Their number isn't
+known in advance, so its memory grows, at most to the ring's size.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from fuyu_e2e.model.device_copy import to_device
 from fuyu_e2e.model.images.connector import ImageStates
 
 GROWTH = 8
-"""A full cache that grows does so by this fraction of its places: seldom copied, and never much too large."""
+"""A full cache grows by this fraction of its slots: rarely copied, and never much too large."""
 
 
 @dataclass(frozen=True)
 class DenseBlockCache:
-    """Keys and values of one dense block, those of each sequence from slot 0 on.
+    """Keys and values of one dense block; those of each sequence start at slot 0.
 
     Sequences grow independently, so prompts of different lengths need no padding between prompt and answer.
     """
@@ -39,22 +39,22 @@ class DenseBlockCache:
     def empty(
         cls, config: FuyuConfig, sequences: int, capacity: int, mask: AttentionMask, like: Tensor
     ) -> "DenseBlockCache":
-        """Room for `capacity` tokens of each sequence, or for as many as the mask shows."""
+        """Allocates slots for `capacity` tokens of each sequence, or for as many as the mask shows."""
         capacity = capacity if mask.room is None else min(capacity, mask.room)
-        # Places behind a sequence's end are masked, but must hold numbers: 0 x nan would still be nan.
+        # Slots after a sequence's end are masked, but must not hold nan: 0 x nan would still be nan.
         shape = (sequences, config.kv_heads, capacity, config.head_size)
         return cls(like.new_zeros(shape), like.new_zeros(shape))
 
     def write(self, rows: Int64[Tensor, " nG"], keys: Float[Tensor, "n G K"], values: Float[Tensor, "n G K"]) -> None:
-        """Stores tokens where `rows_of` says."""
+        """Stores tokens at the rows that `rows_of` returns."""
         for store, new in ((self.keys, keys), (self.values, values)):
-            # The cache may have been made outside of the autocast in which it is written.
+            # The cache may have been allocated outside the autocast in which it is written.
             store.view(-1, store.shape[-1]).index_copy_(0, rows, new.flatten(0, 1).to(store.dtype))
 
     def attend(self, queries: Float[Tensor, "B H K"], hidden: Bool[Tensor, "B 1 1 slots"]) -> Float[Tensor, "B H K"]:
-        """Attention of one token of each sequence to those of the first slots that aren't hidden from it."""
+        """Returns the attention of one token of each sequence to the first slots that aren't `hidden` from it."""
         slots = hidden.shape[-1]
-        # The query heads of one key stand as rows of one product, so that the cache is read once and never repeated.
+        # The query heads of one key head are rows of one product, so that the cache is read once and never repeated.
         grouped = queries.unflatten(1, (self.keys.shape[1], -1)) * queries.shape[-1] ** -0.5
         scores = grouped @ self.keys[:, :, :slots].transpose(2, 3)
         weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1, dtype=torch.float32)
@@ -62,7 +62,7 @@ class DenseBlockCache:
 
 
 def slots_of(places: Int64[Tensor, " n"], size: int, mask: AttentionMask) -> Int64[Tensor, " n"]:
-    """Where the tokens of these places go: to the place itself, or round the ring after the sinks."""
+    """Returns the slots of tokens at these places: the place itself, or its slot in the ring after the sinks."""
     if mask.room is None or size < mask.room:
         return places
     return torch.where(places < mask.sinks, places, mask.sinks + (places - mask.sinks) % (size - mask.sinks))
@@ -71,7 +71,8 @@ def slots_of(places: Int64[Tensor, " n"], size: int, mask: AttentionMask) -> Int
 def rows_of(
     sequence: Int64[Tensor, " n"], places: Int64[Tensor, " n"], block: DenseBlockCache, mask: AttentionMask
 ) -> Int64[Tensor, " nG"]:
-    """Where tokens go in a dense block's room seen as one long list of heads; the same for blocks of the same mask."""
+    """Returns the rows of tokens in a dense block's memory viewed as one list of heads; equal for blocks of equal
+    masks."""
     kv_heads, size = block.keys.shape[1:3]
     heads = torch.arange(kv_heads, device=sequence.device)
     slots = slots_of(places, size, mask)
@@ -79,17 +80,18 @@ def rows_of(
 
 
 class GrowingBlockCache:
-    """Keys and values of a block that selects tokens, those of each sequence from slot 0 on; grows when written to."""
+    """Keys and values of a block that selects tokens; those of each sequence start at slot 0. Grows when written
+    to."""
 
     def __init__(self, config: FuyuConfig, sequences: int, mask: AttentionMask, like: Tensor) -> None:
-        # Slots behind a sequence's end are masked, but must hold numbers: 0 x nan would still be nan.
+        # Slots after a sequence's end are masked, but must not hold nan: 0 x nan would still be nan.
         self.keys = like.new_zeros((sequences, 0, config.kv_heads, config.head_size))
         self.values = self.keys
         self.positions = None if mask == CAUSAL else like.new_zeros((sequences, 0), dtype=torch.int64)
-        """Of each token in its document, where the mask counts the gaps that others leave."""
+        """The position of each token in its document, if the mask counts the gaps between them."""
         self.mask = mask
         self.lengths = torch.zeros(sequences, dtype=torch.int64, device=like.device)
-        """Tokens of each sequence that were written, whether they are still there or not."""
+        """Tokens of each sequence that were written, including overwritten ones."""
         self.longest = 0
 
     def write(
@@ -103,11 +105,11 @@ class GrowingBlockCache:
         """Appends tokens.
 
         Args:
-            sequence: Of each token, in ascending order.
-            keys: Of each token.
-            values: Of each token.
-            positions: Of the row's tokens in their documents.
-            index: Which of those they are.
+            sequence: The sequence of each token, in ascending order.
+            keys: The key of each token.
+            values: The value of each token.
+            positions: The positions of the row's tokens in their documents.
+            index: The tokens' indices in the row.
         """
         counts = torch.bincount(sequence, minlength=len(self.lengths))
         place = torch.arange(len(sequence), device=sequence.device) - (counts.cumsum(0) - counts)[sequence]
@@ -115,7 +117,7 @@ class GrowingBlockCache:
         self.lengths = self.lengths + counts
         self.longest, room = int(self.lengths.max()), self.mask.room
         if room is not None and self.longest > room:
-            # Tokens that later ones of the same call would take the slot of; the first ones hold all that are sinks.
+            # Drops tokens whose slot later ones of the same call take; the first call contains all sinks.
             stay = (place < self.mask.sinks) | (place >= (self.lengths - (room - self.mask.sinks))[sequence])
             sequence, keys, values = sequence[stay], keys[stay], values[stay]
             positions, index = positions[index][stay], slice(None)
@@ -125,7 +127,7 @@ class GrowingBlockCache:
             self.keys, self.values = (F.pad(part, (0, 0, 0, 0, 0, more)) for part in (self.keys, self.values))
             if self.positions is not None:
                 self.positions = F.pad(self.positions, (0, more))
-        # The cache may have been made outside of the autocast in which it is written.
+        # The cache may have been allocated outside the autocast in which it is written.
         self.keys[sequence, place] = keys.to(self.keys.dtype)
         self.values[sequence, place] = values.to(self.values.dtype)
         if self.positions is not None:
@@ -134,12 +136,12 @@ class GrowingBlockCache:
     def attend(
         self, sequence: Int64[Tensor, " n"], positions: Int64[Tensor, " B"], queries: Float[Tensor, "n H K"]
     ) -> Float[Tensor, "n H K"]:
-        """Attention of one token of each of some sequences to those of its own that it sees.
+        """Returns the attention of one new token of each of some sequences to its sequence's tokens that it sees.
 
         Args:
-            sequence: Of each token.
-            positions: Of the new token of each sequence in its document.
-            queries: Of each token.
+            sequence: The sequence of each token.
+            positions: The position in its document of every sequence's new token.
+            queries: The query of each token.
         """
         lengths = self.lengths[sequence]
         keys, values = (part[sequence, : self.longest].transpose(1, 2) for part in (self.keys, self.values))
@@ -154,12 +156,12 @@ BlockCache = DenseBlockCache | GrowingBlockCache
 
 
 class KeyValueCache:
-    """The caches of all blocks, and how many tokens each sequence has.
+    """The caches of all blocks, and the length of each sequence.
 
     Args:
-        decoder: What they are of. Keys and values lie on the device of its weights, in their `attention_type`.
-        sequences: How many are cached.
-        capacity: Tokens of the longest that there will be.
+        decoder: The decoder. Keys and values lie on the device of its weights, in their `attention_type`.
+        sequences: The number of sequences.
+        capacity: The most tokens that a sequence will have.
     """
 
     def __init__(self, decoder: Decoder, sequences: int, capacity: int) -> None:
@@ -167,7 +169,7 @@ class KeyValueCache:
         like = weight.new_empty(0, dtype=attention_type(weight))
         self.capacity = capacity
         self.masks, self.block_masks = config.masks, config.block_masks
-        """The pattern of the blocks' masks, and that of each."""
+        """The pattern of the blocks' masks, and the mask of each block."""
         self.blocks: list[BlockCache] = [
             GrowingBlockCache(config, sequences, block.mask, like)
             if block.selects_tokens
@@ -178,29 +180,29 @@ class KeyValueCache:
         self.longest = 0
         """Tokens of the longest sequence, known to the host."""
         self.shifts: Tensor | None = None
-        """What the next token's rotary position is beyond the sequence's length; None for nothing."""
+        """How far the next token's rotary position exceeds the sequence's length; None for 0."""
         self.images: ImageStates | None = None
-        """What the connector made of the prompts' images."""
+        """The connector's output for the prompts' images."""
         self.read_images: Tensor | None = None
-        """The image that the next token of each sequence may read, where the connector gives features."""
+        """The image that the next token of each sequence may read, if the connector gives features."""
 
     @property
     def dense(self) -> list[DenseBlockCache]:
-        """The caches of the dense blocks, of which every decoder has one."""
+        """The caches of the dense blocks."""
         return [block for block in self.blocks if isinstance(block, DenseBlockCache)]
 
     def dense_of(self, mask: AttentionMask) -> DenseBlockCache | None:
-        """The cache of a dense block with a mask; None where there is none."""
+        """Returns the cache of a dense block with a mask; None if there is none."""
         of_mask = (block for block, own in zip(self.blocks, self.block_masks, strict=True) if own == mask)
         return next((block for block in of_mask if isinstance(block, DenseBlockCache)), None)
 
     @property
     def bytes(self) -> int:
-        """Memory that the cache takes."""
+        """Bytes of memory that the cache takes."""
         return sum(block.keys.nbytes + block.values.nbytes for block in self.blocks)
 
     def clear(self) -> None:
-        """Forgets all sequences of a dense decoder, but keeps their room."""
+        """Empties the cache of a dense decoder, but keeps its memory."""
         for block in self.dense:
             block.keys.zero_()
             block.values.zero_()
@@ -208,16 +210,16 @@ class KeyValueCache:
         self.longest, self.shifts, self.images, self.read_images = 0, None, None, None
 
     def begin(self, document_lengths: tuple[int, ...]) -> None:
-        """Counts the tokens of prompts, which are then written by `Prefill`."""
+        """Sets the lengths of prompts, which `PrefillAttention` then writes."""
         self.lengths = to_device(torch.tensor(document_lengths), self.lengths.device)
         self.longest = max(document_lengths)
 
     @property
     def rotary_positions(self) -> Int64[Tensor, " B"]:
-        """Of the next token of each sequence."""
+        """The rotary position of the next token of each sequence."""
         return self.lengths if self.shifts is None else self.lengths + self.shifts
 
     def advance(self) -> None:
-        """Counts one more token of each sequence."""
+        """Adds one to the length of each sequence."""
         self.lengths = self.lengths + 1
         self.longest += 1

@@ -1,4 +1,4 @@
-"""Attention that reads and fills the key/value cache: of prompts as they are read, and of a decoding step."""
+"""Attention that reads and fills the key/value cache, for prompts and for decoding steps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,36 +16,36 @@ from fuyu_e2e.model.attention.mask import AttentionMask
 from fuyu_e2e.model.device_copy import to_device
 
 Plan = Callable[[AttentionMask, tuple[int, ...], tuple[tuple[int, int], ...]], RowAttention]
-"""Plans the attention under a mask of documents of some lengths, with images between some bounds in the row."""
+"""Plans attention: (mask, document lengths, (start, stop) of each image) to a `RowAttention`."""
 
 
 @dataclass
 class _Piece:
-    """How blocks of one mask read a piece of a row of prompts."""
+    """How blocks with one mask attend within a piece of a row of prompts."""
 
     attention: RowAttention | TiledAttention
-    """Of the piece's tokens to each other; of a continued document, to what the cache holds of it before them."""
+    """Attention among the piece's tokens; for a continued document, also to what the cache holds of it."""
     known: Int64[Tensor, " known"] | None
-    """The slots of that; None where no document is continued."""
+    """The slots of those cached tokens; None if no document is continued."""
     kept: Int64[Tensor, " kept"] | None = None
     """The tokens of the piece whose keys stay in the cache of a dense block; None for all."""
     rows: Int64[Tensor, " keptG"] | None = None
-    """Where they go there; None where no dense block has the mask."""
+    """Their rows in the cache; None if no dense block has the mask."""
 
 
 def prefill_attention(
     cache: KeyValueCache, places: Places, images: tuple[tuple[int, int], ...], start: int, stop: int, plan: Plan
 ) -> list[RowAttention]:
-    """Returns how each block attends within a piece of a packed row of prompts, and fills the cache.
+    """Returns the attention of each block within a piece of a packed row of prompts, which also fills the cache.
 
-    The first prompt of the piece may have begun in an earlier one.
+    The first prompt of the piece may have started in an earlier piece.
 
     Args:
-        cache: With a place for each document of the row, filled with the row's tokens before `start`.
-        places: Of the tokens of the whole row, on the host; prompts are in the order of the cache's sequences.
-        images: Where in the row each image begins and ends.
-        start: Where the piece begins in the row; not within an image whose tokens see each other.
-        stop: Where it ends.
+        cache: The cache, with a sequence for each document of the row, filled with the row's tokens before `start`.
+        places: The places of the whole row's tokens, on the host; prompts are in the order of the cache's sequences.
+        images: The (start, stop) indices of each image in the row.
+        start: Start of the piece in the row; not within an image whose tokens see each other.
+        stop: End of the piece.
         plan: Plans attention within the piece.
     """
     device = cache.lengths.device
@@ -72,7 +72,7 @@ def prefill_attention(
             return _Piece(attention, None)
         index = slice(None) if kept is None else kept
         rows = rows_of(document[index], position[index], block, mask)
-        if not known:  # torch.export can't store the empty list of them
+        if not known:  # torch.export can't store an empty list of slots
             return _Piece(attention, None, kept, rows)
         slots = slots_of(to_device(torch.from_numpy(seen), device), block.keys.shape[2], mask)
         return _Piece(attention, slots, kept, rows)
@@ -88,17 +88,17 @@ def prefill_attention(
 class PrefillAttention(RowAttention):
     """Attends within a piece of a row of prompts, and writes its keys and values to the cache of one block.
 
-    The tokens of a prompt that began in an earlier piece attend to the cache too.
+    Tokens of a prompt that started in an earlier piece also attend to the cache.
     """
 
     piece: _Piece
     block: BlockCache
     first: int
-    """The document that the piece begins in."""
+    """The document that the piece starts in."""
     document: Int64[Tensor, " T"]
-    """Of each token of the piece."""
+    """The document of each token of the piece."""
     position: Int64[Tensor, " T"]
-    """Of each in its document."""
+    """The position of each token in its document."""
 
     def __call__(
         self,
@@ -106,7 +106,7 @@ class PrefillAttention(RowAttention):
         keys: Float[Tensor, "T G K"],
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
-        """Attention of every token to those of its own document that the mask shows it."""
+        """Returns the attention of every token to the tokens of its document that the mask shows it."""
         block, piece = self.block, self.piece
         assert isinstance(block, DenseBlockCache)
         attended = piece.attention(queries, self._shown(block.keys, keys), self._shown(block.values, values))
@@ -117,19 +117,19 @@ class PrefillAttention(RowAttention):
         return attended
 
     def _shown(self, store: Float[Tensor, "B G slots K"], new: Float[Tensor, "T G K"]) -> Float[Tensor, "S G K"]:
-        """What the cache holds of a continued document, and what is new; read before the ring takes the latter."""
+        """Returns the cached part of a continued document and the new tokens; read before the ring is overwritten."""
         if self.piece.known is None:
             return new
         old = store[self.first].index_select(1, self.piece.known).transpose(0, 1)
-        return torch.cat((old.to(new.dtype), new))  # the cache may be of another type
+        return torch.cat((old.to(new.dtype), new))  # the cache may have another dtype
 
     def select(self, passing: Passing) -> Attend:
-        """Attention of passing tokens to each other, of which alone the cache keeps something."""
+        """Returns attention among the selected tokens, the only ones that the cache keeps."""
         assert isinstance(self.piece.attention, RowAttention)
         return partial(self._write_and_attend, passing.index, self.piece.attention.select(passing))
 
     def cross(self, passing: Passing) -> Attend:
-        """Attention of passing tokens to the whole row, which the cache keeps."""
+        """Returns attention of the selected tokens to the whole row, which the cache keeps."""
         assert isinstance(self.piece.attention, RowAttention)
         return partial(self._write_and_attend, slice(None), self.piece.attention.cross(passing))
 
@@ -137,10 +137,10 @@ class PrefillAttention(RowAttention):
         self,
         written: Int64[Tensor, " n"] | slice,
         attend: Attend,
-        queries: Float[Tensor, "C H K"],
+        queries: Float[Tensor, "Q H K"],
         keys: Float[Tensor, "n G K"],
         values: Float[Tensor, "n G K"],
-    ) -> Float[Tensor, "C H K"]:
+    ) -> Float[Tensor, "Q H K"]:
         assert isinstance(self.block, GrowingBlockCache)
         self.block.write(self.document[written], keys, values, self.position, written)
         return attend(queries, keys, values)
@@ -149,16 +149,16 @@ class PrefillAttention(RowAttention):
 def decode_attention(
     blocks: Sequence[BlockCache], masks: Sequence[AttentionMask], lengths: Int64[Tensor, " B"], places: int
 ) -> list[RowAttention]:
-    """Returns how each block attends from one new token of each sequence, and keeps it in the cache.
+    """Returns the attention of each block from one new token of each sequence, which also adds it to the cache.
 
     Args:
-        blocks: What the cache holds of each block.
-        masks: The pattern of their masks.
-        lengths: Tokens that each sequence has in it, which are the positions of the new ones.
-        places: Tokens that are looked at: enough for every sequence with its new token.
+        blocks: The cache of each block.
+        masks: The pattern of the blocks' masks.
+        lengths: Tokens of each sequence in the cache, which are the positions of the new ones.
+        places: Slots to look at: enough for every sequence including its new token.
     """
     sequence, period = torch.arange(len(lengths), device=lengths.device), len(masks)
-    # By the place in the pattern: torch.compile can't look masks up.
+    # By index in the pattern: torch.compile can't use masks as keys.
     shown: list[tuple[Tensor, Tensor] | tuple[None, None]] = []
     for first, mask in enumerate(masks):
         dense = next((block for block in blocks[first::period] if isinstance(block, DenseBlockCache)), None)
@@ -173,10 +173,10 @@ def decode_attention(
 def _hidden(
     block: DenseBlockCache, mask: AttentionMask, lengths: Int64[Tensor, " B"], places: int
 ) -> Bool[Tensor, "B 1 1 slots"]:
-    """Which of a dense block's first slots the new tokens don't see, once they are written themselves."""
+    """Returns which of a dense block's first slots are hidden from the new tokens, after these are written."""
     size = block.keys.shape[2]
     slots, at = torch.arange(min(places, size), device=lengths.device), lengths.view(-1, 1, 1, 1)
-    if type(mask) is AttentionMask:  # the ring holds what it shows, no more
+    if type(mask) is AttentionMask:  # the ring holds exactly what the mask shows
         return slots > at
     positions = slots
     if mask.window is not None and size == mask.room:
@@ -187,17 +187,17 @@ def _hidden(
 
 @dataclass
 class DecodeAttention(RowAttention):
-    """Attends from one new token of each sequence to what one block has cached of it, and to itself."""
+    """Attends from one new token of each sequence to its cached tokens of one block and to itself."""
 
     block: BlockCache
     lengths: Int64[Tensor, " B"]
-    """Tokens of each sequence before it."""
+    """Tokens of each sequence before the new one."""
     sequence: Int64[Tensor, " B"]
-    """The number of each."""
+    """The number of each sequence."""
     rows: Int64[Tensor, " BG"] | None
-    """Where a dense block's new keys go."""
+    """Rows of the new keys in a dense block's cache."""
     hidden: Bool[Tensor, "B 1 1 slots"] | None
-    """Which of its slots aren't seen."""
+    """Slots of a dense block that the new tokens don't see."""
 
     def __call__(
         self,
@@ -205,7 +205,7 @@ class DecodeAttention(RowAttention):
         keys: Float[Tensor, "B G K"],
         values: Float[Tensor, "B G K"],
     ) -> Float[Tensor, "B H K"]:
-        """Attention of each sequence's new token."""
+        """Returns the attention of each sequence's new token."""
         assert isinstance(self.block, DenseBlockCache)
         assert self.rows is not None
         assert self.hidden is not None
@@ -213,11 +213,11 @@ class DecodeAttention(RowAttention):
         return self.block.attend(queries, self.hidden)
 
     def select(self, passing: Passing) -> Attend:
-        """Attention of the passing ones of the new tokens to what passed before them."""
+        """Returns attention of the selected new tokens to the tokens selected before them."""
         return partial(self._write_and_attend, passing.index, passing.index)
 
     def cross(self, passing: Passing) -> Attend:
-        """Attention of the passing ones of the new tokens to all before them."""
+        """Returns attention of the selected new tokens to all tokens before them."""
         return partial(self._write_and_attend, self.sequence, passing.index)
 
     def _write_and_attend(

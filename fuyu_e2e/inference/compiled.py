@@ -1,8 +1,8 @@
-"""The compiled decoding step: one graph from tokens to logits, on a GPU one CUDA graph.
+"""The compiled decoding step: one graph from tokens to logits, and on a GPU one CUDA graph.
 
-Shapes must not change, or it would be compiled anew: caches have room for a power of two of places, and a step looks
-at the smallest power of two that holds all sequences. So a decoder is compiled once for each number of sequences and
-each room, and in it for each power of two that its sequences are in on the way.
+A change of shapes would compile it again. So caches have a power of two of slots, and a step looks at the smallest
+power of two that covers all sequences. A decoder is compiled once for each number of sequences and each cache size,
+and for each power of two that its sequences pass through.
 """
 
 from weakref import WeakKeyDictionary
@@ -19,19 +19,20 @@ from fuyu_e2e.model.attention.interface import attention_type
 from fuyu_e2e.model.decoder import Decoder, Inputs
 
 SMALLEST = 128
-"""Places looked at at least: fewer would save less than compiling once more costs."""
+"""Fewest slots looked at: fewer would save less time than another compilation costs."""
 
 _caches: WeakKeyDictionary[Decoder, KeyValueCache] = WeakKeyDictionary()
-"""The cache of each decoder's last call: a CUDA graph writes where it wrote when it was recorded."""
+"""The cache of each decoder's last call: a CUDA graph writes to the memory that it was recorded with."""
 _packed: WeakKeyDictionary[Decoder, PackedDecoder] = WeakKeyDictionary()
-"""What runs in place of decoders on a CPU."""
+"""The packed copies that run in place of decoders on a CPU."""
 
 
 def compiled_cache(decoder: Decoder, sequences: int, capacity: int) -> KeyValueCache:
-    """An empty cache for `compiled_step`. It is the one of the decoder's last call where that has the same shape.
+    """Returns an empty cache for `compiled_step`: the one of the decoder's last call if its shape fits, else a new
+    one.
 
     Raises:
-        UserError: Only some tokens pass one of the decoder's blocks.
+        UserError: The decoder has blocks that select tokens, or its connector gives features.
     """
     for selecting in decoder.selecting.values():
         raise UserError(
@@ -54,7 +55,7 @@ def compiled_cache(decoder: Decoder, sequences: int, capacity: int) -> KeyValueC
         cache = _caches[decoder] = KeyValueCache(decoder, sequences, capacity)
         if weight.device.type == "cuda":
             for block in cache.dense:
-                # Else a graph that writes to what it was given is not recorded as a CUDA graph.
+                # Otherwise a graph that writes to its inputs is not recorded as a CUDA graph.
                 torch._dynamo.mark_static_address(block.keys, guard=False)
                 torch._dynamo.mark_static_address(block.values, guard=False)
     else:
@@ -63,9 +64,9 @@ def compiled_cache(decoder: Decoder, sequences: int, capacity: int) -> KeyValueC
 
 
 def compiled_step(decoder: Decoder, tokens: Int64[Tensor, " B"], cache: KeyValueCache) -> Float[Tensor, "B V"]:
-    """Reads one more token of each sequence, and gives the logits of the next, which hold until the next call.
+    """Reads one more token of each sequence; returns the logits of the next, valid until the next call.
 
-    Called within `many_graphs`.
+    Call it within `many_graphs`.
     """
     places = _bucket(cache.longest + 1)
     keys, values = [block.keys for block in cache.dense], [block.values for block in cache.dense]

@@ -1,4 +1,4 @@
-"""How much depth each token of a prompt gets: the routed blocks that it passed."""
+"""The depth that each token of a prompt gets: the routed blocks that it passed."""
 
 from dataclasses import dataclass
 
@@ -21,37 +21,37 @@ KIND_NAMES = {
     TokenType.TEXT: "text",
     TokenType.ANSWER: "answers",
 }
-"""How figures by kind of token are named, in the order in which they are shown."""
+"""Names of token types in figures, in the order in which they are shown."""
 
 
 @dataclass(frozen=True)
 class TokenDepth:
-    """What the tokens of one prompt and of its continuation passed."""
+    """The routed blocks that the tokens of one prompt and its continuation passed."""
 
     sequence: TokenSequence
     """The prompt."""
     continuation: list[int]
-    """The tokens behind it, which the model generated."""
+    """The tokens that the model generated after the prompt."""
     blocks: tuple[int, ...]
-    """The routed blocks."""
+    """The numbers of the routed blocks."""
     passed: Bool[Tensor, "blocks tokens"]
-    """Whether each token, of the prompt and behind it, passed each of them."""
+    """Whether each token of the prompt and the continuation passed each routed block."""
     kinds: Int64[Tensor, " tokens"]
     """The `TokenType` of each token."""
 
     @property
     def counts(self) -> Int64[Tensor, " tokens"]:
-        """How many routed blocks each token passed."""
+        """The number of routed blocks that each token passed."""
         return self.passed.sum(dim=0)
 
     @property
     def kind_names(self) -> list[str]:
-        """The name of each token's kind."""
+        """The name of each token's type."""
         return [KIND_NAMES[TokenType(kind)] for kind in self.kinds.tolist()]
 
     @property
     def shares(self) -> dict[str, float]:
-        """The share of the routed blocks that tokens of each kind passed; kinds that don't occur are left out."""
+        """The mean fraction of routed blocks passed, by token type; types that don't occur are left out."""
         return {
             name: float(self.passed[:, self.kinds == kind].float().mean())
             for kind, name in KIND_NAMES.items()
@@ -61,12 +61,12 @@ class TokenDepth:
 
 @torch.no_grad()
 def token_depth(decoder: Decoder, sequence: TokenSequence, continuation: list[int]) -> TokenDepth:
-    """Reads a prompt, and then its continuation token by token, as generation does.
+    """Reads a prompt and then its continuation token by token, like generation; returns the depth of each token.
 
     Args:
-        decoder: In evaluation mode, with routed blocks.
+        decoder: A decoder with routed blocks, in evaluation mode.
         sequence: The prompt.
-        continuation: What the model continued it with.
+        continuation: The generated tokens.
 
     Raises:
         UserError: The decoder has no routed blocks.

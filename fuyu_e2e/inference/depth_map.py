@@ -1,4 +1,4 @@
-"""A picture of depth: over each image how many routed blocks each patch passed, and the text in the same colours."""
+"""Draws depth: for each image, how many routed blocks each patch passed; and the text in the same colours."""
 
 import itertools
 
@@ -11,12 +11,12 @@ from fuyu_e2e.data.tokenizer import SPACE, Tokenizer
 from fuyu_e2e.inference.depth import TokenDepth
 
 WIDTH = 960
-"""Pixels of a picture across."""
+"""Width of a picture in pixels."""
 PICTURE_HEIGHT = 420
-"""Pixels that an image is enlarged to at most."""
+"""Largest height of an enlarged image, in pixels."""
 MARGIN = 16
 LINE = 34
-"""Pixels from one line of text to the next."""
+"""Distance between lines of text, in pixels."""
 INK, GROUND = (30, 30, 30), (255, 255, 255)
 SCALE = (
     (0.0, (247, 247, 247)),
@@ -25,11 +25,11 @@ SCALE = (
     (0.75, (227, 26, 28)),
     (1.0, (110, 0, 60)),
 )
-"""From no routed block to all of them: light to dark, so that it reads in grey too."""
+"""Colours from no routed block to all of them, light to dark, so that they read in grey too."""
 
 
 def depth_map(depth: TokenDepth, tokenizer: Tokenizer) -> Pillow.Image:
-    """Draws the images of a prompt, each beside its heat map, then the text, a legend and the shares by kind."""
+    """Draws the images of a prompt, each next to its heat map, then the text, a legend and the shares by type."""
     most = len(depth.blocks)
     panels = [_panel(*drawn, most) for drawn in _images(depth)]
     font = ImageFont.load_default(20)
@@ -54,7 +54,7 @@ def depth_map(depth: TokenDepth, tokenizer: Tokenizer) -> Pillow.Image:
 
 
 def colour(share: float) -> tuple[int, int, int]:
-    """The colour of a share between 0 and 1."""
+    """Returns the colour of a share between 0 and 1."""
     for (low, start), (high, end) in itertools.pairwise(SCALE):
         if share <= high:
             part = (share - low) / (high - low)
@@ -64,9 +64,10 @@ def colour(share: float) -> tuple[int, int, int]:
 
 
 def _images(depth: TokenDepth) -> list[tuple[UInt8[np.ndarray, "H W 3"], Float[np.ndarray, "rows cols"]]]:
-    """The pixels of each view of each image, and the share of the routed blocks that each of its patches passed.
+    """Returns the pixels of each view of each image, and the fraction of routed blocks that each of its patches
+    passed.
 
-    None where images have another number of embeddings than of patches, which then have no shares of their own.
+    Returns nothing if the images' embeddings don't correspond to patches.
     """
     spans = depth.sequence.images
     if any(span.places != span.patches for span in spans):
@@ -85,7 +86,7 @@ def _panel(pixels: UInt8[np.ndarray, "H W 3"], shares: Float[np.ndarray, "rows c
     plain = Pillow.fromarray(pixels).resize(size, Pillow.Resampling.NEAREST)
     heat = np.array([[colour(float(share)) for share in row] for row in shares], np.uint8)
     hot = Pillow.fromarray(heat).resize(size, Pillow.Resampling.NEAREST)
-    # The picture's own light and dark stay visible through the colours.
+    # The light and dark of the picture stay visible through the colours.
     hot = Pillow.blend(hot, plain.convert("L").convert("RGB"), 0.25)
     pen = ImageDraw.Draw(hot)
     rows, cols = shares.shape
@@ -104,7 +105,7 @@ def _panel(pixels: UInt8[np.ndarray, "H W 3"], shares: Float[np.ndarray, "rows c
 def _lines(
     depth: TokenDepth, tokenizer: Tokenizer, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> list[list[tuple[str, float]]]:
-    """The tokens that are no part of an image, broken into lines, each with its share."""
+    """Returns the tokens outside images, broken into lines, each with its share of blocks."""
     inside = {place for span in depth.sequence.images for place in range(span.start, span.stop)}
     tokens = [*depth.sequence.tokens.tolist(), *depth.continuation]
     lines: list[list[tuple[str, float]]] = [[]]

@@ -1,15 +1,15 @@
-"""The device that a command computes on, and the type of its products."""
+"""The device that a command computes on, and the dtype of its products."""
 
 import torch
 
 from fuyu_e2e.errors import UserError
 
 AUTO = "auto"
-"""CUDA's first device where there is one, else the CPU."""
+"""The first CUDA device if there is one, else the CPU."""
 
 
 def find_device(named: str) -> torch.device:
-    """The device of a name, as `auto`, `cpu` or `cuda:1`.
+    """Returns the device of a name such as `auto`, `cpu` or `cuda:1`.
 
     Raises:
         UserError: This machine doesn't have it.
@@ -28,7 +28,7 @@ def find_device(named: str) -> torch.device:
 
 
 def product_type(device: torch.device) -> torch.dtype:
-    """The type in which a command multiplies on a device: bfloat16 on GPUs that have it, float32 elsewhere."""
+    """Returns the dtype of a command's products on a device: bfloat16 on GPUs that support it, float32 elsewhere."""
     if device.type != "cuda":
         return torch.float32
     with torch.cuda.device(device):
@@ -36,6 +36,6 @@ def product_type(device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """A context in which products on a device are of its `product_type`. Weights are converted once in it."""
+    """Returns a context in which a device computes products in its `product_type`; it converts each weight once."""
     dtype = product_type(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -1,4 +1,4 @@
-"""Continuing prompts: many at once, each with images of its own sizes."""
+"""Generation: continues many prompts at once, each with images of its own sizes."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,13 +30,13 @@ from fuyu_e2e.model.rope import following_positions
 from fuyu_e2e.model.row import Row
 
 Watch = Callable[[Row], None]
-"""Sees a row that was read, with the blocks' reports."""
+"""Receives a row that was read, with the blocks' reports."""
 PREFILL_TOKENS = {"cpu": 2_048, "cuda": 16_384}
-"""Tokens of a dense decoder's prompts that are read at once: a GPU's host is busy as long with few as with many."""
+"""Tokens of a dense decoder's prompts read at once. A GPU's host is busy as long with few tokens as with many."""
 COLDEST = 1e-30
-"""The lowest temperature that differs from greedy: below it, logits over it would be no numbers in 32 bits."""
+"""The lowest temperature that differs from greedy: logits divided by less would overflow float32."""
 LOOK_EVERY = {"cpu": 1, "cuda": 8}
-"""Steps after which a device is asked whether all sequences have ended: a GPU then has to finish all it has queued."""
+"""Steps between checks whether all sequences have ended; a GPU has to finish its queued work for each check."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,8 @@ class Sampling:
     top_k: int | None = None
     """Only this many of the likeliest tokens are candidates."""
     top_p: float | None = None
-    """Only the likeliest tokens that together reach this probability are (Holtzman et al. 2020, arXiv 1904.09751)."""
+    """Only the likeliest tokens that together reach this probability are candidates (Holtzman et al. 2020, arXiv
+    1904.09751)."""
     seed: int = 0
     """Seeds the draws."""
 
@@ -72,10 +73,10 @@ GREEDY = Sampling()
 def choose(
     logits_BV: Float[Tensor, "B V"], sampling: Sampling, generator: torch.Generator | None
 ) -> Int64[Tensor, " B"]:
-    """Chooses one token for each row of logits."""
+    """Returns the id of one token for each row of logits, chosen as `sampling` says."""
     if sampling.temperature < COLDEST:
         return logits_BV.argmax(dim=-1)
-    # Below the greatest, so that none is beyond what 32 bits hold.
+    # Relative to the greatest logit, so that the division can't overflow.
     logits_BV = logits_BV.float()
     logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None:
@@ -102,20 +103,20 @@ def generate(
     """Continues each prompt until its end of document, or for `max_new_tokens` tokens.
 
     Args:
-        decoder: In evaluation mode, or blocks that select tokens would drop some.
-        prompts: As `SequenceBuilder.prompt` makes them, of any lengths.
-        max_new_tokens: Tokens generated at most for a prompt, its end included.
+        decoder: A decoder in evaluation mode; in training mode, blocks that select tokens would drop some.
+        prompts: Results of `SequenceBuilder.prompt`, of any lengths.
+        max_new_tokens: Most tokens generated for a prompt, including its end.
         eos_id: The token that ends a document.
         sampling: How tokens are chosen.
-        compiled: Whether to compile the decoding step, see `fuyu_e2e.inference.compiled`: slow in a first call with a
-            new number of prompts or much longer ones, fast in those that follow.
+        compiled: Whether to compile the decoding step (`fuyu_e2e.inference.compiled`): slow in the first call with a
+            new number of prompts or much longer ones, fast after that.
 
     Returns:
         The new tokens of each prompt, without the end of document.
 
     Raises:
-        UserError: The decoder is in training mode, or is to be compiled and can't be; or there is no memory for so
-            many tokens.
+        UserError: The decoder is in training mode, or can't be compiled as asked; or there is not enough memory for
+            so many tokens.
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
@@ -128,7 +129,7 @@ def generate(
     else:
         try:
             cache = KeyValueCache(decoder, len(prompts), capacity)
-        except RuntimeError as error:  # of torch: on a CPU it is nothing more
+        except RuntimeError as error:  # torch has no class of its own for this on a CPU
             raise UserError(
                 f"There is no memory for the keys and values of {len(prompts):,} x {capacity:,} tokens: lower "
                 "max_new_tokens."
@@ -155,11 +156,16 @@ def generate(
 def prefill(
     decoder: Decoder, batch: PackedBatch, cache: KeyValueCache, watch: Watch | None = None
 ) -> Float[Tensor, "B D"]:
-    """Reads a packed row of prompts, best on the host, into an empty cache, and gives the last state of each prompt.
+    """Reads a packed row of prompts into an empty cache; returns the last state of each prompt.
 
-    A dense decoder reads `PREFILL_TOKENS` at a time, so that a long row takes no more memory than its cache. Where a
-    block selects tokens, or knows more of them, the row is read at once: it may look at whole images. `watch` hears of
-    each row that was read.
+    A dense decoder reads `PREFILL_TOKENS` at a time, so that a long row takes little memory besides its cache. If a
+    block selects tokens or reads `Row.info`, the row is read at once, since such a block may look at whole images.
+
+    Args:
+        decoder: A decoder in evaluation mode.
+        batch: The row, preferably on the host.
+        cache: The cache to fill.
+        watch: Receives each row that was read.
 
     Raises:
         UserError: The decoder is in training mode.
@@ -175,9 +181,9 @@ def prefill(
     bounds = _bounds(length, step, image_bounds if decoder.config.reads_images else ())
     embedded = torch.searchsorted(batch.patch_positions, torch.tensor(bounds, device=batch.tokens.device)).tolist()
     batch = batch.to(device)
-    # At once: pieces cut through images, which connectors may look at as wholes.
+    # All at once: pieces cut through images, and connectors may need whole images.
     images = decoder.embed_images(batch.patches, batch.images)
-    # Whatever else was chosen for training may not serve the type that is generated in, or only once it is compiled.
+    # Other backends chosen for training may not support the dtype of generation, or only when compiled.
     backend: AttentionBackend = "documents" if decoder.attention == "documents" else "auto"
     plan = partial(decoder.plan, device=device, backend=backend)
     info = decoder.info(batch)
@@ -209,7 +215,7 @@ def prefill(
 
 
 def _bounds(length: int, step: int, whole: tuple[tuple[int, int], ...]) -> list[int]:
-    """Where pieces of about `step` tokens begin and end in a row, none of them within what has to stay whole."""
+    """Returns the bounds of pieces of about `step` tokens of a row, none of them within a `whole` span."""
     bounds = [0]
     while bounds[-1] < length:
         stop = min(length, bounds[-1] + step)
@@ -220,7 +226,7 @@ def _bounds(length: int, step: int, whole: tuple[tuple[int, int], ...]) -> list[
 def decode_step(
     decoder: Decoder, tokens: Int64[Tensor, " B"], cache: KeyValueCache, watch: Watch | None = None
 ) -> Float[Tensor, "B D"]:
-    """Reads one more token of each sequence, and gives its state; `watch` hears of the row that was read."""
+    """Reads one more token of each sequence, and returns its state; `watch` receives the row."""
     attends = decode_attention(cache.blocks, cache.masks, cache.lengths, cache.longest + 1)
     row = decoder.row_of_new_tokens(cache.lengths, attends, cache.rotary_positions, cache.read_images)
     cache.advance()
@@ -232,7 +238,7 @@ def decode_step(
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Keeps away from blocks that are compiled for training: a graph for each length would soon be too many."""
+    """Bypasses blocks compiled for training: a graph for each length would soon be too many."""
     return torch.compiler.set_stance("force_eager")
 
 
@@ -244,7 +250,7 @@ def continue_texts(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
 ) -> list[str]:
-    """Continues each prompt, as text."""
+    """Continues each prompt, and returns the texts."""
     generated = generate(
         decoder,
         [prompt.sequence for prompt in prompts],

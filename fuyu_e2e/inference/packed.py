@@ -1,8 +1,8 @@
-"""Weights laid out as oneDNN likes them, for the few rows of a decoding step on a CPU.
+"""Weights in oneDNN's layout, for the few rows of a decoding step on a CPU.
 
-A step multiplies a handful of rows with every weight, so it takes as long as the weights take to be read. torch's own
-product in float32 reads them at half the speed that oneDNN does from its own layout (`docs/generation.md`). The price
-is a second copy of the weights, so they are packed only where a step is compiled.
+A step multiplies a handful of rows with every weight, so its time is the time to read the weights. torch's float32
+product reads them at half the speed of oneDNN's with its own layout (`docs/generation.md`). The cost is a second copy
+of the weights, so they are packed only if the step is compiled.
 """
 
 import copy
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from fuyu_e2e.model.decoder import Decoder
 
 SMALLEST = 2**18
-"""Values of a weight that is packed at least: calling out of a compiled step takes longer than a smaller one."""
+"""Fewest values of a weight that is packed: for smaller ones, leaving a compiled step takes longer than the
+product."""
 
 _packed: dict[int, Tensor] = {}
-"""Packed weights by number: a graph can be given a number, but not a tensor of a foreign layout."""
+"""Packed weights by number: a graph can hold a number, but not a tensor with a foreign layout."""
 _numbers = count()
 
 
@@ -33,7 +34,7 @@ def _(x: Tensor, bias: Tensor | None, number: int, features: int) -> Tensor:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer that multiplies with a packed copy of another one's weight."""
+    """A linear layer that multiplies with a packed copy of another layer's weight."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -43,7 +44,7 @@ class PackedLinear(nn.Module):
         finalize(self, _packed.pop, self.number, None)
 
     def pack(self, rows: int) -> None:
-        """Copies the weight as it is now, for products with so many rows."""
+        """Copies the current weight for products with `rows` rows."""
         _packed[self.number] = torch.ops.mkldnn._reorder_linear_weight(self.linear.weight.detach(), rows)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedDecoder:
-    """A decoder whose large weights are packed, and which follows the weights of the decoder it was made from."""
+    """A decoder with packed copies of its large weights, which follows the weights of the original decoder."""
 
     def __init__(self, decoder: Decoder) -> None:
         shared = [*decoder.parameters(), *decoder.buffers()]
@@ -64,12 +65,12 @@ class PackedDecoder:
 
     @staticmethod
     def serves(decoder: Decoder) -> bool:
-        """Whether this machine packs the decoder's weights."""
+        """Returns whether this machine can pack the decoder's weights."""
         weight = decoder.embed_tokens.weight
         return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
     def follow(self, decoder: Decoder, rows: int) -> None:
-        """Packs the weights anew if they changed since, or are to be multiplied with another number of rows."""
+        """Packs the weights again if they have changed, or if the number of rows has."""
         now = (rows, [(weight.data_ptr(), weight._version) for weight in decoder.parameters()])
         if now != self._packed_from:
             for module in self.decoder.modules():

@@ -31,44 +31,44 @@ class PackedBatch:
     tokens: Int64[Tensor, " T"]
     """Token ids; patch positions hold the placeholder's id, the padding at the end any valid id."""
     positions: Int64[Tensor, " T"]
-    """0, 1, 2, … in each document."""
+    """Position in the document: 0, 1, 2, …"""
     patches: UInt8[Tensor, "P C"]
     """Raw pixels, flattened row, column, channel; normalised to [-1, 1] on the device."""
     patch_positions: Int64[Tensor, " N"]
-    """Where in `tokens` each embedding of an image stands, one for each patch where the connector is Fuyu's."""
-    target_positions: Int64[Tensor, " S"]
+    """Indices in `tokens` of the image embeddings; Fuyu's connector gives one for each patch."""
+    target_positions: Int64[Tensor, " Y"]
     """The positions whose next token carries loss."""
-    targets: Int64[Tensor, " S"]
+    targets: Int64[Tensor, " Y"]
     """The id of that next token."""
     document_lengths: tuple[int, ...]
-    """Tokens of each document, in order. What is left of `tokens` behind them is padding."""
+    """Tokens of each document, in order. The rest of `tokens` is padding."""
     newline_positions: Int64[Tensor, " L"] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    """Where in `tokens` the newline tokens of images stand."""
+    """Indices in `tokens` of the images' newline tokens."""
     images: tuple[ImageSpan, ...] = ()
     """Each image in this row, in the order of `patches`."""
     image_documents: tuple[int, ...] = ()
-    """The number of each image's document in the row: one that takes no tokens may lie between two."""
+    """The number of each image's document in the row. An image that takes no tokens may lie between two documents."""
     document_ids: tuple[int, ...] = ()
-    """A number below 2^32 of each document's sample, the CRC of its key: it seeds what is drawn for the document."""
+    """The CRC of each document's sample key, below 2^32: the seed of random choices for the document."""
 
     @property
     def padding(self) -> int:
-        """Tokens at the end that belong to no document."""
+        """The number of tokens at the end that belong to no document."""
         return self.tokens.shape[0] - sum(self.document_lengths)
 
     @property
     def image_bounds(self) -> tuple[tuple[int, int], ...]:
-        """Where in `tokens` each image begins, and where it ends."""
+        """The (start, stop) indices of each image in `tokens`."""
         return tuple((span.start, span.stop) for span in self.images)
 
     @property
     def grids(self) -> tuple[Grid, ...]:
-        """Rows and columns of each view of the images, in the order of `patches`."""
+        """(rows, columns) of each view of the images, in the order of `patches`."""
         return tuple(grid for span in self.images for grid in span.grids)
 
     @property
     def image_count(self) -> int:
-        """How many images stand in the batch."""
+        """The number of images in the batch."""
         return len(self.images)
 
     def _apply(self, move: Any) -> "PackedBatch":
@@ -76,9 +76,9 @@ class PackedBatch:
         return replace(self, **{name: move(t) for name, t in tensors.items() if isinstance(t, Tensor)})
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedBatch":
-        """The same batch with its tensors on `device`."""
+        """Returns the same batch with its tensors on `device`."""
         return self._apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PackedBatch":
-        """The same batch with its tensors in page-locked memory."""
+        """Returns the same batch with its tensors in page-locked memory."""
         return self._apply(lambda tensor: tensor.pin_memory())

@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 def to_settings(component: Any, default: type) -> dict[str, Any]:
-    """Returns the fields of a component, a dataclass, in primitives.
+    """Returns the fields of a component, a dataclass, as primitives.
 
-    One of another class than the default is written as recipes name it: the path of its class, and the fields.
+    A component of another class than the default is written as in a recipe: its class path and its fields.
     """
     fields = asdict(component)
     kind = type(component)
@@ -20,14 +20,14 @@ def to_settings(component: Any, default: type) -> dict[str, Any]:
 
 
 def from_settings(settings: dict[str, Any], default: type[T], base: type) -> T:
-    """The inverse of `to_settings`.
+    """Returns the component that `to_settings` described.
 
-    Imports nothing but this package: whoever reads a checkpoint doesn't run what it names.
+    Imports nothing but this package: reading a checkpoint must not run the code that it names.
 
     Args:
-        settings: As they were stored.
-        default: The class of settings that name none.
-        base: That the class has to be a subclass of.
+        settings: The stored settings.
+        default: The class of settings without a class path.
+        base: The class that the component must derive from.
 
     Raises:
         UserError: The class isn't imported.

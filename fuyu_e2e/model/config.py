@@ -1,4 +1,4 @@
-"""What a decoder is made of: `FuyuConfig`, and the named sizes."""
+"""The configuration of a decoder, `FuyuConfig`, and the named sizes."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -27,7 +27,7 @@ class FuyuConfig:
     """One decoder transformer that reads patches and text in the same sequence.
 
     Raises:
-        UserError: Two values contradict each other; the sentence says what to change.
+        UserError: Two values contradict each other; the message says what to change.
     """
 
     vocab_size: int
@@ -57,22 +57,22 @@ class FuyuConfig:
     routing: RoutingConfig | None = None
     """Which blocks only some tokens pass; None for a dense decoder."""
     masks: tuple[AttentionMask, ...] = (CAUSAL,)
-    """What tokens see in each block: a pattern by depth, which repeats from the first block on."""
+    """The attention mask of each block: a pattern over depth, repeated from the first block."""
     blocks: tuple[BlockConfig, ...] = ()
-    """What the blocks are: a pattern by depth, which repeats from the first one on; where it is empty, all dense."""
+    """The kind of each block: a pattern over depth, repeated from the first block; empty for dense blocks only."""
     connector: ConnectorConfig = LINEAR
-    """What turns an image's patches into embeddings at its tokens."""
+    """The connector, which turns an image's patches into embeddings at its tokens."""
     image_norm: bool = False
-    """Whether embeddings of images pass an RMSNorm after the connector."""
+    """Whether the embeddings of images pass an RMSNorm after the connector."""
     grid_embeddings: int | None = None
-    """Where set, learnt embeddings of a patch's row and column in its image are added to its own: the most rows, and
-    columns, that there can be."""
+    """If set, each patch gets learnt embeddings of its row and column in the image; the value is the most rows, and
+    columns, that an image may have."""
 
     rotary: Rotary = "1d"
-    """Positions of image tokens: as the sequence counts them, or `2d`, by row and column of their patch. Text is the
-    same where no image comes before it."""
+    """Positions of image tokens: `1d` counts them in sequence, `2d` by row and column of their patch. Text before the
+    first image has the same positions either way."""
     patch_masking: PatchMasking | None = None
-    """Which patches a learnt embedding replaces in training."""
+    """Which patches a learnt embedding replaces in training; None for none."""
 
     def __post_init__(self) -> None:
         if not self.masks:
@@ -142,7 +142,7 @@ class FuyuConfig:
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "FuyuConfig":
-        """The inverse of `to_dict`; settings that are missing have their defaults."""
+        """Returns the configuration that `to_dict` described; missing settings take their defaults."""
         routing, masking = settings.get("routing"), settings.get("patch_masking")
         return cls(
             **settings
@@ -160,7 +160,7 @@ class FuyuConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the settings in primitives; components of other classes than the defaults by the paths of these."""
+        """Returns the settings as primitives; components of another class than the default with their class path."""
         return asdict(self) | {
             "masks": [to_settings(mask, AttentionMask) for mask in self.masks],
             "blocks": [to_settings(block, DenseConfig) for block in self.blocks],
@@ -169,12 +169,12 @@ class FuyuConfig:
 
     @property
     def parts(self) -> Parts:
-        """What the dialect makes blocks of."""
+        """The parts that the dialect builds blocks from."""
         return DIALECTS[self.dialect]
 
     @property
     def rotary_size(self) -> int:
-        """How many values of a head rotary positions turn, from its first on."""
+        """Values of a head that rotary positions turn, counted from the first."""
         return int(self.head_size * self.parts.rotary_part)
 
     @property
@@ -184,12 +184,12 @@ class FuyuConfig:
 
     @property
     def reads_images(self) -> bool:
-        """Whether a block's mask asks which tokens are of one image."""
+        """Whether a block's mask depends on which tokens belong to the same image."""
         return any(mask.reads_images for mask in self.masks)
 
     @property
     def routed(self) -> tuple[int, ...]:
-        """The routed blocks, in order of depth."""
+        """The numbers of the routed blocks, in order of depth."""
         return () if self.routing is None else self.routing.blocks_of(self.layers)
 
     @property
@@ -199,10 +199,10 @@ class FuyuConfig:
 
 
 def named_size(name: str) -> FuyuConfig:
-    """The decoder of a named size, `1m` to `8b`.
+    """Returns the decoder configuration of a named size, `1m` to `8b`.
 
-    The vocabulary is 32,768 (`1m`: 2,048, `10m`: 16,384, `8b`: 65,536), a patch 16 pixels (`1m`: 8, `8b`: 30).
-    Names give the parameters, embeddings included, to within a fifth.
+    The vocabulary is 32,768 (`1m`: 2,048, `10m`: 16,384, `8b`: 65,536), a patch 16 pixels (`1m`: 8, `8b`: 30). A name
+    gives the number of parameters, embeddings included, to within a fifth.
 
     Raises:
         UserError: No size has that name.

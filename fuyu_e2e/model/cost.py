@@ -1,4 +1,4 @@
-"""What a decoder costs: parameters, and floating-point operations of a row, counted exactly."""
+"""The exact cost of a decoder: parameters, and floating-point operations of a row."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ class Cost:
     """The cost of one row of tokens; a multiply-add is two operations, and only matrix products count."""
 
     parameters: int
-    """All trained values, a tied embedding once."""
+    """Trained values, counting a tied embedding once."""
     tokens: int
     """Tokens of the row."""
     forward_flops: int
     """Operations of the forward pass."""
     training_flops: int
-    """Operations of forward and backward pass, nothing computed twice."""
+    """Operations of the forward and backward pass, without recomputation."""
 
     @property
     def training_flops_per_token(self) -> float:
@@ -39,21 +39,20 @@ def cost(
     passing: Sequence[Counts] | None = None,
     done: float | None = 1.0,
 ) -> Cost:
-    """Counts a row of documents with these lengths, images and `targets` supervised tokens.
+    """Returns the cost of a row of documents with images and `targets` supervised tokens.
 
-    Blocks and the connector count themselves (`Block.operations`, `Connector.flops`). The output projection counts at
-    supervised tokens, where it is computed. A block that selects tokens counts for those, not for what fills its
-    capacity beyond them.
+    Blocks and the connector count themselves (`Block.operations`, `Connector.flops`). The output projection counts
+    only at supervised tokens, where it is computed. A block that selects tokens counts the selected ones, not the
+    filler of its capacity.
 
     Args:
-        config: Of the decoder.
+        config: The decoder's configuration.
         document_lengths: Tokens of each document.
-        grids: Rows and columns of patches of each view of its images.
+        grids: (rows, columns) of each view of its images, in patches.
         targets: Supervised tokens of the row.
-        passing: How many tokens of each document pass, for each block that selects some; None takes the shares asked
-            for.
-        done: The part of a training that is done, as blocks may compute more at first; None for the mean over all of
-            it. Matters where `passing` is None.
+        passing: For each block that selects tokens, passing tokens of each document; None for the configured shares.
+        done: The completed fraction of a training, since blocks may compute more at first; None for the mean over all
+            of it. Only used if `passing` is None.
     """
     by_block = {} if passing is None else dict(zip(meta_decoder(config).selecting, passing, strict=True))
     patches = sum(rows * cols for rows, cols in grids)
@@ -68,7 +67,10 @@ def cost(
 
 
 def decode_step_flops(config: FuyuConfig, keys: Counts) -> int:
-    """Operations of one more token in each sequence, which passes every block and sees so many keys, its own too."""
+    """Returns the operations of one more token in each sequence, each seeing `keys` keys including its own.
+
+    The decoder must not have blocks that select tokens.
+    """
     assert not meta_decoder(config).selecting
     row = CountedRow(lengths=(1,) * len(keys), cached=[seen - 1 for seen in keys])
     return round(_flops(config, row, targets=len(keys)).forward)
@@ -76,7 +78,7 @@ def decode_step_flops(config: FuyuConfig, keys: Counts) -> int:
 
 @lru_cache
 def _counted(config: FuyuConfig) -> tuple[int, Flops, dict[Operations, int]]:
-    """Parameters, operations of a supervised token, and of how many blocks which ones are."""
+    """Returns the parameters, the operations of a supervised token, and how many blocks have which operations."""
     decoder = meta_decoder(config)
     parameters = sum(weight.numel() for weight in decoder.parameters())
     target = Flops(decoder.lm_head.weight.numel())
@@ -84,7 +86,7 @@ def _counted(config: FuyuConfig) -> tuple[int, Flops, dict[Operations, int]]:
 
 
 def _flops(config: FuyuConfig, row: CountedRow, targets: int) -> Flops:
-    """Those of the blocks and of the output projection."""
+    """Returns the operations of the blocks and of the output projection."""
     _, target, blocks = _counted(config)
     flops = Flops()
     for operations, times in blocks.items():

@@ -1,15 +1,15 @@
 """The decoder: one transformer for patches and text.
 
-- a patch enters through ONE linear projection, a token through the embedding; both stand in the same sequence
-  (another connector may stand in its place, `fuyu_e2e.model.images`)
-- each row of patches ends with a newline token, so that the two dimensions of an image are told in one
-- causal attention everywhere, inside images too, and never from one document to another; `config.masks` may say
-  otherwise for some blocks, by a window or between the tokens of an image
-- rotary positions that restart in each document and count patches and newlines like words
-- a norm first in each half of a block, on queries and keys, and before the output
-- some blocks may be routed: only tokens that a rule chooses pass them (Mixture-of-Depths, `fuyu_e2e.model.routing`)
-- output projections of blocks start at zero, so that a new model is its embedding and deepens as it learns
-- the loss is computed where tokens carry it and nowhere else, a chunk of logits at a time
+- a patch enters through ONE linear projection, a token through the embedding, into the same sequence
+  (`fuyu_e2e.model.images` has other connectors)
+- each row of patches ends with a newline token, which tells the shape of an image in a one-dimensional sequence
+- attention is causal, inside images too, and never crosses documents; `config.masks` can set a window or
+  bidirectional images for some blocks
+- rotary positions restart in each document and count patches and newlines like words
+- a norm comes before each half of a block, on queries and keys, and before the output
+- routed blocks process only the tokens that a rule chooses (Mixture-of-Depths, `fuyu_e2e.model.routing`)
+- output projections of blocks start at zero: a new model is its embedding, and blocks join in as they learn
+- the loss is computed only at supervised tokens, one chunk of logits at a time
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,31 +44,31 @@ from fuyu_e2e.model.routing.block import RoutedBlock
 from fuyu_e2e.model.row import Reports, Row, TokenInfo, TrainingProgress
 
 LOSS_CHUNK = 2_048
-"""Positions whose logits are in memory at once while the loss is computed."""
+"""Supervised tokens whose logits are in memory at once."""
 
 
 class Inputs(NamedTuple):
-    """What a decoder reads."""
+    """The inputs of a decoder."""
 
     tokens: Int64[Tensor, " T"]
-    """Token ids; places of patches hold any."""
+    """Token ids; any id at the place of an image embedding."""
     patches: UInt8[Tensor, "P C"] | None = None
-    """Raw patches; None where there can be none, or their embeddings are given."""
+    """Raw patches; None if there can be none, or if `states` is given."""
     patch_positions: Int64[Tensor, " N"] | None = None
-    """The index in `tokens` of each embedding of an image."""
+    """The index in `tokens` of each image embedding."""
     images: tuple[ImageSpan, ...] = ()
-    """The images that the patches are of, where a connector or an option after it reads them."""
+    """The images of the patches, for a connector or an option after it."""
     states: ImageStates | None = None
-    """What `embed_images` gave, in the place of patches."""
+    """The result of `embed_images`, instead of patches."""
     masked: Bool[Tensor, " N"] | None = None
-    """Which embeddings of images a learnt one replaces."""
+    """The image embeddings that a learnt one replaces."""
 
 
 def build_block(config: FuyuConfig, number: int) -> Block:
-    """Returns the block of a decoder with that number, from 0.
+    """Returns block number `number` (from 0) of a decoder.
 
     Raises:
-        UserError: It is to be routed, and is of a kind that can't be.
+        UserError: The block is to be routed but is not dense.
     """
     kinds = config.blocks or (DenseConfig(),)
     block = kinds[number % len(kinds)].build(config, number)
@@ -84,7 +84,7 @@ def build_block(config: FuyuConfig, number: int) -> Block:
 
 @lru_cache
 def meta_decoder(config: FuyuConfig) -> "Decoder":
-    """A decoder without values, to count what it is made of; the same one each time, so it must not be changed."""
+    """Returns the decoder without values (meta tensors), for counting. Cached and shared: don't change it."""
     with torch.device("meta"):
         return Decoder(config)
 
@@ -108,17 +108,17 @@ class Decoder(nn.Module):
         self.reads_info = any(block.reads_info for block in self.each_block())
         """Whether any block reads `Row.info`."""
         self.progress = TrainingProgress()
-        """How far its training has come, for the annealing of shares; whoever trains it sets this in each step."""
+        """The training's progress, for the annealing of shares; the trainer sets it in each step."""
         self.attention: AttentionBackend = "auto"
-        """What computes the attention of packed rows."""
+        """The backend for the attention of packed rows."""
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draws all weights anew from torch's global generator.
+        """Draws all weights from torch's global generator.
 
-        A new model is a uniform guesser: its loss is the logarithm of the vocabulary. That bounds the output
-        projection, and where it is tied the embedding too.
+        A new model predicts a uniform distribution: its loss is the logarithm of the vocabulary size. This bounds the
+        scale of the output projection, and of the embedding if the two are tied.
         """
         width = self.config.width
         of_connector = set(self.patch_projection.modules())
@@ -141,19 +141,19 @@ class Decoder(nn.Module):
             block.initialize()
 
     def each_block(self) -> Iterator[Block]:
-        """The blocks, in order of depth."""
+        """Yields the blocks in order of depth."""
         for block in self.blocks:
             assert isinstance(block, Block)
             yield block
 
     @property
     def selecting(self) -> dict[int, Block]:
-        """The blocks that only some tokens pass, by their numbers."""
+        """The blocks that select tokens, by number."""
         return {number: block for number, block in enumerate(self.each_block()) if block.selects_tokens}
 
     @property
     def other_kinds(self) -> dict[type[Block], list[int]]:
-        """The numbers of the blocks that aren't dense, by their class."""
+        """The numbers of the blocks that are not dense, by class."""
         kinds: dict[type[Block], list[int]] = {}
         for number, block in enumerate(self.each_block()):
             if not isinstance(block, DenseBlock):
@@ -166,12 +166,13 @@ class Decoder(nn.Module):
             block.recompute = kind
 
     def embed_images(self, patches: UInt8[Tensor, "P C"], images: tuple[ImageSpan, ...]) -> ImageStates:
-        """Returns the embedding at each place that images have for one, in the order of the row.
+        """Returns the connector's embeddings, in the order of the row, and its features if it gives any.
 
-        Runs the connector also of no patches, so that a rank with text alone takes part in its gradient.
+        Runs the connector even without patches, so that a rank whose row is text alone joins in the gradient
+        reduction.
 
         Raises:
-            UserError: A view has more rows or columns than `grid_embeddings`.
+            UserError: A view has more rows or columns than `grid_embeddings` allows.
         """
         made = self.patch_projection(patches, images=images)
         states = made if isinstance(made, ImageStates) else ImageStates(made)
@@ -183,7 +184,7 @@ class Decoder(nn.Module):
         return states._replace(embeddings=x_ND)
 
     def embed(self, inputs: Inputs, states: ImageStates | None) -> Float[Tensor, "T D"]:
-        """Returns token embeddings, with those of images in place of their placeholders."""
+        """Returns the token embeddings with image embeddings in place of their placeholders."""
         x_TD = self.embed_tokens(inputs.tokens)
         if states is None or inputs.patch_positions is None:
             return x_TD
@@ -200,17 +201,17 @@ class Decoder(nn.Module):
         device: torch.device,
         backend: AttentionBackend,
     ) -> RowAttention:
-        """The attention under a mask of a row of documents, in the type that products are computed in.
+        """Returns the attention of a row of documents under a mask, in the dtype of the queries, keys and values.
 
         Args:
             mask: What a token sees of its document.
             lengths: Tokens of each document, laid end to end.
-            images: Where in the row each image begins and ends.
-            device: Where the row is.
-            backend: What computes it.
+            images: The (start, stop) indices of each image in the row.
+            device: The device of the row.
+            backend: The attention backend.
 
         Raises:
-            UserError: The backend doesn't serve this device, type or size of a head; or an image is larger than the
+            UserError: The backend doesn't serve this device, dtype or head size; or an image is larger than the
                 window through which its tokens are to see each other.
         """
         mask.check_images(max((stop - start for start, stop in images), default=0))
@@ -219,7 +220,7 @@ class Decoder(nn.Module):
         return plan_attention(lengths, device, dtype, backend, head_size=head_size, mask=mask, images=images)
 
     def row(self, batch: PackedBatch) -> Row:
-        """The row of a packed batch, for one way through the decoder."""
+        """Returns the row of a packed batch, for one forward pass."""
         lengths, images = (*batch.document_lengths, batch.padding), batch.image_bounds
         masks = [block.mask for block in self.each_block()]
         plans = {mask: self.plan(mask, lengths, images, batch.tokens.device, self.attention) for mask in set(masks)}
@@ -228,7 +229,7 @@ class Decoder(nn.Module):
         return self.row_of(batch.positions, attends, self.info(batch), rotary_positions, read)
 
     def read_images(self, batch: PackedBatch) -> Int64[Tensor, " T"] | None:
-        """Returns the image that each token of a packed batch may read the features of; see `Row.read_images`."""
+        """Returns the image whose features each token may read, see `Row.read_images`; None without features."""
         if not self.config.connector.gives_features:
             return None
         read, ends = np.full(len(batch.tokens), -1, np.int64), np.cumsum(batch.document_lengths)
@@ -237,14 +238,14 @@ class Decoder(nn.Module):
         return to_device(torch.from_numpy(read), batch.tokens.device)
 
     def rotary_positions(self, batch: PackedBatch) -> Int64[Tensor, " T"] | Int64[Tensor, "2 T"]:
-        """Returns what the rotary embedding counts of each token: its position, or its row and column."""
+        """Returns the positions that the rotary embedding counts: one for each token, or its row and column."""
         if self.config.rotary == "1d":
             return batch.positions
         places = grid_positions((*batch.document_lengths, batch.padding), batch.images)
         return to_device(torch.from_numpy(places), batch.tokens.device)
 
     def info(self, batch: PackedBatch) -> TokenInfo | None:
-        """What blocks read of a packed batch's tokens beside their states; None where none does."""
+        """Returns facts about a packed batch's tokens for the blocks; None if no block reads them."""
         if not self.reads_info:
             return None
         return TokenInfo.of(batch, len(self.blocks), self.progress, self.training)
@@ -257,14 +258,14 @@ class Decoder(nn.Module):
         rotary_positions: Tensor | None = None,
         read_images: Int64[Tensor, " T"] | None = None,
     ) -> Row:
-        """The row of tokens at some positions of their documents.
+        """Returns the row of tokens at some positions of their documents.
 
         Args:
-            positions: Of each token.
-            attends: How each block attends.
-            tokens: What else is known of them, where a block reads it.
-            rotary_positions: As `rotary_positions` gives them, where they differ.
-            read_images: As `read_images` gives them.
+            positions: The position of each token in its document.
+            attends: The attention of each block.
+            tokens: Further facts about the tokens, if a block reads them.
+            rotary_positions: As `rotary_positions` returns them, if they differ from `positions`.
+            read_images: As `read_images` returns them.
         """
         turned = positions if rotary_positions is None else rotary_positions
         return Row(
@@ -283,14 +284,14 @@ class Decoder(nn.Module):
         rotary_positions: Int64[Tensor, " B"] | None = None,
         read_images: Int64[Tensor, " B"] | None = None,
     ) -> Row:
-        """The row of the next token of each of several sequences; arguments as those of `row_of`."""
+        """Returns the row of the next token of each sequence of a batch; for the arguments, see `row_of`."""
         tokens = TokenInfo.of_new_tokens(positions, len(self.blocks)) if self.reads_info else None
         return self.row_of(positions, attends, tokens, rotary_positions, read_images)
 
     def forward(self, inputs: Inputs, row: Row) -> Float[Tensor, "T D"]:
-        """Returns the states after the last block, normalised: what the output projection reads.
+        """Returns the normalised states after the last block, the input of the output projection.
 
-        Training, prefill, decoding steps and exported graphs all come this way. Blocks add to `row.reports`.
+        Training, prefill, decoding steps and exported graphs all run this. Blocks add to `row.reports`.
         """
         states = inputs.states
         if states is None and inputs.patches is not None:
@@ -303,7 +304,7 @@ class Decoder(nn.Module):
         return self.norm(x_TD)
 
     def _states(self, batch: PackedBatch, row: Row | None) -> Float[Tensor, "T D"]:
-        """Those of a packed batch."""
+        """Returns the final states of a packed batch."""
         masked, masking = None, self.config.patch_masking
         if self.training and masking is not None:
             drawn = masking.draw(batch, self.progress.step)
@@ -314,57 +315,57 @@ class Decoder(nn.Module):
             return self.forward(inputs, self.row(batch) if row is None else row)
 
     def logits(self, batch: PackedBatch, row: Row | None = None) -> Float[Tensor, "T V"]:
-        """Logits of the next token at every position of a packed batch.
+        """Returns the next-token logits at every position of a packed batch.
 
         Args:
-            batch: What is read.
-            row: That of `row(batch)`, by whoever wants to see the blocks' reports.
+            batch: The packed batch.
+            row: The result of `row(batch)`, for a caller that wants to read the blocks' reports from it.
         """
         return self.lm_head(self._states(batch, row))
 
     def loss(self, batch: PackedBatch, row: Row | None = None) -> Float[Tensor, ""]:
-        """The cross-entropy of all supervised tokens, in nats: their sum, float32.
+        """Returns the summed cross-entropy of all supervised tokens, in nats, float32.
 
-        The caller divides by the supervised tokens of the whole step; a mean here would weigh batches wrongly. Losses
-        of the blocks' own are not in it but in `row`, that of `row(batch)`.
+        The caller divides by the supervised tokens of the whole step; a mean here would weigh batches unevenly. The
+        blocks' auxiliary losses are not included: read them from `row`, the result of `row(batch)`.
         """
         return self.loss_and_z(batch, row, with_z=False)[0]
 
     def loss_and_z(
         self, batch: PackedBatch, row: Row | None = None, *, with_z: bool
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """The same, and the sum over supervised tokens of log²(Z); Z normalises the softmax.
+        """Returns the summed loss and the sum over supervised tokens of log²(Z), Z being the softmax's normaliser.
 
-        A small part of the latter in the loss (Chowdhery et al. 2022, arXiv 2204.02311, section 5: 1e-4) keeps Z near
-        1, where bfloat16 rounds logits the least. It is 0, and costs nothing, unless asked for by `with_z`.
+        A small multiple of the second added to the loss (Chowdhery et al. 2022, arXiv 2204.02311, section 5: 1e-4)
+        keeps Z near 1, where bfloat16 rounds logits the least. Without `with_z` it is 0 and costs nothing.
         """
-        hidden_SD = self._states(batch, row).index_select(0, batch.target_positions)
-        chunks = zip(hidden_SD.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True)
-        if hidden_SD.shape[0] <= LOSS_CHUNK:
+        hidden_YD = self._states(batch, row).index_select(0, batch.target_positions)
+        chunks = zip(hidden_YD.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True)
+        if hidden_YD.shape[0] <= LOSS_CHUNK:
             losses = [self._chunk_losses(*chunk, with_z) for chunk in chunks]
         else:
             losses = [checkpoint(self._chunk_losses, *chunk, with_z, use_reentrant=False) for chunk in chunks]
-        # Two sums, not one to be taken apart: torch's FSDP wants no views from a forward pass.
+        # Two tensors: FSDP2 rejects views as outputs of a forward pass.
         both = torch.stack(losses)
         return both[:, 0].sum(), both[:, 1].sum()
 
     @torch.no_grad()
-    def token_losses(self, batch: PackedBatch) -> Float[Tensor, " S"]:
-        """The cross-entropy of each supervised token, in nats, float32, in the order of `batch.targets`."""
-        hidden_SD = self._states(batch, None).index_select(0, batch.target_positions)
-        chunks = zip(hidden_SD.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True)
+    def token_losses(self, batch: PackedBatch) -> Float[Tensor, " Y"]:
+        """Returns the cross-entropy of each supervised token, in nats, float32, in the order of `batch.targets`."""
+        hidden_YD = self._states(batch, None).index_select(0, batch.target_positions)
+        chunks = zip(hidden_YD.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True)
         return torch.cat(
             [F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none") for hidden, targets in chunks]
         )
 
-    def _chunk_losses(self, hidden_SD: Tensor, targets: Tensor, with_z: bool) -> Tensor:
-        logits_SV = self.lm_head(hidden_SD).float()
-        loss = F.cross_entropy(logits_SV, targets, reduction="sum")
-        return torch.stack((loss, logits_SV.logsumexp(dim=-1).square().sum() if with_z else torch.zeros_like(loss)))
+    def _chunk_losses(self, hidden_YD: Tensor, targets: Tensor, with_z: bool) -> Tensor:
+        logits_YV = self.lm_head(hidden_YD).float()
+        loss = F.cross_entropy(logits_YV, targets, reduction="sum")
+        return torch.stack((loss, logits_YV.logsumexp(dim=-1).square().sum() if with_z else torch.zeros_like(loss)))
 
     @torch.no_grad()
     def observe(self, row: Row) -> None:
-        """Has blocks count what they reported of a training row, for `end_step`."""
+        """Passes the reports of a training row to their blocks, which count them for `end_step`."""
         for report in row.reports:
             block = self.blocks[report.block]
             assert isinstance(block, Block)
@@ -374,12 +375,12 @@ class Decoder(nn.Module):
     def end_step(
         self, progress: TrainingProgress, reduce: Callable[[Tensor], Tensor], skip: Bool[Tensor, ""] | None = None
     ) -> None:
-        """Tells blocks that count something in training what all ranks counted since the last step's end.
+        """Passes to each block that counts something the total over all ranks since the end of the last step.
 
         Args:
-            progress: Of the next step.
+            progress: The progress at the next step.
             reduce: Sums counts over all ranks.
-            skip: Whether to forget it instead; known to the device alone.
+            skip: Whether to discard the counts instead; a tensor, so that the host need not wait for it.
         """
         counting = [(block, counts) for block in self.each_block() if (counts := block.counts) is not None]
         if counting:

@@ -1,10 +1,10 @@
-"""Dialects: combinations of block parts, each weight for weight what a text model of transformers computes.
+"""Dialects: combinations of block parts, each of which computes the same as a text model of transformers.
 
-qwen3   as its Qwen3: RMSNorm before each half of a block and on queries and keys, SwiGLU, grouped-query attention, no
+qwen3   Qwen3: RMSNorm before each half of a block and on queries and keys, SwiGLU, grouped-query attention, no
         biases
-fuyu    as its Persimmon, the text model of the released Fuyu-8B: LayerNorm in the same places, squared ReLU, every
-        head with a key of its own, rotary positions on the first half of each head, biases everywhere but in the
-        output projection
+fuyu    Persimmon, the text model of the released Fuyu-8B: LayerNorm in the same places, squared ReLU, a separate key
+        for every head, rotary positions on the first half of each head, biases everywhere but in the output
+        projection
 
 Rotary positions are in the rotate-half layout.
 """
@@ -17,20 +17,20 @@ Dialect = Literal["qwen3", "fuyu"]
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What blocks of a dialect are made of."""
+    """The parts that a dialect builds blocks from."""
 
     norm: Literal["RMSNorm", "LayerNorm"]
-    """The class in `torch.nn`."""
+    """Class name in `torch.nn`."""
     feed_forward: Literal["SwiGLU", "SquaredReLU"]
-    """The class in `fuyu_e2e.model.blocks.dense`."""
+    """Class name in `fuyu_e2e.model.blocks.dense`."""
     biases: bool
-    """Whether attention's products have biases."""
+    """Whether the linear layers of attention have biases."""
     rotary_part: float
-    """The part of a head that rotary positions turn."""
+    """Fraction of each head's values that rotary positions turn."""
     own_keys: bool
-    """Whether every head must have a key of its own."""
+    """Whether every query head has its own key head."""
     fills_width: bool
-    """Whether heads x head_size must be the width."""
+    """Whether heads x head_size must equal the width."""
 
 
 DIALECTS: dict[Dialect, Parts] = {

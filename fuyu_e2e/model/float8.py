@@ -1,8 +1,7 @@
-"""Products of blocks in 8-bit floating point, by torchao: twice as fast as in bfloat16 on the GPUs that have them.
+"""Block products in 8-bit floating point, by torchao: twice as fast as bfloat16 on GPUs that support them.
 
 Micikevicius et al. 2022 (arXiv 2209.05433): weights and activations as e4m3, gradients as e5m2, each tensor scaled by
-its own largest value as it is cast. Weights stay as they are, under the same names: optimizers, checkpoints and export
-see nothing of it.
+its largest value as it is cast. The stored weights don't change: optimizers, checkpoints and export are unaffected.
 """
 
 from importlib.util import find_spec
@@ -14,13 +13,13 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.decoder import Decoder
 
 CAPABILITY = (8, 9)
-"""Of the first NVIDIA GPUs with such products: Ada, then Hopper."""
+"""Compute capability of the first NVIDIA GPUs with float8 products, Ada; Hopper follows."""
 MULTIPLE = 16
-"""What both sizes of a weight have to be a multiple of."""
+"""Both sizes of a weight must be multiples of this."""
 
 
 def has_float8(device: torch.device | None = None) -> bool:
-    """Whether a device, by default the current one, has float8 products and torchao is installed to ask for them."""
+    """Returns whether a device, by default the current one, supports float8 products and torchao is installed."""
     return (
         torch.cuda.is_available()
         and (device is None or device.type == "cuda")
@@ -30,15 +29,15 @@ def has_float8(device: torch.device | None = None) -> bool:
 
 
 def use_float8(decoder: Decoder, device: torch.device, *, emulated: bool = False) -> None:
-    """Has the linear layers of all blocks multiply in float8; embedding, patch projection and head stay as they are.
+    """Switches the linear layers of all blocks to float8; embedding, patch projection and head stay as they are.
 
     Args:
         decoder: Changed in place, before its blocks are compiled or sharded.
-        device: Where it will run.
-        emulated: Casts as the GPU would, but multiplies in the wider type, on any device: for tests.
+        device: The device that it will run on.
+        emulated: Casts as the GPU would but multiplies in the wider type, on any device: for tests.
 
     Raises:
-        UserError: torchao isn't installed, the device has no such products, or a layer's size doesn't fit them.
+        UserError: torchao isn't installed, the device has no float8 products, or a layer's size doesn't fit them.
     """
     if not emulated and not has_float8(device):
         raise UserError(
@@ -53,11 +52,11 @@ def use_float8(decoder: Decoder, device: torch.device, *, emulated: bool = False
                 f"model.fp8 needs weights whose sizes are multiples of {MULTIPLE}, but block {name} has "
                 f"{' x '.join(map(str, module.weight.shape))}: change width, heads, head_size or feed_forward."
             )
-    # Rows of any length: in the gradient of a weight, tokens are what is summed over.
+    # Rows have any length, and a weight's gradient sums over tokens: that dimension needs padding.
     config = Float8LinearConfig(emulate=emulated, pad_inner_dim=True)
     convert_to_float8_training(decoder.blocks, module_filter_fn=_is_product, config=config)
 
 
 def _is_product(module: nn.Module, name: str) -> bool:
-    """Whether a module is a linear layer of attention or feed-forward; rules that select tokens stay exact."""
+    """Returns whether a module is a linear layer of attention or feed-forward; routing rules stay exact."""
     return isinstance(module, nn.Linear) and ".rule." not in name

@@ -1,4 +1,4 @@
-"""How many graphs the compiled parts of a decoder may be made into, and what is said where there are more."""
+"""The limit on graphs of a decoder's compiled parts, and the warning when it is reached."""
 
 import warnings
 from collections.abc import Iterator
@@ -8,23 +8,23 @@ import torch
 from torch._dynamo.utils import counters
 
 GRAPHS = 64
-"""Graphs of a function kept at most, of all decoders of a process, where torch's own limit is 8.
+"""The most graphs of one function, over all decoders of a process; torch's own limit is 8.
 
-A block is compiled once for all blocks of its kind, but again with and without gradients, for another
-type, and once or twice more as each of these turns out to vary: the documents of a row, the length of the longest, and
-the capacity and number of a block that selects tokens. Of decoding steps, there is one for each number of prompts and
-each length's power of two."""
+One graph serves all blocks of a kind. Further ones are compiled with and without gradients, for another dtype, and
+once or twice for each size that turns out to vary: the documents of a row, the longest length, and the capacity and
+number of a block that selects tokens. Decoding steps have one for each number of prompts and each power of two in
+length."""
 
 
 def many_graphs() -> AbstractContextManager[None]:
-    """A context in which what is compiled is called: entered once for many calls, since entering takes its time."""
-    # Blocks that know their numbers would each be compiled for its own.
+    """Returns a context for calls of compiled code; enter it once for many calls, since entering takes time."""
+    # Without the second setting, a block that knows its number would be compiled for each number.
     return torch._dynamo.config.patch(recompile_limit=GRAPHS, allow_unspec_int_on_nn_module=True)
 
 
 @contextmanager
 def noticing_too_many() -> Iterator[None]:
-    """The same, with a warning where something was too varied for it, and will run uncompiled from now on."""
+    """Enters `many_graphs`, and warns if the limit was reached; rows of further kinds then run uncompiled."""
     before = _refused()
     with many_graphs():
         yield
@@ -38,5 +38,5 @@ def noticing_too_many() -> Iterator[None]:
 
 
 def _refused() -> int:
-    """How often in this process something wasn't compiled for being compiled too often."""
+    """Returns how often in this process a function wasn't compiled because it had too many graphs."""
     return sum(count for reason, count in counters["unimplemented"].items() if "limit exceeded" in reason)

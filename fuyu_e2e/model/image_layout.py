@@ -1,8 +1,8 @@
-"""What becomes of an image on the host: which views of it are cut into patches, and what it takes in the sequence.
+"""Image layout, decided on the host: the views of an image that are cut into patches, and its tokens in the sequence.
 
-A view is the whole image at some size, or a crop of that. Fuyu's layout is one view, the image at the largest size
-that the policy allows, and a newline token after each row of its patches. A design that wants another overrides a
-method of `ImageLayout`.
+A view is the whole image at some size, or a crop of it. Fuyu's layout has one view, the image at the largest size
+that the policy allows, and a newline token after each row of patches. Another design overrides a method of
+`ImageLayout`.
 """
 
 import math
@@ -19,10 +19,10 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePolicy:
-    """Which images are used, and at which size.
+    """Which images are used, and at what size.
 
     Raises:
-        UserError: A limit that would refuse every image.
+        UserError: A limit would refuse every image.
     """
 
     patch_size: int
@@ -30,9 +30,9 @@ class ImagePolicy:
     max_patches: int = 1024
     """Patch budget of an image; a larger one is scaled down to it."""
     max_size: tuple[int, int] | None = None
-    """Height and width in pixels, whole patches, that an image is scaled down to fit where it is larger, as in the
-    released Fuyu; None sets no such limit. Where the budget holds every image that fits, transformers' Fuyu
-    processor scales all images as this policy does."""
+    """Height and width in pixels, multiples of the patch size; a larger image is scaled down to fit, as in the
+    released Fuyu. None for no limit. If the budget holds every image that fits, transformers' Fuyu processor
+    scales all images to the same sizes."""
     max_pixels: int = 2**26
     """Pixels of an image, as its header says, above which it is not decoded: 64 megapixels."""
     max_bytes: int = 2**25
@@ -51,13 +51,14 @@ class ImagePolicy:
 
 
 def fit_policy(width: int, height: int, policy: ImagePolicy) -> tuple[int, int]:
-    """The width and height, in pixels, at which an image enters: its own, or the largest that the policy allows."""
+    """Returns the (width, height) in pixels at which an image is read: its own, or the largest that the policy
+    allows."""
     if policy.max_size is not None and (height > policy.max_size[0] or width > policy.max_size[1]):
         scale = min(policy.max_size[0] / height, policy.max_size[1] / width)
-        width, height = max(1, int(width * scale)), max(1, int(height * scale))  # cut off, as transformers does
+        width, height = max(1, int(width * scale)), max(1, int(height * scale))  # truncated, as in transformers
     if _patches(width, height, policy) <= policy.max_patches:
         return width, height
-    # Whole patches jump as the scale grows, so the largest scale that fits is found by halving.
+    # The patch count is a step function of the scale, so bisection finds the largest scale that fits.
     low, high = 0.0, 1.0
     for _ in range(32):
         scale = (low + high) / 2
@@ -78,10 +79,10 @@ def _scaled(width: int, height: int, scale: float) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class View:
-    """What one grid of patches shows of an image."""
+    """The part of an image that one grid of patches shows."""
 
     size: tuple[int, int]
-    """Width and height in pixels that the whole image is scaled to."""
+    """(width, height) in pixels that the whole image is scaled to."""
     crop: tuple[int, int, int, int] | None = None
     """Left, top, right and bottom in the scaled image; None for all of it."""
 
@@ -94,9 +95,13 @@ class ImageLayout:
         return (View(fit_policy(width, height, policy)),)
 
     def tokens(self, grids: tuple[Grid, ...]) -> Bool[np.ndarray, " n"]:
-        """Returns the tokens of an image with these grids, one for each view, in the order of the sequence.
+        """Returns the tokens of an image in the order of the sequence.
 
-        True is a newline token, False the place of an embedding; there may be none at all.
+        Args:
+            grids: (rows, columns) of each of its views.
+
+        Returns:
+            True for a newline token, False for an embedding; may be empty.
         """
         return np.frombuffer(b"".join(_with_newlines(*grid) for grid in grids), dtype=bool)
 
@@ -109,7 +114,8 @@ FUYU_LAYOUT = ImageLayout()
 
 
 def most_tokens(layout: ImageLayout, policy: ImagePolicy) -> int:
-    """Tokens that an image has at most, by many shapes from the tallest to the widest that the policy lets in."""
+    """Returns the most tokens that an image takes, tried on 65 shapes from the tallest to the widest that is
+    allowed."""
     most = 0
     for step in range(65):
         aspect = policy.max_aspect ** (step / 32 - 1)
@@ -124,7 +130,7 @@ def most_tokens(layout: ImageLayout, policy: ImagePolicy) -> int:
 
 
 def same_layout(one: ImageLayout, other: ImageLayout) -> bool:
-    """Whether two layouts are known to be the same: equal, or both Fuyu's."""
+    """Returns whether two layouts are known to be the same: equal, or both Fuyu's."""
 
     def is_fuyus(layout: ImageLayout) -> bool:
         return (type(layout).views, type(layout).tokens) == (ImageLayout.views, ImageLayout.tokens)
@@ -134,16 +140,16 @@ def same_layout(one: ImageLayout, other: ImageLayout) -> bool:
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """Where one image stands in a sequence or row, and what of it."""
+    """The place of one image in a sequence or row, and its layout."""
 
     start: int
-    """Index of its first token; of the token behind it where it has none."""
+    """Index of its first token; of the next token if it has none."""
     grids: tuple[Grid, ...]
-    """Of each view."""
+    """(rows, columns) of each view."""
     layout: bytes
-    """A byte for each of its tokens: 1 for a newline, 0 for the place of an embedding."""
+    """One byte for each of its tokens: 1 for a newline, 0 for an embedding."""
     paddings: tuple[tuple[int, int], ...] = ()
-    """Of each view the rows of pixels at the bottom, and columns at the right, that only fill up the last patches."""
+    """For each view, the rows of pixels at the bottom and the columns at the right that only pad the last patches."""
 
     @classmethod
     def of_grid(cls, start: int, rows: int, cols: int, padding: tuple[int, int] = (0, 0)) -> "ImageSpan":
@@ -152,7 +158,7 @@ class ImageSpan:
 
     @property
     def stop(self) -> int:
-        """Index of the token behind it."""
+        """Index of the next token after it."""
         return self.start + len(self.layout)
 
     @property
@@ -167,17 +173,17 @@ class ImageSpan:
 
     @property
     def patches(self) -> int:
-        """Patches of all its views."""
+        """The number of patches in all its views."""
         return sum(rows * cols for rows, cols in self.grids)
 
     @property
     def places(self) -> int:
-        """Embeddings that it has in the sequence."""
+        """The number of its embeddings in the sequence."""
         return self.layout.count(0)
 
     @property
     def patch_positions(self) -> Int64[np.ndarray, " N"]:
-        """The position of each embedding; of each patch, row by row, where embeddings follow patches one for one."""
+        """The position of each embedding; if there is one for each patch, of each patch row by row."""
         return self.start + np.flatnonzero(~self._newlines)
 
     @property

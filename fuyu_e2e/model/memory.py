@@ -1,4 +1,4 @@
-"""What a decoder needs of memory in training, by part, counted from its shape."""
+"""The memory that a decoder needs in training, by part, counted from its shape."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,25 +12,26 @@ Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes that one process holds at the worst moment of a step: the end of the forward pass.
+    """Bytes that one process holds at the peak of a step, the end of the forward pass.
 
-    Gradients of the step before are still there then; Lightning drops them just before the backward pass.
+    The gradients of the last step still exist then; Lightning drops them just before the backward pass.
     """
 
     weights: int
     """The trained values."""
     gradients: int
-    """One for each of them, twice where several processes sum them in buckets."""
+    """One gradient for each weight; twice as much if several processes sum them in buckets."""
     optimizer_state: int
-    """What the optimizer keeps from step to step."""
+    """What the optimizer keeps between steps."""
     activations: int
-    """What the forward pass keeps for the backward pass; under mixed precision also the weights' copies."""
+    """What the forward pass keeps for the backward pass; under mixed precision also the weights' low-precision
+    copies."""
     logits: int
-    """Logits of the supervised positions that are in memory at once, and the logarithms of their softmax."""
+    """Logits of one chunk of supervised tokens, and their log-softmax."""
 
     @property
     def total(self) -> int:
-        """All of it; what the process needs without a model, and what an allocator wastes, comes on top."""
+        """The sum. What the process needs without a model, and the allocator's waste, come on top."""
         return self.weights + self.gradients + self.optimizer_state + self.activations + self.logits
 
 
@@ -44,19 +45,19 @@ def memory(
     precision: Precision = "32-true",
     processes: int = 1,
 ) -> Memory:
-    """Counts a training step on one row, nothing sharded.
+    """Returns the memory of a training step on one row, without sharding.
 
-    Activations are those that PyTorch's own operations save, counted on a CPU (`tests/model/test_memory.py`); fused
-    norms of a GPU keep less. Each block counts itself (`Block.saved_bytes`).
+    Activations are what PyTorch's own operations save, counted on a CPU (`tests/model/test_memory.py`); fused GPU
+    norms keep less. Each block counts itself (`Block.saved_bytes`).
 
     Args:
-        config: Of the decoder.
-        tokens: Of the row, padding included.
+        config: The decoder's configuration.
+        tokens: Tokens of the row, including padding.
         patches: Patches of the row.
         targets: Supervised tokens of the row.
-        optimizer: As in `fuyu_e2e.training.optimizers`.
-        precision: As Lightning's trainer names it.
-        processes: That train together.
+        optimizer: An optimizer of `fuyu_e2e.training.optimizers`.
+        precision: As in Lightning's trainer.
+        processes: The number of training processes.
     """
     decoder = meta_decoder(config)
     size = 2 if precision == "bf16-true" else 4

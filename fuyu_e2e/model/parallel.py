@@ -1,19 +1,18 @@
-"""How a decoder is laid over many devices: what tensor parallelism splits, and what FSDP2 shards around it.
+"""The layout of a decoder over many devices: what tensor parallelism splits, and what FSDP2 shards around it.
 
 Tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053, section 3) splits each block between its two products:
 
-    q, k, v, gate, up   by their outputs: each device has some of the heads and of the feed-forward's values
-    o, down             by their inputs: their outputs are summed over the devices
+    q, k, v, gate, up   by output: each device has some of the heads and of the feed-forward's values
+    o, down             by input: their outputs are summed over the devices
     norms of q and k    whole on each device, applied to its heads; their gradients are summed
-    other norms, rules that select tokens, biases of o and down
-                        whole on each device, and given the same states there
+    other norms, routing rules, biases of o and down
+                        whole on each device, where they read the same states
 
-Embedding and output projection are split by the vocabulary, the connector as it says (Fuyu's by its outputs); what
-stands behind it is whole on each device.
+    Embedding and output projection are split by the vocabulary, the connector as it says (Fuyu's by output); whatever
+    follows it is whole on each device.
 
-FSDP2 (torch's `fully_shard`) then spreads every weight over the devices that see other data, and gathers a block's
-when it is its turn. What blocks count in training (`Block.counts`) is in buffers, which stay whole and of their
-device.
+    FSDP2 (torch's `fully_shard`) then spreads every weight over the devices that see different data, and gathers the
+    weights of one block at a time. The counts of blocks (`Block.counts`) are buffers, which stay whole and local.
 """
 
 from collections.abc import Iterator
@@ -30,14 +29,14 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import Decoder
 
 REPLICAS, SHARDS, TENSOR = MESH = ("replicas", "shards", "tensor")
-"""The dimensions of the mesh: whole copies, the shards of a copy, and the parts of each product."""
+"""The dimensions of the mesh: whole replicas, the shards of a replica, and the parts of each product."""
 
 
 def shard(decoder: Decoder, mesh: DeviceMesh) -> None:
-    """Lays the weights of `decoder`, which are the same on all devices, over a mesh of the dimensions `MESH`.
+    """Lays the weights of `decoder`, equal on all devices, over a mesh with the dimensions `MESH`.
 
     Raises:
-        UserError: Heads can't be shared out evenly.
+        UserError: The heads can't be split evenly.
     """
     if mesh[TENSOR].size() > 1:
         _split(decoder, mesh[TENSOR])
@@ -50,14 +49,14 @@ def shard(decoder: Decoder, mesh: DeviceMesh) -> None:
 
 @torch.no_grad()
 def copy_part(whole: Tensor, tensor: Tensor) -> None:
-    """Gives `tensor`, whole or laid over devices, the values of `whole`, which all of them have."""
+    """Copies `whole`, which all devices have, into `tensor`, which may be distributed over them."""
     if isinstance(tensor, DTensor):
         whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(whole)
 
 
 def gather_weights(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Weights and buffers as wholes, one at a time, by their names; all devices go through them together."""
+    """Yields weights and buffers whole, one at a time, by name; a collective that all devices must go through."""
     for name, tensor in decoder.state_dict().items():
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -74,7 +73,7 @@ def _split(decoder: Decoder, mesh: DeviceMesh) -> None:
         plan |= {f"blocks.{layer}.{name}": style for name, style in block.sharding().items()}
     parallelize_module(decoder, mesh, plan)
     if decoder.config.tie_embeddings:
-        decoder.lm_head.weight = decoder.embed_tokens.weight  # splitting each parted them
+        decoder.lm_head.weight = decoder.embed_tokens.weight  # splitting them broke the tie
 
 
 def _check_heads(config: FuyuConfig, parts: int) -> None:

@@ -1,8 +1,8 @@
 """Activation checkpointing (Chen et al. 2016, arXiv 1604.06174): what the backward pass recomputes.
 
-A block does this inside of its `forward`, so that a compiled block has it in its graph, where every operation is known
-by name. Around a compiled block nothing but its kernels would be seen, and all of them run again. So it is between the
-graphs of a block that attends by documents, which are never compiled: there `selective` keeps attention alone.
+A block applies this inside its `forward`, so that in a compiled block it is part of the graph, where every operation
+has a name. Wrapped around a compiled block, it would see only fused kernels and recompute all of them. A block that
+attends by documents is compiled in parts around its attention: there `selective` keeps only the attention.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
-"""Which of a block's activations the backward pass recomputes: nothing, all but products and attention, or all."""
+"""What the backward pass recomputes of a block's activations: nothing, all but products and attention, or all."""
 SAVED_OPERATIONS = {
     "aten::mm",
     "aten::addmm",
@@ -25,13 +25,13 @@ SAVED_OPERATIONS = {
     "flash_attn::_flash_attn_varlen_forward",
     "flex_attention",
 }
-"""Operations that `selective` keeps the results of; by name, for not every version of torch has each."""
+"""Operations whose results `selective` keeps; by name, since not every torch version has all of them."""
 
 R = TypeVar("R")
 
 
 def recomputing(kind: ActivationCheckpointing, run: Callable[..., R], *inputs: Any) -> R:
-    """Returns what `run` gives; the backward pass, if there is one, recomputes its activations of that kind."""
+    """Returns `run(*inputs)`; the backward pass, if there is one, recomputes the chosen kind of activations."""
     if kind == "none" or not torch.is_grad_enabled():
         return run(*inputs)
     if kind == "full":

@@ -1,4 +1,4 @@
-"""Rotary positions: along the sequence, or along the rows and columns of images."""
+"""Rotary positions: along the sequence, or along rows and columns of images."""
 
 from dataclasses import replace
 
@@ -10,21 +10,22 @@ from torch import Tensor
 from fuyu_e2e.model.image_layout import ImageSpan
 
 Rope = tuple[Float[Tensor, "T 1 R"], Float[Tensor, "T 1 R"]]
-"""Cosines and sines of the rotary embedding, float32."""
+"""Cosines and sines of the rotary embedding, float32; the second half of R repeats the first."""
 
 
 def rotary(positions: Int64[Tensor, " T"] | Int64[Tensor, "2 T"], size: int, theta: float) -> Rope:
-    """Cosines and sines of the rotary embedding (Su et al. 2021, arXiv 2104.09864) in the rotate-half layout.
+    """Returns cosines and sines of the rotary embedding (Su et al. 2021, arXiv 2104.09864) in the rotate-half layout.
 
     Always float32: bfloat16 can't tell neighbouring positions of a long document apart.
 
     Args:
-        positions: Of each token; or its row and its column, which frequencies then take in turn, from the highest on,
-            so that both have high and low ones. A token whose row is its column has what it has in one dimension.
-        size: Values of a head that turn.
+        positions: One position for each token, or a row and a column. Frequencies alternate between row and column
+            from the highest down, so that both get high and low ones. A token whose row equals its column gets the
+            same angles as in one dimension.
+        size: Values of a head that are turned (R).
         theta: Base of the wavelengths.
     """
-    # Few and plain operations: a decoding step on a CPU waits for each call.
+    # Few and simple operations: on a CPU, the overhead of each call shows in a decoding step.
     exponent = torch.arange(0, -size, -2, device=positions.device, dtype=torch.float32) / size
     angles = positions.unsqueeze(-1).float() * torch.pow(theta, exponent)
     if positions.ndim == 2:
@@ -36,7 +37,7 @@ def rotary(positions: Int64[Tensor, " T"] | Int64[Tensor, "2 T"], size: int, the
 def rotate(
     x: Float[Tensor, "T heads K"], cos: Float[Tensor, "T 1 R"], sin: Float[Tensor, "T 1 R"]
 ) -> Float[Tensor, "T heads K"]:
-    """Turns the pairs (r, r + R/2) of each head's first R values by its token's angles; the others stay."""
+    """Returns `x` with the pairs (r, r + R/2) of each head's first R values turned by the token's angles."""
     if (size := cos.shape[-1]) < x.shape[-1]:
         return torch.cat((rotate(x[..., :size], cos, sin), x[..., size:]), dim=-1)
     first, second = x.float().chunk(2, dim=-1)
@@ -44,16 +45,16 @@ def rotate(
 
 
 def grid_positions(lengths: tuple[int, ...], images: tuple[ImageSpan, ...]) -> Int64[np.ndarray, "2 T"]:
-    """Returns the row and the column of each token of a row of documents, as Qwen2-VL counts them (Wang et al. 2024,
+    """Returns the row and the column of each token of a packed row, counted as in Qwen2-VL (Wang et al. 2024,
     arXiv 2409.12191, section 2.1) in two dimensions.
 
-    Words have one number for both, that of the token before and one more. An image begins at such a number: its
-    patches count on from it down and across, and the newline of a row is one more column. The token after it
-    begins after the longer side.
+    A text token has the same number in both, one more than the token before. An image starts at such a number: its
+    patches count on down and across, and the newline of a row is one more column. The token after the image
+    continues after its longer side.
 
     Args:
         lengths: Tokens of each document, laid end to end.
-        images: Their spans, in order; each has one embedding for each of its patches.
+            images: Their spans, in order; each has one embedding for each patch.
     """
     counts = np.array(lengths, np.int64)
     ends = np.cumsum(counts)
@@ -67,9 +68,9 @@ def grid_positions(lengths: tuple[int, ...], images: tuple[ImageSpan, ...]) -> I
 
 
 def following_positions(lengths: tuple[int, ...], images: tuple[ImageSpan, ...]) -> Int64[np.ndarray, " B"]:
-    """Returns the number, both row and column, of the token that follows each document of such a row.
+    """Returns the number, both row and column, of the token that would follow each document of such a row.
 
-    Its last token doesn't tell it: an image may end there, in whatever tokens its connector lays it out in.
+    The last token alone doesn't determine it: an image may end there, in any layout of its connector.
     """
     ends, longer = np.cumsum(lengths), tuple(length + 1 for length in lengths)
     before = [int(np.searchsorted(ends, span.start, side="right")) for span in images]
@@ -78,7 +79,7 @@ def following_positions(lengths: tuple[int, ...], images: tuple[ImageSpan, ...])
 
 
 def _within(span: ImageSpan) -> tuple[Int64[np.ndarray, "2 n"], int]:
-    """The row and column of each token of an image, views below one another, and the number that follows them."""
+    """Returns the row and column of each token of an image, its views stacked, and the number that follows them."""
     places, below = [], 0
     for rows, cols in span.grids:
         places.append(below + np.indices((rows, cols)).reshape(2, -1))

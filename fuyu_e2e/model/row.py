@@ -1,7 +1,7 @@
-"""The row: all that a block may know of the tokens that it is given, beside their states.
+"""The row: everything that a block knows about its tokens besides their states.
 
-Whoever runs the decoder makes one for a packed row, a piece of it or a decoding step; blocks look up in it what they
-need, and give a part of their tokens the row of that part.
+The caller of the decoder makes one for a packed row, a piece of a row or a decoding step. A block reads from it what
+it needs; a block that selects tokens passes on the row of its selection.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,54 +20,61 @@ from fuyu_e2e.model.rope import Rope
 
 
 class TokenType(IntEnum):
-    """What a token is."""
+    """The role of a token in the sequence."""
 
     TEXT = 0
-    """Words that are read, and the marks around them."""
+    """Text that is read, and special tokens around it."""
     ANSWER = 1
-    """A position whose next token carries loss, or is being generated."""
+    """A position whose next token carries loss or is being generated."""
     PATCH = 2
     NEWLINE = 3
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """How far a training has come. A decoder that is not being trained is at its end."""
+    """The progress of a training run; a decoder that is not training counts as finished."""
 
     step: int = 0
-    """Optimizer steps done; seeds the step's random choices."""
+    """Completed optimizer steps; seeds the random choices of the step."""
     done: float = 1.0
-    """The same as a part of all steps."""
+    """The completed fraction of all steps, from 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenInfo:
-    """What is known of each token of a row beside its state and its position."""
+    """Facts about each token of a row besides its state and position."""
 
     types: Int64[Tensor, " T"]
-    """A `TokenType`."""
+    """A `TokenType` for each token."""
     valid: Bool[Tensor, " T"]
     """False for the padding after the last document."""
     seed: Int64[Tensor, " T"]
-    """A number of the token's document and the training step; 0 outside training."""
+    """A number derived from the token's document and the training step; 0 outside training."""
     patch_positions: Int64[Tensor, " N"]
-    """Of tokens that are embeddings of an image."""
+    """Indices of the tokens that are image embeddings."""
     patch_image: Int64[Tensor, " N"]
-    """The number of the image that each of them belongs to, of those that have any."""
+    """For each of these tokens, the number of its image among the images that have any."""
     image_lengths: Int64[Tensor, " images"]
-    """How many tokens each such image has: its patches, in Fuyu's layout."""
+    """Tokens of each such image; in Fuyu's layout, its patches."""
     image_lengths_host: tuple[int, ...]
-    """The same on the host."""
+    """`image_lengths` on the host."""
     progress: TrainingProgress
-    """Of the training; at its end outside of one."""
+    """The training's progress; the default outside training."""
     done: Float64[Tensor, ""]
     """`progress.done` on the device."""
     blocks: Int64[Tensor, " blocks"]
-    """The numbers of the decoder's blocks."""
+    """The block numbers of the decoder, 0 to `blocks - 1`."""
 
     @classmethod
     def of(cls, batch: PackedBatch, blocks: int, progress: TrainingProgress, training: bool) -> "TokenInfo":
-        """Of a packed row."""
+        """Returns the facts about a packed row.
+
+        Args:
+            batch: The row.
+            blocks: The number of blocks of the decoder.
+            progress: The training's progress; ignored outside training.
+            training: Whether the decoder is training.
+        """
         device, length = batch.tokens.device, batch.tokens.shape[0]
         types = torch.full((length,), int(TokenType.TEXT), device=device)
         for positions, which in (
@@ -101,7 +108,7 @@ class TokenInfo:
 
     @classmethod
     def of_new_tokens(cls, positions: Int64[Tensor, " B"], blocks: int) -> "TokenInfo":
-        """Of the next token of each of several sequences."""
+        """Returns the facts about the next token of each sequence of a batch."""
         nothing = positions[:0]
         return cls(
             types=torch.full_like(positions, int(TokenType.ANSWER)),
@@ -119,25 +126,25 @@ class TokenInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a block has to say of a row."""
+    """What a block reports about a row."""
 
     block: int
-    """Its number."""
+    """The number of the block."""
     auxiliary: Float[Tensor, ""] | None = None
-    """A loss of its own, the mean over the tokens."""
+    """The block's auxiliary loss, a mean over tokens."""
 
 
 class Reports:
-    """What blocks have to say of a row, in order of depth.
+    """The reports of the blocks on one row, in order of depth.
 
-    No list, whose length a compiled block would be compiled for.
+    Not a list: torch.compile would specialise a compiled block on its length.
     """
 
     def __init__(self) -> None:
         self._reports: list[Report] = []
 
     def add(self, report: Report) -> None:
-        """Adds one."""
+        """Adds the report of one block."""
         self._reports.append(report)
 
     def __iter__(self) -> Iterator[Report]:
@@ -146,39 +153,39 @@ class Reports:
 
 @dataclass(kw_only=True)  # not frozen, as one is made for each block
 class Row:
-    """The tokens that a block is given."""
+    """The tokens that a block reads."""
 
     positions: Int64[Tensor, " T"]
-    """Of each token in its document."""
+    """The position of each token in its document."""
     rope: Rope
-    """Of each token's position."""
+    """The rotary embedding of each token's position."""
     attends: Sequence[RowAttention]
-    """How each block of the decoder attends."""
+    """The attention of each block of the decoder."""
     reports: Reports
-    """What blocks have to say of the row."""
+    """The reports of the blocks that have run."""
     read_images: Int64[Tensor, " T"] | None = None
-    """Of each token of the row the number of the image that it may read the features of, the last one that its
-    document began before it, or -1; None where the connector gives no features."""
+    """For each token, the number of the image whose features it may read: the last one that began before it in its
+    document, or -1 without one. None if the connector gives no features."""
     images: ImageStates | None = None
-    """What the connector made of the row's images, where it gives features."""
+    """The connector's output for the row's images, if it gives features."""
     attend: Attend | None = None
-    """How that block attends which the row is given to; a `RowAttention` where it has all tokens."""
-    queries: Int64[Tensor, " C"] | None = None
-    """The tokens that attend, in the order in which their outputs are wanted; None for all."""
+    """The attention of the block that reads this row; a `RowAttention` if the row holds all tokens."""
+    queries: Int64[Tensor, " U"] | None = None
+    """Indices of the tokens that attend, in the order of the outputs; None for all."""
     tokens: TokenInfo | None = None
-    """What else is known of the tokens, where a block of the decoder reads it."""
+    """Further facts about the tokens; None if no block reads them."""
     number: Int64[Tensor, ""] | None = None
-    """Of the block that the row is given to; on the device, or each would be compiled for its own."""
+    """The number of the block that reads this row. A tensor, so that one compiled graph serves all blocks."""
     selected: Passing | None = None
-    """Which tokens of `tokens` these are; None for all."""
+    """The selection of `tokens` that this row holds; None for all."""
 
     def at(self, block: int) -> "Row":
-        """The row as it is given to a block, by its number."""
+        """Returns the row for block number `block`."""
         number = None if self.tokens is None else self.tokens.blocks[block]
         return self._with(self.attends[block], number=number)
 
     def select(self, passing: Passing) -> "Row":
-        """The row of some of the tokens, which attend to each other alone."""
+        """Returns the row of the selected tokens, which attend only to each other."""
         cos, sin = self.rope
         return self._with(
             self._attention.select(passing),
@@ -188,18 +195,18 @@ class Row:
         )
 
     def cross(self, passing: Passing) -> "Row":
-        """The same row, of which some of the tokens attend, to all."""
+        """Returns the same row with the selected tokens as its only queries; they attend to all tokens."""
         return self._with(self._attention.cross(passing), queries=passing.index)
 
     @property
     def auxiliary(self) -> Tensor | float:
-        """The sum of the blocks' own losses."""
+        """The sum of the blocks' auxiliary losses."""
         return sum((report.auxiliary for report in self.reports if report.auxiliary is not None), 0.0)
 
     @property
     def features(self) -> tuple[Float[Tensor, "F W"], Bool[Tensor, "T F"]]:
-        """The features of images, and whether each token may read each: those of the last image before it
-        (Flamingo's, Alayrac et al. 2022, arXiv 2204.14198, section 3.1.3)."""
+        """The image features, and a mask of which token may read which: those of the last image before it (Flamingo,
+        Alayrac et al. 2022, arXiv 2204.14198, section 3.1.3)."""
         assert self.images is not None
         assert self.images.features is not None
         assert self.images.feature_images is not None
@@ -208,18 +215,18 @@ class Row:
         return self.images.features, read[:, None] == self.images.feature_images
 
     def reading(self, images: ImageStates) -> "Row":
-        """The same row, with what the connector made of its images."""
+        """Returns the same row with the connector's output for its images."""
         return self._with(self.attend, images=images)
 
     @property
     def info(self) -> TokenInfo:
-        """What else is known of the tokens."""
+        """Further facts about the tokens."""
         assert self.tokens is not None
         return self.tokens
 
     @property
     def types(self) -> Int64[Tensor, " T"]:
-        """A `TokenType` for each token."""
+        """The `TokenType` of each token."""
         return self.info.types if self.selected is None else self.info.types.index_select(0, self.selected.index)
 
     @property
@@ -237,7 +244,7 @@ class Row:
         number: Tensor | None = None,
         images: ImageStates | None = None,
     ) -> "Row":
-        # Not dataclasses.replace, which torch.compile doesn't follow.
+        # Not dataclasses.replace: torch.compile can't trace it.
         return Row(
             positions=self.positions if positions is None else positions,
             rope=self.rope if rope is None else rope,

@@ -14,7 +14,7 @@ STUDIES = {
 
 
 def main() -> int:
-    """Runs the study that is named."""
+    """Runs the named study."""
     return run("fuyu_e2e.studies", "study", STUDIES)
 
 

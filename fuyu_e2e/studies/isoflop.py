@@ -1,7 +1,8 @@
-"""Does routing help? Dense and routed decoders trained to the same number of operations, on the same rows.
+"""Does routing help? Trains dense and routed decoders to the same number of operations, on the same rows.
 
-Each contender trains anew for each budget, with a learning rate that falls to zero at its end: what counts is what a
-budget buys. Budgets are given in steps of the dense decoder. Loss is causal, on held-out pictures, as in generation.
+Each contender trains from scratch for each budget, with a learning rate that falls to zero at its end: what counts is
+what a budget buys. Budgets are in steps of the dense decoder. The loss is causal, on held-out pictures, as in
+generation.
 """
 
 import json
@@ -41,7 +42,7 @@ from fuyu_e2e.training.optimizers import OptimizerConfig
 from fuyu_e2e.training.schedule import Schedule
 
 MOST_DIGITS = 2
-"""Digits in a picture at most: half the quickstart's, learnt in a fraction of its time."""
+"""Most digits in a picture: half the quickstart's, learnt in a fraction of its time."""
 ROW_TOKENS = 1_024
 """Tokens of a step."""
 DENSE = FuyuConfig(
@@ -49,7 +50,7 @@ DENSE = FuyuConfig(
 )
 """The quickstart's decoder with two more blocks; by default two of the six are routed."""
 DEEPER = replace(DENSE, layers=8)
-"""Where saved operations are given back as depth, three of eight are."""
+"""A deeper decoder that spends the saved operations; three of its eight blocks are routed."""
 CONTENDERS = {
     "dense": DENSE,
     "threshold 0.125": replace(DENSE, routing=RoutingConfig(share=0.125)),
@@ -76,9 +77,9 @@ class Job:
     test_pictures: int
     threads: int
     done: tuple[tuple[str, int], ...]
-    """Runs whose results are known already."""
+    """Runs with known results."""
     results: Path
-    """Where each result goes, a line of JSON, as soon as it is there."""
+    """The file for results, one line of JSON for each, as soon as it is known."""
 
 
 def isoflop(args: Sequence[str]) -> None:
@@ -119,14 +120,14 @@ def isoflop(args: Sequence[str]) -> None:
 
 
 class StoredRows(FuyuDataModule):
-    """The quickstart's data, each training row packed once and kept for all contenders."""
+    """The quickstart's data, with each training row packed once and kept for all contenders."""
 
     def store(self, count: int) -> None:
-        """Packs the first rows."""
+        """Packs and stores the first `count` rows."""
         self.rows = list(islice(self.stream("train").rows(), count))
 
     def train_dataloader(self) -> DataLoader:  # type: ignore[override]
-        """The stored rows, from the first on."""
+        """Returns the stored rows, from the first on."""
         return DataLoader(Rows(self.rows), batch_size=None)
 
 
@@ -156,7 +157,7 @@ def _run_seed(job: Job) -> None:
 def prepare(
     folder: Path, *, seed: int, pictures: int, test_pictures: int, most_digits: int, row_tokens: int
 ) -> StoredRows:
-    """Writes digits to train on and to test on, with a tokenizer, and gives them as data with the seed's order."""
+    """Writes digits for training and tests, with a tokenizer, and returns them as data in the seed's order."""
     train = write_shards(folder, split="train", count=pictures, seed=seed, most_digits=most_digits, processes=1)
     write_shards(folder, split="test", count=test_pictures, seed=TEST_SEED, most_digits=most_digits, processes=1)
     texts = (text for document in read_documents(train[0], SampleStats()) for text in document.texts)
@@ -165,7 +166,7 @@ def prepare(
 
 
 def stored_rows(folder: Path, seed: int, row_tokens: int) -> StoredRows:
-    """The digits that `prepare` wrote, in the order of another seed."""
+    """Returns the digits that `prepare` wrote, in another seed's order."""
     return StoredRows(
         str(folder / "tokenizer.model"),
         DENSE.patch_size,
@@ -189,7 +190,7 @@ def _row_cost(config: FuyuConfig, row: PackedBatch, done: float) -> int:
 
 
 def _steps(config: FuyuConfig, budget: int, sample: list[PackedBatch]) -> int:
-    """How many steps cost what `budget` steps of the dense decoder do, the annealing counted in."""
+    """Returns how many steps cost as much as `budget` steps of the dense decoder, including the annealing."""
     dense = sum(_row_cost(DENSE, row, 1.0) for row in sample)
     annealed = config.routing.dense(None) if config.routing is not None else 0.0
     routed = sum(
@@ -238,13 +239,13 @@ def _train(name: str, budget: int, seed: int, steps: int, data: StoredRows, fold
         "exact_match": exact_match(read(model, prompts, MAX_NEW_TOKENS)),
     }
     if routing is not None and routing.rule == "topk":
-        # As in training, where the k best of a row are known: what the loss would be with no need to predict.
+        # As in training, where the k best of a row are known: the loss without the need to predict.
         result["loss_looking_ahead"] = held_out_loss(decoder.train(), data)
     return result
 
 
 @torch.no_grad()
 def held_out_loss(decoder: Decoder, data: StoredRows) -> float:
-    """The mean over supervised tokens of the test pictures."""
+    """Returns the mean loss over supervised tokens of the test pictures, in nats."""
     rows = [row.batch for row in data.stream("val").rows()]
     return sum(float(decoder.loss(row)) for row in rows) / sum(len(row.targets) for row in rows)

@@ -1,4 +1,4 @@
-"""How small may letters be? The character error rate of a model over the height of what it reads."""
+"""How small may letters be? A model's character error rate by the height of the text."""
 
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,12 @@ from fuyu_e2e.eval.scores import MetricScores, Scored, score
 from fuyu_e2e.eval.task import load_task
 
 SPLITS = {"test": "fonts never trained on", "test-known-fonts": "fonts of training"}
-"""The tests, all of words never trained on."""
+"""The tests, all with words never trained on."""
 METRICS = {"character_error_rate": "CER", "exact_match": "words"}
-"""What the task gives, as the table calls it."""
+"""The task's metrics, with their names in the table."""
 
 Scores = Mapping[str, Mapping[str, MetricScores]]
-"""By split and metric."""
+"""Scores by split and metric."""
 
 
 def ocr(args: Sequence[str]) -> None:

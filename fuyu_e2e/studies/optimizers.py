@@ -1,8 +1,9 @@
-"""How many steps Muon saves beside a tuned AdamW: the quickstart's decoder on pictures of one digit.
+"""How many steps does Muon save over a tuned AdamW? The quickstart's decoder on pictures of one digit.
 
-Both get as many tries, at one length and seed: first of the rate, then one other setting of the best at a time. The
-best of each trains anew at every length, with seeds of its own. Each run has its own warm-up and decay, so that a
-shorter one is a whole run: what is compared are the lengths of runs that end at the same held-out loss.
+Both get equally many tries, at one length and seed: first for the rate, then for one other setting of the best at a
+time. The best of each then trains from scratch at every length, with other seeds. Each run has a complete warm-up and
+decay, so that a shorter run is complete too: the comparison is between lengths of runs that end at the same held-out
+loss.
 """
 
 import json
@@ -25,24 +26,24 @@ from fuyu_e2e.training.optimizers import OptimizerConfig, build_optimizer
 from fuyu_e2e.training.schedule import Schedule
 
 DECODER = replace(DENSE, layers=4)
-"""The quickstart's."""
+"""The quickstart's decoder."""
 SCHEDULE = Schedule(shape="wsd", decay=0.5)
-"""The quickstart's."""
+"""The quickstart's schedule."""
 ROW_TOKENS = 512
-"""Tokens of a step: a quarter of the quickstart's, so that all runs end within an hour of one core."""
+"""Tokens of a step: a quarter of the quickstart's, so that all runs finish within an hour on one core."""
 MOST_DIGITS = 1
 TUNING_SEED = 0
-"""Of the runs that choose the settings; the runs that are compared have others."""
+"""Seed of the runs that choose the settings; the compared runs have others."""
 RATES: dict[str, tuple[dict[str, Any], ...]] = {
     "adamw": tuple({"lr": rate, "weight_decay": 0.0} for rate in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
     "muon": tuple({"muon_lr": rate, "lr": 1e-3, "weight_decay": 0.0} for rate in (0.005, 0.01, 0.02, 0.04, 0.08)),
 }
-"""What is tried first."""
+"""The settings tried first."""
 OTHERS: dict[str, tuple[dict[str, Any], ...]] = {
     "adamw": ({"betas": (0.9, 0.99)}, {"weight_decay": 0.1}),
     "muon": ({"lr": 3e-3}, {"muon_weight_decay": 0.1}),
 }
-"""What is tried next, each instead of what the best of the first had."""
+"""The settings tried next, each replacing one of the best first settings."""
 
 
 def optimizers(args: Sequence[str]) -> None:
@@ -89,7 +90,7 @@ def optimizers(args: Sequence[str]) -> None:
 
 
 def _tune(runs: "Runs", name: str, steps: int) -> dict[str, Any]:
-    """The settings whose run ends at the lowest loss."""
+    """Returns the settings whose run ends at the lowest loss."""
     rated = [(runs.loss(name, settings, steps, TUNING_SEED), settings) for settings in RATES[name]]
     best = min(rated, key=lambda run: run[0])[1]
     varied = [{**best, **other} for other in OTHERS[name]]
@@ -98,25 +99,25 @@ def _tune(runs: "Runs", name: str, steps: int) -> dict[str, Any]:
 
 
 class Runs:
-    """Runs on the same pictures, each written down as it ends.
+    """Runs on the same pictures, each recorded as it ends.
 
     Args:
-        folder: Where the pictures and their tokenizer are.
-        results: The file that gets a line for each run; those that stand in it are not done again.
+        folder: The folder of the pictures and their tokenizer.
+        results: The file with a line for each run; recorded runs are not repeated.
         longest: Steps of the longest run.
     """
 
     def __init__(self, folder: Path, results: Path, longest: int) -> None:
         results.parent.mkdir(parents=True, exist_ok=True)
         self.done: list[dict[str, Any]] = []
-        """All runs that have ended, here or before."""
+        """All completed runs, including recorded ones."""
         if results.exists():
             self.done = [json.loads(line) for line in results.read_text().splitlines()]
         self._folder, self._results, self._longest = folder, results, longest
         self._data: dict[int, StoredRows] = {}
 
     def loss(self, name: str, settings: Mapping[str, Any], steps: int, seed: int) -> float:
-        """The held-out loss that a run ends at; weights and the order of pictures are the seed's."""
+        """Returns the held-out loss at the end of a run; the seed determines weights and the order of pictures."""
         what = {"optimizer": name, "settings": json.loads(json.dumps(settings)), "steps": steps, "seed": seed}
         for run in self._matching(what):
             return float(run["loss"])

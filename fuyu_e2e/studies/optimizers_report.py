@@ -1,4 +1,4 @@
-"""Steps saved at equal loss, with a table and a picture."""
+"""Steps saved at equal loss, as a table and a picture."""
 
 import math
 import statistics
@@ -15,10 +15,11 @@ from fuyu_e2e.bench.plots import draw_picture
 
 
 def steps_to(target: float, losses: Mapping[int, float]) -> float | None:
-    """The length of a run that ends at the loss `target`, by the losses at some lengths; None where none got there.
+    """Returns the length of a run that ends at the loss `target`, from losses at some lengths; None if none reaches
+    it.
 
-    Between two lengths the loss goes along a line, both on logarithmic scales; where it goes up and down, the first
-    that gets there counts. At most the shortest length where that is already below.
+    Interpolates linearly between two lengths, both axes logarithmic, and takes the first crossing. Returns the
+    shortest length if its loss is below the target already.
     """
     lengths = sorted(losses)
     if losses[lengths[0]] <= target:
@@ -31,9 +32,9 @@ def steps_to(target: float, losses: Mapping[int, float]) -> float | None:
 
 
 def compare(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each length of AdamW's runs: how many times the steps of Muon's to its loss that is, by seed.
+    """Returns, for each length of AdamW's runs and by seed, its ratio to the steps that Muon needs for the same loss.
 
-    `at_least` names the seeds whose shortest run of Muon was at that loss already.
+    `at_least` lists the seeds whose shortest Muon run had reached that loss already.
     """
     by_seed: dict[int, dict[str, dict[int, float]]] = {}
     for run in runs:

@@ -1,4 +1,4 @@
-"""The first command: from handwritten digits to a model that reads them, with its figures and a picture."""
+"""The quickstart: from handwritten digits to a model that reads them, with figures and a picture."""
 
 import json
 import os
@@ -29,18 +29,18 @@ from fuyu_e2e.tasks.digits import MAX_NEW_TOKENS, QUESTION, TEST_SEED, VOCAB_SIZ
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 DEPTH_PICTURES = 200
-"""Test pictures over which the depth that tokens get is averaged."""
+"""Test pictures over which the tokens' depth is averaged."""
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where everything of one quickstart lies."""
+    """The paths of one quickstart."""
 
     root: Path
 
     @property
     def data(self) -> Path:
-        """Shards and tokenizer."""
+        """The folder of shards and tokenizer."""
         return self.root / "data"
 
     @property
@@ -50,11 +50,11 @@ class Workplace:
 
     @property
     def exported(self) -> Path:
-        """The trained model for other software."""
+        """The folder of the exported model."""
         return self.root / "fuyu-digits"
 
     def pattern(self, split: str) -> str:
-        """The shards of a split."""
+        """Returns the pattern of a split's shards."""
         return str(self.data / f"{split}-*.tar")
 
 
@@ -62,13 +62,13 @@ def run(options: Namespace) -> None:
     """Writes shards of composed digits, trains a tokenizer and a model on them, and scores what it reads.
 
     Raises:
-        UserError: The directory already holds a run, or the recipe is none.
+        UserError: The directory already contains a run, or the recipe is invalid.
     """
     place = Workplace(Path(options.out))
     if any(place.root.glob("checkpoints/*.ckpt")):
         raise UserError(f"{place.root} already holds a run: name another directory with --out, or remove it.")
     settings = recipe_settings(place, options.recipe, options.seed, options.max_steps)
-    FuyuCLI(settings, run=False)  # what is wrong with the recipe is said before minutes of drawing
+    FuyuCLI(settings, run=False)  # shows errors of the recipe before minutes of drawing
     console = Console(highlight=False)
     started_at = time.perf_counter()
 
@@ -98,7 +98,7 @@ def run(options: Namespace) -> None:
 
 
 def prepare(place: Workplace, seed: int, pictures: int, test_pictures: int) -> None:
-    """Writes the shards of all splits, and a tokenizer trained on those to train on."""
+    """Writes the shards of all splits, and a tokenizer trained on the training texts."""
     place.data.mkdir(parents=True, exist_ok=True)
     shards = write_shards(place.data, split="train", count=pictures, seed=seed, processes=os.cpu_count() or 1)
     write_shards(place.data, split="val", count=200, seed=TEST_SEED)
@@ -109,15 +109,15 @@ def prepare(place: Workplace, seed: int, pictures: int, test_pictures: int) -> N
 
 
 def documents(shards: Iterable[Path]) -> Iterable[Document]:
-    """All documents of some shards."""
+    """Returns all documents of some shards."""
     return (document for shard in shards for document in read_documents(shard, SampleStats()))
 
 
 def recipe_settings(place: Workplace, recipe: str, seed: int, max_steps: int | None) -> list[str]:
-    """What `fuyu-e2e fit` is told, with a recipe that is a file or shipped.
+    """Returns the options for `fuyu-e2e fit`, with a recipe that is a file or shipped.
 
     Raises:
-        UserError: It is neither.
+        UserError: The recipe is neither.
     """
     path = Path(recipe)
     try:
@@ -139,8 +139,7 @@ def recipe_settings(place: Workplace, recipe: str, seed: int, max_steps: int | N
 
 
 def export_model(place: Workplace) -> None:
-    """Writes the model for transformers, or for `fuyu_e2e.load` where some of its blocks select tokens, which these
-    can't run."""
+    """Exports the model for transformers, or for `fuyu_e2e.load` if it has blocks that select tokens."""
     stored = read_model(place.root / "checkpoints" / "last.ckpt")
     if meta_decoder(stored.metadata.config).selecting:
         export_own(stored, place.exported, question=QUESTION)
@@ -149,7 +148,7 @@ def export_model(place: Workplace) -> None:
 
 
 def score(model: TrainedModel, place: Workplace) -> tuple[dict[str, Any], list[Reading]]:
-    """Reads all test pictures; gives the figures and the readings in trained sizes."""
+    """Reads all test pictures; returns the figures, and the readings at trained sizes."""
     seen, new = (list(documents(sorted(place.data.glob(f"{split}-0*.tar")))) for split in ("test", "test-new-sizes"))
     readings = read_all(model, seen)
     return {
@@ -162,17 +161,17 @@ def score(model: TrainedModel, place: Workplace) -> tuple[dict[str, Any], list[R
 
 
 def read_all(model: TrainedModel, asked: list[Document]) -> list[Reading]:
-    """What the model reads in each picture."""
+    """Returns the model's reading of each picture."""
     return read(model, list(model.builder.prompts(asked, SampleStats())), MAX_NEW_TOKENS)
 
 
 def cell(reading: Reading) -> Cell:
-    """A reading as it stands on the contact sheet."""
+    """Returns the cell of the contact sheet for a reading."""
     return Cell(reading.prompt.sequence.unpadded_pictures[0], reading.prompt.truth, reading.text)
 
 
 def report(console: Console, place: Workplace, results: dict[str, Any], sheet: Path) -> None:
-    """Prints the figures and what to try next."""
+    """Prints the figures and suggestions for next steps."""
     table = Table("pictures from scans never trained on", "read letter for letter")
     table.add_row("sizes trained on", f"{results['exact_match']:.3f}")
     for digits, share in results["exact_match_by_digits"].items():

@@ -1,9 +1,9 @@
-"""Does one model read any size of picture? Accuracy over resolution, beside one that sees a fixed square.
+"""Does one model read pictures of any size? Accuracy over resolution, compared with a fixed square.
 
-Contenders are trained on the same scenes with one recipe, so for as many tokens: on mixed sizes, on all pictures
-squashed to a square, and on mixed sizes that include the largest. All are scored on the same test scenes, drawn at
-sizes that are trained on, between those and beyond. Beyond them, the first is scored once more with its rotary
-positions stretched, which takes no training.
+Contenders train on the same scenes with one recipe, and so for equally many tokens: on mixed sizes, on all pictures
+squashed to a square, and on mixed sizes that include the largest. All are scored on the same test scenes, at sizes in
+training, between those and beyond. Beyond them, the first is also scored with stretched rotary positions, which needs
+no training.
 """
 
 import json
@@ -44,24 +44,24 @@ from fuyu_e2e.tasks.resolution import (
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 SQUARE = 64
-"""Side of the fixed square: its tokens are the mean of the mixed sizes', to a tenth."""
+"""Side of the fixed square; its tokens are the mean of the mixed sizes' to within a tenth."""
 
 
 COUNTED_ROWS = 32
-"""Training rows whose operations are counted."""
+"""Training rows over which operations are averaged."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """What a model is trained on."""
+    """The training pictures of a model."""
 
     longest: int = LONGEST
     """Longest side in pixels."""
     square: int | None = None
-    """Side that every picture is squashed to, in training and in tests."""
+    """Side to which every picture is squashed, in training and in tests."""
 
     def pictures(self, split: Any, seed: int, size: Size | None = None) -> Pictures:
-        """Pictures as it sees them."""
+        """Returns the description of its pictures."""
         return Pictures(split=split, seed=seed, size=size, longest=self.longest, square=self.square)
 
 
@@ -73,7 +73,7 @@ CONTENDERS = {
 
 
 def resolution(args: Sequence[str]) -> None:
-    """Trains models on mixed sizes and on a fixed square, and scores them over sizes that are trained on and not."""
+    """Trains models on mixed sizes and on a fixed square, and scores them at sizes in and outside of training."""
     parser = ArgumentParser(prog="python -m fuyu_e2e.studies resolution", description=resolution.__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/resolution"), help="What is there already is kept.")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
@@ -98,7 +98,7 @@ def resolution(args: Sequence[str]) -> None:
 
 
 def _prepare(data: Path, name: str, seed: int, count: int) -> None:
-    """Writes a contender's shards, where they are missing, and a tokenizer for all."""
+    """Writes a contender's shards, if they are missing, and a tokenizer for all."""
     data.mkdir(parents=True, exist_ok=True)
     contender = CONTENDERS[name]
     if not (data / f"{name}-val-00000.tar").exists():
@@ -110,7 +110,7 @@ def _prepare(data: Path, name: str, seed: int, count: int) -> None:
 
 
 def _train(folder: Path, data: Path, name: str, seed: int, max_steps: int | None) -> int:
-    """Trains, or goes on; gives the operations of a step, the mean of the first rows."""
+    """Trains or resumes a run; returns the operations of a step, averaged over the first rows."""
     settings: dict[str, Any] = {
         "config": shipped("recipes/resolution.yaml"),
         "seed_everything": seed,
@@ -136,17 +136,17 @@ def _train(folder: Path, data: Path, name: str, seed: int, max_steps: int | None
 
 
 def stretched(config: FuyuConfig, factor: float) -> FuyuConfig:
-    """The decoder with its slowest rotary wave `factor` times as long, and its fastest as it is.
+    """Returns the decoder with its slowest rotary wave `factor` times as long, and its fastest unchanged.
 
     "NTK-aware" scaling (Peng et al. 2023, arXiv 2309.00071, section 3.1): the base grows by factor^(d / (d - 2)),
-    where d is how many values of a head are turned. Nothing but the base changes, so an export computes the same.
+    where d is the number of turned values of a head. Only the base changes, so an export computes the same.
     """
     size = config.rotary_size
     return replace(config, rope_theta=config.rope_theta * factor ** (size / (size - 2)))
 
 
 def image_tokens(height: int, width: int) -> int:
-    """Patches and newlines of a picture."""
+    """Returns the patches and newlines of a picture."""
     return -(-height // PATCH_SIZE) * (-(-width // PATCH_SIZE) + 1)
 
 

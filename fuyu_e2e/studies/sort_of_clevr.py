@@ -1,7 +1,8 @@
-"""Accuracy over the steps of Sort-of-CLEVR runs: each checkpoint that they kept, by kind and form of question.
+"""Accuracy over the steps of Sort-of-CLEVR runs: of each kept checkpoint, by kind and form of question.
 
-An answer is right if it is, token for token, what the model would write. One forward pass over question and true
-answer tells: greedy decoding gives the truth if, and only if, each of its tokens is the likeliest behind those before.
+An answer is right if the model would generate exactly its tokens. One forward pass over question and true answer
+decides
+that: greedy decoding gives the truth if and only if each of its tokens is the likeliest after those before it.
 """
 
 from argparse import ArgumentParser
@@ -32,9 +33,9 @@ GROUPS = {
     "kind": KINDS,
     "question": ("shape", "left", "top", "closest", "furthest", "count"),
 }
-"""What accuracies are given by."""
+"""The groups of accuracies."""
 PUBLISHED = {"relational": 0.94, "non-relational": 0.94}
-"""A relation network reaches more than this (Santoro et al. 2017); drawn as lines."""
+"""Accuracy that a relation network exceeds (Santoro et al. 2017); drawn as lines."""
 BATCH = 64
 """Questions of one forward pass."""
 
@@ -58,10 +59,10 @@ def sort_of_clevr(args: Sequence[str]) -> None:
 
 
 def read_questions(pattern: str, images: int) -> list[Question]:
-    """The questions about the first so many pictures.
+    """Returns the questions about the first `images` pictures.
 
     Raises:
-        UserError: No shard is there, or one holds what is no question.
+        UserError: There is no shard, or a sample that isn't a question.
     """
     seen: set[str] = set()
     questions, stats = [], SampleStats()
@@ -76,10 +77,10 @@ def read_questions(pattern: str, images: int) -> list[Question]:
 
 
 def score_run(run: Path, questions: Sequence[Question], images: int, last_images: int) -> dict[str, Any]:
-    """The settings of a run and its curve.
+    """Returns the settings of a run and its curve.
 
     Raises:
-        UserError: It kept no checkpoint.
+        UserError: The run kept no checkpoint.
     """
     checkpoints = {path for path in (run / "checkpoints").glob("*.ckpt") if not path.is_symlink()}
     if not checkpoints:
@@ -101,7 +102,7 @@ def score_run(run: Path, questions: Sequence[Question], images: int, last_images
 
 @torch.inference_mode()
 def score(model: TrainedModel, questions: Sequence[Question]) -> dict[str, float]:
-    """The share of right answers in each group that has any."""
+    """Returns the fraction of right answers in each group that occurs."""
     right: dict[str, list[bool]] = {}
     builder = model.builder
     for start in range(0, len(questions), BATCH):
@@ -117,7 +118,7 @@ def score(model: TrainedModel, questions: Sequence[Question]) -> dict[str, float
 
 
 def report(runs: Sequence[dict[str, Any]]) -> None:
-    """Prints where each run ended."""
+    """Prints the last figures of each run."""
     last = [run["curve"][-1] for run in runs]
     table = Table("", *(run["name"] for run in runs))
     table.add_row("steps", *(f"{point['step']:,}" for point in last))

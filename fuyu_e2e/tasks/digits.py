@@ -1,8 +1,8 @@
-"""The digits task: real handwriting in pictures of many sizes, to be read from left to right and top to bottom.
+"""The digits task: handwritten digits in pictures of many sizes, read from left to right and top to bottom.
 
-One to four scans of `data/digits` stand on up to three lines, at varying scales and places, slightly warped in
-training, in dark inks on light tinted grounds. A picture is 16 to 64 pixels high and 16 to 128 wide. One patch grid in
-five is never trained on, spread among those that are, so that reading in new sizes can be scored.
+A picture shows one to four scans of `data/digits` on up to three lines, at varying scales and places, slightly warped
+in training, in dark inks on light tinted grounds. It is 16 to 64 pixels high and 16 to 128 wide. One patch grid in
+five is held out from training, spread among the others, to score reading at new sizes.
 """
 
 import gzip
@@ -24,24 +24,24 @@ Split = Literal["train", "val", "test", "test-new-sizes"]
 
 QUESTION = "Read the digits."
 VOCAB_SIZE = 320
-"""Of a tokenizer for this task: hardly more than bytes and special tokens."""
+"""Vocabulary of a tokenizer for this task: hardly more than bytes and special tokens."""
 MAX_NEW_TOKENS = 16
-"""Room for an answer, with some to spare."""
+"""Enough tokens for any answer."""
 TEST_SEED = 1_000_003
-"""Test and validation pictures are the same for every seed of training, so that seeds can be compared."""
+"""Seed of test and validation pictures, the same for every training seed, so that seeds can be compared."""
 MOST_DIGITS = 4
 HEIGHTS, WIDTHS = (16, 64), (16, 128)
-"""Smallest and largest picture, in pixels."""
+"""Smallest and largest side of a picture, in pixels."""
 PIXELS_PER_DIGIT = 700
-"""Area of a picture at most for each digit in it; mostly empty ones teach little for their tokens."""
+"""Largest area of a picture for each digit in it, since mostly empty pictures teach little for their tokens."""
 DIGIT_HEIGHTS = (12, 24)
-"""Smallest and largest digit, in pixels."""
+"""Smallest and largest height of a digit, in pixels."""
 ASPECT = 0.8
 """Width of a digit over its height."""
 PATCH_SIZE = 8
-"""The patch that sizes are held out by."""
+"""The patch size whose grids decide which sizes are held out."""
 HELD_OUT = {"val": 150, "test": 150}
-"""Scans kept from training."""
+"""Scans held out from training."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Scans:
 
 @cache
 def load_scans(split: Split) -> Scans:
-    """The scans of a split: 1,497 to train on, 150 to validate on, 150 to test on; no scan is in two of them."""
+    """Returns the scans of a split: 1,497 for training, 150 for validation, 150 for tests, without overlap."""
     with gzip.open(shipped("data/digits/digits.csv.gz"), "rt") as file:
         rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)
     order = np.random.default_rng(0).permutation(len(rows))
@@ -66,7 +66,7 @@ def load_scans(split: Split) -> Scans:
 
 @dataclass(frozen=True)
 class Box:
-    """Where a digit stands, in pixels."""
+    """The place of a digit, in pixels."""
 
     left: int
     top: int
@@ -75,13 +75,13 @@ class Box:
 
 
 def is_new_size(height: int, width: int) -> bool:
-    """Whether pictures of this size are kept from training: every fifth patch grid, on the diagonals."""
+    """Returns whether pictures of this size are held out from training: every fifth patch grid, on the diagonals."""
     rows, cols = -(-height // PATCH_SIZE), -(-width // PATCH_SIZE)
     return (rows + 2 * cols) % 5 == 0
 
 
 def draw_size(rng: np.random.Generator, digits: int, new_sizes: bool) -> tuple[int, int]:
-    """Draws (height, width) that holds so many digits, among the sizes trained on or the others."""
+    """Draws a (height, width) with room for `digits` digits, among the trained or the held-out sizes."""
     while True:
         height, width = (int(np.exp(rng.uniform(*np.log([low, high + 1])))) for low, high in (HEIGHTS, WIDTHS))
         roomy = height * width > PIXELS_PER_DIGIT * digits
@@ -90,7 +90,7 @@ def draw_size(rng: np.random.Generator, digits: int, new_sizes: bool) -> tuple[i
 
 
 def possible_lines(digits: int, height: int, width: int) -> list[int]:
-    """The numbers of lines on which so many digits fit at their smallest."""
+    """Returns the numbers of lines on which `digits` digits of the smallest size fit."""
     smallest = DIGIT_HEIGHTS[0]
     return [
         lines
@@ -100,7 +100,7 @@ def possible_lines(digits: int, height: int, width: int) -> list[int]:
 
 
 def lay_out(rng: np.random.Generator, digits: int, height: int, width: int) -> list[Box]:
-    """Places digits in reading order: lines one below the other, digits of a line side by side, nothing overlapping.
+    """Returns boxes for digits in reading order: lines below one another, digits side by side, without overlap.
 
     The picture must have room for them (`possible_lines`).
     """
@@ -121,7 +121,7 @@ def lay_out(rng: np.random.Generator, digits: int, height: int, width: int) -> l
 
 
 def _spread(rng: np.random.Generator, lengths: Sequence[int], room: int) -> list[int]:
-    """Starts of intervals with these lengths, in order, the free room shared out between them at random."""
+    """Returns starts of intervals with these lengths, in order, with the free room distributed at random."""
     free = np.sort(rng.integers(0, room - sum(lengths) + 1, len(lengths)))
     return (free + np.cumsum([0, *lengths[:-1]])).tolist()
 
@@ -129,7 +129,7 @@ def _spread(rng: np.random.Generator, lengths: Sequence[int], room: int) -> list
 def compose(
     rng: np.random.Generator, scans: Scans, digits: int, height: int, width: int, warp: bool
 ) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
-    """A picture of `digits` scans and the digits it holds, in reading order; `warp` turns and shears each a little."""
+    """Returns a picture of `digits` scans and its digits in reading order; `warp` turns and shears each a little."""
     chosen = rng.integers(len(scans.labels), size=digits)
     ink = np.zeros((height, width), np.float32)
     for scan, box in zip(chosen, lay_out(rng, digits, height, width), strict=True):
@@ -144,7 +144,7 @@ def compose(
 
 def _draw(rng: np.random.Generator, scan: UInt8[np.ndarray, "8 8"], box: Box, warp: bool) -> Float[np.ndarray, "h w"]:
     angle, shear = rng.uniform(-1, 1, 2) * ([0.17, 0.15] if warp else [0.0, 0.0])
-    # From the middle of a pixel of the box to the middle of the scan, in pixels of the scan.
+    # Maps from pixel centres of the box to pixels of the scan.
     matrix = np.array([[np.cos(angle), shear - np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = matrix @ np.diag([8 / box.width, 8 / box.height])
     offset = 4 - matrix @ [box.width / 2, box.height / 2]
@@ -159,7 +159,7 @@ def _draw(rng: np.random.Generator, scan: UInt8[np.ndarray, "8 8"], box: Box, wa
 def _colours(
     rng: np.random.Generator, height: int, width: int
 ) -> tuple[Float[np.ndarray, "H W 3"], Float[np.ndarray, " 3"]]:
-    """A light ground that runs from one tint to another, and a dark ink."""
+    """Returns a light ground with a gradient between two tints, and a dark ink."""
     start, end, ink = *rng.uniform(165, 255, (2, 3)), rng.uniform(0, 90, 3)
     direction = rng.uniform(-1, 1, 2)
     across = direction[0] * np.linspace(0, 1, height)[:, None] + direction[1] * np.linspace(0, 1, width)
@@ -178,14 +178,14 @@ def write_shards(
     processes: int = 2,
     shard_size: int = 2_500,
 ) -> list[Path]:
-    """Writes `count` pictures as webdataset shards, each a JPEG with LLaVA's JSON beside it.
+    """Writes `count` pictures as webdataset shards, each a JPEG with LLaVA's JSON.
 
     Args:
-        directory: Where `{split}-00000.tar` and those behind it go.
-        split: Which scans and sizes they are made of; `test-new-sizes` are test scans in sizes never trained on.
-        count: Pictures in all, of one to `most_digits` digits equally often.
+        directory: The folder of `{split}-00000.tar` and so on.
+        split: Chooses scans and sizes; `test-new-sizes` are test scans at held-out sizes.
+        count: Total number of pictures, with one to `most_digits` digits equally often.
         seed: Seeds the pictures; their bytes don't depend on `processes`.
-        most_digits: Digits in a picture at most.
+        most_digits: Most digits in a picture.
         processes: Shards written at once.
         shard_size: Pictures of a shard.
 

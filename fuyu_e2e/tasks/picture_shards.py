@@ -1,4 +1,4 @@
-"""Shards of drawn pictures, each with LLaVA's JSON beside it, several written at once."""
+"""Writes shards of drawn pictures, each with LLaVA's JSON, several at once."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from fuyu_e2e.data.shards.parallel import deaf_to_interrupts
 from fuyu_e2e.data.shards.tar_writer import TarWriter
 
 Samples = Callable[[range], Iterable[dict[str, Any]]]
-"""Gives the samples of a shard, as webdataset writes them, of the numbers of its pictures; can be pickled."""
+"""Returns the samples of a shard, in webdataset's form, for the numbers of its pictures; must be picklable."""
 
 
 def write_picture_shards(
@@ -27,10 +27,10 @@ def write_picture_shards(
     """Writes `count` pictures as webdataset shards.
 
     Args:
-        directory: Where `{name}-00000.tar` and those behind it go.
-        name: What the shards begin with.
-        samples: What they hold.
-        count: Pictures in all.
+        directory: The folder of `{name}-00000.tar` and so on.
+        name: Prefix of the shards.
+        samples: Draws the samples.
+        count: Total number of pictures.
         processes: Shards written at once; their bytes don't depend on it.
         shard_size: Pictures of a shard.
 
@@ -46,8 +46,8 @@ def write_picture_shards(
                 write(path, own)
                 progress.advance(float(len(own)))
         else:
-            # Not forked: a copy of a process that runs torch's threads can hang. Tasks that draw import no torch, so
-            # that a new process starts in a fraction of a second.
+            # Not forked: a copy of a process that runs torch's threads can hang. Tasks that draw don't import torch,
+            # so that a new process starts in a fraction of a second.
             with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
                 with deaf_to_interrupts():
                     written = pool.map(write, paths, numbers)
@@ -63,20 +63,20 @@ def _write_shard(samples: Samples, path: Path, numbers: range) -> None:
 
 
 def jpeg(pixels: UInt8[ndarray, "H W 3"]) -> bytes:
-    """A picture as a JPEG file whose colours are as fine as its brightness."""
+    """Returns a picture as a JPEG file without chroma subsampling."""
     file = io.BytesIO()
     Pillow.fromarray(pixels).save(file, "JPEG", quality=92, subsampling=0)
     return file.getvalue()
 
 
 def conversation(key: str, image: str, turns: Sequence[tuple[str, str]], **described: Any) -> bytes:
-    """LLaVA's JSON of questions about an image and their answers.
+    """Returns LLaVA's JSON of questions about an image and their answers.
 
     Args:
-        key: Names the sample.
-        image: Names the image.
-        turns: Each a question and its answer, `<image>` where the image stands.
-        described: What else the JSON says.
+        key: Name of the sample.
+        image: Name of the image.
+        turns: Pairs of a question and its answer, with `<image>` at the place of the image.
+        described: Further entries of the JSON.
     """
     speakers = ("human", "gpt")
     said = [{"from": name, "value": text} for turn in turns for name, text in zip(speakers, turn, strict=True)]

@@ -1,8 +1,8 @@
-"""The reading task: words of a word list, rendered in many fonts, sizes, colours and angles, to be spelled.
+"""The reading task: words from a list, rendered in many fonts, sizes, colours and angles, to be spelled.
 
-A picture holds one word whose capitals are, or would be, 6 to 40 pixels high. Training begins with `letters`, single
-ones of middling height, and goes on with `easy` pictures, short training words of that height. Test pictures show
-words that no training picture shows, in fonts that no training picture uses (`test`) or in those of training
+A picture shows one word whose capitals are, or would be, 6 to 40 pixels high. Training starts with `letters`, single
+letters of medium height, and continues with `easy` pictures, short training words of that height. Test pictures show
+words that no training picture shows, in fonts that no training picture uses (`test`) or in training fonts
 (`test-known-fonts`).
 """
 
@@ -28,30 +28,30 @@ Split = Literal["train", "letters", "easy", "val", "test", "test-known-fonts"]
 
 QUESTION = "Read the word."
 VOCAB_SIZE = 320
-"""Of a tokenizer for this task: bytes, special tokens, and the letters."""
+"""Vocabulary of a tokenizer for this task: bytes, special tokens, and the letters."""
 MAX_NEW_TOKENS = 24
-"""Room for an answer, with some to spare."""
+"""Enough tokens for any answer."""
 TEST_SEED = 1_000_003
-"""Test and validation pictures are the same for every seed of training."""
+"""Seed of test and validation pictures, the same for every training seed."""
 LETTERS = (2, 6)
-"""Of the shortest and the longest word."""
+"""Letters of the shortest and the longest word."""
 CAPITALISED = 0.1
-"""Share of words that begin with a capital."""
+"""Fraction of words that start with a capital."""
 HEIGHTS = (6, 40)
 """Smallest and largest height of a capital, in pixels."""
 EASY_LETTERS, EASY_HEIGHTS = 3, (12, 20)
-"""Letters at most, and heights, of words to begin training with: many pictures to a row, and no letter is tiny."""
+"""Most letters, and the heights, of words at the start of training: many pictures fit a row, and no letter is tiny."""
 BINS = ((6, 7), (8, 9), (10, 12), (13, 16), (17, 22), (23, 30), (31, 40))
-"""Heights that are scored together; test pictures have as many of each."""
+"""Ranges of heights that are scored together; test pictures have equally many of each."""
 ANGLE = 4.0
-"""Degrees that a word is turned by at most, either way."""
+"""Largest rotation of a word, in degrees either way."""
 CONTRAST = 80
-"""Difference in brightness of ink and ground at least, of 255."""
+"""Smallest difference in brightness between ink and ground, of 255."""
 FONT_FOLDER = Path("/usr/share/fonts")
-"""Where Debian's font packages put their files."""
+"""The folder of Debian's font packages."""
 STYLES = ("", *(f"-{style}" for style in ("Regular", "Bold", "Italic", "BoldItalic", "Oblique", "BoldOblique")),
           "Bold", "Oblique", "Italic", "BoldOblique", "BoldItalic", "_R", "_RB", "_RI", "_RBI")  # fmt: skip
-"""What a file's name may say behind its family's; thin and black weights are left out."""
+"""Suffixes of font file names after the family; thin and black weights are left out."""
 TRAINING_FONTS = {
     "fonts-dejavu-core": ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono"),
     "fonts-liberation": ("LiberationSans", "LiberationSansNarrow", "LiberationSerif", "LiberationMono"),
@@ -74,7 +74,7 @@ TRAINING_FONTS = {
     "fonts-comic-neue": ("ComicNeue",),
     "fonts-b612": ("B612",),
 }
-"""Debian's packages and the families of each that are trained on."""
+"""Debian packages and their font families for training."""
 HELD_OUT_FONTS = {
     "fonts-crosextra-caladea": ("Caladea",),
     "fonts-hack-ttf": ("Hack",),
@@ -88,10 +88,10 @@ HELD_OUT_FONTS = {
 
 
 def find_fonts(split: Split, folder: Path = FONT_FOLDER) -> tuple[Path, ...]:
-    """The files of a split's fonts that are installed, by name.
+    """Returns the installed font files of a split, sorted by name.
 
     Raises:
-        UserError: None is.
+        UserError: None is installed.
     """
     wanted = HELD_OUT_FONTS if split == "test" else TRAINING_FONTS
     names = {family + style for families in wanted.values() for family in families for style in STYLES}
@@ -106,9 +106,9 @@ def find_fonts(split: Split, folder: Path = FONT_FOLDER) -> tuple[Path, ...]:
 
 @cache
 def load_words(split: Split) -> tuple[str, ...]:
-    """The words of a split: of ten, eight to train on, one to validate and one to test with, by their checksums.
+    """Returns the words of a split: by checksum, eight in ten for training, one for validation and one for tests.
 
-    Those of `letters` are the letters of the alphabet.
+    The words of `letters` are the letters of the alphabet.
     """
     if split == "letters":
         return tuple(ascii_lowercase)
@@ -120,10 +120,10 @@ def load_words(split: Split) -> tuple[str, ...]:
 
 
 def height_bin(height: int) -> str:
-    """The bin of a height, as `08-09`, so that bins sort as text.
+    """Returns the name of a height's range, such as `08-09`, so that ranges sort as text.
 
     Raises:
-        ValueError: It lies in none.
+        ValueError: The height is in no range.
     """
     for low, high in BINS:
         if low <= height <= high:
@@ -133,28 +133,28 @@ def height_bin(height: int) -> str:
 
 @cache
 def sized_font(path: Path, height: int) -> ImageFont.FreeTypeFont:
-    """A font in the size, in half points, whose capitals are rendered so many pixels high, or as near as it comes."""
+    """Returns a font at the size, in half points, whose rendered capitals are closest to `height` pixels high."""
     sizes = np.arange(height, 3 * height, 0.5)
     fonts = {float(size): ImageFont.truetype(str(path), float(size)) for size in _around(path, height, sizes)}
     return min(fonts.values(), key=lambda font: abs(capital_height(font) - height))
 
 
 def _around(path: Path, height: int, sizes: Float[np.ndarray, " sizes"]) -> Float[np.ndarray, " near"]:
-    """The sizes near that which the font's proportions ask for."""
+    """Returns the sizes near the one that the font's proportions suggest."""
     proportion = capital_height(ImageFont.truetype(str(path), 200)) / 200
     return sizes[np.abs(sizes - height / proportion) <= 1.5]
 
 
 def capital_height(font: ImageFont.FreeTypeFont) -> int:
-    """Pixels from the top of a rendered H to its bottom."""
+    """Returns the height of a rendered H in pixels."""
     box = font.getmask("H").getbbox()
     return box[3] - box[1]
 
 
 def render(word: str, font: ImageFont.FreeTypeFont, angle: float) -> UInt8[np.ndarray, "h w"]:
-    """A word's ink, 0 to 255, turned by `angle` degrees against the clock; one pixel around it is empty."""
+    """Returns a word's ink, 0 to 255, rotated by `angle` degrees anticlockwise, with an empty border of one pixel."""
     left, top, right, bottom = font.getbbox(word)
-    # Half the letters' height around it, for what a turned word and a slanting letter need.
+    # Half the letters' height on each side, for rotated words and slanted letters.
     room = 2 + round(bottom - top) // 2
     drawn = Pillow.new("L", (round(right - left) + 2 * room, round(bottom - top) + 2 * room))
     ImageDraw.Draw(drawn).text((room - left, room - top), word, fill=255, font=font)
@@ -165,7 +165,7 @@ def render(word: str, font: ImageFont.FreeTypeFont, angle: float) -> UInt8[np.nd
 
 
 def compose(rng: np.random.Generator, ink: UInt8[np.ndarray, "h w"], height: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The ink in a colour on a ground that runs from one tint to another, with margins of up to half a letter."""
+    """Returns the ink in a colour on a ground with a gradient, with margins of up to half a letter."""
     top, bottom, left, right = rng.integers(0, max(2, height // 2) + 1, 4)
     covered = np.pad(ink, ((top, bottom), (left, right)))[:, :, None].astype(np.float32) / 255
     colour, ground = _colours(rng, *covered.shape[:2])
@@ -177,7 +177,7 @@ def compose(rng: np.random.Generator, ink: UInt8[np.ndarray, "h w"], height: int
 def _colours(
     rng: np.random.Generator, height: int, width: int
 ) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "H W 3"]]:
-    """An ink and a ground, either the darker, whose brightness differs enough at both ends of the ground."""
+    """Returns an ink and a ground, either of them darker, with enough contrast at both ends of the gradient."""
     while True:
         ink, start = rng.uniform(0, 255, (2, 3))
         end = (start + rng.uniform(-40, 40, 3)).clip(0, 255)
@@ -193,25 +193,25 @@ def _colours(
 
 @dataclass(frozen=True)
 class Rendered:
-    """A picture and what is known of it."""
+    """A picture and facts about it."""
 
     pixels: UInt8[np.ndarray, "H W 3"]
     word: str
     font: str
     height: int
-    """Of a capital, in pixels, as rendered."""
+    """Rendered height of a capital, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """Which pictures shards hold."""
+    """Describes the pictures of shards."""
 
     split: Split
     seed: int
     fonts: tuple[Path, ...]
 
     def sample(self, number: int) -> Rendered:
-        """A picture, which depends on nothing but these and its number."""
+        """Returns picture number `number`, which depends only on that and the fields."""
         rng = np.random.default_rng([self.seed, zlib.crc32(self.split.encode()), number])
         words = load_words(self.split)
         word = words[rng.integers(len(words))]
@@ -232,14 +232,14 @@ class Pictures:
 def write_shards(
     directory: Path, pictures: Pictures, count: int, *, processes: int = 2, shard_size: int = 2_500
 ) -> list[Path]:
-    """Writes `count` pictures as webdataset shards, each a JPEG with LLaVA's JSON beside it.
+    """Writes `count` pictures as webdataset shards, each a JPEG with LLaVA's JSON.
 
-    The JSON's `groups` name the bin of the letters' height in pixels, and the font.
+    The JSON's `groups` are the range of the letters' height in pixels, and the font.
 
     Args:
-        directory: Where `{split}-00000.tar` and those behind it go.
-        pictures: What they hold.
-        count: Pictures in all.
+        directory: The folder of `{split}-00000.tar` and so on.
+        pictures: Describes the pictures.
+        count: Total number of pictures.
         processes: Shards written at once; their bytes don't depend on it.
         shard_size: Pictures of a shard.
 

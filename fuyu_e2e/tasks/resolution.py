@@ -1,9 +1,9 @@
 """The resolution task: one scene drawn at many sizes and shapes of picture, to be read in the same words.
 
-A scene is one scan of a handwritten digit on a plain ground. It is made of shares of the picture: the digit's place is
-one of the room that it leaves free, its size one of the shorter side, so that it keeps its proportions and shows as
-much at any size. Pictures to train on have sides of 32 to 96 pixels in proportions of up to 3 to 1. One patch grid in
-five is left out between them (`between`), and larger pictures are left out beyond.
+A scene is a scan of a handwritten digit on a plain ground, described in fractions of the picture: the digit's place as
+a fraction of the free room, its size as a fraction of the shorter side. So it keeps its proportions and content at any
+size. Training pictures have sides of 32 to 96 pixels in proportions of up to 3 to 1. One patch grid in five among them
+is held out (`between`), and larger pictures are held out (`beyond`).
 """
 
 import zlib
@@ -23,23 +23,23 @@ from fuyu_e2e.tasks.picture_shards import conversation, jpeg, write_picture_shar
 Split = Literal["train", "val", "test"]
 Trained = Literal["yes", "between", "beyond"]
 Size = tuple[int, int]
-"""Height and width in pixels."""
+"""(height, width) in pixels."""
 
 QUESTION = "Read the digit."
 VOCAB_SIZE = 320
-"""Of a tokenizer for this task: hardly more than bytes and special tokens."""
+"""Vocabulary of a tokenizer for this task: hardly more than bytes and special tokens."""
 MAX_NEW_TOKENS = 4
-"""Room for an answer, with some to spare."""
+"""Enough tokens for any answer."""
 TEST_SEED = 1_000_003
-"""Test and validation scenes are the same for every seed of training."""
+"""Seed of test and validation scenes, the same for every training seed."""
 PATCH_SIZE = 16
-"""The patch that sizes are held out by."""
+"""The patch size whose grids decide which sizes are held out."""
 SHORTEST, LONGEST = 32, 96
-"""Sides of pictures to train on, in pixels."""
+"""Shortest and longest side of training pictures, in pixels."""
 PROPORTION = 3.0
-"""Longer side over shorter at most."""
+"""Largest ratio of the longer to the shorter side."""
 DIGIT_HEIGHTS = (0.7, 0.85)
-"""Of digits, as shares of the shorter side."""
+"""Range of digit heights, as fractions of the shorter side."""
 ASPECT = 0.8
 """Width of a digit over its height."""
 TEST_SIZES: tuple[Size, ...] = (
@@ -48,29 +48,30 @@ TEST_SIZES: tuple[Size, ...] = (
     *((80, 80), (64, 48), (32, 64), (96, 32), (48, 96), (72, 72), (56, 40)),
     *((112, 112), (128, 128), (160, 160), (54, 160), (160, 54), (80, 160), (160, 80), (112, 160), (160, 112)),
 )
-"""Sizes to score: trained on, between those, beyond them."""
+"""Sizes to score: trained ones, some between those, and some beyond."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be drawn, in shares of a picture."""
+    """The content of a picture, in fractions of its size."""
 
     scan: UInt8[np.ndarray, "8 8"]
     label: int
     place: tuple[float, float]
-    """Of the digit: shares of the free height that is above it and of the free width left of it."""
+    """The digit's place: the fraction of the free height above it, and of the free width left of it."""
     tall: float
-    """Height of the digit, as a share of the shorter side."""
+    """Height of the digit, as a fraction of the shorter side."""
     warp: tuple[float, float]
-    """How far it is turned, in radians, and sheared."""
+    """Rotation in radians, and shear."""
     ink: tuple[float, float, float]
     ground: tuple[float, float, float]
     noise: float
-    """Standard deviation of the noise in each value of a pixel."""
+    """Standard deviation of the noise in each pixel value."""
 
 
 def is_trained(height: int, width: int, longest: int = LONGEST) -> Trained:
-    """Whether pictures of a size are trained on, where the longest side is so long, or how they lie to those."""
+    """Returns whether pictures of a size are in training with sides up to `longest`, or else where they are held
+    out."""
     if max(height, width) > longest:
         return "beyond"
     rows, cols = -(-height // PATCH_SIZE), -(-width // PATCH_SIZE)
@@ -78,7 +79,7 @@ def is_trained(height: int, width: int, longest: int = LONGEST) -> Trained:
 
 
 def draw_size(rng: np.random.Generator, longest: int = LONGEST) -> Size:
-    """Draws a size to train on: both sides log-uniform, in allowed proportions, of a patch grid not held out."""
+    """Draws a training size: both sides log-uniform, in allowed proportions, of a patch grid that isn't held out."""
     while True:
         height, width = (int(np.exp(rng.uniform(*np.log([SHORTEST, longest + 1])))) for _ in range(2))
         proportion = max(height, width) / min(height, width)
@@ -103,14 +104,14 @@ def draw_scene(rng: np.random.Generator, scans: Scans, warp: bool) -> Scene:
 
 
 def draw(scene: Scene, height: int, width: int, rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
-    """The scene as a picture of any size; `rng` gives the noise."""
+    """Returns the scene as a picture of any size, with noise from `rng`."""
     angle, shear = scene.warp
     tall = scene.tall * min(height, width)
     centre = [
         share * (side - size) + size / 2
         for share, side, size in zip(scene.place[::-1], (width, height), (tall * ASPECT, tall), strict=True)
     ]
-    # From a place in the picture to one in the scan, in pixels of each; one empty pixel is put around the scan.
+    # Maps from pixels of the picture to pixels of the scan, which has a border of one empty pixel.
     matrix = np.array([[np.cos(angle), shear - np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = matrix @ np.diag([8 / (tall * ASPECT), 8 / tall])
     offset = 5 - matrix @ centre
@@ -128,19 +129,20 @@ def draw(scene: Scene, height: int, width: int, rng: np.random.Generator) -> UIn
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """Which pictures shards hold."""
+    """Describes the pictures of shards."""
 
     split: Split
     seed: int
     size: Size | None = None
-    """Height and width of all; None draws one for each, among those to train on."""
+    """(height, width) of all pictures; None draws a training size for each."""
     longest: int = LONGEST
     """The longest side that is drawn."""
     square: int | None = None
-    """Side that all are squashed to, whatever their size, as encoders of one fixed resolution need it."""
+    """Side to which all pictures are squashed, as encoders with one fixed resolution require."""
 
     def sample(self, number: int) -> tuple[Size, Scene, UInt8[np.ndarray, "H W 3"]]:
-        """A picture with its native size and its scene, which depends on nothing but split, seed and number."""
+        """Returns the native size, the scene and the pixels of a picture; the scene depends only on split, seed and
+        number."""
         identity = [self.seed, zlib.crc32(self.split.encode()), number]
         scene = draw_scene(np.random.default_rng(identity), load_scans(self.split), warp=self.split == "train")
         rng = np.random.default_rng([*identity, 1])
@@ -155,16 +157,16 @@ class Pictures:
 def write_shards(
     directory: Path, name: str, pictures: Pictures, count: int, *, processes: int = 2, shard_size: int = 2_500
 ) -> list[Path]:
-    """Writes `count` pictures as webdataset shards, each a JPEG with LLaVA's JSON beside it.
+    """Writes `count` pictures as webdataset shards, each a JPEG with LLaVA's JSON.
 
-    The JSON's `groups` name the native size, as `64x96` (height first), and whether it is trained on; its `image` is
-    the same for one scene at all sizes.
+    The JSON's `groups` are the native size, such as `64x96` (height first), and whether it is in training; its `image`
+    is the same for one scene at all sizes.
 
     Args:
-        directory: Where `{name}-00000.tar` and those behind it go.
-        name: What the shards begin with.
-        pictures: What they hold.
-        count: Pictures in all.
+        directory: The folder of `{name}-00000.tar` and so on.
+        name: Prefix of the shards.
+        pictures: Describes the pictures.
+        count: Total number of pictures.
         processes: Shards written at once; their bytes don't depend on it.
         shard_size: Pictures of a shard.
 

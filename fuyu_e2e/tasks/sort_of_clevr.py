@@ -1,11 +1,11 @@
 """Sort-of-CLEVR (Santoro et al. 2017, arXiv 1706.01427, section 3.3): questions about objects and how they relate.
 
-A picture of 75 x 75 pixels holds six objects, one of each colour, each a square or a circle. Ten questions about one
-object alone (its shape, whether it is on the left, whether it is at the top) and ten that take others into account
-(the shape of the closest and of the furthest object, how many objects share its shape) are drawn from the eighteen of
-either kind. Sizes, colours and rules are those of the usual generators, with three differences: boxes around objects
-never overlap, no question is asked twice of a picture, and each has one right answer, since a picture is drawn anew
-where objects of both shapes are equally close to another, or equally far.
+A picture of 75 x 75 pixels has six objects, one of each colour, each a square or a circle. There are eighteen
+questions about one object alone (its shape, whether it is on the left, whether it is at the top) and eighteen that
+relate it to others (the shape of the closest and of the furthest object, how many objects share its shape); ten of
+either kind are drawn. Sizes, colours and rules are those of the usual generators, with three differences: boxes around
+objects never overlap, no question is asked twice about a picture, and each has one right answer, since a picture is
+redrawn if objects of both shapes are equally close to another, or equally far.
 """
 
 import io
@@ -28,10 +28,10 @@ Shape = Literal["square", "circle"]
 Kind = Literal["relational", "non-relational"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Selection = Kind | Literal["close-calls"]
-"""What of a picture is asked: a kind of question, or those relational ones that take exact places to answer."""
+"""The questions to ask: a kind, or the relational ones that require exact places."""
 
 RADIUS = 5
-"""From an object's middle pixel to its edge: objects are 11 pixels wide."""
+"""Pixels from an object's centre to its edge: objects are 11 pixels wide."""
 COLOURS = {
     "red": (255, 0, 0),
     "green": (0, 255, 0),
@@ -42,19 +42,20 @@ COLOURS = {
 }
 GROUND = (255, 255, 255)
 OBJECTS = len(COLOURS)
-"""In a picture of the task; those to begin training with have fewer, and are smaller."""
+"""Objects in a picture of the task; pictures for the start of training have fewer and are smaller."""
 ASKED = 10
 """Questions of each kind about a picture."""
 LEADS = (0, 2, 4, 8, 16)
-"""Bounds, in pixels, between which questions of distance are scored together."""
+"""Bounds, in pixels, of the ranges in which questions about distance are scored together."""
 CLOSE_CALL = 8
-"""In a question of distance that is a close call, the object that answers it leads by less than so many pixels."""
+"""A question about distance is a close call if the right object leads by less than this many pixels."""
 VOCAB_SIZE = 448
-"""Of a tokenizer for this task: bytes, special tokens, and every word of it, so that an answer is one token."""
+"""Vocabulary of a tokenizer for this task: bytes, special tokens, and all its words, so that an answer is one
+token."""
 MAX_NEW_TOKENS = 4
-"""Room for an answer, with some to spare."""
+"""Enough tokens for any answer."""
 TEST_SEED = 1_000_003
-"""Test and validation pictures are the same for every seed of training, so that seeds can be compared."""
+"""Seed of test and validation pictures, the same for every training seed, so that seeds can be compared."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ class Thing:
     shape: Shape
     row: int
     column: int
-    """Of its middle pixel."""
+    """Row and column are those of its centre pixel."""
 
     def distance(self, other: "Thing") -> int:
-        """The square of the distance to another's middle, in pixels."""
+        """Returns the squared distance to another object's centre, in pixels."""
         return (self.row - other.row) ** 2 + (self.column - other.column) ** 2
 
 
@@ -77,7 +78,7 @@ Scene = tuple[Thing, ...]
 
 
 def side(objects: int) -> int:
-    """Height and width in pixels of a picture of so many objects: 25 for one, and 75 for six, as the task has it."""
+    """Returns the side in pixels of a picture with `objects` objects: 25 for one, and 75 for six, as in the task."""
     return 15 + 10 * objects
 
 
@@ -107,13 +108,13 @@ def _count(scene: Scene, asked: Thing) -> str:
 
 @dataclass(frozen=True)
 class Form:
-    """What is asked of one object after another."""
+    """A form of question, to be asked about any object."""
 
     kind: Kind
     text: str
     answer: Callable[[Scene, Thing], str]
     extreme: Callable[[Iterable[float]], float] | None = None
-    """Of a question of distance, `min` or `max`, whichever decides it. An object that is alone can't be asked it."""
+    """For a question about distance, `min` or `max`, whichever decides it; it needs more than one object."""
 
 
 FORMS = {
@@ -124,7 +125,7 @@ FORMS = {
     "furthest": Form("relational", "What shape is furthest from the {} object?", _furthest, extreme=max),
     "count": Form("relational", "How many objects have the shape of the {} object?", _count),
 }
-"""The six questions, by what they ask for. A count includes the object that it is asked of."""
+"""The six questions, by their subject. A count includes the object that it is asked about."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,12 @@ class Asked:
     text: str
     answer: str
     lead: float | None
-    """Pixels by which the closest or furthest object beats the first of the other shape, infinite if there is none;
-    None for a question that is not of distance."""
+    """Pixels by which the closest or furthest object leads the first of the other shape, infinite if there is none;
+    None for a question that isn't about distance."""
 
     @property
     def groups(self) -> dict[str, str]:
-        """What its score is also given apart by; leads in bins that sort as text, as `02-04` and `16+`."""
+        """The groups of its score; leads are in ranges that sort as text, such as `02-04` and `16+`."""
         groups = {"kind": FORMS[self.form].kind, "question": self.form}
         if self.lead is not None:
             low, *high = LEADS[bisect(LEADS, self.lead) - 1 :][:2]
@@ -149,7 +150,7 @@ class Asked:
 
 
 def draw_scene(rng: np.random.Generator, objects: int = OBJECTS) -> Scene:
-    """Objects in places of their own, of which every question has one right answer."""
+    """Draws objects that don't overlap, for which every question has one right answer."""
     colours = list(COLOURS)
     while True:
         scene: list[Thing] = []
@@ -170,12 +171,12 @@ def _free_place(rng: np.random.Generator, scene: Sequence[Thing], room: int) -> 
 
 
 def _tied(scene: Scene, asked: Thing) -> bool:
-    """Whether objects of both shapes are the closest to one, or the furthest."""
+    """Returns whether objects of both shapes tie as closest or furthest."""
     return any(_lead(scene, form, asked) == 0 for form in FORMS)
 
 
 def draw_questions(rng: np.random.Generator, scene: Scene) -> list[Asked]:
-    """Ten relational and ten non-relational questions, or as many as there are, in random order."""
+    """Draws ten relational and ten non-relational questions, or as many as there are, in random order."""
     drawn: list[tuple[str, Thing]] = []
     for kind in KINDS:
         forms = [name for name in _askable(scene) if FORMS[name].kind == kind]
@@ -185,9 +186,9 @@ def draw_questions(rng: np.random.Generator, scene: Scene) -> list[Asked]:
 
 
 def close_calls(scene: Scene) -> list[Asked]:
-    """All questions of distance about a scene that a model answers only if it knows to some pixels where objects are.
+    """Returns all questions about distance in a scene that require objects' places to within a few pixels.
 
-    Of the questions of distance about pictures of six objects they are three in ten, and most of those that a trained
+    They are three in ten of the questions about distance in pictures of six objects, and most of those that a trained
     model gets wrong.
     """
     asked = (ask(scene, name, thing) for name in _askable(scene) for thing in scene)
@@ -199,7 +200,7 @@ def _askable(scene: Scene) -> list[str]:
 
 
 def ask(scene: Scene, form: str, thing: Thing) -> Asked:
-    """A question about an object, with its answer."""
+    """Returns a question about an object, with its answer."""
     text, answer = FORMS[form].text.format(thing.colour), FORMS[form].answer(scene, thing)
     return Asked(form, text, answer, _lead(scene, form, thing))
 
@@ -219,7 +220,7 @@ def _lead(scene: Scene, form: str, asked: Thing) -> float | None:
 
 
 def render(scene: Scene) -> UInt8[np.ndarray, "H W 3"]:
-    """The picture of some objects."""
+    """Returns the picture of a scene."""
     pixels = np.full((side(len(scene)), side(len(scene)), 3), GROUND, np.uint8)
     for thing in scene:
         rows, columns = (slice(middle - RADIUS, middle + RADIUS + 1) for middle in (thing.row, thing.column))
@@ -230,7 +231,7 @@ def render(scene: Scene) -> UInt8[np.ndarray, "H W 3"]:
 _OFFSETS = np.arange(-RADIUS, RADIUS + 1) ** 2
 _MASKS = {
     "square": np.ones((2 * RADIUS + 1, 2 * RADIUS + 1), bool),
-    # Half a pixel more than the radius, so that a circle is as wide as a square.
+    # The radius plus half a pixel, so that a circle is as wide as a square.
     "circle": _OFFSETS[:, None] + _OFFSETS <= (RADIUS + 0.5) ** 2,
 }
 
@@ -246,19 +247,19 @@ def write_shards(
     processes: int = 2,
     shard_size: int = 500,
 ) -> list[Path]:
-    """Writes the questions about `count` pictures as webdataset shards, each a PNG with LLaVA's JSON beside it.
+    """Writes the questions about `count` pictures as webdataset shards, each a PNG with LLaVA's JSON.
 
-    A sample is one question with its picture behind it, so that patches are read by a model that knows what is asked.
-    Its JSON says in `groups` what its score counts towards, and in `image` which of them show the same picture.
+    A sample is one question followed by its picture, so that the model knows the question when it reads the patches.
+    In its JSON, `groups` are the groups of its score, and `image` identifies samples with the same picture.
 
     Args:
-        directory: Where `{split}-00000.tar` and those behind it go, `{split}-of-{objects}-{kind}-00000.tar` of fewer
-            objects and of one kind alone.
-        split: What the samples are for; no two splits draw the same pictures.
-        count: Pictures in all.
+        directory: The folder of `{split}-00000.tar` and so on, or `{split}-of-{objects}-{kind}-00000.tar` for fewer
+            objects and for a single kind.
+        split: The use of the samples; no two splits draw the same pictures.
+        count: Total number of pictures.
         seed: Seeds the pictures; their bytes don't depend on `processes`.
-        objects: In each picture, which has a `side` to match.
-        kind: What is asked; None asks questions of both kinds. The pictures are the same, less those that have none.
+        objects: Objects in each picture, whose `side` depends on it.
+        kind: The questions to ask; None asks both kinds. The pictures are the same, without those that have none.
         processes: Shards written at once.
         shard_size: Pictures of a shard.
 
@@ -279,7 +280,7 @@ def _samples(
         scene = draw_scene(rng, objects)
         questions, picture = draw_questions(rng, scene), _png(render(scene))
         if kind == "close-calls":
-            # After those of both kinds were drawn, so that the pictures that follow are the same.
+            # Only after both kinds were drawn, so that the following pictures are the same.
             questions = close_calls(scene)
         for place, question in enumerate(questions):
             if kind in KINDS and question.groups["kind"] != kind:

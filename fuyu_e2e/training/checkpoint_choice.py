@@ -1,4 +1,4 @@
-"""Which checkpoint a command of Lightning's reads."""
+"""Chooses the checkpoint that a Lightning command reads."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from fuyu_e2e.errors import UserError
 
 
 def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None:
-    """What a command of Lightning's reads, by the checkpoint that was named for it.
+    """Returns the checkpoint for a Lightning command to read.
 
-    `last` is the newest checkpoint of the run that is right, `best` the one with the best figure; a directory names
-    the newest in it. The checkpoint is read here once, before Lightning does, whose errors are tracebacks.
+    `last` names the newest intact checkpoint of the run, `best` the one with the best figure, a directory the newest
+    in it. Reads the checkpoint once before Lightning does, since Lightning's errors are tracebacks.
 
     Args:
         command: `fit`, `validate`, `test` or `predict`.
@@ -24,11 +24,11 @@ def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None
         run: The run's directory.
 
     Returns:
-        None where `fit` begins at step 0.
+        The path, or None if `fit` starts at step 0.
 
     Raises:
-        UserError: It can't be read; there is none, and without one the command would tell of random weights; or `fit`
-            would mix the files of another run with those of the one in the directory.
+        UserError: The checkpoint can't be read; there is none, so that the command would evaluate random weights; or
+            `fit` would mix another run's files with those in the directory.
     """
     found = run_checkpoints(run)
     if named == "last":
@@ -62,10 +62,10 @@ def checkpoint_to_read(command: str, named: str | None, run: Path) -> str | None
 
 
 def _begin_instead(command: str, run: Path) -> None:
-    """Says that a run begins, where `fit` is to go on from the last checkpoint and there is none.
+    """Logs that a run starts at step 0, if `fit` should continue from the last checkpoint and there is none.
 
     Raises:
-        UserError: There is one, but it can't be told when it was written; or the command can do nothing without one.
+        UserError: There is a checkpoint of unknown age; or the command needs one.
     """
     if other := _without_manifest(run):
         raise UserError(f"{other} has no manifest, and no other checkpoint there has: name one with --ckpt_path.")
@@ -78,7 +78,7 @@ def _begin_instead(command: str, run: Path) -> None:
 
 
 def _without_manifest(run: Path) -> Path | None:
-    """A checkpoint of the run as Lightning alone writes it, if there is one."""
+    """Returns a checkpoint of the run that Lightning alone wrote, if there is one."""
     found = (path for path in (run / CHECKPOINTS).glob("*.ckpt") if not path.name.startswith(UNFINISHED))
     return next(found, None)
 
@@ -93,10 +93,10 @@ def _best(run: Path) -> Path:
 
 
 def _check_own(path: Path, run: Path, found: list[Path]) -> None:
-    """Says what becomes of later checkpoints where a run goes back to an earlier one.
+    """Logs what becomes of later checkpoints when a run returns to an earlier one.
 
     Raises:
-        UserError: The run has checkpoints, and this is none of them.
+        UserError: The run has checkpoints, and `path` is not among them.
     """
     if not found:
         return

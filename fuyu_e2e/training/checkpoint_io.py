@@ -1,4 +1,4 @@
-"""How Lightning writes, reads and removes checkpoints here: whole or not at all, in the background, and checked."""
+"""Writes, reads and removes Lightning's checkpoints: atomically, in the background, and verified."""
 
 import time
 from collections.abc import Callable
@@ -31,17 +31,17 @@ from fuyu_e2e.training.gradients import local
 
 
 class WholeCheckpointIO(CheckpointIO):
-    """Writes a checkpoint as a directory with checksums that appears when it is whole.
+    """Writes a checkpoint as a directory with checksums, which appears only when it is complete.
 
-    A disk that is full, or fails, costs a warning and that one checkpoint, not the run: those already written stay.
+    If the disk is full or fails, the run loses this one checkpoint with a warning and continues; earlier ones remain.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes `checkpoint`, which Lightning makes, to the directory `path`."""
+        """Writes Lightning's `checkpoint` to the directory `path`."""
         target = Path(path)
         try:
             self._write(checkpoint, target)
-        except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError of a full disk
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
             rank_zero_warn(
                 f"The checkpoint {target} could not be written ({str(error).splitlines()[0]}): training goes on, and "
                 "the earlier checkpoints are as they were. Make room on the disk."
@@ -51,7 +51,7 @@ class WholeCheckpointIO(CheckpointIO):
         write_file(checkpoint, target)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint, or of a folder of checkpoints the newest whose every byte is right; runs no code.
+        """Reads a checkpoint, or the newest intact one of a folder; runs no code from it.
 
         Raises:
             UserError: There is none, or it is damaged.
@@ -59,7 +59,7 @@ class WholeCheckpointIO(CheckpointIO):
         return read_checkpoint(resolve(Path(path)), checked=True, optimizer=True)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Removes a checkpoint, unless it is the only one that is left: then the one in its stead failed."""
+        """Removes a checkpoint, unless it is the only one left because its successor failed."""
         checkpoint = Path(path)
         if not checkpoint.exists() and not checkpoint.is_symlink():
             return
@@ -70,10 +70,10 @@ class WholeCheckpointIO(CheckpointIO):
 
 
 class ShardedCheckpointIO(WholeCheckpointIO):
-    """The same for a checkpoint of which each process has its parts; all of them save and load together.
+    """Writes and reads sharded checkpoints, to which each process contributes its parts; a collective.
 
     Args:
-        group: All processes, with a backend that carries tensors of the CPU, and used for nothing else.
+        group: All processes, with a backend for CPU tensors, and without other use.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -98,9 +98,9 @@ class ShardedCheckpointIO(WholeCheckpointIO):
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint that a path names: itself if it is right, or in a folder of checkpoints the newest that is.
+    """Returns the checkpoint that a path names: itself if it is intact, or the newest intact one of a folder.
 
-    One process looks, and all of a run go on from the same.
+    One process decides, and all processes of a run use its choice.
 
     Raises:
         UserError: There is none.
@@ -138,9 +138,9 @@ def _warn_of_a_fault(work: Callable[..., None], *arguments: Any) -> None:
 
 
 def _copy_to_host(state: Any) -> tuple[Any, list[torch.cuda.Event]]:
-    """A copy of a state in the host's memory, and what its readers have to wait for first, where GPUs copy it.
+    """Returns a copy of a state in host memory, and the events that its readers must wait for if GPUs copy it.
 
-    Copies are queued on the streams that training computes on: the host doesn't wait, and no later step changes a
+    Copies are queued on the streams that training computes on: the host doesn't wait, and no later step can change a
     tensor before it is copied.
     """
     devices: set[torch.device] = set()
@@ -150,7 +150,7 @@ def _copy_to_host(state: Any) -> tuple[Any, list[torch.cuda.Event]]:
         if not tensor.is_cuda:
             return tensor.clone()
         devices.add(tensor.device)
-        # Pinned, or the host would wait for the copy; torch keeps the room for the next checkpoint.
+        # Pinned, since the host would wait for the copy otherwise; torch reuses the memory for the next checkpoint.
         copied = torch.empty_like(tensor, device="cpu", pin_memory=True)
         local(copied).copy_(local(tensor), non_blocking=True)
         return copied
@@ -160,13 +160,14 @@ def _copy_to_host(state: Any) -> tuple[Any, list[torch.cuda.Event]]:
 
 
 class BackgroundCheckpointIO(AsyncCheckpointIO):
-    """Lightning's writing in a thread, with removals in their turn, so that none comes before its successor is there.
+    """Runs Lightning's checkpoint writing in a thread. Deletes run on the save queue, after the replacement is
+    written.
 
-    What waits to be written lies in the host's memory. Lightning would keep it on the GPU: 8 to 12 bytes a weight.
+    States that wait to be written lie in host memory. Lightning would keep them on the GPU: 8 to 12 bytes a weight.
 
     Attributes:
-        stall: Seconds for which the last save held up the process: copying the state, not writing it. A GPU copies
-            after that, before it goes on with training.
+        stall: Seconds that the last save held up the process to copy the state, without writing it. A GPU copies
+            after that, before it continues training.
     """
 
     def __init__(self, checkpoint_io: CheckpointIO | None = None) -> None:
@@ -174,7 +175,7 @@ class BackgroundCheckpointIO(AsyncCheckpointIO):
         self.stall = 0.0
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Copies the state, and has it written while training goes on; raises what an earlier writing raised."""
+        """Copies the state and queues it for writing; raises the error of an earlier write, if there was one."""
         started_at = time.perf_counter()
         self._ensure_setup()
         assert self._executor is not None
@@ -191,16 +192,16 @@ class BackgroundCheckpointIO(AsyncCheckpointIO):
             for copy in copies:
                 copy.synchronize()
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
-        except BaseException as error:  # to be raised where training saves next, or ends
+        except BaseException as error:  # raised at the next save or at the end of training
             self._error = error
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Removes a checkpoint once all that was to be written before is written."""
+        """Removes a checkpoint after everything queued before is written."""
         assert self.checkpoint_io is not None
         self._later(self.checkpoint_io.remove_checkpoint, path)
 
     def remove_superseded(self, path: Any, successor: Any) -> None:
-        """Removes a checkpoint in the same way, but keeps it where its successor could not be written."""
+        """Queues the removal of a checkpoint; keeps it if its successor could not be written."""
         self._later(self._remove_superseded, Path(path), Path(successor))
 
     def _remove_superseded(self, path: Path, successor: Path) -> None:
@@ -209,7 +210,7 @@ class BackgroundCheckpointIO(AsyncCheckpointIO):
             self.checkpoint_io.remove_checkpoint(path)
 
     def link_checkpoint(self, path: Any, name: Any) -> None:
-        """Lets the name `name` lead to a checkpoint once it is written."""
+        """Queues the link `name` to a checkpoint."""
         self._later(link, Path(path), Path(name))
 
     def _later(self, work: Callable[..., None], *arguments: Any) -> None:
@@ -218,6 +219,6 @@ class BackgroundCheckpointIO(AsyncCheckpointIO):
         self._executor.submit(_warn_of_a_fault, work, *arguments)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Reads a checkpoint, once all that was to be written is."""
+        """Reads a checkpoint after everything queued is written."""
         self.teardown()
         return super().load_checkpoint(*args, **kwargs)

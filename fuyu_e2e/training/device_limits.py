@@ -1,4 +1,4 @@
-"""What a device can do: its peak as its maker states it, and what large products and copies reach on it."""
+"""Performance limits of a device: the maker's stated peak, and measured rates of large products and copies."""
 
 import time
 from collections.abc import Callable
@@ -16,15 +16,15 @@ CARDS: dict[str, Any] = CUDA_FLOPS | {
     "h200 nvl1": _H200_NVL,
     "h100 nvl": _H200_NVL,
 }
-"""Operations per second of cards by type, of dense products. Three are from NVIDIA's data sheets, halved where these
-say "with sparsity": Lightning's table has them with it, rounded, or for a pair of cards, and may be mended."""
+"""Dense operations per second of cards, by dtype. Three entries are from NVIDIA's data sheets, halved where these say
+"with sparsity": Lightning's table counts sparsity, rounds, or gives pairs of cards, and may be corrected one day."""
 
 
 def named_peak(name: str, dtype: torch.dtype) -> float:
-    """Operations per second of a card at its peak, dense, by its name in `CARDS`.
+    """Returns the dense peak of a card in operations per second, by its name in `CARDS`.
 
     Raises:
-        UserError: No card, or more than one, has that name, or the card has no such numbers.
+        UserError: No card or several have that name, or the card has no figure for the dtype.
     """
     asked = name.lower().replace("-", " ").replace("_", " ")
     found = [card for card in CARDS if card == asked] or [card for card in CARDS if asked in card]
@@ -38,11 +38,12 @@ def named_peak(name: str, dtype: torch.dtype) -> float:
 
 
 def known_peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations per second of a device of this machine at its peak, dense; None where Lightning doesn't know it."""
+    """Returns the dense peak of a device of this machine in operations per second; None if Lightning doesn't know
+    it."""
     name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     kind = "tfloat32" if tf32 else dtype
-    if "h200" in name:  # its driver's name has none of the endings that Lightning looks for
+    if "h200" in name:  # the driver's name lacks the endings that Lightning looks for
         return float(CARDS["h200 nvl1" if "nvl" in name else "h200 sxm1"][kind])
     if "h100 nvl" in name:
         return float(CARDS["h100 nvl"][kind])
@@ -51,9 +52,9 @@ def known_peak(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def peak_rate(device: str, dtype: torch.dtype) -> tuple[float, str]:
-    """Operations per second that MFU is a share of, and where the figure is from.
+    """Returns the operations per second that MFU is a fraction of, and the source of the figure.
 
-    The maker's where Lightning knows it, else what the product of two large matrices reaches.
+    Takes the maker's figure if Lightning knows it, and otherwise measures the product of two large matrices.
     """
     if device == "cuda" and (stated := known_peak(torch.device(device), dtype)):
         return stated, "data sheet"
@@ -61,14 +62,14 @@ def peak_rate(device: str, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def matmul_rate(device: str, dtype: torch.dtype, rounds: int = 5) -> float:
-    """Operations per second of the product of two large square matrices: the best of some rounds."""
+    """Returns the operations per second of a product of two large square matrices, the best of `rounds` runs."""
     side = 8_192 if device == "cuda" else 1_536
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / _least_seconds(lambda: left @ right, device, rounds)
 
 
 def copy_bandwidth(device: str, rounds: int = 9) -> float:
-    """Bytes read and written in a second by a copy of a tensor much larger than any cache: the best of rounds."""
+    """Returns the bytes per second that a copy of a large tensor reads and writes, the best of `rounds` runs."""
     source = torch.ones(2**28 if device == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _least_seconds(lambda: target.copy_(source), device, rounds)
@@ -82,4 +83,4 @@ def _least_seconds(run: Callable[[], Any], device: str, rounds: int) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started_at)
-    return min(seconds)  # other work only ever takes away
+    return min(seconds)  # other load only ever slows a run down

@@ -1,4 +1,4 @@
-"""`fuyu-e2e estimate`: what a recipe will take of memory and time, before anything is started."""
+"""`fuyu-e2e estimate`: the memory and time of a recipe, before anything starts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from fuyu_e2e.training.settings.recipe import FuyuCLI
 from fuyu_e2e.training.settings.setting_errors import groups_given, recipes_of
 
 ASSUMED_DOCUMENT = 512
-"""Tokens of a document where the recipe names no data: half of them patches, a quarter supervised."""
+"""Tokens of a document if the recipe names no data: half of them patches, a quarter supervised."""
 PRECISIONS: dict[str, Precision] = {
     "32": "32-true",
     "32-true": "32-true",
@@ -33,54 +33,54 @@ PRECISIONS: dict[str, Precision] = {
     "16-true": "bf16-true",
     "bf16-true": "bf16-true",
 }
-"""Lightning's names, and which of ours takes as much memory and time."""
+"""Lightning's precision names, and which of ours needs the same memory and time."""
 
 
 class EstimateCLI(FuyuCLI):
-    """A recipe, to be looked at without running it."""
+    """A recipe that is read but not run."""
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(args, run=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what it is to run on."""
+        """Adds the options of `estimate`."""
         super().add_arguments_to_parser(parser)
         add_estimate_options(parser)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """A trainer that leaves nothing behind; none is needed."""
+        """Returns a trainer that writes nothing; `estimate` doesn't use it."""
         return pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one row of the run holds."""
+    """The contents of one row of the run."""
 
     document_lengths: tuple[int, ...]
     patches: int
     targets: int
     source: str
-    """Where that is known from."""
+    """The source of these numbers, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run is expected to take."""
+    """The expected cost of a run."""
 
     cost: Cost
-    """Of one row."""
+    """Cost of one row."""
     memory: Memory
-    """Of each process."""
+    """Memory of each process."""
     row: Row
     precision: Precision
     processes: int
     rows: int
-    """Rows of the whole run, over all processes; 0 where it has no end."""
+    """Rows of the whole run, over all processes; 0 if it has no end."""
     device: str
     rate: float
     """Operations per second of one device."""
     mfu: float
-    """Share of that rate which the run is taken to reach."""
+    """Fraction of that rate that the run is assumed to reach."""
 
     @property
     def tokens(self) -> int:
@@ -89,18 +89,18 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """What the whole run takes."""
+        """Hours that the whole run takes."""
         return self.rows * self.cost.training_flops / (self.rate * self.mfu * self.processes) / 3600
 
 
 def estimated(args: Sequence[str]) -> Estimate:
-    """Estimates the run of a command line, `--config RECIPE` and any setting.
+    """Returns the estimate for a command line, `--config RECIPE` and any settings.
 
     Raises:
-        UserError: A setting is wrong, or the device or precision unknown.
+        UserError: A setting is wrong, or the device or precision is unknown.
     """
     cli = EstimateCLI(args)
-    if cli.datamodule.tokenizer_path.is_file():  # else the size's own vocabulary, as nothing else is known
+    if cli.datamodule.tokenizer_path.is_file():  # else the named size's own vocabulary
         cli.model.fit_vocabulary(cli.datamodule)
     settings, config = cli.config.trainer, cli.model.config
     check_counts(settings, cli.config.rows_per_step)
@@ -109,7 +109,7 @@ def estimated(args: Sequence[str]) -> Estimate:
     named = cli.config.device
     asked = str(settings.precision or "32-true")
     if named is not None and not _says_precision(args):
-        asked = "bf16-mixed"  # what FuyuCLI takes where there is a GPU
+        asked = "bf16-mixed"  # FuyuCLI's default on a GPU
     if asked not in PRECISIONS:
         raise UserError(f"trainer.precision {asked} can't be estimated: it has to be one of {', '.join(PRECISIONS)}.")
     precision = PRECISIONS[asked]
@@ -145,10 +145,10 @@ def estimated(args: Sequence[str]) -> Estimate:
 
 
 def check_counts(trainer: Any, rows_per_step: int | None) -> None:
-    """Refuses counts that `fit` would refuse as it begins.
+    """Refuses counts that `fit` would refuse at its start.
 
     Raises:
-        UserError: Names the setting.
+        UserError: A count is less than 1; names the setting.
     """
     counts = {
         "trainer.num_nodes": trainer.num_nodes,
@@ -165,7 +165,7 @@ def check_counts(trainer: Any, rows_per_step: int | None) -> None:
 
 
 def _row(data: FuyuDataModule, config: FuyuConfig) -> Row:
-    """A row of the run's own data, or an assumed one where the recipe names none."""
+    """Returns a row of the run's data, or an assumed one if the recipe names no data."""
     if not (data.patterns["train"] or data.mixture):
         length = min(ASSUMED_DOCUMENT, data.budget)
         documents = data.budget // length
@@ -198,7 +198,7 @@ def _row(data: FuyuDataModule, config: FuyuConfig) -> Row:
 
 
 def _devices(asked: Any, where: str) -> int:
-    """How many devices a setting of Lightning's names; `auto` is all GPUs of this machine, or one of any other."""
+    """Returns the number of devices that a Lightning setting names; `auto` is all GPUs of this machine, or one CPU."""
     if str(asked).lstrip("-").isdigit() and int(asked) > 0:
         return int(asked)
     if isinstance(asked, str | list) and asked not in ("auto", "-1"):
@@ -207,7 +207,7 @@ def _devices(asked: Any, where: str) -> int:
 
 
 def _says_precision(args: Sequence[str]) -> bool:
-    """Whether the command line, by itself or in a group, or one of its recipes sets `trainer.precision`."""
+    """Returns whether the command line or one of its recipes sets `trainer.precision`."""
     recipes = (yaml.safe_load(Path(path).read_text()) for path in recipes_of(args) if Path(path).is_file())
     groups = [*groups_given("trainer", args), *(recipe.get("trainer") or {} for recipe in recipes)]
     return any(argument.startswith("--trainer.precision") for argument in args) or any(
@@ -216,7 +216,7 @@ def _says_precision(args: Sequence[str]) -> bool:
 
 
 def show(found: Estimate) -> None:
-    """Prints an estimate for people."""
+    """Prints an estimate as text."""
     lengths = found.row.document_lengths
     parts = found.memory
     lines = [

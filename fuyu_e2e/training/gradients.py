@@ -1,6 +1,6 @@
-"""The norm of all gradients and their scaling, on one device as in shards that lie on several meshes.
+"""The norm and scaling of gradients, whether on one device or sharded over several meshes.
 
-torch works on the shards of one mesh at a time: tensor parallelism with FSDP2 around it leaves weights on two.
+torch's own functions handle the shards of one mesh, but tensor parallelism inside FSDP2 leaves weights on two.
 """
 
 import math
@@ -13,16 +13,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 Spread = tuple[DeviceMesh, tuple[int, ...]]
-"""A mesh, and those of its dimensions over whose devices a tensor is parted."""
+"""A mesh, and the mesh dimensions over which a tensor is sharded."""
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies on this device; a change of it changes the tensor."""
+    """Returns the part of a tensor on this device, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def weights_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """All that an optimizer updates, in the order that the numbers in its state count, without a walk over modules."""
+    """Returns all weights of an optimizer, in the order in which its state numbers them, without walking modules."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
@@ -39,13 +39,13 @@ def _by_spread(weights: Iterable[nn.Parameter]) -> dict[Spread | None, list[Tens
 
 
 def squared_norm_part(weights: Sequence[nn.Parameter], processes: int) -> Float64[Tensor, ""]:
-    """This process's part of the squared norm over all gradients of `weights`: over all processes they add up to it.
+    """Returns this process's part of the squared norm of all gradients; the parts of all processes add up to it.
 
-    Where several have the same gradients, each gives its share of them.
+    If several processes hold the same gradient, each contributes its fraction.
 
     Args:
-        weights: Whole or in shards; 0 comes of those without a gradient.
-        processes: How many there are.
+        weights: Whole or sharded; weights without a gradient count as 0.
+        processes: The number of processes.
     """
     device = local(weights[0]).device
     squares = torch.zeros((), dtype=torch.float64, device=device)
@@ -59,7 +59,7 @@ def squared_norm_part(weights: Sequence[nn.Parameter], processes: int) -> Float6
 
 
 def clamp_gradients(weights: Iterable[nn.Parameter], limit: float) -> None:
-    """Brings every entry of the gradients of `weights` into [-limit, limit], in place."""
+    """Clamps every entry of the gradients of `weights` to [-limit, limit], in place."""
     for gradients in _by_spread(weights).values():
         torch._foreach_clamp_min_(gradients, -limit)
         torch._foreach_clamp_max_(gradients, limit)

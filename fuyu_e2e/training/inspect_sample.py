@@ -1,4 +1,4 @@
-"""One training sample of a recipe, as the model reads it."""
+"""Shows one training sample of a recipe as the model reads it."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -18,18 +18,18 @@ from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 
 class InspectCLI(FuyuCLI):
-    """The same recipe, to look at one of its samples."""
+    """A recipe that is read to look at one of its samples."""
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(args, run=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds which sample to show, and where to."""
+        """Adds the options of `inspect`."""
         super().add_arguments_to_parser(parser)
         add_inspect_options(parser)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """A trainer that leaves nothing behind; none is needed to look at a sample."""
+        """Returns a trainer that writes nothing; `inspect` doesn't use it."""
         return pl.Trainer(logger=False, enable_checkpointing=False)
 
 
@@ -37,7 +37,7 @@ def inspect_sample(args: Sequence[str]) -> None:
     """Prints the tokens of the sample that a command line names, and draws its images.
 
     Raises:
-        UserError: A setting is wrong, or there is no such sample, or it can't be used.
+        UserError: A setting is wrong, there is no such sample, or it can't be used.
     """
     cli = InspectCLI(args)
     data: FuyuDataModule = cli.datamodule
@@ -47,7 +47,7 @@ def inspect_sample(args: Sequence[str]) -> None:
         raise UserError(f"--index is {index}, but must be at least 0, the first sample.")
     document = next(islice(data.documents("train", stats), index, None), None)
     if document is None:
-        raise UserError(f"--index {index} is behind the last usable sample ({stats.summary()}).")
+        raise UserError(f"--index {index} is beyond the last usable sample ({stats.summary()}).")
     try:
         sequence = data.builder.build(document)
     except UnusableSampleError as error:

@@ -1,4 +1,4 @@
-"""Loss and perplexity over tokens, whatever the batches they came in."""
+"""Loss and perplexity as means over tokens, independent of batch sizes."""
 
 import torch
 from torch import Tensor
@@ -6,9 +6,9 @@ from torchmetrics import Metric
 
 
 class TokenLoss(Metric):
-    """The mean cross-entropy of supervised tokens, in nats, from sums that batches and ranks add to.
+    """The mean cross-entropy of supervised tokens, in nats, from sums over batches and ranks.
 
-    torchmetrics' own Perplexity wants the logits of every position at once, which a packed row never has.
+    torchmetrics' Perplexity needs the logits of all positions at once, which are never in memory for a packed row.
     """
 
     full_state_update = False
@@ -28,7 +28,7 @@ class TokenLoss(Metric):
         self.tokens += tokens
 
     def compute(self) -> Tensor:
-        """The mean; nan where no token was seen."""
+        """Returns the mean; nan without any token."""
         return (self.total / self.tokens).float()
 
 
@@ -36,5 +36,5 @@ class TokenPerplexity(TokenLoss):
     """The exponential of the mean loss."""
 
     def compute(self) -> Tensor:
-        """The perplexity; nan where no token was seen."""
+        """Returns the perplexity; nan without any token."""
         return super().compute().exp()

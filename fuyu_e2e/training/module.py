@@ -1,4 +1,4 @@
-"""The LightningModule: loss, optimizer, logging, and what goes into a checkpoint."""
+"""The LightningModule: loss, optimizer, logging, and the contents of a checkpoint."""
 
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -39,7 +39,8 @@ from fuyu_e2e.training.tensorboard import leave_out_later
 
 
 def steps_between_logs(trainer: pl.Trainer) -> int:
-    """The trainer's `log_every_n_steps`, which Lightning sets without declaring it; for 0 more than a run has."""
+    """Returns the trainer's `log_every_n_steps`, which Lightning doesn't declare; for 0, more than the run has
+    steps."""
     return trainer.log_every_n_steps or trainer.max_steps + 1  # type: ignore[attr-defined]
 
 
@@ -47,23 +48,24 @@ class FuyuModule(pl.LightningModule):
     """Trains a decoder on packed batches.
 
     The loss of a step is the sum over its supervised tokens divided by their number, over all micro-batches and
-    ranks: a mean of the micro-batches' means would weigh a token by the company it came in.
+    ranks: a mean of the micro-batches' means would weigh tokens unequally.
 
     Args:
-        decoder: The decoder's shape, or the name of one (`1m` to `8b`), whose vocabulary is then the tokenizer's.
-        optimizer: Which optimizer, and its rates.
+        decoder: The decoder's configuration, or a named size (`1m` to `8b`) with the tokenizer's vocabulary.
+        optimizer: The optimizer and its rates.
         schedule: The learning rate over the run.
-        max_new_tokens: Tokens written at most for a document in `predict` and in sample generations.
-        routing: Mixture-of-Depths for a decoder that has none of its own, so that a named size can have it too.
-        weights: What to begin with instead of random weights: a checkpoint, a run's directory or an exported folder
-            with the same decoder and tokenizer.
-        z_loss: Weight of the z-loss, which keeps the logits from drifting; PaLM's is 1e-4. Losses are shown without.
-        activation_checkpointing: What the backward pass computes anew instead of keeping it: `none`, all but products
-            and attention (`selective`), or `full` blocks, for the least memory and the time of one more forward pass.
-        compile: Whether blocks are compiled, once for all batches, which takes a minute or more and pays on GPUs.
-        attention: What computes attention: `documents` anywhere, `varlen`, `flash` or `flex` on CUDA devices; `auto`
-            takes the fastest that is there.
-        fp8: Whether blocks multiply in 8-bit floating point, on GPUs that do; best with `trainer.precision`
+        max_new_tokens: Most tokens generated for a document in `predict` and in sample generations.
+        routing: Mixture-of-Depths for a decoder that sets none itself, so that a named size can have it too.
+        weights: Initial weights instead of random ones: a checkpoint, a run's directory or an exported folder with
+            the same decoder and tokenizer.
+        z_loss: Weight of the z-loss, which keeps the logits from drifting; PaLM's is 1e-4. Logged losses exclude it.
+        activation_checkpointing: What the backward pass recomputes instead of keeping it: `none`, all but products
+            and attention (`selective`), or whole blocks (`full`), for the least memory and the time of one more
+            forward pass.
+        compile: Whether to compile blocks, once for all batches; takes a minute or more and pays off on GPUs.
+        attention: The attention backend: `documents` anywhere, `varlen`, `flash` or `flex` on CUDA devices; `auto`
+            takes the fastest available.
+        fp8: Whether blocks multiply in 8-bit floating point, on GPUs that support it; best with `trainer.precision`
             bf16-mixed and `compile`. Not under tensor parallelism.
 
     Raises:
@@ -105,25 +107,26 @@ class FuyuModule(pl.LightningModule):
         self.max_new_tokens = max_new_tokens
         self.weights = weights
         self.tokens_seen = 0
-        """Tokens of documents in the steps so far, skipped ones among them, over all ranks; padding doesn't count."""
+        """Tokens of documents in all steps so far, skipped ones included, over all ranks; padding doesn't count."""
         self._validated_at = -1
         """The step of the last validation."""
         self._loaded_figures: dict[str, float] = {}
-        """Those of the checkpoint that the run goes on from, where it was validated at its own step."""
+        """The validation figures of the loaded checkpoint, if they were taken at its step."""
         self.validation = torch.nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
         self.testing = torch.nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
         self.row: Row | None = None
-        """That of the last batch, with what blocks reported of it."""
+        """The row of the last batch, with its blocks' reports."""
         self.votes: dict[str, bool] = {}
-        """What callbacks of this rank have to say to the others in each step, by the same names on all ranks; set in
-        their `on_before_optimizer_step`, and heard by all ranks in the same step (`figures.votes`)."""
+        """Messages of this rank's callbacks to the other ranks in each step, with the same names on all ranks.
+        Callbacks set them in `on_before_optimizer_step`; all ranks receive them in the same step (`figures.votes`)."""
         self.beside: dict[str, Tensor] = {}
-        """Single numbers of the device that callbacks of this rank want on the host, read with the figures of the step
-        (`figures.beside`); set in their `on_before_optimizer_step`, for one step."""
+        """Scalars on the device that this rank's callbacks want on the host, read with the figures of the step
+        (`figures.beside`). Callbacks set them in `on_before_optimizer_step`, for one step."""
         self.guard: Guard | None = None
-        """What tells which steps are bad; without one none is skipped."""
+        """Decides which steps are bad; without one, no step is skipped."""
         self.figures: StepFigures | None = None
-        """Of the last step of this start that was read: on a GPU, mostly the one before the last that was done."""
+        """Figures of the last step of this start that was read: on a GPU, usually the one before the last
+        completed."""
         self._monitored = False
         """Whether a callback decides by figures of training steps."""
         self._sums = StepSums()
@@ -132,10 +135,10 @@ class FuyuModule(pl.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *_: Any, **__: Any) -> NoReturn:
-        """Refuses: Lightning would make the module of settings that no checkpoint here has.
+        """Refuses: Lightning would build the module from hyperparameters, which no checkpoint here stores.
 
         Raises:
-            UserError: Says what reads one.
+            UserError: Always; names what reads a checkpoint.
         """
         raise UserError(
             f"{cls.__name__}.load_from_checkpoint reads no checkpoint of fuyu-e2e: the model and its processor are "
@@ -144,7 +147,7 @@ class FuyuModule(pl.LightningModule):
 
     @property
     def datamodule(self) -> FuyuDataModule:
-        """The data of the run that this module is attached to.
+        """The data module of the run that this module is attached to.
 
         Raises:
             UserError: The trainer was given loaders, or another data module.
@@ -159,16 +162,16 @@ class FuyuModule(pl.LightningModule):
 
     @property
     def metadata(self) -> ModelMetadata:
-        """What a checkpoint of this run says about itself."""
+        """The description that a checkpoint of this run carries."""
         return ModelMetadata(self.config, self.datamodule.tokenizer, self.datamodule.images)
 
     def setup(self, stage: str) -> None:
-        """Checks what can't be seen from the settings alone.
+        """Checks what the settings alone don't show.
 
         Raises:
-            UserError: A setting of the trainer doesn't work here, the tokenizer or the layout of images doesn't fit
-                the decoder, an image may be larger than the window through which its tokens are to see each other,
-                `fit` has no end, or `predict` has several processes.
+            UserError: A setting of the trainer doesn't work here; the tokenizer or the image layout doesn't fit the
+                decoder; an image may be larger than the window through which its tokens are to see each other; `fit`
+                has no end; or `predict` has several processes.
         """
         check_trainer(self.trainer)
         if stage == "fit":
@@ -195,13 +198,13 @@ class FuyuModule(pl.LightningModule):
             )
 
     def fit_vocabulary(self, data: FuyuDataModule) -> None:
-        """Gives the decoder of a named size a row for each token of the data's tokenizer; changes no other.
+        """Sets the vocabulary of a named size to the data's tokenizer; leaves other decoders as they are.
 
-        Called before the decoder is built: by `setup`, and by what looks at a run without starting it.
+        Called before the decoder is built: by `setup`, and by commands that read a run without starting it.
 
         Raises:
-            UserError: A decoder that is spelled out is made for another number of tokens; or the tokenizer can't be
-                read.
+            UserError: The configured vocabulary of another decoder differs from the tokenizer's; or the tokenizer
+                can't be read.
         """
         vocabulary = data.tokenizer.vocab_size
         if vocabulary == self.config.vocab_size:
@@ -216,10 +219,10 @@ class FuyuModule(pl.LightningModule):
         self.config = replace(self.config, vocab_size=vocabulary)
 
     def configure_model(self) -> None:
-        """Builds the decoder, here so that a strategy can shard it as it is made.
+        """Builds the decoder; in this hook, so that a strategy can shard it.
 
         Raises:
-            UserError: Weights in parts are to be averaged, or the device has no float8 products.
+            UserError: Sharded weights are to be averaged, or the device has no float8 products.
         """
         if not hasattr(self, "decoder"):
             # Strategies differ in the device that they have weights made on. GPUs draw others than CPUs, and than GPUs
@@ -248,10 +251,10 @@ class FuyuModule(pl.LightningModule):
                 shard(self.decoder, self.device_mesh)
 
     def on_fit_start(self) -> None:
-        """Takes the weights to begin with, unless the run goes on from a checkpoint, which is read by now.
+        """Loads the initial weights, unless the run resumes from a checkpoint, which is loaded already.
 
         Raises:
-            UserError: They can't be read, or are those of another decoder or tokenizer.
+            UserError: The weights can't be read, or belong to another decoder or tokenizer.
         """
         self.guard = None  # an earlier run's
         if self.weights is not None and self.trainer.ckpt_path is None:
@@ -260,7 +263,7 @@ class FuyuModule(pl.LightningModule):
             load_weights(self.decoder, stored.weights)
 
     def on_train_start(self) -> None:
-        """Has the curves go on where the run does, and forgets what callbacks of another run said."""
+        """Continues the curves at the run's step, and drops state of an earlier run of this module."""
         leave_out_later(self.trainer)
         monitors = map(monitor_of, self.trainer.callbacks)  # type: ignore[attr-defined]
         self._monitored = any(monitor is not None and monitor.startswith("train/") for monitor in monitors)
@@ -269,17 +272,18 @@ class FuyuModule(pl.LightningModule):
         self.figures = self._pending = None
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and the schedule over `trainer.max_steps`."""
+        """Returns the optimizer, and the schedule over `trainer.max_steps`."""
         optimizer = build_optimizer(self.decoder, self.optimizer_config)
         scheduler = ScheduledRate(optimizer, self.schedule, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Has curves count optimizer steps."""
+        """Makes loggers count optimizer steps."""
         count_steps(self.trainer)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """The summed loss of one micro-batch, its gradient still to be divided by the step's supervised tokens."""
+        """Returns the summed loss of one micro-batch; the gradient is divided by the step's supervised tokens
+        later."""
         self.decoder.progress = self._progress_after(0)
         self.row = self.decoder.row(batch)
         loss, z_loss = self.decoder.loss_and_z(batch, self.row, with_z=self.z_loss > 0)
@@ -294,10 +298,10 @@ class FuyuModule(pl.LightningModule):
         return TrainingProgress(step, step / self.trainer.max_steps)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divides the gradient by the supervised tokens of the whole step, and has a bad one change nothing.
+        """Divides the gradient by the supervised tokens of the whole step, and disables the update of a bad step.
 
-        A skipped step is a step all the same to the data, the learning rate and `global_step`. The host reads nothing
-        of this step here, unless it is to be shown, but what the step before came to.
+        A skipped step still counts for the data, the learning rate and `global_step`. The host reads the figures of
+        the step before, and those of this step only if they are shown.
         """
         self.read_step()
         assert isinstance(optimizer, MuonAdamW)
@@ -324,7 +328,7 @@ class FuyuModule(pl.LightningModule):
             self._log_step(self.figures, optimizer)
 
     def read_step(self) -> None:
-        """Reads what the last step came to, unless that is done; all ranks call it at the same point.
+        """Reads the figures of the last step, if that is still to do; all ranks call it at the same point.
 
         Raises:
             UserError: The guard ends the run.
@@ -341,15 +345,15 @@ class FuyuModule(pl.LightningModule):
         self.read_step()
 
     def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
-        """Lightning's, but a number stays on the host: Lightning copies it to the device and reads it back.
+        """Logs as Lightning does, but keeps a number on the host: Lightning copies it to the device and reads it back.
 
-        Unless it is to be reduced over the ranks, which GPUs do with what lies on them.
+        A number to be reduced over ranks goes to the device, since GPUs reduce what lies on them.
         """
         stays = isinstance(value, float) and not options.get("sync_dist", False)
         super().log(name, torch.tensor(value) if stays else value, *args, **options)
 
     def _log_step(self, figures: StepFigures, optimizer: torch.optim.Optimizer) -> None:
-        """Gives Lightning what it is to write: a figure takes it time, also where it writes none."""
+        """Logs the figures of a step; only if they are written, since each one costs Lightning time."""
         self.log("train/perplexity", torch.tensor(figures.loss).exp())
         self.log("train/gradient_norm", figures.gradient_norm)
         self.log("tokens", float(self.tokens_seen))
@@ -362,7 +366,7 @@ class FuyuModule(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the norm over all weights, or each entry by its value; at 0 not at all, as Lightning has it."""
+        """Clips by the norm over all weights or each entry by value; 0 clips nothing, as in Lightning."""
         if not gradient_clip_val:
             return
         if gradient_clip_algorithm == "value":
@@ -377,13 +381,13 @@ class FuyuModule(pl.LightningModule):
         self._evaluate(batch, self.validation, "val")
 
     def on_validation_epoch_end(self) -> None:
-        """Notes whose figures those of validation are about to be."""
+        """Records the step that the validation figures belong to."""
         if not self.trainer.sanity_checking:
             self._validated_at, self._loaded_figures = self.trainer.global_step, {}
 
     @property
     def validated(self) -> dict[str, float]:
-        """The figures of a validation with the very weights of this step, by their names in TensorBoard."""
+        """The validation figures of the current weights, by their names in TensorBoard; empty if there are none."""
         if self._validated_at != self.trainer.global_step:
             return {}
         known = {name: value for name, value in self.trainer.callback_metrics.items() if name.startswith("val/")}
@@ -402,7 +406,7 @@ class FuyuModule(pl.LightningModule):
             self.log(f"{stage}/{name}", metric, on_epoch=True, batch_size=1, prog_bar=name == "loss")
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[dict[str, str]]:
-        """Continues each prompt; gives its key, the true continuation and the generated one."""
+        """Continues each prompt; returns its key, the true continuation and the generated one."""
         texts = self.continue_prompts(batch, self.decoder)
         return [
             {"key": prompt.document.key, "truth": prompt.truth, "generated": text}
@@ -410,13 +414,13 @@ class FuyuModule(pl.LightningModule):
         ]
 
     def continue_prompts(self, prompts: list[Prompt], decoder: Decoder) -> list[str]:
-        """The likeliest continuation of each prompt, as text."""
+        """Returns the greedy continuation of each prompt, as text."""
         return continue_texts(decoder, self.datamodule.tokenizer, prompts, max_new_tokens=self.max_new_tokens)
 
     def whole_decoder(self) -> Decoder | None:
-        """On the first process a decoder that works alone: a copy, where weights are in parts over the processes.
+        """Returns, on the first process, a decoder that works alone: a gathered copy if the weights are sharded.
 
-        None on the others, which have to ask too.
+        Returns None on the other processes; all must call it.
         """
         if self.device_mesh is None:
             return self.decoder if self.trainer.is_global_zero else None
@@ -427,7 +431,7 @@ class FuyuModule(pl.LightningModule):
         return build_decoder(self.config, weights, self.device) if self.trainer.is_global_zero else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the checkpoint says about itself."""
+        """Adds the description of the model, the data and the training."""
         self.read_step()
         checkpoints = checkpoints_of(self.trainer)
         checkpoint[SECTION] = self.metadata.section() | {
@@ -440,10 +444,11 @@ class FuyuModule(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another configuration before anything of it is used, and says where to go on.
+        """Refuses a checkpoint of another configuration before anything of it is used, and sets the position to resume
+        at.
 
         Raises:
-            UserError: Says what differs, or that its rows don't make whole steps here.
+            UserError: The checkpoint differs, or its rows don't divide into steps of this run.
         """
         source = str(self.trainer.ckpt_path or "The checkpoint")
         self.metadata.check_same(ModelMetadata.of(checkpoint, source), source)

@@ -1,4 +1,4 @@
-"""The profiler of a run that is not profiled."""
+"""The profiler of a run without profiling."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,12 +9,12 @@ _NOTHING = nullcontext()
 
 
 class NoProfiler(PassThroughProfiler):
-    """Measures nothing, and takes no time for it.
+    """Measures nothing, at no cost.
 
-    Lightning enters its profiler around each hook of each callback, over a hundred times a step; its own that measures
-    nothing makes a generator each time.
+    Lightning enters its profiler around each hook of each callback, over a hundred times a step, and its own empty
+    profiler creates a generator each time.
     """
 
     def profile(self, action_name: str) -> AbstractContextManager[Any]:  # type: ignore[override]
-        """Does nothing on entering and leaving."""
+        """Returns a context that does nothing."""
         return _NOTHING

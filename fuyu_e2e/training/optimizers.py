@@ -1,4 +1,4 @@
-"""AdamW with decoupled weight decay on matrices only, and Muon for the blocks' matrices beside it."""
+"""AdamW with decoupled weight decay on matrices only, and Muon for the matrices of blocks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,33 +16,33 @@ from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.training.gradients import local
 
 MUON_BYTES = 2**28
-"""Bytes of float32 matrices that a device orthogonalizes at once, or one matrix where that is larger: work for a GPU
-also where matrices are small. Beside weights, gradients and momenta, three times as much is in memory on a GPU, and
-five times on a CPU."""
+"""Bytes of float32 matrices that a device orthogonalizes at once (at least one matrix): enough work for a GPU even if
+matrices are small. On a GPU this needs three times as much memory on top of weights, gradients and momenta, on a CPU
+five times."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Which optimizer updates which weights, and how fast.
+    """Which optimizer updates which weights, and its rates.
 
     Raises:
         UserError: A value is out of its range.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    """`adamw` updates everything; `muon` the matrices of the blocks, and AdamW what is left."""
+    """`adamw` updates all weights; `muon` updates the matrices of blocks and leaves the rest to AdamW."""
     lr: float = 3e-4
     """Peak learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averaging factors of the gradient and of its square."""
+    """AdamW's decay rates of the averages of the gradient and of its square."""
     weight_decay: float = 0.1
-    """Decoupled decay of matrices under AdamW, times the learning rate, a step; vectors don't decay."""
+    """Decoupled decay of matrices under AdamW, per step and multiplied by the learning rate; vectors don't decay."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon."""
     muon_momentum: float = 0.95
-    """Muon's averaging factor of the gradient."""
+    """Muon's decay rate of the averaged gradient."""
     muon_weight_decay: float = 0.01
-    """Decoupled decay of the matrices under Muon, times its learning rate, a step."""
+    """Decoupled decay of matrices under Muon, per step and multiplied by its learning rate."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr"):
@@ -59,7 +59,7 @@ class OptimizerConfig:
 
 
 def build_optimizer(decoder: Decoder, config: OptimizerConfig) -> "MuonAdamW":
-    """The optimizer of all weights of `decoder`."""
+    """Returns the optimizer for all weights of `decoder`."""
     in_blocks = {id(weight) for weight in decoder.blocks.parameters() if weight.ndim == 2}
     muon: list[Tensor] = []
     decaying: list[Tensor] = []
@@ -87,19 +87,19 @@ def build_optimizer(decoder: Decoder, config: OptimizerConfig) -> "MuonAdamW":
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) and AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) in one optimizer.
 
-    One object, because Lightning's automatic optimization takes one. Each group names its `kind`, `muon` or `adamw`.
-    Muon's update has the root mean square of AdamW's when scaled by sqrt(max(1, rows / columns)), as in the reference.
-    Of weights that are sharded, each device updates its own part; only Muon's matrices have to be put together.
+    A single object, because Lightning's automatic optimization takes one. Each group names its `kind`, `muon` or
+    `adamw`. Muon's update is scaled by sqrt(max(1, rows / columns)), as in the reference. Each device updates its part
+    of sharded weights; only Muon's matrices have to be gathered.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {})
         self.found_inf: Float[Tensor, ""] | None = None
-        """1 where the next step is to change nothing but 0, by the name that torch's fused optimizers have for it: it
-        is known to the device alone. None is 0."""
+        """1 on the device if the next step must change nothing, else 0; None means 0. torch's fused optimizers use the
+        same name."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up what is kept of each weight; a group's settings stay those that it was made with."""
+        """Loads the state of each weight; the groups keep the settings that they were built with."""
         own = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, settings in zip(self.param_groups, own, strict=True):
@@ -128,7 +128,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 }
         own, states = [local(weight) for weight in weights], [self.state[weight] for weight in weights]
         for state in states:
-            # The fused kernel counts steps on the device, and torch leaves those of a checkpoint where they were.
+            # The fused kernel counts steps on the device, but torch leaves a checkpoint's counts on the host.
             state["step"] = state["step"].to(own[0].device)
         adamw(
             own,
@@ -156,21 +156,21 @@ class MuonAdamW(torch.optim.Optimizer):
             placements = weight.placements if isinstance(weight, DTensor) else None
             by_shape.setdefault((weight.shape, placements), []).append(weight)
         for (shape, _), alike in by_shape.items():
-            # Each device orthogonalizes its share of the matrices as wholes.
+            # Each device orthogonalizes whole matrices, its share of them.
             devices = alike[0].device_mesh.size() if isinstance(alike[0], DTensor) else 1
             at_once = devices * max(1, MUON_BYTES // (4 * shape.numel()))
             for start in range(0, len(alike), at_once):
                 self._step_muon_alike(group, alike[start : start + at_once])
 
     def _step_muon_alike(self, group: dict[str, Any], weights: list[Tensor]) -> None:
-        """Updates matrices of one shape, which lie over the devices in one way."""
+        """Updates matrices of one shape and one placement on the devices."""
         first, own = weights[0], [local(weight) for weight in weights]
         gradients, momenta = _gradients(weights), [local(self.state[weight]["momentum"]) for weight in weights]
         rate: float | Tensor = group["lr"]
         if self.found_inf is not None:
             rate = rate * (1 - self.found_inf.double())
             skip = self.found_inf > 0
-            # A momentum that moves towards itself stays where it is.
+            # A momentum averaged with itself doesn't change.
             gradients = [torch.where(skip, *pair) for pair in zip(momenta, gradients, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
@@ -185,9 +185,9 @@ def _gradients(weights: list[Tensor]) -> list[Tensor]:
 
 
 def _orthogonalize_parts(parts: Tensor, like: DTensor) -> Tensor:
-    """`orthogonalize` for matrices that are parted as `like` is: (n, own rows, own cols) of them lie here.
+    """Applies `orthogonalize` to matrices placed like `like`, of which this device has (n, own rows, own cols).
 
-    Each device takes some of the matrices as wholes, and gives the parts of their updates back.
+    Each device takes some of the matrices whole, and sends the parts of their updates back.
     """
     mesh, whole = like.device_mesh, torch.Size((len(parts), *like.shape))
     stride = (like.shape[0] * like.shape[1], like.shape[1], 1)
@@ -200,17 +200,17 @@ def _orthogonalize_parts(parts: Tensor, like: DTensor) -> Tensor:
 
 
 def _behind_one_more(placement: Placement) -> Placement:
-    """The placement of matrices in a stack of them, by that of each."""
+    """Returns the placement of a stack of matrices, given that of one matrix."""
     if isinstance(placement, _StridedShard):
         return _StridedShard(placement.dim + 1, split_factor=placement.split_factor)
     return Shard(placement.dim + 1) if isinstance(placement, Shard) else placement
 
 
 def orthogonalize(matrices: Float[Tensor, "n rows cols"], iterations: int = 5) -> Float[Tensor, "n rows cols"]:
-    """The nearest semi-orthogonal matrices, roughly: singular values end between 0.7 and 1.2.
+    """Returns roughly the nearest semi-orthogonal matrices: singular values end between 0.7 and 1.2.
 
-    The quintic Newton-Schulz iteration with Jordan's coefficients, over all matrices of one shape at once. In
-    bfloat16 on CUDA devices, in float32 elsewhere: few CPUs are fast at bfloat16.
+    Runs the quintic Newton-Schulz iteration with Jordan's coefficients on all matrices of one shape at once, in
+    bfloat16 on CUDA devices and in float32 elsewhere: few CPUs are fast at bfloat16.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()

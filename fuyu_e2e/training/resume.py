@@ -1,8 +1,8 @@
-"""How a resumed run goes on: after the last optimizer step that is in the weights, with the settings it is given.
+"""Resuming a run: after the last optimizer step that its weights include, with the settings of the new start.
 
-The settings are the recipe's, not the checkpoint's. Lightning counts micro-batches of a process, and goes on in the
-middle of a step whose gradients are lost. Data goes on after the last whole step, on any number of processes (see
-`fuyu_e2e.data.row_loader.RowLoader`), so Lightning's counts, and what the step had gathered, are put back to there.
+The settings are the recipe's, not the checkpoint's. Lightning counts micro-batches of a process, and would resume in
+the middle of a step whose gradients are lost. Data resumes after the last complete step, on any number of processes
+(see `fuyu_e2e.data.row_loader.RowLoader`), so Lightning's counts are put back to that step.
 """
 
 from dataclasses import asdict
@@ -19,11 +19,11 @@ from fuyu_e2e.training.optimizers import OptimizerConfig
 from fuyu_e2e.training.schedule import Schedule
 
 ROWS = "rows of a step (processes x trainer.accumulate_grad_batches)"
-"""The name of what no single setting says."""
+"""The name of a quantity that no single setting holds."""
 
 
 def training_settings(optimizer: OptimizerConfig, schedule: Schedule, trainer: pl.Trainer) -> dict[str, Any]:
-    """The settings that decide how a step changes weights, by their names in a recipe, in primitives."""
+    """Returns the settings that decide how a step changes weights, as primitives by their names in a recipe."""
     settings = {f"model.optimizer.{name}": value for name, value in asdict(optimizer).items()}
     settings |= {f"model.schedule.{name}": value for name, value in asdict(schedule).items()}
     rows = DataRank.of(trainer).size * trainer.accumulate_grad_batches
@@ -67,10 +67,10 @@ def restore(
 
 
 def _compare_settings(mine: dict[str, Any], theirs: dict[str, Any], source: str) -> None:
-    """Says which settings of the run, `mine`, hold from here on instead of those of the checkpoint `source`.
+    """Logs which settings of the run, `mine`, replace those of the checkpoint `source`.
 
     Raises:
-        UserError: It is of another optimizer, whose state means nothing to this one.
+        UserError: The checkpoint has the state of another optimizer.
     """
     name = "model.optimizer.name"
     if mine[name] != theirs[name]:
@@ -84,9 +84,9 @@ def _compare_settings(mine: dict[str, Any], theirs: dict[str, Any], source: str)
 
 
 def _take_settings_of_callbacks(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
-    """Changes a loaded checkpoint so that callbacks keep settings of their own that they would take from it.
+    """Changes a loaded checkpoint so that callbacks keep their own settings instead of the checkpoint's.
 
-    Of Lightning's callbacks EarlyStopping alone keeps a setting among what it counts.
+    Among Lightning's callbacks, only EarlyStopping stores a setting with its counts.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EarlyStopping) and (state := checkpoint["callbacks"].get(callback.state_key)):
@@ -98,9 +98,9 @@ def _take_settings_of_callbacks(checkpoint: dict[str, Any], trainer: pl.Trainer)
 
 
 def _take_trained_weights(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
-    """Changes a loaded checkpoint of a run that averaged weights, for a run that no longer does.
+    """Changes a loaded checkpoint of a run that averaged weights, for a run that doesn't.
 
-    Lightning's WeightAveraging stores the average in the place of the weights that the optimizer's state belongs to.
+    Lightning's WeightAveraging stores the average in place of the weights that the optimizer state belongs to.
     """
     averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if "current_model_state" in checkpoint and not averages:
@@ -112,10 +112,10 @@ def _take_trained_weights(checkpoint: dict[str, Any], trainer: pl.Trainer) -> No
 
 
 def _go_back_to_last_step(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
-    """Changes a loaded checkpoint, before Lightning takes its counts from it, so that they agree with its data.
+    """Changes a loaded checkpoint so that Lightning's counts, which it is about to load, agree with the data.
 
     Raises:
-        UserError: The rows trained on don't make whole steps of this run's processes and micro-batches.
+        UserError: The trained rows don't divide into steps of this run's processes and micro-batches.
     """
     fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
     loaders = [state for state in fit_loop.get("state_dict", {}).get("combined_loader", []) if "rows" in state]
@@ -130,16 +130,16 @@ def _go_back_to_last_step(checkpoint: dict[str, Any], trainer: pl.Trainer) -> No
             "accumulate_grad_batches) don't divide: give the run as many rows a step as before."
         )
     progress = fit_loop["epoch_loop.batch_progress"]
-    behind = progress["total"]["processed"] * loaders[0]["world_size"] - rows
-    if not behind and loaders[0]["world_size"] == processes:
+    extra = progress["total"]["processed"] * loaders[0]["world_size"] - rows
+    if not extra and loaders[0]["world_size"] == processes:
         return
     for name in ("total", "current"):
         counts = progress[name]
-        done = (counts["processed"] * loaders[0]["world_size"] - behind) // processes
-        # Lightning tells by the count of completed ones whether it was saving at the end of a micro-batch.
-        completed = done if behind else done - counts["processed"] + counts["completed"]
+        done = (counts["processed"] * loaders[0]["world_size"] - extra) // processes
+        # From the number of completed batches, Lightning tells whether it was saving at the end of a micro-batch.
+        completed = done if extra else done - counts["processed"] + counts["completed"]
         progress[name] = {"ready": done, "started": done, "processed": done, "completed": completed}
-    if behind:
+    if extra:
         for name, tensor in checkpoint["state_dict"].items():
             if name.endswith(".rule.counts"):
                 tensor.zero_()

@@ -1,4 +1,4 @@
-"""The learning rate over a run, as a factor of its peak."""
+"""The learning rate over a run, as a fraction of its peak."""
 
 import math
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from fuyu_e2e.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Warm-up from zero, then a plateau or none, then down; shares are of all steps of the run.
+    """Warm-up from zero, an optional plateau, then decay; fractions are of all steps of the run.
 
     Raises:
         UserError: A share is out of its range.
     """
 
     shape: Literal["cosine", "wsd"] = "cosine"
-    """`cosine` falls along a half cosine from the warm-up on; `wsd` (warm-up, stable, decay; Hu et al. 2024,
-    arXiv 2404.06395) stays at the peak and falls along a line over the last part."""
+    """`cosine` falls along a half cosine after the warm-up; `wsd` (warm-up, stable, decay; Hu et al. 2024,
+    arXiv 2404.06395) stays at the peak and falls linearly at the end."""
     warmup: float = 0.02
-    """Share of the steps in which the rate rises."""
+    """Fraction of the steps in which the rate rises."""
     decay: float = 0.2
-    """Share of the steps in which `wsd` falls."""
+    """Fraction of the steps in which `wsd` falls."""
     final: float = 0.0
-    """Factor at the last step."""
+    """The factor at the last step."""
 
     def __post_init__(self) -> None:
         for name in ("warmup", "decay", "final"):
@@ -39,7 +39,7 @@ class Schedule:
             )
 
     def factor(self, step: int, steps: int) -> float:
-        """The factor for the update number `step` (from 0) of `steps`."""
+        """Returns the factor of the learning rate at step `step` (from 0) of `steps`."""
         done = step / max(1, steps)
         if done < self.warmup:
             return (step + 1) / math.ceil(self.warmup * steps)
@@ -51,13 +51,13 @@ class Schedule:
 
 
 class ScheduledRate(LambdaLR):
-    """The learning rate of every group of an optimizer, `Schedule.factor` times the peak that the group was made with.
+    """Sets the learning rate of every group to `Schedule.factor` times the group's initial rate.
 
-    Its state is the number of steps alone: a run that goes on takes peaks and schedule from its own settings, where
-    torch would bring back those of the checkpoint.
+    Its state is the number of steps alone: a resumed run takes peaks and schedule from its own settings, where torch
+    would restore the checkpoint's.
 
     Args:
-        optimizer: Its groups' `lr` are the peaks.
+        optimizer: The optimizer; its groups' `lr` are the peaks.
         schedule: The rate over the run.
         steps: Optimizer steps of the whole run.
     """
@@ -66,11 +66,11 @@ class ScheduledRate(LambdaLR):
         super().__init__(optimizer, lambda step: schedule.factor(step, steps))
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps were done."""
+        """Returns the number of completed steps, under torch's names."""
         return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the number of steps, and sets the rate of the step that comes next."""
+        """Loads the number of steps, and sets the learning rate of the next step."""
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
         factors = [factor(self.last_epoch) for factor in self.lr_lambdas]
         self._last_lr = [peak * factor for peak, factor in zip(self.base_lrs, factors, strict=True)]

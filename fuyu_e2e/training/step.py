@@ -1,8 +1,8 @@
-"""What an optimizer step has in common over all processes: summed once, and read by the host once, a step late.
+"""The figures of an optimizer step over all processes: summed in one collective, read by the host one step late.
 
-A host that reads a number from a GPU waits until the GPU has done all its work, and the GPU then waits until the host
-has handed out more. So whether a step is bad is decided on the device, and what it came to is read when the
-next one's work is already queued.
+A host that reads a number from a GPU waits until the GPU has finished all its work, and the GPU then waits for new
+work from the host. So the device decides whether a step is bad, and the host reads the step's figures when the work of
+the next step is already queued.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,64 +20,65 @@ from fuyu_e2e.model.device_copy import to_device
 
 @dataclass(frozen=True, kw_only=True)
 class StepFigures:
-    """What a step came to, the same on all ranks."""
+    """The figures of a step, equal on all ranks."""
 
     step: int
-    """Optimizer steps done with this one."""
+    """Completed optimizer steps, including this one."""
     loss: float
     """The mean over the step's supervised tokens, in nats."""
     gradient_norm: float
-    """Of the gradient of that mean, before it is clipped."""
+    """Norm of the gradient of that mean before clipping."""
     tokens: int
     """Tokens of documents in its rows, over all ranks; padding doesn't count."""
     skipped: bool
-    """Whether it was bad, and changed nothing."""
+    """Whether the step was bad and changed nothing."""
     votes: frozenset[str]
-    """What callbacks of any rank said in it."""
+    """Names that callbacks of any rank voted for in this step."""
     beside: Mapping[str, float]
-    """What callbacks of this rank wanted to know beside that, by name."""
+    """Further scalars that callbacks of this rank asked for, by name."""
 
 
 class Guard(Protocol):
-    """Tells which steps are bad."""
+    """Decides which steps are bad."""
 
     def limits(self) -> tuple[float, float]:
-        """The greatest loss and gradient norm of a good step, both finite: the device compares with these."""
+        """Returns the greatest loss and gradient norm of a good step, both finite: the device compares with these."""
 
     def judge(self, figures: StepFigures) -> None:
-        """Hears what each step came to, on all ranks at the same point, before the limits of the next are asked for.
+        """Receives the figures of each step, on all ranks at the same point, before `limits` of the next is called.
 
         Raises:
-            UserError: The run is to end.
+            UserError: The run has to end.
         """
 
 
 class StepSums:
-    """Adds up the micro-batches of one step of this process; counts stay on the host, where they are known."""
+    """Adds up the micro-batches of one step on this process; counts stay on the host, where they are known."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Begins a step."""
+        """Starts a new step."""
         self._loss: Tensor | None = None
         self._supervised = self._tokens = 0
 
     def add(self, loss: Float[Tensor, ""], batch: PackedBatch) -> None:
-        """Counts a micro-batch, whose summed loss this is."""
+        """Adds a micro-batch and its summed loss."""
         self._loss = loss.detach().double() if self._loss is None else self._loss + loss.detach()
         self._supervised += batch.targets.numel()
         self._tokens += sum(batch.document_lengths)
 
     def over_ranks(self, squared_norm: Float64[Tensor, ""], votes: Mapping[str, bool]) -> Float64[Tensor, " sums"]:
-        """The sums over all ranks, by one collective.
+        """Returns the sums over all ranks, by one collective.
 
         Args:
             squared_norm: This process's part of the squared norm of the gradient of the summed loss.
-            votes: By the same names in the same order on all ranks.
+            votes: This rank's votes, with the same names in the same order on all ranks.
 
         Returns:
-            Loss, squared norm, supervised tokens, tokens, and how many ranks voted for each; on the device.
+            Loss, squared norm, supervised tokens, tokens, and the number of ranks for each vote; float64 on the
+            device.
         """
         assert self._loss is not None
         counts = torch.tensor([self._supervised, self._tokens, *votes.values()], dtype=torch.float64)
@@ -118,21 +119,21 @@ def judge_step(sums: Float64[Tensor, " sums"], ranks: int, limits: tuple[float, 
 
 
 def queues(device: torch.device) -> bool:
-    """Whether a device runs asynchronously, so that reading from it waits for all queued work."""
+    """Returns whether a device runs asynchronously, so that reading from it waits for all queued work."""
     return device.type != "cpu"
 
 
 class PendingStep:
-    """A step whose figures are on their way to the host.
+    """A step whose figures are being copied to the host.
 
     Args:
-        step: Optimizer steps done with it.
-        sums: What `StepSums.over_ranks` gave.
-        judged: What `judge_step` returned: figures of the host could differ in the last bit, and say that a skipped
-            step was good.
+        step: Completed optimizer steps, including this one.
+        sums: The result of `StepSums.over_ranks`.
+        judged: The result of `judge_step`. The host's own computation could differ in the last bit and call a skipped
+            step good.
         votes: The names that were voted on.
-        beside: Single numbers of the device to be read with it, by name.
-        copies: Ranks that see the same rows.
+        beside: Scalars on the device to be read with the step, by name.
+        replicas: Ranks that read the same rows, which inflate the counts by as much.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class PendingStep:
             self._copied.record()
 
     def read(self) -> StepFigures:
-        """The figures, for which the host waits until the device has come to where they were copied."""
+        """Returns the figures; the host waits until the device has reached the copy."""
         if self._copied is not None:
             self._copied.synchronize()
         bad, loss, norm, _, _, _, tokens, *more = self._numbers.tolist()

@@ -1,11 +1,11 @@
-"""Weights in parts over many processes: FSDP2, tensor parallelism, and both, by Lightning's ModelParallelStrategy.
+"""Sharded training: FSDP2, tensor parallelism, and both, by Lightning's ModelParallelStrategy.
 
-    --trainer.strategy fsdp2            every weight in parts over all processes
-    --trainer.strategy hsdp             in parts over the processes of a host, and a copy on each host
+    --trainer.strategy fsdp2            every weight sharded over all processes
+    --trainer.strategy hsdp             sharded over the processes of a host, with a replica on each host
     --trainer.strategy tensor_parallel  products split over the processes of a host, FSDP2 over the hosts
-    --trainer.strategy ddp              Lightning's own: a copy in each process
+    --trainer.strategy ddp              Lightning's own: a replica in each process
 
-`fuyu_e2e.model.parallel` is the plan of what is split and how. Other mixes name the class:
+`fuyu_e2e.model.parallel` plans what is split and how. Other combinations name the class:
 
     trainer:
       strategy:
@@ -39,15 +39,15 @@ from fuyu_e2e.training.gradients import weights_of
 from fuyu_e2e.training.settings.arguments import did_you_mean
 
 REFUSED = ("fsdp", "deepspeed", "ddp_spawn", "ddp_fork", "ddp_notebook")
-"""How the names of strategies begin that hide the weights from the optimizer, clipping and checkpoints here, or whose
-processes leave checkpoints and exit codes to one that doesn't train."""
+"""Prefixes of strategies that hide the weights from our optimizer, clipping and checkpoints, or whose processes leave
+checkpoints and exit codes to one that doesn't train."""
 
 
 def check_strategy(named: Any) -> None:
-    """Refuses a recipe's `trainer.strategy` that is unknown, or doesn't work here.
+    """Refuses a recipe's `trainer.strategy` if it is unknown or doesn't work here.
 
     Raises:
-        UserError: Says which does.
+        UserError: The strategy is refused; names those that work.
     """
     by_name = isinstance(named, str | None)
     name = str(named if by_name else named.get("class_path", "")).rpartition(".")[2].lower()
@@ -62,17 +62,17 @@ def check_strategy(named: Any) -> None:
 
 
 class Sharded(ModelParallelStrategy):
-    """Lightning's ModelParallelStrategy with replicas, and checkpoints that any number of processes can go on from.
+    """Lightning's ModelParallelStrategy, with replicas, and with checkpoints that any number of processes can resume.
 
     Args:
-        tensor_parallel: Processes that share the work on the same rows; neighbours by rank. `host` takes those of
+        tensor_parallel: Processes of neighbouring ranks that share the work on the same rows. `host` groups those of
             a host.
-        replicas: Whole copies of the weights; between them, only gradients travel. `hosts` makes one for each host.
+        replicas: Whole copies of the weights, which exchange only gradients. `hosts` makes one for each host.
         process_group_backend: As in ModelParallelStrategy.
         timeout: As in ModelParallelStrategy.
 
     Raises:
-        UserError: The number of processes is no multiple of `tensor_parallel` times `replicas`.
+        UserError: The number of processes is not a multiple of `tensor_parallel` times `replicas`.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Sharded(ModelParallelStrategy):
 
     @property
     def tensor_parallel_size(self) -> int:
-        """How many processes read the same rows."""
+        """The number of processes that read the same rows."""
         return self.num_processes if self._tensor_parallel == "host" else self._tensor_parallel
 
     def setup_environment(self) -> None:
-        """Joins the other processes, and lays the mesh over them."""
+        """Joins the other processes and creates the device mesh."""
         self._setup_distributed()
         tensor = self.tensor_parallel_size
         replicas = self.num_nodes if self._replicas == "hosts" else self._replicas
@@ -107,20 +107,20 @@ class Sharded(ModelParallelStrategy):
         self.lightning_module._device_mesh = self._device_mesh
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Has checkpoints written by all processes together, each its own parts."""
+        """Sets up checkpoints that all processes write together, each its own parts."""
         super().setup(trainer)
-        # A group of its own, since it works beside the training's collectives, and with tensors of the CPU.
+        # A separate group, since it works in parallel to the training's collectives, and on CPU tensors.
         self.checkpoint_io = BackgroundCheckpointIO(ShardedCheckpointIO(dist.new_group(backend="gloo")))
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Which rows are this process's: those of one tensor parallel group take the same."""
+        """Which rows this process reads; the processes of a tensor-parallel group read the same."""
         replica, part, _ = self.device_mesh.get_coordinate() or (0, 0, 0)
         replicas, parts, _ = self.device_mesh.shape
         return {"num_replicas": replicas * parts, "rank": replica * parts + part}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """What the optimizer keeps of each weight, by its name, and its settings, which name weights too."""
+        """Returns the optimizer's state and settings, with weights by name instead of number."""
         optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         names = self._names()
         return {
@@ -135,21 +135,21 @@ class Sharded(ModelParallelStrategy):
         return {weight: name for name, weight in self.lightning_module.named_parameters()}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Writes a checkpoint; every process its parts."""
+        """Writes a checkpoint, to which every process contributes its parts."""
         self.checkpoint_io.save_checkpoint(checkpoint, self.broadcast(filepath), storage_options=storage_options)
 
     def teardown(self) -> None:
-        """Waits until all that was to be written is, as other strategies do; Lightning's own doesn't."""
+        """Waits until all queued checkpoints are written, as other strategies do; Lightning's own doesn't."""
         super().teardown()
         self.checkpoint_io.teardown()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Fills weights and optimizer with this process's parts of a checkpoint of any strategy; gives the rest.
+        """Loads this process's parts of weights and optimizer from a checkpoint of any strategy; returns the rest.
 
         Raises:
-            UserError: It is no checkpoint of this model, is damaged, or has no optimizer's state that can be read.
+            UserError: It is not a checkpoint of this model, is damaged, or lacks a readable optimizer state.
         """
-        self.checkpoint_io.teardown()  # all that was to be written is
+        self.checkpoint_io.teardown()  # waits for queued writes
         path = resolve(Path(self.broadcast(checkpoint_path)))
         if is_sharded(path):
             shards = ShardedFiles(path)
@@ -164,7 +164,7 @@ class Sharded(ModelParallelStrategy):
         return rest | {"state_dict": self.lightning_module.state_dict()}
 
     def _check(self, checkpoint: dict[str, Any], path: Path) -> None:
-        """Refuses another model's checkpoint before its weights meet these."""
+        """Refuses another model's checkpoint before its weights are loaded."""
         metadata: ModelMetadata = self.lightning_module.metadata  # type: ignore[union-attr, assignment]
         metadata.check_same(ModelMetadata.of(checkpoint, str(path)), str(path))
 
@@ -172,7 +172,7 @@ class Sharded(ModelParallelStrategy):
         assert self.lightning_module is not None
         shards.read_into({f"{WEIGHTS}{name}": tensor for name, tensor in self.lightning_module.state_dict().items()})
         for optimizer in self.optimizers:
-            shards.optimizer_groups(rest)  # refuses a state that can't be read; settings are the run's own
+            shards.optimizer_groups(rest)  # raises if the state can't be read; its settings are not used
             wanted, names = {}, self._names()
             for weight in weights_of(optimizer):
                 prefix = f"{OPTIMIZER}{names[weight]}."
@@ -196,7 +196,7 @@ class Sharded(ModelParallelStrategy):
 
 
 def _like(weight: Tensor, size: torch.Size, dtype: torch.dtype | None) -> Tensor:
-    """Room for what an optimizer keeps of a weight: laid over the devices as that is, or a number on the host."""
+    """Returns an empty tensor for optimizer state: distributed as the weight, or a scalar on the host."""
     return torch.empty_like(weight, dtype=dtype) if size == weight.shape else torch.empty(size, dtype=dtype)
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard's curves, which a full disk holds up and which end no run."""
+"""TensorBoard logging that survives a full disk."""
 
 import os
 from pathlib import Path
@@ -12,19 +12,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 def tensorboard_of(trainer: pl.Trainer) -> TensorBoardLogger | None:
-    """The logger that takes texts and pictures, also where a recipe names others before it."""
+    """Returns the TensorBoard logger, wherever it is among the recipe's loggers; None without one."""
     return next((one for one in trainer.loggers if isinstance(one, TensorBoardLogger)), None)
 
 
 def shown_step(trainer: pl.Trainer) -> int:
-    """Where curves have what belongs to the step that was done last: as Lightning, they count steps from 0."""
+    """Returns the x value of the last completed step: curves count steps from 0, as Lightning does."""
     return trainer.global_step - 1
 
 
 def leave_out_later(trainer: pl.Trainer) -> None:
-    """Has TensorBoard show no points of steps that a run which goes on is about to do again, by `purge_step`.
+    """Hides, by `purge_step`, the points of steps that a resumed run is about to repeat.
 
-    They are there where the run was killed after its last checkpoint, or goes back to an earlier one.
+    Such points exist if the run was killed after its last checkpoint, or returns to an earlier one.
     """
     logger = tensorboard_of(trainer)
     if trainer.is_global_zero and trainer.global_step and logger is not None:
@@ -32,23 +32,23 @@ def leave_out_later(trainer: pl.Trainer) -> None:
 
 
 class Curves(TensorBoardLogger):
-    """Lightning's TensorBoard logger, whose run goes on where its disk is full or fails.
+    """Lightning's TensorBoard logger for a run that must survive a full or failing disk.
 
-    TensorBoard's thread ends at its first failure to write, which the trainer then hears of in whatever it logs next.
-    Its file appears with the first curve: Lightning asks for the writer at each start, also at one that is refused.
+    TensorBoard's writer thread ends at its first failed write, and the trainer's next log call raises that error. Its
+    file appears with the first point: Lightning asks for the writer at each start, even one that is refused.
     """
 
     @property
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
-        """TensorBoard's own writer."""
+        """TensorBoard's writer."""
         if self._experiment is None:
             self._experiment = LateWriter(self.log_dir, **self._kwargs)
         return self._experiment
 
 
 class LateWriter(SummaryWriter):
-    """Opens its file, a `PatientFile`, when there is something to write."""
+    """Opens its file, a `PatientFile`, at the first write."""
 
     _made = False
 
@@ -58,7 +58,7 @@ class LateWriter(SummaryWriter):
 
     def _get_file_writer(self) -> Any:
         if not self._made:
-            return None  # torch opens it as the writer is made
+            return None  # torch opens the file in the writer's constructor
         closed = self.file_writer is None
         file_writer = super()._get_file_writer()
         if closed:
@@ -68,10 +68,10 @@ class LateWriter(SummaryWriter):
 
 
 class PatientFile:
-    """A file that is only ever added to, and keeps in memory what the disk has no room for until it has.
+    """An append-only file that keeps data in memory while the disk has no room for it.
 
     Args:
-        path: Of a file that is there.
+        path: An existing file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,13 +82,13 @@ class PatientFile:
         self._warned = False
 
     def write(self, data: bytes) -> None:
-        """Adds some bytes, or has them wait behind those that do."""
+        """Appends bytes, or queues them after those that wait already."""
         self._waiting += data
         try:
             with self.path.open("ab") as file:
                 file.write(self._waiting)
         except OSError as error:
-            # A record cut in two would hide all that comes behind it.
+            # A record cut in two would hide everything after it.
             os.truncate(self.path, self._size)
             if not self._warned:
                 rank_zero_warn(
@@ -101,10 +101,10 @@ class PatientFile:
             self._waiting.clear()
 
     def flush(self) -> None:
-        """Tries once more to write what waits."""
+        """Retries to write the queued bytes."""
         self.write(b"")
 
     def close(self) -> None:
-        """Takes no more."""
+        """Flushes and closes the file."""
         self.flush()
         self.closed = True

@@ -95,4 +95,4 @@ def test_generate_compares_contenders_that_write_the_same(tmp_path: Path, monkey
 def test_an_unknown_benchmark_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", ["bench", "speed"])
     assert main() == 2
-    assert "mod, isoflop" in capsys.readouterr().err
+    assert "mod, data" in capsys.readouterr().err

@@ -249,7 +249,7 @@ def test_the_optimizer_of_a_sharded_checkpoint_is_tensors_or_nothing(run: Path, 
     evil = Evil(tmp_path / "it ran")
     checkpoint["optimizer_states"] = [{"state": {"evil": evil}}]
     path = shard(checkpoint, tmp_path / "sharded.ckpt")
-    with pytest.raises(UserError, match=r"without running what it holds: begin anew .* --model.weights"):
+    with pytest.raises(UserError, match=r"without running what it holds: start over .* --model.weights"):
         read_checkpoint(path, optimizer=True)
     rest = torch.load(path / REST, weights_only=True)  # noqa: TID251
     torch.save(rest | {GROUPS: []}, path / REST)

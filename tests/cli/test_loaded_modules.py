@@ -100,7 +100,7 @@ def test_checksums_are_compared_without_torch(tmp_path: Path) -> None:
 
 
 def test_a_model_is_used_without_lightning() -> None:
-    used = ("api", "eval.checkpoint_scores", "export.folders", "inference.generation")
+    used = ("inference.api", "eval.checkpoint_scores", "export.folders", "inference.generation")
     assert imported_by([f"fuyu_e2e.{name}" for name in used]) == ["torch"]
 
 

@@ -354,7 +354,7 @@ def break_outside(folder: Path) -> None:
 
 WRONG = {
     break_missing_file: r"model-0000\d-of-0000\d\.safetensors is missing",
-    break_missing_tensor: "vision_embed_tokens.bias stands in .*against model.safetensors.index.json",
+    break_missing_tensor: "vision_embed_tokens.bias is in .*against model.safetensors.index.json",
     break_shape: r"patch_projection.weight has the shape \[48, 49\].*\[48, 48\]",
     break_fused_shape: "lacks blocks.1.attention.k_proj.weight",
     break_extra: "holds language_model.model.layers.7.odd",

@@ -334,7 +334,7 @@ OPTIONS: dict[str, list[Use]] = {
         ("AsyncCheckpointIO", "trainer.plugins names AsyncCheckpointIO, which doesn't work here"),
     ],
     "trainer.sync_batchnorm": [("true", unchanged)],
-    "trainer.reload_dataloaders_every_n_epochs": [("1", "would begin the stream of training data anew")],
+    "trainer.reload_dataloaders_every_n_epochs": [("1", "would restart the stream of training data")],
     "trainer.default_root_dir": [
         ("run/inner", lambda run: run.files("run/inner/config.yaml") and run.files("run/inner/checkpoints/last.ckpt")),
     ],

@@ -203,7 +203,7 @@ def test_an_endless_stream_is_not_begun_anew_in_each_epoch(
     config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path
 ) -> None:
     run = trainer(tmp_path, max_steps=4, limit_train_batches=2, reload_dataloaders_every_n_epochs=1)
-    with pytest.raises(UserError, match="reload_dataloaders_every_n_epochs would begin the stream"):
+    with pytest.raises(UserError, match="reload_dataloaders_every_n_epochs would restart the stream"):
         run.fit(module(config), question_data())
 
 

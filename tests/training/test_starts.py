@@ -217,7 +217,7 @@ REFUSED = {
     "--trainer.val_check_interval 0.25": "trainer.val_check_interval is 0.25, a share of rows",
     "--trainer.limit_val_batches 0.5": "trainer.limit_val_batches is 0.5, a share of rows",
     "--trainer.model_registry mine": "trainer.model_registry doesn't work here",
-    "--trainer.reload_dataloaders_every_n_epochs 1": "would begin the stream of training data anew",
+    "--trainer.reload_dataloaders_every_n_epochs 1": "would restart the stream of training data",
     "--checkpoint.enable_version_counter true": "checkpoint.enable_version_counter doesn't work here",
     "--checkpoint.dirpath elsewhere": "--checkpoint.dirpath can't be set, since it follows from trainer.def",
     "--config linked.yaml": "checkpoint.dirpath in linked.yaml can't be set, since it follows from trainer.def",

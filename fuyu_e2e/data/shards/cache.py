@@ -1,7 +1,7 @@
-"""The shard cache: local files for shards wherever they lie.
+"""The shard cache: local files for shards from any location.
 
-Readers want a local file. A shard on another machine is downloaded once per host into a bounded folder that all
-processes of the host share."""
+Readers need a local file. A remote shard is downloaded once per host, into a bounded folder that all processes of the
+host share."""
 
 import contextlib
 import hashlib
@@ -23,11 +23,11 @@ from fuyu_e2e.data.shards.locations import LISTED, is_local, local_path, name_of
 from fuyu_e2e.errors import UserError
 
 CACHE_FOLDER = "~/.cache/fuyu_e2e"
-"""Where shards from elsewhere are kept, unless somebody says otherwise."""
+"""Default folder for downloaded shards."""
 CACHE_GIGABYTES = 100.0
-"""What they may take up there, likewise."""
+"""Default limit of that folder."""
 PREFETCHES = 2
-"""Downloads that `ShardCache.prefetch` has under way at once."""
+"""Downloads that `ShardCache.prefetch` runs at once."""
 
 
 @dataclass
@@ -35,20 +35,20 @@ class Transfers:
     """What a process has downloaded so far."""
 
     shards: int = 0
-    """Shards that arrived whole."""
+    """Shards that arrived completely."""
     bytes: int = 0
-    """Bytes that came, those of broken attempts included."""
+    """Bytes received, including those of failed attempts."""
     retries: int = 0
-    """Attempts that failed and were made again."""
+    """Failed attempts that were repeated."""
 
 
 def read_bytes(location: str, *, timeout: float = 30.0, attempts: int = 6) -> bytes | None:
-    """The content of a small file, local or remote; None where there is none.
+    """Returns the content of a small local or remote file; None if there is none.
 
-    A store that forbids reading it counts as having none: without the right to list, S3 says so of every missing file.
+    A file that the store forbids to read counts as missing: without the right to list, S3 forbids every missing file.
 
     Raises:
-        UserError: It is there, but can't be read.
+        UserError: The file exists but can't be read.
     """
     try:
         if is_local(location):
@@ -64,14 +64,14 @@ def read_bytes(location: str, *, timeout: float = 30.0, attempts: int = 6) -> by
 
 
 def write_bytes(location: str, data: bytes) -> bool:
-    """Writes a small file, local or remote, whole or not at all; False where that place can't be written."""
+    """Writes a small local or remote file atomically; returns False if that place can't be written."""
     if not is_local(location):
         if scheme_of(location) not in LISTED:
             return False
         try:
             store, path = open_store(location, 30.0)
             store.pipe_file(path, data)
-        except Exception:  # each store's client has its own errors, and no file is left by any
+        except Exception:  # clients raise errors of their own; none leaves a file
             return False
         return True
     target = local_path(location)
@@ -89,27 +89,28 @@ def write_bytes(location: str, data: bytes) -> bool:
 
 
 class ShardCache:
-    """Local files for shards wherever they lie: a folder of downloads that never holds more than `max_bytes`.
+    """Local files for shards from any location: a folder of downloads that never holds more than `max_bytes`.
 
-    Processes of one host share the folder. It may be pickled and forked; downloads that run stay with the process that
+    Processes of one host share the folder. The cache may be pickled and forked; running downloads and counts stay with
+    the process that started them.
     began them, as do its counts.
     """
 
     def __init__(self, folder: Path, max_bytes: int, *, attempts: int = 6, timeout: float = 30.0) -> None:
-        """Nothing is made or deleted before the first shard is fetched.
+        """Creates and deletes nothing until the first shard is fetched.
 
         Args:
-            folder: Where the downloads lie; made if need be, on a disk of this host.
-            max_bytes: Above how many bytes the files used longest ago are deleted.
-            attempts: How many times in a row a download may fail without getting further.
-            timeout: Seconds in which a server must connect, and after which one that sends nothing has failed.
+            folder: The folder of downloads, on a disk of this host; created if needed.
+            max_bytes: The most bytes in the folder; the least recently used files are deleted above it.
+            attempts: How often in a row a download may fail without progress.
+            timeout: Seconds for a server to connect, and seconds without data after which it has failed.
         """
         self.folder, self.max_bytes, self.attempts, self.timeout = folder, max_bytes, attempts, timeout
         self._mine = _ProcessState()
 
     @classmethod
     def at(cls, folder: str = CACHE_FOLDER, gigabytes: float = CACHE_GIGABYTES) -> "ShardCache":
-        """A cache as users name it; `~` is their home."""
+        """Returns a cache from a user's settings; expands `~` in `folder`."""
         return cls(Path(with_home(folder)), int(gigabytes * 1e9))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -124,17 +125,17 @@ class ShardCache:
         return replace(self._own().transfers)
 
     def path(self, shard: str, size: int | None = None, sha256: str | None = None) -> Path:
-        """A local file with the shard's content: its own if it is local, else the cache's.
+        """Returns a local file with the shard's content: the shard itself if it is local, else one in the cache.
 
-        Open it before others are fetched: a file in use may be deleted from the folder, and stays readable.
+        Open it before you fetch others: a file in use may be deleted from the folder, and stays readable only if open.
 
         Args:
-            shard: A path or URL, as `expand_patterns` gives it.
-            size: Its bytes, where a manifest says so.
-            sha256: Its checksum in hexadecimal digits, where a manifest says so.
+            shard: A path or URL from `expand_patterns`.
+            size: Its bytes according to a manifest, if there is one.
+            sha256: Its hexadecimal checksum according to a manifest, if there is one.
 
         Raises:
-            UserError: It can't be fetched, differs from `size` or `sha256`, or is larger than the cache.
+            UserError: The shard can't be fetched, differs from `size` or `sha256`, or is larger than the cache.
         """
         if is_local(shard):
             return local_path(shard)
@@ -144,7 +145,7 @@ class ShardCache:
         return self._fetch(shard, size, sha256)
 
     def prefetch(self, shard: str, size: int | None = None, sha256: str | None = None) -> None:
-        """Begins to fetch a shard in the background; `path` waits for it, and raises what went wrong."""
+        """Starts to fetch a shard in the background; `path` waits for it and raises its error."""
         mine, wanted = self._own(), (shard, size, sha256)
         if is_local(shard) or wanted in mine.started:
             return
@@ -159,11 +160,11 @@ class ShardCache:
                 except Exception as error:
                     future.set_exception(error)
 
-        # Not an executor: its threads would keep a program that has ended, or failed, from leaving.
+        # Not an executor: its threads would keep a finished or failed program from exiting.
         threading.Thread(target=fetch, name=f"prefetch {name_of(shard)}", daemon=True).start()
 
     def _own(self) -> "_ProcessState":
-        if self._mine.pid != os.getpid():  # a fork copies locks that no thread of the copy will ever release
+        if self._mine.pid != os.getpid():  # a fork copies locks that no thread in the child releases
             self._mine = _ProcessState()
         return self._mine
 
@@ -189,7 +190,7 @@ class ShardCache:
         return None
 
     def _download(self, shard: str, size: int | None, sha256: str | None) -> Path:
-        # What a killed process left is written over, so that a shard never has more than one unfinished file.
+        # Overwrites what a killed process left, so that a shard never has more than one unfinished file.
         part = self.folder / f"{_key(shard)}.part"
         try:
             with part.open("wb") as file:
@@ -206,10 +207,10 @@ class ShardCache:
         return target
 
     def make_room(self, part: Path, size: int) -> None:
-        """Deletes the files used longest ago until an unfinished one may grow to `size` bytes.
+        """Deletes the least recently used files until an unfinished one may grow to `size` bytes.
 
         Raises:
-            UserError: The cache can't hold so many.
+            UserError: The cache can't hold so many bytes.
         """
         if size > self.max_bytes:
             raise UserError(
@@ -217,10 +218,10 @@ class ShardCache:
                 "data.cache_gigabytes to several times the largest shard."
             )
         with self.writing(), self._lock("room"):
-            os.truncate(part, size)  # for all to see, so that two processes don't count on the same room
+            os.truncate(part, size)  # visible to all, so that two processes don't claim the same room
             files = []
             for path in self.folder.iterdir():
-                if re.match(r"[0-9a-f]{32}(-|\.part$)", path.name):  # the folder may hold what is not ours
+                if re.match(r"[0-9a-f]{32}(-|\.part$)", path.name):  # the folder may contain other files
                     with contextlib.suppress(FileNotFoundError):
                         files.append((_last_used(path), path.stat().st_size, path))
             total = sum(size for _, size, _ in files)
@@ -241,7 +242,7 @@ class ShardCache:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Around what touches the folder, so that its errors don't pass for those of the network."""
+        """Turns an OSError in the block, which accesses the folder, into a UserError, apart from network errors."""
         try:
             yield
         except OSError as error:
@@ -262,13 +263,13 @@ class ShardCache:
         return FileLock(self.folder / "locks" / f"{name}.lock")
 
     def _file(self, shard: str, sha256: str) -> Path:
-        # The content's checksum is part of the name, so that a shard that was replaced is not taken for the new one.
+        # The name contains the content's checksum, so that a replaced shard is not mistaken for the new one.
         tail = re.sub(r"[^A-Za-z0-9._-]", "_", name_of(shard))[-40:]
         return self.folder / f"{_key(shard)}-{sha256.lower()[:32]}-{tail}"
 
 
 class _ProcessState:
-    """What belongs to one process alone."""
+    """State that belongs to one process only."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()

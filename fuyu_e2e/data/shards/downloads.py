@@ -1,7 +1,7 @@
-"""How a shard gets to this machine: over as many connections as it takes, verified, going on where one broke.
+"""Downloads of shards: over as many connections as needed, verified, resumed if a connection breaks.
 
-fsspec knows the stores and their credentials. Its own file caches verify nothing, have no bound, and begin again after
-a broken download; its client of web servers throws away what had arrived of one. So these parts are ours."""
+fsspec knows the stores and their credentials. But its file caches verify nothing, have no bound, and start over after
+a broken download, and its HTTP client discards what had arrived. So these parts are ours."""
 
 import base64
 import contextlib
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
     import fuyu_e2e.data.shards.cache
 
 CHUNK = 2**23
-"""Bytes asked of a store, or held of a download, at once: 8 MiB."""
+"""Bytes read from a store, or held of a download, at once: 8 MiB."""
 FIRST_DELAY, LONGEST_DELAY = 0.1, 10.0
-"""Seconds before the first retry, which double with each that follows, and where they stop growing."""
+"""Seconds before the first retry, doubled for each further one, and their upper limit."""
 PASSING = (408, 425, 429)
-"""Answers below 500 that say: not now."""
+"""HTTP statuses below 500 that mean: try again later."""
 
 
 class _DiffersError(Exception):
-    """What came is whole, but not what the manifest says."""
+    """The download is complete but differs from the manifest."""
 
 
 class MissingError(UserError):
-    """There is no such file, or none that may be read."""
+    """The file doesn't exist, or may not be read."""
 
 
 class Download:
-    """One shard on its way into a file, over as many connections as it takes."""
+    """One download of a shard into a file, over as many connections as needed."""
 
     def __init__(
         self,
@@ -58,13 +58,13 @@ class Download:
         self.total: int | None = None
         self.tag: str | None = None
         self.reserved = 0
-        self._begin_anew()
+        self._restart()
 
     def run(self) -> None:
-        """Returns when the file has arrived and is what it should be.
+        """Downloads the file; returns when it is complete and verified.
 
         Raises:
-            UserError: It can't be had.
+            UserError: The file can't be downloaded.
         """
         if self.size is not None:
             self._reserve(self.size)
@@ -87,17 +87,17 @@ class Download:
                 if failures >= self.cache.attempts:
                     raise self._given_up(error) from error
                 if differs:
-                    self._begin_anew()
+                    self._restart()
             self.cache.count(retries=1)
             _pause(failures)
 
     def _attempt(self) -> None:
         with contextlib.closing(_request(self.shard, self.written, self.tag, self.cache.timeout)) as answer:
             if answer.start and answer.total != self.total:
-                self._begin_anew()
+                self._restart()
                 raise ConnectionError("it changed while it was fetched")
             if answer.start != self.written:
-                self._begin_anew()
+                self._restart()
             self.total, self.tag = answer.total, answer.tag
             if self.size is not None and self.total not in (None, self.size):
                 raise _DiffersError(f"it has {self.total:,} bytes, not {self.size:,}")
@@ -127,7 +127,7 @@ class Download:
         self.digest.update(chunk)
         self.cache.count(bytes=len(chunk))
 
-    def _begin_anew(self) -> None:
+    def _restart(self) -> None:
         self.written = 0
         self.digest = hashlib.sha256()
         self.file.seek(0)
@@ -144,35 +144,35 @@ class Download:
 
     def _reason(self, error: Exception) -> str:
         text = (str(error).strip() or str(error.__cause__ or "").strip() or type(error).__name__).splitlines()[0]
-        # Queries of signed URLs are keys, and clients put whole URLs into their errors.
+        # Queries of signed URLs are secrets, and clients put whole URLs into their errors.
         return re.sub(r"\?[^\s'\"]*", "", text) if scheme_of(self.shard) in WEB else text
 
 
 @dataclass(frozen=True)
 class _Response:
-    """What a server, or a command, has to give."""
+    """The response of a server or a command."""
 
     start: int
-    """The byte that the chunks begin with: the one asked for, or 0 where only the whole can be had."""
+    """The offset of the first chunk: the one asked for, or 0 if only the whole file is available."""
     total: int | None
     """Bytes of the whole file, if known."""
     tag: str | None
-    """Changes when the file does, if known."""
+    """A tag that changes when the file does, if known."""
     chunks: Iterator[bytes]
     close: Callable[[], object]
-    """To be called when done with the chunks, or with as many as were wanted."""
+    """To be called after the last chunk that is needed."""
 
 
 def _request(shard: str, start: int, tag: str | None, timeout: float) -> _Response:
     if scheme_of(shard) == "pipe":
         output = _run(shard.partition(":")[2])
         return _Response(0, None, None, output, output.close)
-    check_scheme(shard)  # fsspec would open many more, some of which run code
+    check_scheme(shard)  # fsspec opens many more schemes, some of which run code
     return (_request_web if scheme_of(shard) in WEB else _request_store)(shard, start, tag, timeout)
 
 
 def _request_web(url: str, start: int, tag: str | None, timeout: float) -> _Response:
-    # Not fsspec's client, aiohttp: of a body that breaks off it throws away what had arrived and was not yet read.
+    # Not fsspec's client, aiohttp: if a response breaks off, it discards data that had arrived but wasn't read yet.
     parts = urllib.parse.urlsplit(url)
     user, _, host = parts.netloc.rpartition("@")
     address = urllib.parse.quote(parts._replace(netloc=host, fragment="").geturl(), safe="%/:?=&+,;@!$'()*[]~")
@@ -207,7 +207,7 @@ def _request_web(url: str, start: int, tag: str | None, timeout: float) -> _Resp
     if response.status != 206:
         start, total = 0, int(said["Content-Length"]) if "Content-Length" in said else None
         etag = said.get("ETag", "W/")
-        tag = said.get("Last-Modified") if etag.startswith("W/") else etag  # a weak one may not be asked for
+        tag = said.get("Last-Modified") if etag.startswith("W/") else etag  # a weak tag can't be used in If-Range
     return _Response(start, total, tag, iter(lambda: response.read1(CHUNK // 8), b""), response.close)
 
 
@@ -247,7 +247,8 @@ def _run(command: str) -> Generator[bytes, None, None]:
 
 
 def delay(failures: int) -> float:
-    """Seconds to wait after `failures` without progress, partly random so that hosts don't all come back at once."""
+    """Returns the seconds to wait after `failures` without progress, partly random so that hosts don't return
+    together."""
     return min(LONGEST_DELAY, FIRST_DELAY * 2 ** max(0, failures - 1)) * random.uniform(0.5, 1)
 
 

@@ -1,14 +1,14 @@
-"""From the members of a sample to documents, by their extensions alone.
+"""Turns the members of a sample into documents, by their extensions alone.
 
-caption       jpg|jpeg|jpe|jfif|png|webp + txt, or + json with a "caption": img2dataset writes both; txt counts
-chat          json with "conversations" (LLaVA's), "messages" or their list alone (as converters to Megatron-Energon
-              write it), the images it speaks of beside it, or none
+caption       jpg|jpeg|jpe|jfif|png|webp + txt, or + json with a "caption": img2dataset writes both; txt is preferred
+chat          json with "conversations" (LLaVA's), "messages" or a list of turns alone (as converters to
+              Megatron-Energon write it), next to its images, or without any
 interleaved   json with "segments": [{"text": …} | {"image": extension of a member}, …]
 text          txt, or jsonl with one object a line that has a "text", "conversations" or "messages"
 
-Text without an image is what was meant, never what is left of a sample whose image is missing, or of a kind that is
-not read. Several images come in the order of the JSON's list `image` or `images`, where it names the members; else in
-that of their names, whose numbers count as numbers.
+Text counts as a text only if it was meant without an image, never if the sample's image is missing or of a kind that
+can't be read. Several images are in the order of the JSON's list `image` or `images` if that names the members, else
+in the order of their names, with numbers in them compared as numbers.
 """
 
 import json
@@ -25,30 +25,36 @@ from fuyu_e2e.data.shards.reading import Sample, Shard
 from fuyu_e2e.errors import UnusableSampleError
 
 TEXT_BYTES = 2**22
-"""Bytes of text above which a document is left out: 4 MiB, for which sentencepiece takes 60 times as much memory."""
+"""Bytes of text above which a document is skipped: 4 MiB, for which sentencepiece takes 60 times as much memory."""
 PLACEHOLDER = "<image>"
-"""Where an image stands in LLaVA's conversations."""
+"""Placeholder of an image in LLaVA's conversations."""
 IMAGE_KEYS = ("image", "images")
-"""Under which a JSON object names the images that its text speaks of."""
+"""JSON keys for the images that a text is about."""
 UNREAD_PLACEHOLDERS = ("<video>", "<audio>")
-"""Where LLaVA's conversations have what is not read."""
+"""Placeholders in LLaVA's conversations for media that can't be read."""
 MEDIA_KEYS = (*IMAGE_KEYS, "video", "videos", "audio", "audios")
-"""Under which a JSON object names what its text speaks of."""
+"""JSON keys for any media that a text is about."""
 TURN_KEYS = (("from", "value"), ("role", "content"))
-"""Under which a turn names its speaker and what is said: LLaVA's, and those of chat templates."""
+"""JSON keys of a turn's speaker and text: LLaVA's, and those of chat templates."""
 SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assistant": True}
-"""Whether what a speaker says carries loss."""
+"""Whether the text of a speaker carries loss."""
 
 
 def read_documents(
     path: Path, stats: SampleStats, name: str | None = None, advance: Advance = untold
 ) -> Iterator[Document]:
-    """The usable documents of a local shard, in stored order; `name` is what errors call it.
+    """Yields the usable documents of a local shard, in stored order.
 
-    Counts every document as read, and those that can't be used by reason; and the whole shard as 1 to `advance`.
+    Counts every document as read, and unusable ones by reason. Adds 1 to `advance` over the whole shard.
+
+    Args:
+        path: The shard.
+        stats: Counts documents.
+        name: What errors call the shard; by default its path.
+        advance: Counts the work done.
 
     Raises:
-        UserError: The file can't be read, or is no tar.
+        UserError: The file can't be read, or is not a tar.
     """
     shard = Shard(path, name)
     for number in range(len(shard)):
@@ -61,10 +67,10 @@ def read_documents(
 
 
 def document(sample: Sample) -> Document:
-    """The document that a sample says.
+    """Returns the document of a sample.
 
     Raises:
-        UnusableSampleError: It is of no known format, or not what its format says.
+        UnusableSampleError: The sample has no known format, or violates it.
     """
     members, where = sample.members, f"{sample.shard}: {sample.key}"
     if "jsonl" in members:
@@ -77,7 +83,7 @@ def document(sample: Sample) -> Document:
     except UnusableSampleError:
         if "txt" not in members:
             raise
-        described = {}  # the text is all that is needed
+        described = {}  # a txt needs no json
     if not images:
         _check_names_no_media(described, where)
     for key, segments in FORMATS.items():
@@ -97,10 +103,10 @@ def document(sample: Sample) -> Document:
 
 
 def description(sample: Sample) -> dict[str, Any]:
-    """The JSON object beside the images of a sample, its turns as `conversations`; empty where it has none.
+    """Returns the JSON object of a sample, with its turns as `conversations`; empty if it has none.
 
     Raises:
-        UnusableSampleError: It is neither an object nor a list of turns.
+        UnusableSampleError: The JSON is neither an object nor a list of turns.
     """
     return _described(sample.members["json"], f"{sample.shard}: {sample.key}") if "json" in sample.members else {}
 
@@ -114,7 +120,7 @@ def _described(data: bytes, where: str) -> dict[str, Any]:
 
 
 def are_turns(value: Any) -> bool:
-    """Whether a value of JSON is a list of turns, whoever speaks and whatever is said."""
+    """Returns whether a JSON value is a list of turns, with any speakers and contents."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -123,7 +129,8 @@ def are_turns(value: Any) -> bool:
 
 
 def _only(sample: Sample, described: dict[str, Any], where: str) -> str:
-    """What a sample of no known format has, its JSON too, and what webdataset's rule makes of names with dots."""
+    """Returns a description of a sample of no known format: its members, its JSON keys, and advice about dots in
+    names."""
     names = sorted(sample.members)
     if not names:
         return f"{where} has no members"
@@ -139,12 +146,12 @@ def _only(sample: Sample, described: dict[str, Any], where: str) -> str:
 
 
 def _in_order(images: dict[str, Image], described: dict[str, Any], sample: Sample) -> list[Image]:
-    """The images in the order of the names that the JSON lists, or of their own."""
+    """Returns the images in the order that the JSON lists, or sorted by name."""
     listed = next(filter(None, (_names(described.get(name)) for name in IMAGE_KEYS)), [])
     stem = PurePosixPath(sample.key).name.lower()
     members = {f"{stem}.{name}": image for name, image in images.items()} | images
     named = [members.get(PurePosixPath(name).name.lower()) for name in listed]
-    if not any(named):  # paths of the data set that the shard was made from
+    if not any(named):  # the JSON has paths of the original data set
         return [images[name] for name in sorted(images, key=_numbers_as_numbers)]
     found = [image for image in named if image is not None]
     if len(found) < len(named) or len({id(image) for image in found}) < len(images):
@@ -160,7 +167,7 @@ def _numbers_as_numbers(name: str) -> list[tuple[int, str]]:
 
 
 def _names(value: Any) -> list[str]:
-    """What a value of a JSON object names: a text, or a list of texts; nothing where it is something else."""
+    """Returns the names in a JSON value, a text or a list of texts; an empty list for other values."""
     texts = [value] if isinstance(value, str) else value
     return texts if isinstance(texts, list) and all(isinstance(text, str) and text for text in texts) else []
 
@@ -194,7 +201,7 @@ def _chat(turns: Any, images: list[Image], where: str) -> tuple[Segment, ...]:
     said: list[tuple[str, bool]] = []
     for turn in turns:
         given = turn if isinstance(turn, dict) else {}
-        # A row of a columnar file has all keys that any row has, and nulls under those that are not its own.
+        # A row of a columnar file has the keys of all rows, with nulls under those that are not its own.
         who, what = next((keys for keys in TURN_KEYS if given.get(keys[0]) is not None), TURN_KEYS[0])
         speaker = given.get(who)
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
@@ -211,13 +218,13 @@ def _chat(turns: Any, images: list[Image], where: str) -> tuple[Segment, ...]:
     segments: list[Segment] = []
     remaining = iter(images)
     if not placeholders:
-        segments.extend(remaining)  # an image that nobody points at is what the whole conversation is about
+        segments.extend(remaining)  # without a placeholder, the whole conversation is about the image
     for value, loss in said:
-        before, *behind = value.split(PLACEHOLDER)
-        pieces: list[Segment] = [Text(before.removesuffix("\n") if behind else before, loss)]
-        for number, text in enumerate(behind):
+        before, *after = value.split(PLACEHOLDER)
+        pieces: list[Segment] = [Text(before.removesuffix("\n") if after else before, loss)]
+        for number, text in enumerate(after):
             text = text.removeprefix("\n")
-            last = number == len(behind) - 1
+            last = number == len(after) - 1
             pieces += [next(remaining), Text(text if last else text.removesuffix("\n"), loss)]
         segments += [piece for piece in pieces if isinstance(piece, Image) or piece.text]
     return tuple(segments)

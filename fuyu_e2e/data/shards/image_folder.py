@@ -1,4 +1,4 @@
-"""Reader of a folder of images that tables describe: Hugging Face's `imagefolder`."""
+"""Reads a folder of images described by tables: Hugging Face's `imagefolder`."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,33 +14,33 @@ from fuyu_e2e.data.shards.values import REMOTE, extension_of, listed, not_read
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
 FILE_NAMES = ("file_name", "file_names")
-"""The columns of images of a metadata file: paths from the file's folder on."""
+"""Image columns of a metadata file, with paths relative to the file's folder."""
 Table = Lines | Delimited | Parquet
-"""What a metadata file may be."""
+"""The readers of metadata files."""
 
 
 @dataclass(frozen=True)
 class ImageFolder(Reader):
-    """The rows of the metadata files below a folder, then an unusable row for each image that stands in none."""
+    """The rows of the metadata files below a folder, then an unusable row for each image that no file lists."""
 
     root: Path
     tables: tuple[Table, ...]
 
     def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
-        """The rows of the tables; their `file_name` and `file_names` start from the folder.
+        """Yields the rows of the tables, with `file_name` and `file_names` relative to the folder.
 
         Raises:
-            UserError: A table can't be read, or an image has a .txt beside it, too.
+            UserError: A table can't be read, or an image also has a .txt next to it.
         """
         yield from self._all() if places is None else self._at(places)
 
     def file(self, place: Place) -> str:
-        """The table of a row; an image in no table itself, from the folder on."""
+        """Returns the table of a row, or for an unlisted image its path relative to the folder."""
         table = self._table(place)
         return self._unlisted(place) if table is None else self.tables[table].file(place)
 
     def row_number(self, place: Place, number: int) -> int:
-        """The number in its table."""
+        """Returns the row's number in its table."""
         assert isinstance(place, bytes)
         return number if self._table(place) is None else int(place.split()[1])
 
@@ -86,11 +86,11 @@ class ImageFolder(Reader):
     def _refuse(self, image: str) -> Row:
         if extension_of(image) not in IMAGES:
             raise not_read(image)
-        raise UnusableSampleError("caption-missing", f"{image} stands in no {self.tables[0].path.name}")
+        raise UnusableSampleError("caption-missing", f"{image} is in no {self.tables[0].path.name}")
 
     @staticmethod
     def _table(place: Place) -> int | None:
-        """The number of the table that a place is in; None where it is an image in none."""
+        """Returns the number of a place's table; None for an unlisted image."""
         assert isinstance(place, bytes)
         return None if place.startswith(b"/") else int(place.split()[0])
 
@@ -101,7 +101,7 @@ class ImageFolder(Reader):
 
 
 def _below(folder: Path, value: Any) -> Any:
-    """Paths, one or several, that start from a folder, as they start from where the folder's own path does."""
+    """Returns a path, or a list of them, that is relative to `folder`, joined to it; other values as they are."""
     if isinstance(value, list):
         return [_below(folder, each) for each in value]
     return os.path.normpath(folder / value) if isinstance(value, str) and value and not REMOTE.match(value) else value

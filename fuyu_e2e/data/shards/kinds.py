@@ -1,4 +1,4 @@
-"""What the rows of a user's own files say, for `data.shards.tables`: a kind makes a sample's members of each."""
+"""What rows of a user's files contain, for `data.shards.tables`: a kind turns each row into a sample's members."""
 
 import json
 from abc import ABC, abstractmethod
@@ -13,37 +13,37 @@ from fuyu_e2e.data.shards.values import REMOTE, extension_of, is_null, listed, n
 from fuyu_e2e.errors import UnusableSampleError
 
 Members = dict[str, bytes | Path]
-"""The members of a sample by extension; a path stands for a file that goes in as it is."""
+"""The members of a sample by extension; a path is a file to be included as it is."""
 
 
 class Kind(ABC):
-    """What the rows of a source say."""
+    """Interprets the rows of a source."""
 
     @property
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
-        """The columns it looks at."""
+        """The columns that it reads."""
 
     @abstractmethod
     def members(self, row: Row) -> Members:
-        """The members that say in a shard what a row says.
+        """Returns the members of a sample for a row.
 
         Raises:
-            UnusableSampleError: The row can't be put that way. What the members then say is not looked at.
+            UnusableSampleError: The row can't be expressed as members. Their content is not checked.
         """
 
 
 @dataclass(frozen=True)
 class Pairs(Kind):
-    """Captions in files beside their images."""
+    """Images with captions in files next to them."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """None: a folder has no columns."""
+        """Empty: a folder has no columns."""
         return ()
 
     def members(self, row: Row) -> Members:
-        """An image and its txt."""
+        """Returns an image and its txt."""
         files: list[Path] = row["files"]
         texts = [path for path in files if extension_of(path) == "txt"]
         images = [path for path in files if path not in texts]
@@ -64,11 +64,11 @@ class TextFiles(Kind):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """None: a folder has no columns."""
+        """Empty: a folder has no columns."""
         return ()
 
     def members(self, row: Row) -> Members:
-        """A txt."""
+        """Returns a txt."""
         return {"txt": row["files"][0]}
 
 
@@ -79,15 +79,15 @@ class Captions(Kind):
     image_column: str
     text_column: str
     images: Path
-    """What relative paths start from."""
+    """The folder of relative paths."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The two."""
+        """The two columns that it reads."""
         return (self.image_column, self.text_column)
 
     def members(self, row: Row) -> Members:
-        """An image and its txt."""
+        """Returns an image and its txt."""
         shown = listed(row.get(self.image_column))
         if len(shown) > 1:
             raise UnusableSampleError("caption-of-several-images", f"{len(shown)} in {self.image_column}")
@@ -103,26 +103,26 @@ class Texts(Kind):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The one."""
+        """The one column that it reads."""
         return (self.text_column,)
 
     def members(self, row: Row) -> Members:
-        """A txt."""
+        """Returns a txt."""
         return {"txt": _text(row.get(self.text_column), self.text_column)}
 
 
 @dataclass(frozen=True)
 class Chats(Kind):
-    """Conversations, as LLaVA's: a column of turns, and columns with an image, a list of images, or none."""
+    """Conversations in LLaVA's form: a column of turns, and columns with an image, a list of images, or none."""
 
     images: Path
-    """What relative paths start from."""
+    """The folder of relative paths."""
     turns_column: str = "conversations"
     image_columns: tuple[str, ...] = IMAGE_KEYS
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The two kinds, and what LLaVA has beside them."""
+        """The columns of turns and images, and LLaVA's further ones."""
         return ("id", *self.image_columns, *self._unread, self.turns_column)
 
     @property
@@ -130,7 +130,7 @@ class Chats(Kind):
         return tuple(name for name in MEDIA_KEYS if name not in IMAGE_KEYS)
 
     def members(self, row: Row) -> Members:
-        """The images in their order, and json with the conversation and the row's own id."""
+        """Returns the images in order, and a json with the conversation and the row's id."""
         for name in self._unread:
             if row.get(name):
                 raise UnusableSampleError("image-extension", f"{name} {str(row[name])[:80]!r} is not read")
@@ -147,19 +147,19 @@ class Interleaved(Kind):
     """Texts and images in any order: `segments`, each with a `text` (and a `loss`) or an `image`."""
 
     images: Path
-    """What relative paths start from."""
+    """The folder of relative paths."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The one."""
+        """The one column that it reads."""
         return ("segments",)
 
     def members(self, row: Row) -> Members:
-        """The images, and json whose segments name them by their extensions."""
+        """Returns the images, and a json whose segments name them by extension."""
         segments = row.get("segments")
         members: Members = {}
         if isinstance(segments, list):
-            # Columnar files fill the keys that a segment lacks with nulls.
+            # Columnar files fill missing keys of a segment with nulls.
             segments = [_without_nulls(segment) for segment in segments]
             for number, segment in enumerate(segments):
                 if isinstance(segment, dict) and "image" in segment and "text" not in segment:
@@ -172,18 +172,18 @@ class Interleaved(Kind):
 
 @dataclass(frozen=True)
 class PairedLists(Kind):
-    """OBELICS' documents: lists `images` and `texts` of one length, of each pair of which one is null."""
+    """OBELICS' documents: lists `images` and `texts` of equal length; one of each pair is null."""
 
     images: Path
-    """What relative paths start from."""
+    """The folder of relative paths."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The two."""
+        """The two columns that it reads."""
         return ("images", "texts")
 
     def members(self, row: Row) -> Members:
-        """The images, and json whose segments name them by their extensions."""
+        """Returns the images, and a json whose segments name them by extension."""
         images, texts = row.get("images"), row.get("texts")
         if not isinstance(images, list) or not isinstance(texts, list):
             raise UnusableSampleError("segments-list", "images and texts are not both lists")
@@ -199,12 +199,12 @@ class PairedLists(Kind):
 
 
 def is_exchange(value: Any) -> bool:
-    """Whether a value is a turn of The Cauldron: what a user asks, and the answer."""
+    """Returns whether a value is a turn of The Cauldron: a user's question and the answer."""
     return isinstance(value, dict) and value.keys() >= {"user", "assistant"}
 
 
 def _turns(said: Any, images: int) -> Any:
-    """Turns as a sample has them: those of The Cauldron, whose images come before all else, in LLaVA's form."""
+    """Returns the turns of a sample; those of The Cauldron, whose images come first, in LLaVA's form."""
     if not isinstance(said, list) or not said or not all(map(is_exchange, said)):
         return said
     turns = [
@@ -218,7 +218,7 @@ def _turns(said: Any, images: int) -> Any:
 
 
 def _image(images: Path, value: Any) -> tuple[str, bytes | Path]:
-    """The extension and the content of an image that a row holds, or names by its path."""
+    """Returns the extension and content of an image that a row contains, or names by path."""
     data = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(data, bytes):
         if data and image_extension(data) is None:
@@ -229,7 +229,7 @@ def _image(images: Path, value: Any) -> tuple[str, bytes | Path]:
 
 
 def _locate(images: Path, value: Any) -> Path:
-    """The file that a row names: below `images`, or wherever an absolute path or `..` leads in a user's own table."""
+    """Returns the file that a row names, below `images` or, in a user's own table, by an absolute path or `..`."""
     if value is None or value == "":
         raise UnusableSampleError("image-not-named")
     if not isinstance(value, str):
@@ -246,7 +246,7 @@ def _locate(images: Path, value: Any) -> Path:
 
 
 def _numbered(number: int, extension: str) -> str:
-    """The extension of one image among several; readers put them in the order of their names."""
+    """Returns the extension of one image among several; readers sort by it."""
     return f"{number:05}.{extension}"
 
 

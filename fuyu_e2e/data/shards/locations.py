@@ -1,4 +1,4 @@
-"""Where shards lie: what paths, globs, braces, folders and URLs name."""
+"""Locations of shards: expands paths, globs, braces, folders and URLs."""
 
 import glob
 import re
@@ -22,14 +22,14 @@ REMOTE = (*WEB, *LISTED)
 
 
 def expand_patterns(patterns: str | Sequence[str], *, allow_pipe: bool = False) -> tuple[str, ...]:
-    """The shards that paths, globs, brace patterns, folders and URLs name, each once, in the order named.
+    """Returns the shards that paths, globs, brace patterns, folders and URLs name, each once, in the given order.
 
-    Globs, and folders that end in a slash, are looked up where the store can list. Whether a URL without them leads
-    to a shard shows when it is fetched.
+    Globs, and folders that end in a slash, are expanded if the store can list. Other URLs are not checked until they
+    are fetched.
 
     Raises:
         UserError: A pattern matches nothing or compressed shards, its scheme is not allowed, or its store can't be
-            asked.
+            listed.
     """
     shards: dict[str, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -42,7 +42,7 @@ def expand_patterns(patterns: str | Sequence[str], *, allow_pipe: bool = False) 
         if scheme not in ("", "file", "pipe"):
             check_scheme(pattern)
         try:
-            # A path that is there is no pattern, whatever brackets it has. A backslash in a command is the shell's.
+            # An existing path is not a pattern, even with brackets. A backslash in a command belongs to the shell.
             is_there = is_local(pattern) and local_path(pattern).exists()
             expanded = [pattern] if is_there else list(braceexpand.braceexpand(pattern, escape=scheme != "pipe"))
         except ValueError as error:
@@ -65,33 +65,33 @@ def expand_patterns(patterns: str | Sequence[str], *, allow_pipe: bool = False) 
 
 
 def is_local(shard: str) -> bool:
-    """Whether a shard is a file of this machine."""
+    """Returns whether a shard is a file on this machine."""
     return scheme_of(shard) in ("", "file")
 
 
 def folder_of(shard: str) -> str:
-    """The path or URL of the folder that a shard lies in, without a query; empty for a `pipe:` shard."""
+    """Returns the path or URL of a shard's folder, without a query; empty for a `pipe:` shard."""
     if is_local(shard):
         return str(local_path(shard).parent)
     return "" if scheme_of(shard) == "pipe" else without_query(shard).rpartition("/")[0]
 
 
 def name_of(shard: str) -> str:
-    """The last name of a shard's path or URL, without a query; the whole of a `pipe:` shard."""
+    """Returns the last name of a shard's path or URL, without a query; the whole `pipe:` shard."""
     if is_local(shard):
         return local_path(shard).name
     return shard if scheme_of(shard) == "pipe" else without_query(shard).rpartition("/")[2]
 
 
 def open_store(url: str, timeout: float) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and what it calls the file.
+    """Returns fsspec's file system for a URL, and the file's path in it.
 
-    fsspec keeps one for each process and set of options, and makes its own anew in the child of a fork.
+    fsspec keeps one file system for each process and set of options, and creates new ones after a fork.
     """
     scheme = scheme_of(url)
     options: dict[str, Any] = {}
     if scheme == "s3":
-        # Retries are ours: its own, five times botocore's five, would wait for minutes before we hear of it.
+        # We retry ourselves: s3fs retries five times botocore's five, and would wait for minutes.
         options["config_kwargs"] = {
             "connect_timeout": timeout,
             "read_timeout": timeout,
@@ -122,7 +122,7 @@ def _expand(path: str) -> list[str]:
     in_folder = path.endswith("/")
     pattern = f"{path}*" if in_folder else path
     if scheme in WEB:
-        # Brackets in the host are an IPv6 address, and a question mark begins the query.
+        # Brackets in the host are an IPv6 address, and a question mark starts the query.
         if re.search(r"[*[]", without_query(pattern).split("/", 3)[-1]):
             raise UserError(
                 f"{shown(path)}: a web server can't be asked which files it has; name each shard, or write a range "
@@ -144,14 +144,14 @@ def _expand(path: str) -> list[str]:
 
 
 def _shards_among(files: Iterable[str]) -> list[str]:
-    """The files of a folder that are shards, and those that would be, were they unpacked."""
+    """Returns the files of a folder that are shards, and compressed ones whose unpacked form is missing."""
     named = set(files)
     unpacked = {path: re.sub(r"[.](tar[.]gz|tgz)$", ".tar", path, flags=re.IGNORECASE) for path in named}
     return [path for path in named if path.endswith(".tar") or (_is_compressed(path) and unpacked[path] not in named)]
 
 
 def _compressed_instead(path: str) -> list[str]:
-    """The compressed shards of this machine that have the names of uncompressed ones which are not there."""
+    """Returns local compressed shards that match a path to missing uncompressed ones."""
     if not is_local(path) or not path.endswith(".tar"):
         return []
     stem = str(local_path(path)).removesuffix(".tar")
@@ -163,7 +163,7 @@ def _is_compressed(shard: str) -> bool:
 
 
 def _unpack(shards: Sequence[str]) -> str:
-    """The sentence that refuses compressed shards, with the command that unpacks them."""
+    """Returns the message that refuses compressed shards, with the command that unpacks them."""
     others = f" and {len(shards) - 1:,} more" if len(shards) > 1 else ""
     said = f"{shown(shards[0])}{others} can't be read sample by sample, being compressed: "
     local = [local_path(shard) for shard in shards if is_local(shard)]
@@ -201,5 +201,5 @@ def without_query(url: str) -> str:
 
 
 def shown(shard: str) -> str:
-    """A shard as messages name it: without the secrets of a signed URL."""
+    """Returns a shard's name for messages, without the secrets of a signed URL."""
     return re.sub("(?<=//)[^/@]*@", "", without_query(shard)) if scheme_of(shard) in WEB else shard

@@ -1,7 +1,7 @@
-"""What a folder of shards holds: one small JSON beside them, `fuyu-manifest.json`.
+"""The manifest of a folder of shards: a small JSON file next to them, `fuyu-manifest.json`.
 
-Counts make the order of a stream a function of its seed, sizes and checksums make a lost byte a sentence. Where the
-folder can't be written to, the manifest lies in the cache of this machine.
+Its counts make the order of a stream a function of the seed; its sizes and checksums reveal lost bytes. If the folder
+can't be written, the manifest is in this machine's cache.
 """
 
 import contextlib
@@ -30,35 +30,36 @@ from fuyu_e2e.version import __version__
 
 NAME = "fuyu-manifest.json"
 VERSION = 3
-"""Goes up whenever other samples count as documents: manifests are made again, and runs go on under their own rules.
+"""Increases whenever other samples count as documents: manifests are rebuilt, and runs continue only under their
+rules.
 
-1: until 29 November 2026. 2: halves of samples, links and kinds that are not read are no texts (see `formats`).
-3: since 30 November 2026. A JSON that is a list of turns is a conversation; `jpgs` and `videos` are not read.
+1: until 29 November 2026. 2: halves of samples, links and kinds that can't be read are not texts (see `formats`).
+3: since 30 November 2026. A JSON that is a list of turns is a conversation; `jpgs` and `videos` can't be read.
 """
 _log = logging.getLogger(__name__)
 ASSUMED = ImagePolicy(patch_size=16)
-"""How images enter, for the estimate of tokens: a manifest belongs to shards, not to a model."""
+"""Image policy for the estimate of tokens, since a manifest belongs to shards, not to a model."""
 BYTES_PER_TOKEN = 4
-"""Of text, for the estimate of tokens."""
+"""Bytes of text per token, for the estimate of tokens."""
 
 Kind = Literal["caption", "chat", "interleaved", "text"]
 
 
 @dataclass(frozen=True)
 class DocumentFacts:
-    """What can be said of a document without a tokenizer or a patch size."""
+    """Facts about a document that need neither a tokenizer nor a patch size."""
 
     kind: Kind
     sizes: tuple[tuple[int, int], ...]
-    """(width, height) of each image in pixels, as its header says, turned as EXIF says."""
+    """(width, height) of each image in pixels, from its header, after EXIF rotation."""
     text_bytes: int
 
     @classmethod
     def of(cls, document: Document) -> "DocumentFacts":
-        """The facts of a document.
+        """Returns the facts of a document.
 
         Raises:
-            UnusableSampleError: The header of an image can't be used (see `fuyu_e2e.data.image`), or a text is none.
+            UnusableSampleError: An image's header can't be used (see `fuyu_e2e.data.image`), or a text isn't Unicode.
         """
         images = [segment for segment in document.segments if isinstance(segment, Image)]
         texts = [segment for segment in document.segments if isinstance(segment, Text)]
@@ -76,23 +77,23 @@ class DocumentFacts:
             raise UnusableSampleError("text-not-unicode", f"{document.key}: {error}") from error
 
     def tokens(self, policy: ImagePolicy = ASSUMED) -> int:
-        """An estimate of its tokens: exact for images, a token for four bytes of text."""
+        """Returns an estimate of its tokens: exact for images, one token for four bytes of text."""
         text = -(-self.text_bytes // BYTES_PER_TOKEN)
         return text + sum(image_tokens(size, policy) for size in self.sizes)
 
 
 def image_tokens(size: tuple[int, int], policy: ImagePolicy) -> int:
-    """The tokens of an image of (width, height) pixels, newlines counted in."""
+    """Returns the tokens of an image of (width, height) pixels, including newlines."""
     cols, rows = (-(-side // policy.patch_size) for side in fit_policy(*size, policy))
     return ImageSpan.of_grid(0, rows, cols).stop
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFacts:
-    """What one shard holds."""
+    """Facts about one shard."""
 
     documents: int
-    """Documents, the unusable ones among them; a shard that is damaged ends with one that stands for the damage."""
+    """Documents, including unusable ones; a damaged shard ends with one that represents the damage."""
     bytes: int
     sha256: str
     kinds: dict[str, int] = field(default_factory=dict)
@@ -101,14 +102,14 @@ class ShardFacts:
     tokens_estimate: int = 0
     """See `DocumentFacts.tokens`."""
     unusable: dict[str, int] = field(default_factory=dict)
-    """Documents that can't be used by reason, as far as headers tell."""
+    """Unusable documents by reason, as far as headers show."""
 
     @classmethod
     def of(cls, path: Path, name: str | None = None, advance: Advance = untold) -> "ShardFacts":
-        """Reads a whole local shard, which counts as 1 to `advance`.
+        """Reads a whole local shard, and returns its facts; adds 1 to `advance` in total.
 
         Raises:
-            UserError: The file can't be read, or is no tar.
+            UserError: The file can't be read, or is not a tar.
         """
         shard = Shard(path, name)
         kinds, unusable = Counter[str](), Counter[str]()
@@ -143,11 +144,11 @@ class Manifest:
     folder: str
     shards: dict[str, ShardFacts]
     outdated: str | None = None
-    """Where a manifest of an earlier version lies, which counted other samples and is passed over."""
+    """The place of a manifest of an earlier version, which counted other samples and is ignored."""
 
     @classmethod
     def load(cls, folder: str, cache: ShardCache) -> "Manifest":
-        """The manifest of a folder, from beside its shards or from this machine's cache; empty where there is none.
+        """Returns the manifest of a folder, from next to its shards or this machine's cache; empty if there is none.
 
         Raises:
             UserError: A manifest can't be read.
@@ -174,7 +175,7 @@ class Manifest:
         return cls(folder, shards, outdated)
 
     def save(self, cache: ShardCache) -> str:
-        """Writes the manifest beside the shards, or into the cache where that can't be; gives the place."""
+        """Writes the manifest next to the shards, or else into the cache; returns its place."""
         data = (json.dumps(self._described(), indent=1) + "\n").encode()
         if self.folder and write_bytes(_beside(self.folder), data):
             return _beside(self.folder)
@@ -198,7 +199,7 @@ class Manifest:
 
 
 def totals(shards: Collection[ShardFacts]) -> dict[str, Any]:
-    """The sums over shards, by the names of `ShardFacts`, and how many `shards` they are."""
+    """Returns the sums over shards by the names of `ShardFacts`, and the number of `shards`."""
     sums: dict[str, Any] = {
         name: sum(getattr(facts, name) for facts in shards)
         for name in ("documents", "bytes", "images", "tokens_estimate")
@@ -217,11 +218,11 @@ def _cached(folder: str, cache: ShardCache) -> Path:
 
 
 def facts_of(shards: Sequence[str], cache: ShardCache) -> tuple[ShardFacts, ...]:
-    """The facts of each shard; local shards that no manifest knows are indexed first.
+    """Returns the facts of each shard; indexes local shards that no manifest lists.
 
     Raises:
-        UserError: No manifest knows a remote shard; a local one has another size than its manifest says, can't be
-            read, or is no tar.
+        UserError: No manifest lists a remote shard; a local one differs in size from its manifest, can't be read, or
+            is not a tar.
     """
     known = known_facts(shards, cache)
     unknown = [shard for shard in shards if shard not in known]
@@ -245,19 +246,20 @@ def facts_of(shards: Sequence[str], cache: ShardCache) -> tuple[ShardFacts, ...]
 
 
 def index(shards: Sequence[str], cache: ShardCache, processes: int = 1) -> tuple[dict[str, ShardFacts], list[str]]:
-    """Reads shards whole, and writes what they hold into the manifests of their folders; gives the manifests' places.
+    """Reads shards whole and writes their facts into the manifests of their folders; returns facts and manifests'
+    places.
 
-    Entries of local shards that are gone are taken out. About processes see `map_shards`.
+    Removes entries of local shards that are gone. For `processes` see `map_shards`.
 
     Raises:
-        UserError: A shard can't be read, or is no tar.
+        UserError: A shard can't be read, or is not a tar.
     """
     facts = map_shards(partial(_facts_of_one, cache=cache), shards, processes, "Indexing shards")
     found = dict(zip(shards, facts, strict=True))
     places = []
     for folder in dict.fromkeys(map(folder_of, shards)):
         fresh = {name_of(shard): facts for shard, facts in found.items() if folder_of(shard) == folder}
-        # Read again just before it is written: another process may have indexed other shards of the folder.
+        # Read just before writing: another process may have indexed other shards of the folder.
         kept = {
             name: facts
             for name, facts in Manifest.load(folder, cache).shards.items()
@@ -272,7 +274,7 @@ def _facts_of_one(shard: str, advance: Advance, cache: ShardCache) -> ShardFacts
 
 
 def known_facts(shards: Iterable[str], cache: ShardCache) -> dict[str, ShardFacts]:
-    """The facts of those of the shards that a manifest knows; nothing is indexed.
+    """Returns the facts of those shards that a manifest lists; indexes nothing.
 
     Raises:
         UserError: A manifest can't be read.
@@ -292,18 +294,18 @@ def _check_size(shard: str, facts: ShardFacts) -> None:
     size = Path(shard).stat().st_size
     if size != facts.bytes:
         raise UserError(
-            f"The shard {shard} has {size:,} bytes, but its manifest says {facts.bytes:,}: it was cut or written "
-            "anew. `fuyu-e2e shards verify` says what is missing, `fuyu-e2e shards index` takes it as it is now."
+            f"The shard {shard} has {size:,} bytes, but its manifest says {facts.bytes:,}: it was cut or "
+            "rewritten. `fuyu-e2e shards verify` says what is missing, `fuyu-e2e shards index` takes it as it is now."
         )
 
 
 def check_complete(shards: Iterable[str], cache: ShardCache) -> None:
-    """Sees that no shard is gone that stands in the manifests of the given ones, in the same series of names.
+    """Checks that no shard is missing that the manifests of the given ones list in the same series of names.
 
-    A series is the names that differ in digits only: a missing `train-00003.tar` is noticed among other `train-*`.
+    Names of a series differ only in digits: among other `train-*`, a missing `train-00003.tar` is noticed.
 
     Raises:
-        UserError: Names what is gone.
+        UserError: Names the missing shards.
     """
     shards = [shard for shard in shards if is_local(shard)]
     for folder in dict.fromkeys(map(folder_of, shards)):
@@ -315,7 +317,7 @@ def check_complete(shards: Iterable[str], cache: ShardCache) -> None:
         ]
         if gone:
             raise UserError(
-                f"{folder}/{gone[0]}{_others(gone)} stands in {_beside(folder)} but is gone: bring it back, or run "
+                f"{folder}/{gone[0]}{_others(gone)} is listed in {_beside(folder)} but is gone: bring it back, or run "
                 "`fuyu-e2e shards index` on the shards that are left."
             )
 
@@ -330,7 +332,7 @@ def _others(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Fault:
-    """One way in which a shard is not what its manifest says."""
+    """One difference between a shard and its manifest."""
 
     shard: str
     reason: str
@@ -339,15 +341,18 @@ class Fault:
 def verify(
     patterns: Sequence[str], shards: Sequence[str], cache: ShardCache, processes: int = 1, *, deep: bool = False
 ) -> list[Fault]:
-    """Compares shards, and all that their manifests list under the same patterns, with the manifests.
+    """Compares shards with their manifests, and these with the shards that match the patterns.
 
     Args:
-        patterns: What the user named, so that what is gone is noticed too.
-        shards: What the patterns match.
-        cache: Where remote shards go.
-        processes: Shards read at once, as `map_shards` says.
-        deep: Whether to decode each image as well. One that can't be is a fault where its header looks right; where it
-            doesn't, the manifest counts it as unusable already.
+        patterns: The user's patterns, so that missing shards are noticed too.
+        shards: The shards that match the patterns.
+        cache: The cache for remote shards.
+        processes: Shards read at once; see `map_shards`.
+        deep: Whether to decode each image as well. An image that can't be decoded is a fault if its header looks
+            right; otherwise the manifest counts it as unusable already.
+
+    Returns:
+        All differences; empty if every shard is as its manifest says.
 
     Raises:
         UserError: A remote shard can't be fetched.
@@ -362,7 +367,7 @@ def verify(
             if name not in here:
                 faults.append(Fault(f"{folder}/{name}", "is gone"))
             elif name not in listed:
-                faults.append(Fault(here[name], "stands in no manifest"))
+                faults.append(Fault(here[name], "is in no manifest"))
     known = known_facts(shards, cache)
     indexed = [shard for shard in shards if shard in known]
     compare = partial(_compare, known=known, cache=cache, deep=deep)

@@ -1,4 +1,4 @@
-"""Several sources in one stream, in shares that may change over the steps."""
+"""Mixes several sources in one stream, in shares that may change over the steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ MixBy = Literal["tokens", "documents"]
 
 @dataclass(frozen=True)
 class Source:
-    """One source of a mixture, as a recipe names it.
+    """One source of a mixture in a recipe.
 
     Raises:
         UserError: A weight is negative or no number.
@@ -22,7 +22,7 @@ class Source:
     shards: str | list[str]
     """A path, URL, glob or brace pattern, a folder, or a list of them."""
     weight: float | dict[int, float] = 1.0
-    """Its share of the mixture over the sum of all weights; by step where it changes, with straight lines between."""
+    """Its share is its weight over the sum of all weights; a dict of steps interpolates linearly between them."""
 
     def __post_init__(self) -> None:
         values = self.weight.values() if isinstance(self.weight, dict) else [self.weight]
@@ -30,7 +30,7 @@ class Source:
             raise UserError(f"The weight of a source is {self.weight}, but must be 0 or more.")
 
     def weight_at(self, step: int) -> float:
-        """The weight in a step."""
+        """Returns the weight at a step."""
         if not isinstance(self.weight, dict):
             return self.weight
         steps = sorted(self.weight)
@@ -38,10 +38,10 @@ class Source:
 
 
 def shares(sources: Sequence[Source], step: int) -> tuple[float, ...]:
-    """The share of each source in a step; they add up to one.
+    """Returns the share of each source at a step; they add up to one.
 
     Raises:
-        UserError: All weights are zero there.
+        UserError: All weights are zero at that step.
     """
     weights = [source.weight_at(step) for source in sources]
     if not (total := sum(weights)):
@@ -50,10 +50,10 @@ def shares(sources: Sequence[Source], step: int) -> tuple[float, ...]:
 
 
 class Chooser:
-    """Draws from the source that is furthest behind its share: shares hold at every moment, not on average only.
+    """Draws from the source that lags its share the most: the shares hold at every moment, not only on average.
 
     Args:
-        credits: What each source is behind by, in tokens or documents; as `deficits` gave it, to go on there.
+        deficits: How far each source lags its share, in tokens or documents; pass an earlier `deficits` to continue.
     """
 
     def __init__(self, deficits: Sequence[float]) -> None:
@@ -61,16 +61,16 @@ class Chooser:
 
     @classmethod
     def begin(cls, sources: int, scale: float, seed: Sequence[int]) -> "Chooser":
-        """A chooser at its start; the seed keeps lanes from turning to a rare source all at the same time."""
+        """Returns a new chooser; the seed keeps lanes from drawing from a rare source all at once."""
         deficits = np.random.default_rng(seed).uniform(-scale, scale, sources)
         return cls((deficits - deficits.mean()).tolist())
 
     def choose(self, shares: Sequence[float]) -> int:
-        """The source to draw from."""
+        """Returns the number of the source to draw from."""
         return max((number for number, share in enumerate(shares) if share), key=lambda number: self.deficits[number])
 
     def draw(self, chosen: int, amount: int, shares: Sequence[float]) -> None:
-        """Books what was drawn."""
+        """Records what was drawn."""
         for number, share in enumerate(shares):
             self.deficits[number] += share * amount
         self.deficits[chosen] -= amount

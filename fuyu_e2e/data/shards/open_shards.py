@@ -1,4 +1,4 @@
-"""The shards that a process reads from, local and remote alike, with what their manifests say of them."""
+"""The shards that a process reads, local or remote, with the facts of their manifests."""
 
 from collections import OrderedDict
 
@@ -10,14 +10,14 @@ from fuyu_e2e.data.shards.reading import Shard
 from fuyu_e2e.errors import UserError
 
 OPEN_SHARDS = 1_024
-"""Shards whose scan a process remembers: 16 bytes a document each."""
+"""Shards whose scan a process remembers, at 16 bytes a document."""
 
 
 class OpenShards:
     """The shards that a process reads, each scanned once while it is in use.
 
     Args:
-        cache: Gives the files.
+        cache: Provides the files.
     """
 
     def __init__(self, cache: ShardCache) -> None:
@@ -25,11 +25,11 @@ class OpenShards:
         self._open: OrderedDict[str, Shard] = OrderedDict()
 
     def document(self, shard: str, facts: ShardFacts, number: int) -> Document:
-        """A document of a shard.
+        """Returns a document of a shard by number.
 
         Raises:
             UnusableSampleError: It can't be used, or is missing although the manifest counts it.
-            UserError: The shard can't be read, or holds more than its manifest says.
+            UserError: The shard can't be read, or contains more documents than its manifest says.
         """
         path = self.cache.path(shard, facts.bytes, facts.sha256)
         opened = self._open.get(shard)

@@ -1,8 +1,8 @@
-"""Which document a lane takes when: a function of the seed, so that a position is all the state there is.
+"""The order in which lanes take documents, a function of the seed, so that a position is the only state.
 
-In each epoch the shards are put in a new order and their documents laid end to end; lane `l` of `L` takes the l-th of
-L equal parts, so that every document comes once an epoch, in one lane. Within its part a lane shuffles windows of
-documents, which bounds the shards that it needs at once.
+Each epoch shuffles the shards and lays their documents end to end; lane `l` of `L` takes the l-th of L equal parts, so
+that every document comes once in an epoch, in one lane. Within its part a lane shuffles windows of documents, which
+bounds the number of shards that it needs at once.
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ import numpy as np
 from jaxtyping import Int64
 
 WINDOWS_KEPT = 4
-"""Windows whose order a lane remembers: the one it is in, and those that waiting documents came from."""
+"""Windows whose order a lane remembers: the current one, and those of waiting documents."""
 
 
 class Order:
-    """The order of one lane's documents, epoch after epoch.
+    """The order of one lane's documents over all epochs.
 
     Args:
-        documents: How many documents each shard holds.
+        documents: Number of documents in each shard.
         lane: Number of the lane.
         lanes: Number of lanes.
         window: Documents that are shuffled together.
-        seed: Seeds the order; None keeps the stored one.
+        seed: Seeds the order; None keeps the stored order.
     """
 
     def __init__(self, documents: Sequence[int], *, lane: int, lanes: int, window: int, seed: int | None) -> None:
@@ -41,14 +41,14 @@ class Order:
         return self._stop - self._start
 
     def place(self, position: int) -> tuple[int, int]:
-        """The shard, and the document in it, that the lane takes at a position counted over all epochs."""
+        """Returns (shard, document in it) at a position of the lane, counted over all epochs."""
         epoch, offset = divmod(position, self.per_epoch)
         window, index = divmod(offset, self._window)
         shards, documents = self._places(epoch, window)
         return int(shards[index]), int(documents[index])
 
     def needed_next(self, position: int) -> list[int]:
-        """The shards of the window behind the one that begins at `position`; none within a window."""
+        """Returns the shards of the next window if one begins at `position`; an empty list within a window."""
         epoch, offset = divmod(position, self.per_epoch)
         if offset % self._window:
             return []
@@ -73,7 +73,7 @@ class Order:
         if epoch not in self._shards:
             order = np.arange(len(self._documents), dtype=np.int64)
             if self._seed is not None:
-                # The same for all lanes, so that their parts make one epoch together.
+                # The same for all lanes, so that their parts together are one epoch.
                 order = np.random.default_rng([self._seed, epoch]).permutation(order)
             _remember(self._shards, epoch, (order, np.cumsum(self._documents[order])))
         return self._shards[epoch]

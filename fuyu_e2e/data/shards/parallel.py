@@ -1,4 +1,4 @@
-"""Work on many shards at once."""
+"""Processes many shards in parallel."""
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -15,19 +15,19 @@ from fuyu_e2e.errors import UserError
 
 Found = TypeVar("Found")
 Read = Callable[[str, Advance], Found]
-"""Finds something in a shard, and counts it as done, 1 in all."""
+"""Reads something from a shard, and adds 1 in total to the progress."""
 
 _count: "Synchronized[float]"
-"""What a process of the pool counts in."""
+"""The counter of a pool's process."""
 
 
 def map_shards(read: Read[Found], shards: Sequence[str], processes: int, title: str) -> Iterator[Found]:
-    """What `read` finds in each shard, in their order, with the progress on stderr.
+    """Yields the result of `read` for each shard, in order, with progress on stderr.
 
     More than one process needs a program whose main module can be imported, as multiprocessing's `spawn` does.
 
     Raises:
-        UserError: There is no process to read with, or one was killed.
+        UserError: `processes` is less than 1, or a process was killed.
     """
     if processes < 1:
         raise UserError(f"--processes is {processes}, but must be at least 1.")
@@ -35,8 +35,8 @@ def map_shards(read: Read[Found], shards: Sequence[str], processes: int, title: 
         if processes == 1 or len(shards) <= 1:
             yield from (read(shard, progress.advance) for shard in shards)
             return
-        # Not forked: a copy of a process that runs torch's threads can hang. What reads shards imports no torch, so
-        # that a new process starts in a fraction of a second.
+        # Not forked: a copy of a process that runs torch's threads can hang. Code that reads shards doesn't import
+        # torch, so that a new process starts in a fraction of a second.
         with ProcessPoolExecutor(
             min(processes, len(shards)),
             mp_context=get_context("spawn"),
@@ -56,7 +56,7 @@ def map_shards(read: Read[Found], shards: Sequence[str], processes: int, title: 
 
 @contextmanager
 def deaf_to_interrupts() -> Iterator[None]:
-    """Processes that start in here never get Ctrl-C, not even while they import: whoever waits for them does."""
+    """Processes that start in this context never receive Ctrl-C, even while they import; the waiting process does."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,7 +1,7 @@
-"""The containers of a user's own files, for `fuyu_e2e.data.shards.tables`: folders, and the tables that are read.
+"""Readers of a user's files, for `fuyu_e2e.data.shards.tables`: folders, and tables of several formats.
 
-A reader hands out each row with its place (a byte offset, a row number, or file names), by which another process finds
-it again, so that no row has to be kept.
+A reader yields each row with its place (a byte offset, a row number, or file names), by which another process finds
+the row again, so that no row has to be kept.
 """
 
 import csv
@@ -23,12 +23,12 @@ from fuyu_e2e.data.shards.values import extension_of, is_embedded, is_image_type
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
 BATCH = 128
-"""Rows of a Parquet file decoded at once: few, since each may hold images."""
+"""Rows of a Parquet file decoded at once; few, since each may contain images."""
 _ELEMENT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
-"""What has to be seen of JSON to know where an element ends."""
+"""The parts of JSON that determine where an element ends."""
 _BLANK = re.compile(rb"\s*+")
 Place = int | bytes
-"""Where a row stands in its source, for its reader to find it again."""
+"""The place of a row in its source, by which its reader finds it again."""
 Row = dict[str, Any]
 
 
@@ -37,43 +37,43 @@ class Reader(ABC):
 
     @abstractmethod
     def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
-        """Places and makers of all rows, or of those at `places`, which are in stored order.
+        """Yields (place, maker) of all rows, or of those at `places`, which are in stored order.
 
-        A maker raises UnusableSampleError where its row is none.
+        A maker raises UnusableSampleError if its row is invalid.
 
         Raises:
-            UserError: The source as a whole can't be read.
+            UserError: The whole source can't be read.
         """
 
     @abstractmethod
     def file(self, place: Place) -> str:
-        """The file that the row at a place is of, for a person who looks for it."""
+        """Returns the file of the row at a place, for a person who looks for it."""
 
     def row_number(self, place: Place, number: int) -> int:
-        """The number in its file of the row at a place, which has `number` in the source."""
+        """Returns a row's number in its file, given its `number` in the source."""
         return number
 
     def image_columns(self, row: Row) -> tuple[str, ...]:
-        """The columns that hold images themselves, not only their paths, as the first row tells."""
+        """Returns the columns that contain images rather than paths, judging by the first row."""
         return tuple(name for name, value in row.items() if any(map(is_embedded, listed(value))))
 
 
 @dataclass(frozen=True)
 class Folder(Reader):
-    """Images, sound, films and texts below a folder, one stem a row; hidden and all other files are no rows.
+    """Images, sounds, films and texts below a folder, one row for each stem; ignores hidden and other files.
 
-    Links are followed, each folder once. What isn't read joins the row of a text that has nothing else, or is a row.
+    Follows links, each folder once. Media that can't be read join the row of a text that has no other, or form a row.
     """
 
     root: Path
 
     def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
-        """One row `{"files": paths}` for each stem, folder by folder, in the order of their names."""
+        """Yields a row `{"files": paths}` for each stem, folder by folder, sorted by name."""
         for place in self._places() if places is None else places:
             yield place, partial(self._row, place)
 
     def file(self, place: Place) -> str:
-        """The image of the row, or its first file where it has none, from the folder on."""
+        """Returns the row's image, or its first file if it has none, relative to the folder."""
         names = [os.fsdecode(name) for name in self._names(place)]
         return next((name for name in names if extension_of(name) != "txt"), names[0])
 
@@ -103,12 +103,12 @@ class Folder(Reader):
 
 @dataclass(frozen=True)
 class Lines(Reader):
-    """JSON Lines: one object a line, found again by its byte offset; blank lines are no rows."""
+    """JSON Lines: one object a line, found again by its byte offset; blank lines are not rows."""
 
     path: Path
 
     def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
-        """One row for each line."""
+        """Yields a row for each line."""
         with _open(self.path) as file:
             for place in _offsets(file) if places is None else places:
                 file.seek(place)
@@ -116,18 +116,18 @@ class Lines(Reader):
                     yield place, partial(_object, line)
 
     def file(self, place: Place) -> str:
-        """The file itself."""
+        """Returns the path of the file."""
         return str(self.path)
 
 
 @dataclass(frozen=True)
 class Elements(Reader):
-    """A JSON list of objects, found again by their byte offsets, so that the list need never be in memory."""
+    """A JSON list of objects, found again by their byte offsets, so that the list is never in memory as a whole."""
 
     path: Path
 
     def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
-        """One row for each element; a list that breaks off ends with a row that is none.
+        """Yields a row for each element; a truncated list ends with an invalid row.
 
         Raises:
             UserError: Something follows the list.
@@ -135,11 +135,11 @@ class Elements(Reader):
         with _open(self.path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
             for place in self._places(text) if places is None else places:
                 end = _element_end(text, place)
-                # One byte more than is read of any text shows that it is too long.
+                # Reads one byte more than the longest allowed text, to show that a row is too long.
                 yield place, partial(_object, text[place : min(end, place + TEXT_BYTES + 1)])
 
     def file(self, place: Place) -> str:
-        """The file itself."""
+        """Returns the path of the file."""
         return str(self.path)
 
     def _places(self, text: mmap.mmap) -> Iterator[int]:
@@ -156,23 +156,23 @@ class Elements(Reader):
                 break
         if _blank_end(text, start) < len(text):
             raise UserError(
-                f"{self.path} goes on behind its list, at byte {start}: write one list, or one object a line."
+                f"{self.path} goes on after its list, at byte {start}: write one list, or one object a line."
             )
 
 
 @dataclass(frozen=True)
 class Delimited(Reader):
-    """CSV or TSV with a header, its records found again by their byte offsets; empty lines are no rows.
+    """CSV or TSV with a header; records are found again by their byte offsets; empty lines are not rows.
 
-    A field may be quoted and hold line breaks (RFC 4180). A row that is none, as after a quote that nobody closes,
-    ends with its first line, so that it costs no other row.
+    A field may be quoted and contain line breaks (RFC 4180). An invalid row, for example after an unclosed quote, ends
+    with its first line, so that it affects no other row.
     """
 
     path: Path
     delimiter: str
 
     def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
-        """One row for each record behind the header."""
+        """Yields a row for each record after the header."""
         with _open(self.path) as file:
             header = self._record(file, None)
             if isinstance(header, csv.Error):
@@ -185,13 +185,13 @@ class Delimited(Reader):
                     yield place, partial(self._row, names, record)
 
     def file(self, place: Place) -> str:
-        """The file itself."""
+        """Returns the path of the file."""
         return str(self.path)
 
     def _record(self, file: BinaryIO, fields: int | None) -> list[str] | csv.Error | None:
-        """The record at the file's position, expected to have `fields` fields."""
+        """Returns the record at the file's position, which should have `fields` fields."""
         start = file.tell()
-        # Bytes that are not UTF-8 come back as they are, and are refused where the text is written.
+        # Bytes that are not UTF-8 are kept, and refused when the text is written.
         lines = iter(lambda: _line(file).decode("utf-8", "surrogateescape"), "")
         record: list[str] | csv.Error | None
         try:
@@ -213,14 +213,14 @@ class Delimited(Reader):
 
 @dataclass(frozen=True)
 class Parquet(Reader):
-    """A Parquet file, its rows found again by their numbers; only the row groups that hold them are read."""
+    """A Parquet file; rows are found again by number, and only the row groups that contain them are read."""
 
     path: Path
     columns: tuple[str, ...] | None = None
-    """Those to read; all where None."""
+    """The columns to read; None for all."""
 
     def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
-        """One row for each row.
+        """Yields a row for each row of the file.
 
         Raises:
             UserError: pyarrow is missing, or can't read the file.
@@ -245,7 +245,7 @@ class Parquet(Reader):
             raise UserError(f"{self.path} can't be read as Parquet: {str(error).splitlines()[0]}.") from error
 
     def file(self, place: Place) -> str:
-        """The file itself."""
+        """Returns the path of the file."""
         return str(self.path)
 
     def _group(
@@ -257,7 +257,8 @@ class Parquet(Reader):
             start += batch.num_rows
 
     def image_columns(self, row: Row) -> tuple[str, ...]:
-        """Those of the first row, and those whose type is that of images, though the first row may have none."""
+        """Returns the image columns of the first row, and columns of an image type that the first row may leave
+        empty."""
         from pyarrow.parquet import read_schema
 
         typed = [field.name for field in read_schema(self.path) if is_image_type(field.type)]
@@ -274,15 +275,15 @@ class Parquet(Reader):
 
 
 def json_reader(path: Path) -> Elements | Lines:
-    """The reader of a .json file: a list, or one object a line."""
+    """Returns the reader for a .json file: of a list, or of one object a line."""
     with _open(path) as file:
         return Elements(path) if file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" else Lines(path)
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """A folder and those below it, with the names of their files; what is hidden is left out.
+    """Yields a folder and those below it, with the names of their files; omits hidden ones.
 
-    In the order of their names. Links are followed, each folder once.
+    Sorted by name. Follows links, each folder once.
     """
 
     def refuse(error: OSError) -> None:
@@ -290,7 +291,7 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
 
     seen: set[str] = set()
     for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # a link into a folder above it has no end
+        if (real := os.path.realpath(folder)) in seen:  # a link to a parent folder would never end
             folders.clear()
             continue
         seen.add(real)
@@ -323,14 +324,14 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _offsets(file: BinaryIO) -> Iterator[int]:
-    """Offsets up to the end of a file; whoever takes one reads what stands there before taking the next."""
+    """Yields offsets until the end of a file; the caller must read the line at each before it takes the next."""
     place = -1
     while (here := file.tell()) != place:
         yield (place := here)
 
 
 def _line(file: BinaryIO) -> bytes:
-    """The next line, or as much of one as shows that it is longer than any text that is read."""
+    """Returns the next line; if it is longer than any allowed text, only its beginning."""
     line = rest = file.readline(TEXT_BYTES + 1)
     while len(rest) > TEXT_BYTES and not rest.endswith(b"\n"):
         rest = file.readline(TEXT_BYTES + 1)
@@ -338,7 +339,7 @@ def _line(file: BinaryIO) -> bytes:
 
 
 def _element_end(text: mmap.mmap, start: int) -> int:
-    """Where the list's element from `start` on ends: at a comma, at the list's end, or where the file breaks off."""
+    """Returns the end of the list element that starts at `start`: a comma, the list's end, or the file's end."""
     depth = 0
     for match in _ELEMENT.finditer(text, start):
         mark = text[match.start()]
@@ -358,5 +359,5 @@ def _blank_end(text: mmap.mmap, start: int) -> int:
 
 
 def _between(places: Sequence[int], start: int, stop: int) -> Sequence[int]:
-    """The places from `start` up to `stop`, of places in order."""
+    """Returns the places from `start` up to `stop` among sorted places."""
     return places[bisect_left(places, start) : bisect_left(places, stop)]

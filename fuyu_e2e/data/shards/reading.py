@@ -1,10 +1,9 @@
-"""Documents of a local webdataset shard by number: a tar whose members belong together by the name before the dot.
+"""Reads documents of a local webdataset shard by number: a tar whose members are grouped by the name before the dot.
 
-A shard is scanned once, headers only, for where its samples stand; each is then read alone, in any order. That is what
-lets a stream shuffle without a buffer and resume from a number. Grouping is ours, because webdataset's own lets
-repeated members, links, scattered members, absolute names and cut archives pass in silence, and it would read a member
-that is also a gzip file as the archive in that file. As webdataset does, it passes over directories and hidden files,
-such as the `._x` that macOS puts before each `x`.
+A shard is scanned once, headers only, to find its samples; each is then read alone, in any order. That lets a stream
+shuffle without a buffer and resume from a number. We don't use webdataset's grouping: it silently accepts repeated
+members, links, scattered members, absolute names and truncated archives, and reads a gzip member as an archive. Like
+webdataset, this skips directories and hidden files, such as the `._x` that macOS adds before each `x`.
 """
 
 import io
@@ -28,22 +27,22 @@ from fuyu_e2e.errors import UnusableSampleError, UserError
 BLOCK = 512
 """Bytes of a tar block; an archive ends with two blocks of zeros."""
 RECORD = 20 * BLOCK
-"""Bytes that writers fill an archive up to with zeros; a file of more zeros, and nothing else, was lost."""
+"""Writers pad archives with zeros to a multiple of this many bytes; a longer file of zeros alone has lost its data."""
 GZIP = b"\x1f\x8b"
-"""The first bytes of what gzip compressed."""
+"""The first bytes of gzip data."""
 SAMPLE_BYTES = 2**28
-"""Bytes of a sample, headers included, above which it is not read: 256 MiB."""
+"""Bytes of a sample, including headers, above which it is not read: 256 MiB."""
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
-"""webdataset's `base_plus_ext`, which takes seconds to import."""
+"""webdataset's `base_plus_ext`; importing webdataset takes seconds."""
 NAME_BYTES = 2**14
-"""Bytes of a header that speaks of the next, to give it a long name, say, above which it is damaged."""
+"""Bytes of a header about the next one, such as a long name, above which it counts as damaged."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The members of one document, by extension: what stands behind the first dot of their names, in lower case.
+    """The members of one document by extension: the name after its first dot, in lower case.
 
-    A line of a `jsonl` member is a document of its own: its key is `sample/line`, its only member `jsonl`.
+    Each line of a `jsonl` member is a document: its key is `sample/line`, its only member `jsonl`.
     """
 
     key: str
@@ -54,12 +53,12 @@ class Sample:
 class Shard:
     """A shard whose documents are read by number.
 
-    A shard that breaks off or is damaged ends with one document that can't be read, in place of all that nobody can
-    count: so what was read is always what was used and what was skipped.
+    A truncated or damaged shard ends with one unreadable document, which represents an unknown number of lost ones:
+    the documents read are then always those used plus those skipped.
 
     Args:
         path: A tar file on this machine.
-        name: What errors call it; the path where it is None.
+        name: What errors call it; by default the path.
 
     Raises:
         UserError: The file can't be read, or is not a tar.
@@ -69,12 +68,12 @@ class Shard:
         self.path = path
         self.name = name or str(path)
         self.broken: str | None = None
-        """Where and how the archive is damaged."""
+        """Where and how the archive is damaged; None if it isn't."""
         self._starts: Int64[np.ndarray, " documents"]
         self._sizes: Int64[np.ndarray, " documents"]
         self._apart: frozenset[int] = frozenset()
-        """Documents that are an image alone or a text alone, whose other half is elsewhere in the shard."""
-        self._line_samples: list[tuple[int, int, str]] = []  # first document, the one behind the last, and key of each
+        """Documents that are only an image or only a text, with the other half elsewhere in the shard."""
+        self._line_samples: list[tuple[int, int, str]] = []  # (first document, last + 1, key) of each
         try:
             with path.open("rb") as file:
                 check_header(file, self.name)
@@ -87,12 +86,12 @@ class Shard:
         return len(self._starts)
 
     def sample(self, number: int) -> Sample:
-        """The members of a document.
+        """Returns the sample of a document by number.
 
         Raises:
-            UnusableSampleError: `shard-broken` for the last document of a damaged shard, `sample-missing` behind it;
-                `sample-too-many-bytes`; `member-path`, `member-name`, `member-link` or `member-duplicate` where a
-                member is not what it should be; `members-apart` where an image and its text don't follow each other.
+            UnusableSampleError: `shard-broken` for the last document of a damaged shard, `sample-missing` after it;
+                `sample-too-many-bytes`; `member-path`, `member-name`, `member-link` or `member-duplicate` for an
+                invalid member; `members-apart` if an image and its text don't follow each other.
             OSError: The file is gone or the machine is at fault.
         """
         if number >= len(self):
@@ -113,8 +112,8 @@ class Shard:
         if number in self._apart:
             raise UnusableSampleError(
                 "members-apart",
-                f"{self.name}: {sample.key} has only {', '.join(sorted(sample.members))}, and the other half of it "
-                "stands elsewhere: write the members of a sample one after the other, under one name, as "
+                f"{self.name}: {sample.key} has only {', '.join(sorted(sample.members))}, and its other half "
+                "is elsewhere: write the members of a sample one after the other, under one name, as "
                 "`tar --sort=name` does in one folder",
             )
         return sample
@@ -150,7 +149,7 @@ class Shard:
             raise UnusableSampleError("member-duplicate", where)
 
     def _scan(self, file: BinaryIO) -> Iterator[tuple[int, int]]:
-        """Start and bytes of each document; a size of -1 stands for the damage at the end."""
+        """Yields (start, bytes) of each document; a size of -1 is the damage at the end."""
         documents = 0
         current: list[tarfile.TarInfo] = []
         halves = _Halves()
@@ -166,7 +165,7 @@ class Shard:
                     current.append(info)
                 end = tar.offset
                 file.seek(end)
-                # tarfile takes a damaged header behind the first for the end, without a word.
+                # tarfile silently takes a damaged header after the first for the end.
                 if file.read(2 * BLOCK) != bytes(2 * BLOCK):
                     raise tarfile.ReadError(f"at byte {end} is neither a header nor the end of the archive")
             if current:
@@ -176,7 +175,7 @@ class Shard:
             _check_nothing_behind(file, end)
         except DAMAGE as error:
             self.broken = str(error)
-            yield 0, -1  # in place of the sample that it broke in, too: nobody knows whether it is whole
+            yield 0, -1  # also replaces the sample before it, which may be incomplete
         self._apart = halves.apart()
 
     def _spans(self, file: BinaryIO, infos: list[tarfile.TarInfo], first: int, end: int) -> Iterator[tuple[int, int]]:
@@ -199,7 +198,7 @@ class Shard:
             if line.strip():
                 spans.append((position, len(line)))
             position += len(line) + 1
-        spans = spans or [(position, 0)]  # a file without lines is one document that can't be used
+        spans = spans or [(position, 0)]  # a file without lines is one unusable document
         self._line_samples.append((first, first + len(spans), _split(lines.name)[0]))
         yield from spans
 
@@ -208,12 +207,12 @@ class _Halves:
     """Images without a text and texts without an image, by the last part of their names."""
 
     def __init__(self) -> None:
-        # Numbers of documents and hashes of names, 16 bytes for each: a shard may hold a million texts.
+        # Document numbers and name hashes, 16 bytes for each: a shard may contain a million texts.
         self._numbers = {True: array("q"), False: array("q")}
         self._names = {True: array("q"), False: array("q")}
 
     def add(self, number: int, infos: list[tarfile.TarInfo]) -> None:
-        """Looks at the members of the document of a number."""
+        """Examines the members of document number `number`."""
         key, _ = _split(infos[0].name)
         extensions = [_split(info.name)[1] for info in infos]
         has_image = any(map(is_media, extensions))
@@ -222,7 +221,7 @@ class _Halves:
             self._names[has_image].append(hash(key.rpartition("/")[2]))
 
     def apart(self) -> frozenset[int]:
-        """The numbers of all whose other half was seen, too."""
+        """Returns the numbers of the documents whose other half was seen, too."""
         images, texts = (np.array(self._names[has_image], np.int64) for has_image in (True, False))
         return frozenset(
             number
@@ -236,15 +235,15 @@ def _check_nothing_behind(file: BinaryIO, end: int) -> None:
     while block := file.read(2**16):
         if block.strip(b"\0"):
             raise tarfile.ReadError(
-                f"goes on behind the end of the archive at byte {end}: `tar --concatenate` joins archives, cat doesn't"
+                f"goes on after the end of the archive at byte {end}: `tar --concatenate` joins archives, cat doesn't"
             )
 
 
 def check_header(file: BinaryIO, name: str) -> None:
-    """Looks at the first header of a shard, or the end of one without members, and goes back to its start.
+    """Checks the first header of a shard, or the end of one without members, and seeks back to its start.
 
     Raises:
-        UserError: It is not a tar file.
+        UserError: The file is not a tar.
     """
     said = "uncompressed, as webdataset and img2dataset write them"
     header = file.read(RECORD + 1)
@@ -265,7 +264,7 @@ def check_header(file: BinaryIO, name: str) -> None:
 
 
 DAMAGE = (tarfile.TarError, EOFError, ValueError, RecursionError)
-"""What tarfile raises for headers that are not what they should be."""
+"""Errors that tarfile raises for invalid headers."""
 
 
 class _Header(tarfile.TarInfo):
@@ -297,18 +296,18 @@ def _opened(file: Any) -> tarfile.TarFile:
 
 
 def _headers(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
-    """The members that samples are made of, links too; what webdataset passes over is left out.
+    """Yields the members of samples, including links; omits what webdataset skips.
 
-    Those are directories, hidden files, and names like `__this__` in the root, not below folders. Of an archive of
-    `size` bytes. Names that are not UTF-8 have their bytes spelled out, as in `\\xb0`.
+    That is directories, hidden files, and names like `__this__` in the root. The archive has `size` bytes. Bytes of a
+    name that are not UTF-8 are escaped, as in `\\xb0`.
     """
     while True:
         if tar.offset > size:
             raise tarfile.ReadError("unexpected end of data")
         if (info := tar.next()) is None:
             return
-        tar.members.clear()  # type: ignore[attr-defined]  # which tarfile would keep, a kilobyte each
-        # An extended header may say another size than the archive has room for.
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them, a kilobyte each
+        # An extended header may state a size that the archive has no room for.
         if info.issparse() or (info.isreg() and not 0 <= info.size <= tar.offset - info.offset_data):
             raise tarfile.ReadError(f"{info.name} has {info.size:,} bytes, which the archive has no room for")
         info.name = info.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -324,7 +323,7 @@ def _is_passed_over(name: str) -> bool:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The key and the extension of a member, split where webdataset splits: at the first dot of the file's name."""
+    """Returns the key and extension of a member, split like webdataset at the first dot of the file's name."""
     found = MEMBER.match(name)
     return (found[1], found[2].lower()) if found else (name, "")
 

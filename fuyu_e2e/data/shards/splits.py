@@ -1,4 +1,4 @@
-"""Training, validation and test shards are different ones: a figure on data trained on says nothing of other data."""
+"""Keeps training, validation and test shards apart: a figure on training data says nothing about other data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ class NamedShards:
     setting: str
     """The setting with its value, for messages: `data.val 'val/*.tar'`."""
     facts: Mapping[str, ShardFacts]
-    """What the manifests say of each shard, by its path or URL."""
+    """The manifests' facts of each shard, by its path or URL."""
 
 
 def check_disjoint(read: Sequence[NamedShards], others: Sequence[NamedShards]) -> None:
-    """Checks that no split that is read shares a shard with another one of `read`, or with one of `others`.
+    """Checks that no split in `read` shares a shard with another one there or in `others`.
 
-    Content is compared by the manifests' checksums, so a copy or a link under another name is found too.
+    Compares content by the manifests' checksums, so it also finds a copy or a link under another name.
 
     Raises:
         UserError: Names the first two settings that share a shard, and the shard in each.

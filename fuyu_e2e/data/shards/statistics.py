@@ -1,7 +1,7 @@
-"""What the documents of shards are like: sizes and shapes of images, lengths of texts, tokens.
+"""Statistics of documents in shards: sizes and shapes of images, lengths of texts, tokens.
 
-A survey counts rounded values and keeps none of them, so it stays small however many documents there are, and surveys
-of parts add up to the survey of the whole, exactly and in any order. A sample would miss the few long documents that
+A survey counts rounded values without storing them, so it stays small for any number of documents, and surveys of
+parts add up exactly to the survey of the whole, in any order. A random sample would miss the few long documents that
 matter most to the length of a row.
 """
 
@@ -35,24 +35,24 @@ from fuyu_e2e.model.image_layout import ImagePolicy
 ROW_LENGTHS = (2_048, 8_192)
 """Common lengths of a packed row in tokens."""
 STEPS = 256
-"""Values are kept to this many parts of the next power of two: 8 significant bits."""
+"""Values are rounded to this fraction of the next power of two: 8 significant bits."""
 BARS = 40
-"""About as many bars has a picture of lengths."""
+"""Approximate number of bars in a picture of lengths."""
 CELLS = 4
 """Cells of the picture of resolutions for each doubling of a side."""
 COLOR, MARK = "#3a6ea5", "#c8553d"
-"""Of what is counted in the picture, and of what is said about it."""
+"""Colours of the counts and of the marks in a picture."""
 
 
 class NoPlotsError(UserError):
-    """The package that draws is not installed; the figures can be printed without it."""
+    """matplotlib is not installed; the figures can still be printed."""
 
 
 @dataclass
 class Distribution:
-    """How often each value occurs, of values of at least 0 kept to 8 significant bits.
+    """How often each value occurs, for values of at least 0 rounded to 8 significant bits.
 
-    Whole numbers up to 256 are exact, all others off by at most 0.4 %; ranks, and so percentiles, are exact but for
+    Whole numbers up to 256 are exact, others off by at most 0.4 %. Ranks, and so percentiles, are exact apart from
     that. There are at most 128 counts for each doubling of the value.
     """
 
@@ -65,17 +65,18 @@ class Distribution:
     def record(self, value: int | float) -> None:
         """Counts one value."""
         mantissa, exponent = math.frexp(value)
-        # Python's own rounding would take to even steps three whole numbers, and to odd ones one.
+        # Python's rounding to even would assign three whole numbers to even steps, and one to odd steps.
         self.counts[math.ldexp(math.floor(mantissa * STEPS + 0.5), exponent) / STEPS] += 1
         self.minimum, self.maximum = min(self.minimum, value), max(self.maximum, value)
 
     def add(self, other: "Distribution") -> None:
-        """Adds what another one counted."""
+        """Adds the counts of another distribution."""
         self.counts.update(other.counts)
         self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
 
     def percentile(self, percent: int) -> int | float:
-        """The smallest value that at least `percent` % of all values don't exceed; there must be one."""
+        """Returns the smallest value that at least `percent` % of all values don't exceed; needs at least one
+        value."""
         rank = max(1, -(-percent * self.counts.total() // 100))
         passed = 0
         for value, count in sorted(self.counts.items()):
@@ -91,18 +92,19 @@ class TokenCount:
 
     images: ImagePolicy
     tokenizer: Tokenizer | None
-    """None estimates text at `BYTES_PER_TOKEN`, without the tokens that stand between texts."""
+    """None estimates text at `BYTES_PER_TOKEN`, without special tokens between texts."""
 
     def of(self, document: Document, facts: DocumentFacts) -> int:
-        """The tokens of a document: as many as `SequenceBuilder.build` gives, or about as many without a tokenizer.
+        """Returns the tokens of a document: exactly those of `SequenceBuilder.build`, or an estimate without a
+        tokenizer.
 
         Raises:
-            UnusableSampleError: With a tokenizer, that its text can't be used, or holds nothing to learn.
+            UnusableSampleError: With a tokenizer: the text can't be used, or no token carries loss.
         """
         if self.tokenizer is None:
             return facts.tokens(self.images)
         in_images = sum(image_tokens(size, self.images) for size in facts.sizes)
-        # Each image only takes room, so an image of one patch is laid out in its place.
+        # An image only takes room, so an image of one patch replaces each.
         segments = tuple(_one_pixel() if isinstance(segment, Image) else segment for segment in document.segments)
         laid_out = SequenceBuilder(self.tokenizer, self.images).build(replace(document, segments=segments))
         return len(laid_out) + in_images - sum(span.stop - span.start for span in laid_out.images)
@@ -110,31 +112,31 @@ class TokenCount:
 
 @dataclass(kw_only=True)
 class Survey:
-    """What the documents of some shards are like."""
+    """Statistics of the documents of some shards."""
 
     images: ImagePolicy
-    """How images enter, for the tokens."""
+    """The image policy for counting tokens."""
     exact: bool
-    """Whether tokens are counted by a tokenizer, or estimated."""
+    """Whether tokens are counted by a tokenizer or estimated."""
     shards: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     """Usable documents by kind (see `DocumentFacts`)."""
     unusable: Counter[str] = field(default_factory=Counter)
-    """Documents that can't be used by reason, as far as is seen without decoding images."""
+    """Unusable documents by reason, as far as can be seen without decoding images."""
     longer: Counter[int] = field(default_factory=Counter)
-    """Usable documents of more tokens than each of `ROW_LENGTHS`."""
+    """Usable documents with more tokens than each of `ROW_LENGTHS`."""
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """Images by the logarithms of width and height, in `CELLS` of a doubling."""
+    """Images by the logarithms of width and height, in `CELLS` for a doubling."""
     widths: Distribution = field(default_factory=Distribution)
-    """Of each image in pixels, as a person sees it."""
+    """Width of each image in pixels, as a person sees it."""
     heights: Distribution = field(default_factory=Distribution)
-    """Of each image in pixels, as a person sees it."""
+    """Height of each image in pixels, as a person sees it."""
     aspects: Distribution = field(default_factory=Distribution)
     """Width over height of each image."""
     text_bytes: Distribution = field(default_factory=Distribution)
-    """Of each usable document: bytes of UTF-8, which mean about the same in every script to a tokenizer."""
+    """UTF-8 bytes of each usable document, which mean about the same to a tokenizer in every script."""
     tokens: Distribution = field(default_factory=Distribution)
-    """Of each usable document."""
+    """Tokens of each usable document."""
 
     def record(self, kind: str, sizes: Iterable[tuple[int, int]], text_bytes: int, tokens: int) -> None:
         """Counts a usable document."""
@@ -150,7 +152,7 @@ class Survey:
             self.sizes[round(CELLS * math.log2(width)), round(CELLS * math.log2(height))] += 1
 
     def add(self, other: "Survey") -> None:
-        """Adds what the documents of other shards are like."""
+        """Adds the statistics of other shards."""
         self.shards += other.shards
         for name in ("kinds", "unusable", "longer", "sizes"):
             getattr(self, name).update(getattr(other, name))
@@ -158,7 +160,7 @@ class Survey:
             getattr(self, name).add(getattr(other, name))
 
     def table(self) -> Table:
-        """Counts, and the percentiles of each quantity."""
+        """Returns a table of counts, and of percentiles of each quantity."""
         both = Table.grid()
         both.add_row(self._counts())
         both.add_row(self._percentiles())
@@ -263,18 +265,18 @@ def survey(
     max_patches: int,
     processes: int,
 ) -> Survey:
-    """Reads shards whole and says what their documents are like.
+    """Reads shards whole and returns the statistics of their documents.
 
     Args:
         shards: Paths or URLs.
-        cache: Where shards from elsewhere lie on this machine.
-        tokenizer: Counts tokens exactly; None estimates them.
+        cache: The cache for remote shards.
+        tokenizer: A tokenizer to count tokens exactly; None estimates them.
         patch_size: Side of a patch in pixels.
         max_patches: Patch budget of an image.
-        processes: Shards read at once, as `map_shards` says.
+        processes: Shards read at once; see `map_shards`.
 
     Raises:
-        UserError: A shard or the tokenizer can't be read, or a limit of images would refuse every one.
+        UserError: A shard or the tokenizer can't be read, or the image limits would refuse every image.
     """
     images = ImagePolicy(patch_size=patch_size, max_patches=max_patches)
     count = TokenCount(images, Tokenizer.from_file(tokenizer) if tokenizer else None)
@@ -317,7 +319,7 @@ def _right_align(table: Table) -> None:
 
 
 def _draw_sizes(axis: Any, sizes: Counter[tuple[int, int]]) -> None:
-    """Images by width and height, on scales of equal doublings."""
+    """Draws images by width and height, on logarithmic scales."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -325,7 +327,7 @@ def _draw_sizes(axis: Any, sizes: Counter[tuple[int, int]]) -> None:
         _draw_nothing(axis)
         return
     cells = np.array(list(sizes))
-    # A doubling of room on every side, so that a single size is a spot and not a wall.
+    # Leaves room for a doubling on every side, so that a single size is a spot and not a wall.
     low, high = int(cells.min()) - CELLS, int(cells.max()) + CELLS
     counts = np.zeros((high - low + 1, high - low + 1))
     counts[cells[:, 1] - low, cells[:, 0] - low] = list(sizes.values())
@@ -346,7 +348,7 @@ def _draw_sizes(axis: Any, sizes: Counter[tuple[int, int]]) -> None:
 
 
 def _draw_aspects(axis: Any, aspects: Distribution) -> None:
-    """Bars of equal ratios, one of them for the squares."""
+    """Draws bars of equal ratios, one of them for squares."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     if not aspects.counts:
@@ -363,13 +365,13 @@ def _draw_aspects(axis: Any, aspects: Distribution) -> None:
 
 
 def _draw_whole_numbers(axis: Any, values: Distribution) -> None:
-    """Bars that grow with the values, each over at least one whole number."""
+    """Draws bars that widen with the values, each over at least one whole number."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     if not values.counts:
         _draw_nothing(axis)
         return
-    # A logarithmic scale has no place for 0: documents without text stand in the first bar.
+    # A logarithmic scale has no 0: documents without text count in the first bar.
     numbers = np.maximum(np.array(list(values.counts)), 1)
     low, high = int(numbers.min()), int(numbers.max())
     if high < 4 * low:  # room for at least two labelled ticks

@@ -1,14 +1,15 @@
-"""Endless or single passes over shards, as packed rows in an order that depends on the seed alone.
+"""Endless or single passes over shards, as packed rows in an order that depends only on the seed.
 
-A stream consists of lanes (see `Lane`). The global order of rows is lane 0, 1, …, L-1, 0, 1, …; a reader takes every
-R-th of them, so the rows are the same for every number of processes and workers that divides the number of lanes. Each
-row comes with the state from which its lane goes on behind it.
+A stream consists of lanes (see `Lane`). The global order of rows is lane 0, 1, …, L-1, 0, 1, …; each of R readers
+takes every R-th row, so the rows are the same for any number of processes and workers that divides the number of
+lanes. Each row comes with the state from which its lane continues after it.
 """
 
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fuyu_e2e.data.packing import TOO_LONG, LongDocuments, PackedRow, Packer, pack_row
 from fuyu_e2e.data.sample_stats import SampleStats
@@ -21,43 +22,48 @@ from fuyu_e2e.data.shards.order import Order
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
 STORED_WINDOW = 1_024
-"""Documents that an unshuffled lane looks ahead by, to fetch the shards behind them."""
+"""Documents that an unshuffled lane looks ahead, to fetch the shards that follow."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSource:
-    """The shards of one source, and what they hold."""
+    """The shards of one source, and their facts."""
 
     name: str
     source: Source
     shards: tuple[str, ...]
     """Paths or URLs, in the order of the pattern."""
     facts: tuple[ShardFacts, ...]
-    """What the manifest says of each."""
+    """The manifest's facts of each shard."""
 
     @property
     def digest(self) -> str:
-        """The sha256 over the checksums of all shards, in hexadecimal: it names the data as it is."""
+        """The sha256 over the checksums of all shards, in hexadecimal: it identifies the data."""
         return hashlib.sha256("".join(facts.sha256 for facts in self.facts).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaneState:
-    """Where a lane stands behind one of its rows: from here it goes on exactly as it would have."""
+    """The state of a lane after one of its rows, from which it continues exactly as it would have."""
 
     rows: int
-    """Rows given so far."""
+    """Rows yielded so far."""
     positions: tuple[int, ...]
-    """Documents taken of each source so far, over all epochs."""
+    """Documents taken from each source so far, over all epochs."""
     deficits: tuple[float, ...]
-    """By how much each source of a mixture is behind its share."""
+    """How far each source of a mixture lags its share."""
     waiting: tuple[tuple[int, int], ...]
-    """(source, position) of each document that waits to be packed, the oldest first; read again to go on."""
+    """(source, position) of each document that waits to be packed, oldest first; read again on resuming."""
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "LaneState":
+        """Returns the state that a checkpoint holds in primitives; earlier versions called deficits `credits`."""
+        return cls(**{"deficits" if name == "credits" else name: value for name, value in state.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamRow(PackedRow):
-    """A row, and where its lane goes on behind it."""
+    """A row, and the state of its lane after it."""
 
     lane: int
     state: LaneState
@@ -65,48 +71,48 @@ class StreamRow(PackedRow):
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """What fixes every row of a stream."""
+    """Everything that determines the rows of a stream."""
 
     sources: tuple[StreamSource, ...]
-    """What is mixed; one, where nothing is."""
+    """The sources that are mixed, at least one."""
     cache: ShardCache
-    """Where shards from elsewhere lie on this machine."""
+    """The cache for remote shards."""
     builder: SequenceBuilder
     budget: int
     """Tokens of a row."""
     long_documents: LongDocuments
-    """What becomes of a document longer than a row."""
+    """What to do with a document longer than a row."""
     lanes: int
     """Number of lanes."""
     shuffle: int
-    """Documents that a lane shuffles together; 0 reads once, in stored order, and ends."""
+    """Documents that a lane shuffles together; 0 reads once in stored order, and ends."""
     seed: int = 0
     """Seeds the order of shards and documents."""
     mix_by: MixBy = "tokens"
-    """What the shares of sources are counted in."""
+    """The unit of the sources' shares."""
     rows_per_step: int = 1
-    """Rows of a global batch, by which weights that change with the steps know their step."""
+    """Rows of a global batch, from which weights that change over steps know their step."""
 
     @property
     def endless(self) -> bool:
-        """Whether the stream begins anew at its end: training streams do, evaluation streams are read once."""
+        """Whether the stream restarts at its end: training streams do, evaluation streams are read once."""
         return self.shuffle > 0
 
     def rows(
         self, first: int = 0, step: int = 1, states: Mapping[int, LaneState] | None = None
     ) -> Iterator[StreamRow]:
-        """Every `step`-th row of the global order, from row `first` on.
+        """Yields every `step`-th row of the global order, starting with row `first`.
 
-        Each row carries the stats of what was read since the lane's row before.
+        Each row carries the stats of what was read since its lane's previous row.
 
         Args:
             first: Number of the first row.
-            step: How many readers (processes x workers) share the rows out.
-            states: Where each lane stood when row `first` was next; the lanes that are missing begin.
+            step: Number of readers (processes x workers) that share the rows.
+            states: The state of each lane when row `first` comes next; lanes without one start from the beginning.
 
         Raises:
-            UserError: The readers don't divide the lanes, a lane has no documents, a whole pass over a source gives
-                none that can be used, or a shard can't be read.
+            UserError: The number of readers doesn't divide that of lanes, a lane has no documents, a whole pass over a
+                source finds no usable one, or a shard can't be read.
         """
         if self.lanes % step:
             raise UserError(
@@ -116,7 +122,7 @@ class Stream:
         shards, known = OpenShards(self.cache), states or {}
         numbers = [(first + turn * step) % self.lanes for turn in range(self.lanes // step)]
         running = [(number, Lane(self, number, shards, known.get(number))) for number in numbers]
-        # The last row of a stream that ends waits for what the lanes skipped behind their own last.
+        # The last row of a finite stream is held back for the stats of what lanes skipped after their own last rows.
         last: StreamRow | None = None
         skipped = SampleStats()
         while running:
@@ -142,13 +148,13 @@ class Stream:
 
 
 class Lane:
-    """A part of every source's documents, mixed, and packed by a packer of its own.
+    """A part of every source's documents, mixed, and packed by a separate packer.
 
     Args:
-        stream: What the lane belongs to.
+        stream: The stream of the lane.
         index: Number of the lane.
-        shards: Where documents come from.
-        state: Where to go on; None begins.
+        shards: Provides the documents.
+        state: The state to continue from; None starts from the beginning.
 
     Raises:
         UserError: There are fewer documents than lanes.
@@ -173,7 +179,7 @@ class Lane:
 
     @property
     def state(self) -> LaneState:
-        """Where the lane stands."""
+        """The current state of the lane."""
         return LaneState(
             rows=self.given,
             positions=tuple(self.positions),
@@ -182,7 +188,8 @@ class Lane:
         )
 
     def next_row(self) -> StreamRow | None:
-        """The next row, with the stats of what it took to fill it; None behind the last of a stream that ends."""
+        """Returns the next row, with the stats of what was read to fill it; None after the last row of a finite
+        stream."""
         mixture = [source.source for source in self.stream.sources]
         wanted = shares(mixture, (self.given * self.stream.lanes + self.index) // self.stream.rows_per_step)
         while not self.packer.full:
@@ -219,7 +226,7 @@ class Lane:
         return order
 
     def _take(self, source: int) -> int:
-        """Reads the next document of a source; gives its tokens, 0 where it can't be used."""
+        """Reads the next document of a source; returns its tokens, 0 if it can't be used."""
         position = self.positions[source]
         self.positions[source] += 1
         name = self.stream.sources[source].name
@@ -232,7 +239,8 @@ class Lane:
             self.stats.used_of[name] += 1
             self.stats.tokens_of[name] += tokens
         self._unusable[source] = 0 if tokens else self._unusable[source] + 1
-        # The last of one pass and the first of the next may all be bad; one more, and no document of a pass is usable.
+        # The end of one pass and the start of the next may both be bad; with one more, no document of a pass is
+        # usable.
         if self.stream.endless and self._unusable[source] > 2 * (self.orders[source].per_epoch - 1):
             raise UserError(
                 f"Lane {self.index} of {self.stream.lanes} finds no usable document in a whole pass over its part of "
@@ -260,6 +268,6 @@ class Lane:
     def _restore(self, waiting: tuple[tuple[int, int], ...]) -> None:
         for source, position in waiting:
             self._add(source, position)
-        # They were counted when they were read first; only one that has become unusable since is news.
+        # They were counted when they were first read; only documents that have become unusable since are news.
         restored = self.stats.take()
         self.stats.skipped, self.stats.examples = restored.skipped, restored.examples

@@ -1,17 +1,17 @@
-"""From a user's own files to rows: the source forms of `fuyu-e2e shards write`.
+"""Opens a user's files as rows: the source forms of `fuyu-e2e shards write`.
 
-A source is a reader, which knows the container, and a kind, which knows what one of its rows says:
+A source is a reader, for the container, and a kind, for the content of its rows:
 
 folder    rows of files with one stem               captions (x.jpg and x.txt), or text (x.txt)
-          rows of metadata files                    those of a table, whose images are files of the folder
+          rows of metadata files                    as in a table, with images from the folder
 table     .csv, .tsv, .jsonl, .json, .parquet       captions (an image and a text column), chat ("conversations", as
                                                     LLaVA's, or another list of turns), interleaved ("segments", or
                                                     OBELICS' lists "images" and "texts"), or text ("text")
 
-Any table can hold any kind that its columns can express; the kind is told by the columns of the first row. An image is
-a path, an image file's bytes, or both as {"bytes": …, "path": …}, which Hugging Face's datasets write. A source is
-read twice: once to plan, and once, row by row, where the plan says. So a reader hands out each row with its place (a
-byte offset, a row number, or file names), by which another process finds it again, and no row has to be kept.
+Any table can have any kind that its columns can express; the columns of the first row decide. An image is a path, an
+image file's bytes, or both as {"bytes": …, "path": …}, which Hugging Face's datasets write. A source is read twice:
+once to plan, and once, row by row, as planned. So a reader yields each row with its place (a byte offset, a row
+number, or file names), by which another process finds the row again, and no row has to be kept.
 """
 
 import shlex
@@ -41,16 +41,16 @@ from fuyu_e2e.data.shards.values import extension_of, listed, names_media
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
 IMAGE_COLUMNS = ("image", "path", "filepath", "file", "image_path")
-"""Columns taken for images, in any case, where none holds images that are no paths."""
+"""Names of image columns, in any case, if no column contains images rather than paths."""
 TEXT_COLUMNS = ("caption", "text", "title")
-"""Columns taken for captions, in any case."""
+"""Names of caption columns, in any case."""
 FORMS = (
     "a folder of images with x.txt beside x.jpg, or with a metadata.csv, .jsonl or .parquet that has file_name, a "
     "folder of .txt files, or a .csv, .tsv, .jsonl, .json or .parquet "
     'with an image and a text column, with "conversations" (LLaVA\'s), with "segments", with "images" and "texts", or '
     'with "text"'
 )
-"""What a source may be, for messages."""
+"""The forms of a source, for messages."""
 TABLES = ("csv", "tsv", "parquet", "jsonl", "ndjson", "json")
 """Extensions of tables."""
 METADATA: dict[str, Callable[[Path], Table]] = {
@@ -58,28 +58,28 @@ METADATA: dict[str, Callable[[Path], Table]] = {
     "metadata.jsonl": Lines,
     "metadata.parquet": Parquet,
 }
-"""Tables of the images in their folder, as Hugging Face's `imagefolder` reads them, and what reads them here."""
+"""Metadata files of the images in their folder, as in Hugging Face's `imagefolder`, and their readers."""
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""The splits that folders of these names are for Hugging Face's datasets."""
+"""Splits that Hugging Face's datasets derive from folder names."""
 TELLING = 1000
-"""Rows looked at for one that tells what a table's texts are."""
+"""Most rows searched for one that shows what a table's texts are."""
 
 
 @dataclass(frozen=True)
 class RowSource:
-    """A reader and what its rows say."""
+    """A reader and the kind of its rows."""
 
     reader: Reader
     kind: Kind
 
     def samples(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Members]]]:
-        """Places of all rows, or of those at `places`, and makers of their members.
+        """Yields (place, maker of the members) of all rows, or of those at `places`.
 
-        A maker raises UnusableSampleError where its row can't be used.
+        A maker raises UnusableSampleError if its row can't be used.
         """
         for place, make in self.reader.rows(places):
             yield place, partial(self._members, make)
@@ -91,16 +91,16 @@ class RowSource:
 def open_source(
     path: Path, *, image_column: str | None = None, text_column: str | None = None, images: Path | None = None
 ) -> RowSource:
-    """Tells by its name and its first row what a source is.
+    """Opens a source; its name and its first row decide what it is.
 
     Args:
         path: A file or a folder.
-        image_column: The column of images, where its name is none of `IMAGE_COLUMNS`.
-        text_column: The column of texts or of turns, where its name is none of `TEXT_COLUMNS`.
-        images: The folder that relative image paths start from; by default the one that `path` lies in.
+        image_column: The image column, if its name is not in `IMAGE_COLUMNS`.
+        text_column: The column of texts or turns, if its name is not in `TEXT_COLUMNS`.
+        images: The folder of relative image paths; by default the folder of `path`.
 
     Raises:
-        UserError: It is of none of the forms, of several, or holds no row.
+        UserError: The source has none of the forms, or several, or contains no row.
     """
     if path.is_dir():
         tables = _metadata(path)
@@ -120,7 +120,7 @@ def open_source(
 
 
 def _metadata(path: Path) -> tuple[Table, ...]:
-    """The metadata files in and below a folder that name its images."""
+    """Returns the readers of the metadata files in and below a folder that name its images."""
     tables: list[Table] = []
     for folder, files in walk(path):
         there = [reader(folder / name) for name, reader in METADATA.items() if name in files]
@@ -202,13 +202,14 @@ def _reader(path: Path) -> Reader:
 
 
 def _first_row(reader: Reader, path: Path) -> Row:
-    """The first row; of one whose `texts` are all null, the first that shows what they are, if one soon does."""
+    """Returns the first row; if its `texts` are all null, the first row soon after that has a text, if there is
+    one."""
     first: Row | None = None
     for number, (_, make) in enumerate(reader.rows()):
         try:
             row = make()
         except UnusableSampleError:
-            continue  # counted with all others once the rows are written
+            continue  # counted when the rows are written
         texts = row.get("texts")
         if not isinstance(texts, list) or any(text is not None for text in texts):
             return row
@@ -228,7 +229,7 @@ def _kind(
     text_column: str | None,
     images: Path,
 ) -> Kind:
-    """What the rows of a table say, by its first one and the columns that hold images themselves."""
+    """Returns the kind of a table's rows, by its first row and the columns that contain images."""
     turns = _turns_column(row, path, text_column)
     paired = turns != "texts" and all(isinstance(row.get(name), list) for name in ("images", "texts"))
     has = [name for name in (turns, "segments" if "segments" in row else None, "texts" if paired else None) if name]
@@ -282,7 +283,7 @@ def _image_column(row: Row, path: Path, embedded: Sequence[str], named: str | No
 
 
 def _column(row: Row, path: Path, named: str | None, known: Collection[str], option: str) -> str | None:
-    """The column that was named, else the only one with a known name, if there is one."""
+    """Returns the named column, else the only one with a known name, or None."""
     return _named(row, path, named, option) or _only([name for name in row if name.lower() in known], path, option)
 
 
@@ -299,7 +300,8 @@ def _only(found: Sequence[str], path: Path, option: str) -> str | None:
 
 
 def _check_text_only(others: Row, path: Path) -> None:
-    """Captions whose image column has an uncommon name would else go for text without a word."""
+    """Raises a UserError if a table taken for text seems to have images: an uncommon column name must not hide
+    them."""
     for name, value in others.items():
         first = next(iter(listed(value)), None)
         if isinstance(first, bytes):

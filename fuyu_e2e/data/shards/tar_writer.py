@@ -1,4 +1,4 @@
-"""Writing samples into a shard."""
+"""Writes samples into a shard."""
 
 import io
 import tarfile
@@ -8,12 +8,12 @@ from typing import BinaryIO
 
 
 class TarWriter:
-    """Writes samples as webdataset's own writer does, byte for byte.
+    """Writes the same bytes as webdataset's own writer.
 
-    Not that one, because webdataset imports torch, which takes seconds in every process that writes.
+    webdataset itself imports torch, which would take seconds in every process that writes.
 
     Args:
-        file: Where the archive goes; it is not closed.
+        file: The file of the archive; it is not closed.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -28,10 +28,10 @@ class TarWriter:
         self._tar.close()
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Writes a sample, its members by extension."""
+        """Writes a sample, given its members by extension."""
         for extension in sorted(members):
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size = len(members[extension])
             info.mode = 0o444
             self._tar.addfile(info, io.BytesIO(members[extension]))
-        self._tar.members.clear()  # type: ignore[attr-defined]  # which tarfile would keep, a kilobyte each
+        self._tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them, a kilobyte each

@@ -1,4 +1,4 @@
-"""Which row goes into which shard, and what became of it."""
+"""The plan of which row goes into which shard, and counts of what became of the rows."""
 
 import os
 import stat
@@ -17,7 +17,7 @@ from fuyu_e2e.data.shards.tables import Members, Pairs, Place, TextFiles
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
 EXAMPLES = 20
-"""Rows shown in the report for each reason."""
+"""Rows listed in the report for each reason."""
 NAMED = 3
 """Rows named on the terminal for each reason."""
 MEGABYTE = 10**6
@@ -26,18 +26,18 @@ MEGABYTE = 10**6
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How rows are dealt out to shards.
+    """How rows are distributed over shards.
 
     Raises:
-        UserError: A value that would leave no shard to train on, or none at all.
+        UserError: A value would leave no shard to train on, or none at all.
     """
 
     val_share: float = 0.01
-    """Share of the rows that goes into `val` shards."""
+    """Fraction of the rows that goes into `val` shards."""
     seed: int = 0
-    """Seeds which rows these are."""
+    """Seeds the choice of these rows."""
     shard_megabytes: float = 256.0
-    """Bytes of a shard's samples at most, unless a single one is larger, in millions."""
+    """The most bytes of a shard's samples, in millions, unless a single sample is larger."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_share < 1:
@@ -46,14 +46,14 @@ class Settings:
             raise UserError(f"--shard-megabytes is {self.shard_megabytes}, but must be above 0.")
 
     def split(self, number: int) -> str:
-        """The split of a row: the same in every order and number of rows."""
+        """Returns the split of a row, which depends only on its number and the seed."""
         digest = blake2b(f"{self.seed}/{number}".encode(), digest_size=8).digest()
         return "val" if int.from_bytes(digest, "big") < self.val_share * 2**64 else "train"
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Which rows go into a shard."""
+    """The rows of one shard."""
 
     split: str
     index: int
@@ -61,11 +61,11 @@ class ShardPlan:
     numbers: np.ndarray
     """Row numbers, from 0, in stored order."""
     places: np.ndarray
-    """Where the rows are in their source, for its reader."""
+    """Places of the rows in their source, for its reader."""
 
     @property
     def name(self) -> str:
-        """The name of its files, without extension."""
+        """The name of its files without extension."""
         return f"{self.split}-{self.index:05}"
 
 
@@ -74,31 +74,31 @@ class Example:
     """A row that was skipped."""
 
     row: int
-    """Its number in its file, from 0; headers and blank lines don't count."""
+    """Its number in its file, from 0, without headers and blank lines."""
     file: str
     detail: str
 
 
 @dataclass
 class RowCounts:
-    """What became of some rows: every one is written or skipped."""
+    """Counts of what became of some rows: each is written or skipped."""
 
     written: int = 0
     bytes: int = 0
-    """Of the shards; 0 where no row was usable, for which no shard is written."""
+    """Bytes of the shards; 0 if no row was usable, for which no shard is written."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Rows left out, by reason."""
+    """Skipped rows, by reason."""
     examples: dict[str, list[Example]] = field(default_factory=dict)
-    """The first rows left out for each reason."""
+    """The first skipped rows of each reason."""
 
     def skip(self, error: UnusableSampleError, row: int, file: str) -> None:
-        """Counts one row that is left out."""
+        """Counts one skipped row."""
         self.skipped[error.reason] = self.skipped.get(error.reason, 0) + 1
         if len(shown := self.examples.setdefault(error.reason, [])) < EXAMPLES:
             shown.append(Example(row, file, str(error)))
 
     def add(self, other: "RowCounts") -> None:
-        """Adds what became of other rows."""
+        """Adds the counts of other rows."""
         self.written += other.written
         self.bytes += other.bytes
         for reason, count in other.skipped.items():
@@ -109,17 +109,17 @@ class RowCounts:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "RowCounts":
-        """What `asdict` made of one."""
+        """Returns the counts that `asdict` described."""
         examples = {reason: [Example(**each) for each in listed] for reason, listed in stored["examples"].items()}
         return cls(stored["written"], stored["bytes"], stored["skipped"], examples)
 
 
 @dataclass(frozen=True)
 class WriteReport:
-    """What became of a source: read = written + skipped."""
+    """What became of the rows of a source: read = written + skipped."""
 
     kind: str
-    """What it was taken for."""
+    """The kind that was detected."""
     read: int
     """Rows of the plan."""
     shards: dict[str, int]
@@ -128,14 +128,14 @@ class WriteReport:
 
     @property
     def total(self) -> RowCounts:
-        """Over both splits."""
+        """The sum over both splits."""
         total = RowCounts()
         for outcome in self.splits.values():
             total.add(outcome)
         return total
 
     def summary(self) -> str:
-        """One line: `9 read, 8 written (7 in 2 train, 1 in 1 val shards), 1 skipped (image-missing 1)`."""
+        """Returns a line: `9 read, 8 written (7 in 2 train, 1 in 1 val shards), 1 skipped (image-missing 1)`."""
         total = self.total
         written = ", ".join(
             f"{self.splits[split].written:,} in {count:,} {split}" for split, count in self.shards.items()
@@ -147,7 +147,8 @@ class WriteReport:
         return f"{self.read:,} read, {total.written:,} written ({written} shards), {skipped}"
 
     def left_out(self) -> list[str]:
-        """For each reason, most frequent first, the first rows left out: `image-unreadable 5 (a.png, b.png, …)`."""
+        """Returns for each reason, most frequent first, the first skipped rows: `image-unreadable 5 (a.png, b.png,
+        …)`."""
         total, of_files = self.total, self.kind in (Pairs.__name__, TextFiles.__name__)
         said = []
         for reason, count in sorted(total.skipped.items(), key=lambda item: -item[1]):
@@ -160,7 +161,7 @@ class WriteReport:
         return said
 
     def to_json(self) -> dict[str, Any]:
-        """What report.json holds."""
+        """Returns the content of report.json."""
         return {
             "kind": self.kind,
             "read": self.read,
@@ -174,12 +175,12 @@ class WriteReport:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which row goes into which shard."""
+    """The distribution of all rows over shards."""
 
     rows: int
     shards: list[ShardPlan]
     fingerprint: str
-    """A hash of what all rows say, and of size and time of the files they name."""
+    """A hash of the content of all rows, and of the sizes and times of the files that they name."""
 
 
 def plan_shards(rows: Iterable[tuple[Place, Callable[[], Members]]], settings: Settings, advance: Advance) -> Plan:
@@ -200,7 +201,7 @@ def plan_shards(rows: Iterable[tuple[Place, Callable[[], Members]]], settings: S
         size, stamp = _weigh(make)
         fingerprint.update(stamp)
         split = settings.split(number)
-        # A usable row takes two blocks at least: rows in such numbers that can't be used fill a shard as well.
+        # A usable row takes at least two blocks; counted for unusable ones too, very many of them also fill a shard.
         if filling[split] and max(sizes[split] + size, 2 * BLOCK * len(filling[split])) > limit:
             close(split)
         filling[split].append((number, place))
@@ -213,7 +214,7 @@ def plan_shards(rows: Iterable[tuple[Place, Callable[[], Members]]], settings: S
 
 
 def _weigh(make: Callable[[], Members]) -> tuple[int, bytes]:
-    """The bytes that a row takes in a shard, and what changes whenever the row does."""
+    """Returns the bytes that a row takes in a shard, and a stamp that changes whenever the row does."""
     size, stamp = 0, []
     try:
         for name, content in make().items():
@@ -230,7 +231,7 @@ def _weigh(make: Callable[[], Members]) -> tuple[int, bytes]:
 
 
 def tar_bytes(length: int) -> int:
-    """The bytes of a member in a tar: a header, and whole blocks."""
+    """Returns the bytes of a member in a tar: a header, and whole blocks."""
     return BLOCK + -(-length // BLOCK) * BLOCK
 
 

@@ -1,16 +1,16 @@
-"""From rows to webdataset shards.
+"""Writes rows as webdataset shards.
 
-First a plan says which row goes into which shard: rows in stored order, split by a hash of seed and row number, shards
-closed at a size known from file sizes alone. Then processes write whole shards, each from its own rows. So the bytes
-of a shard depend on nothing but the source and the settings, whoever writes it and whenever.
+First a plan assigns rows to shards: in stored order, split by a hash of seed and row number, shards closed at a size
+known from file sizes alone. Then processes write whole shards, each from its own rows. So the bytes of a shard depend
+only on the source and the settings.
 
-The plan holds 16 bytes a row for tables, and the file names for folders; a process that writes holds one sample.
-Training shuffles shards, and windows of documents within them, so rows are not shuffled here.
+The plan holds 16 bytes a row for tables, and the file names for folders; a writing process holds one sample. Training
+shuffles shards, and windows of documents within them, so rows are not shuffled here.
 
-In the folder written, beside the shards:
+Other files in the folder of the shards:
 
-train-00000_stats.json    what became of the rows of a shard; there before the shard is, so that a shard is whole or
-                          not there (img2dataset names its own so)
+train-00000_stats.json    what became of the rows of a shard; written before the shard appears, which is therefore
+                          complete or missing (img2dataset uses the same name)
 write-plan.json           the settings, and a hash of all rows, by which another source is refused
 report.json               the sums, once all shards are written
 """
@@ -53,10 +53,10 @@ from fuyu_e2e.errors import UnusableSampleError, UserError, of_signal
 from fuyu_e2e.model.image_layout import ImagePolicy
 
 VERSION = 2
-"""Of the bytes written: a folder begun by another version is not gone on with."""
+"""Version of the written bytes: a folder begun by another version is not continued."""
 PLAN, REPORT = "write-plan.json", "report.json"
 LIMITS = ImagePolicy(patch_size=1)
-"""Which images training would refuse, whatever its patches."""
+"""Limits for images that training would refuse with any patch size."""
 INTERRUPTED = of_signal(signal.SIGINT)
 """Exit code of a run that Ctrl-C ended."""
 
@@ -71,23 +71,26 @@ def write_shards(
     settings: Settings = Settings(),
     processes: int = 1,
 ) -> WriteReport:
-    """Writes a source as webdataset shards, or what is missing of them after an interruption.
+    """Writes a source as webdataset shards, or completes them after an interruption.
 
-    Rows that can't be used are skipped and counted by reason. Each image is decoded once: one that training would skip
-    is left out here, for the same reason.
+    Skips unusable rows and counts them by reason. Decodes each image once: one that training would skip is left out
+    here, for the same reason.
 
     Args:
         source: A file or folder; `fuyu_e2e.data.shards.tables` lists the forms.
-        out: The folder of the shards, made where there is none.
-        image_column: Column of images in a table, where its name is not a common one.
-        text_column: Column of texts or of turns in a table, where its name is not a common one.
-        images: What relative image paths in a table start from; by default the table's folder.
-        settings: How rows are dealt out to shards.
+        out: The folder of the shards, created if needed.
+        image_column: Image column of a table, if its name is not a common one.
+        text_column: Column of texts or turns of a table, if its name is not a common one.
+        images: The folder of relative image paths in a table; by default the table's folder.
+        settings: How rows are distributed over shards.
         processes: Shards written at once; their bytes don't depend on it.
 
+    Returns:
+        The counts of all rows, those of an interrupted run included.
+
     Raises:
-        UserError: The source is of no known form, can't be read or has no usable row, for which nothing is left in
-            `out`; or `out` holds other shards, or can't be written.
+        UserError: The source has no known form, can't be read, or has no usable row, in which case nothing is left in
+            `out`; or `out` contains other shards, or can't be written.
     """
     if processes < 1:
         raise UserError(f"--processes is {processes}, but must be at least 1.")
@@ -114,13 +117,13 @@ def write_shards(
 
 @contextlib.contextmanager
 def _claimed(out: Path) -> Iterator[None]:
-    """Makes the folder, or sees that it holds no shards but ours, and removes what a killed run was writing.
+    """Creates the folder, or checks that it has no shards but ours, and removes the unfinished files of a killed run.
 
-    What fails before there is a shard leaves nothing in the folder, nor the folder itself where it is new; shards that
-    are whole stay, for the same command to go on from.
+    A failure before the first shard leaves nothing in the folder, nor the folder itself if it is new; complete shards
+    stay, for the same command to continue from.
 
     Raises:
-        UserError: It holds shards of something else, or can't be made.
+        UserError: The folder contains other shards, or can't be created.
     """
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
     _claim(out)
@@ -130,7 +133,7 @@ def _claimed(out: Path) -> Iterator[None]:
         if not any(out.glob("*.tar")):
             for path in (out / PLAN, *out.glob("*_stats.json")):
                 path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # something else lies there
+            with contextlib.suppress(OSError):  # the folder has other content
                 for folder in new:
                     folder.rmdir()
         raise
@@ -148,10 +151,10 @@ def _claim(out: Path) -> None:
 
 
 def _begin(out: Path, source: Path, opened: RowSource, settings: Settings, plan: Plan) -> None:
-    """Writes down what the folder is for, or sees that it is for this.
+    """Writes the plan file of the folder, or checks that the existing one agrees.
 
     Raises:
-        UserError: It holds shards of another source or of other settings.
+        UserError: The folder contains shards of another source or other settings.
     """
     described = {
         "version": VERSION,
@@ -176,7 +179,7 @@ def _begin(out: Path, source: Path, opened: RowSource, settings: Settings, plan:
 
 
 def _finished(out: Path, shard: ShardPlan) -> RowCounts | None:
-    """What became of the rows of a shard that is whole; None where it has to be written."""
+    """Returns the counts of a complete shard; None if it has to be written."""
     if not (stored := _read_json(_stats_path(out, shard))):
         return None
     outcome = RowCounts.from_json(stored)
@@ -187,11 +190,11 @@ def _finished(out: Path, shard: ShardPlan) -> RowCounts | None:
 def _write_all(
     source: RowSource, out: Path, shards: Sequence[ShardPlan], processes: int, progress: ProgressBar
 ) -> dict[str, RowCounts]:
-    """Writes shards; gives what became of their rows, by their names."""
+    """Writes shards; returns the counts of their rows by shard name."""
     if processes == 1 or len(shards) <= 1:
         return {shard.name: _write_shard(source, out, shard, progress.advance) for shard in shards}
-    # Not forked: a copy of a process that runs torch's threads can hang. This module imports no torch, so that a new
-    # process starts in a fraction of a second.
+    # Not forked: a copy of a process that runs torch's threads can hang. This module doesn't import torch, so that a
+    # new process starts in a fraction of a second.
     pool = ProcessPoolExecutor(
         min(processes, len(shards)),
         mp_context=multiprocessing.get_context("spawn"),
@@ -208,7 +211,7 @@ def _write_all(
             "fewer --processes."
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)  # lets the shards that are being written end
+        pool.shutdown(cancel_futures=True)  # waits for shards that are being written
 
 
 _count: "Synchronized[float]"
@@ -226,7 +229,7 @@ def _write_in_process(source: RowSource, out: Path, shard: ShardPlan) -> RowCoun
 
 
 def _follow_parent() -> None:
-    """Exits when the parent does: the workers of a killed one would stay for good."""
+    """Exits when the parent does; otherwise the workers of a killed parent would stay."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -238,7 +241,7 @@ def _follow_parent() -> None:
 
 
 def _write_shard(source: RowSource, out: Path, shard: ShardPlan, advance: Advance) -> RowCounts:
-    """Writes a shard under another name, then what became of its rows, then gives it its name."""
+    """Writes a shard under a temporary name, then the counts of its rows, then renames it."""
     path, outcome = _path(out, shard), RowCounts()
     temporary = _temporary(path)
     try:
@@ -263,14 +266,14 @@ def _write_shard(source: RowSource, out: Path, shard: ShardPlan, advance: Advanc
 
 
 def _samples(source: RowSource, shard: ShardPlan, outcome: RowCounts, advance: Advance) -> Iterator[Sample]:
-    """The usable samples of a shard; counts all its rows."""
+    """Yields the usable samples of a shard; counts all its rows."""
     places, seen = shard.places.tolist(), 0
     for number, (place, make) in zip(shard.numbers.tolist(), source.samples(places), strict=False):
         seen += 1
         advance(1.0)
         file = source.reader.file(place)
         try:
-            # A key made of the row number is unique, and holds no dot and no path.
+            # A key made of the row number is unique, without dots and paths.
             sample = Sample(f"{number:09}", file, _load(make()))
             document(sample)
         except UnusableSampleError as error:
@@ -285,11 +288,11 @@ def _samples(source: RowSource, shard: ShardPlan, outcome: RowCounts, advance: A
 
 
 def _load(members: Members) -> dict[str, bytes]:
-    """The members of a sample, all in bytes.
+    """Returns the members of a sample, all as bytes.
 
     Raises:
-        UnusableSampleError: A file is missing, no regular file or unreadable, or an image that can't be decoded; or
-            all together are more than is read of a sample.
+        UnusableSampleError: A file is missing, not a regular file or unreadable; an image can't be decoded; or the
+            members together exceed the size limit of a sample.
     """
     loaded, size = {}, 0
     for name, content in members.items():
@@ -336,7 +339,7 @@ def _stats_path(out: Path, shard: ShardPlan) -> Path:
 
 
 def _temporary(path: Path) -> Path:
-    """A name that no other process writes to, not even one that a killed run left behind."""
+    """Returns a name that no other process writes to, and that no killed run left."""
     return path.with_name(f"{path.name}.{os.getpid()}.writing")
 
 
@@ -354,7 +357,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """What a file of ours holds; nothing where it is missing or damaged."""
+    """Returns the content of a file of ours; empty if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

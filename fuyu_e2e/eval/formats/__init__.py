@@ -1,6 +1,6 @@
-"""Readers of public benchmarks, by the names that task files call them by.
+"""Readers of public benchmarks, by their names in task files.
 
-Each takes the benchmark's files as they are published, a prompt and a stats that counts what is read.
+Each takes the benchmark's published files, a prompt, and stats in which it counts.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,4 +1,5 @@
-"""From entries of a benchmark's files to questions: the prompt behind the image, and images from one folder only."""
+"""Turns entries of benchmark files into questions: adds the prompt after the image, and reads images from one
+folder."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,26 +11,26 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.question import Question
 
 QUESTION = "{question}"
-"""Where the question stands in a prompt."""
+"""The place of the question in a prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One question as a file says it, its image not read yet."""
+    """One question of a file, without its image's content."""
 
     key: str
     image: str
-    """The name of its file in the folder of images."""
+    """File name in the folder of images."""
     prompt: str
     references: tuple[str, ...]
     groups: Mapping[str, str] = field(default_factory=dict)
 
 
 def filled(prompt: str, question: str) -> str:
-    """A prompt with the question in it.
+    """Returns a prompt with the question inserted.
 
     Raises:
-        UserError: It has no place for one.
+        UserError: The prompt has no place for a question.
     """
     if QUESTION not in prompt:
         raise UserError(f"prompt is {prompt!r}, but must hold {QUESTION}: no question would be asked.")
@@ -37,17 +38,17 @@ def filled(prompt: str, question: str) -> str:
 
 
 def ask(entries: Sequence[Entry], source: str | Path, images: str | Path, stats: SampleStats) -> Iterator[Question]:
-    """The questions of a file, in its order; their images are read as they are asked.
+    """Returns the questions of a file, in order; reads their images one by one.
 
-    A benchmark is whole or it is refused, for a score of some of its questions compares with no other: all images are
-    looked for first. Links in the folder are followed, since whoever made the folder made them. What an image file
-    holds is checked where it is decoded.
+    Refuses an incomplete benchmark, since a score on some of its questions compares with no other: first checks that
+    all images exist. Follows links in the folder, since its owner made them. The content of an image file is checked
+    when it is decoded.
 
     Args:
         entries: The file's entries.
-        source: The file, which errors name.
+        source: The file, for error messages.
         images: The folder of their images.
-        stats: Counts the questions as they are read.
+        stats: Counts the questions that are read.
 
     Raises:
         UserError: Two entries share a key, an image's name leads out of the folder, or images are missing.
@@ -86,7 +87,8 @@ def _asked(entries: Sequence[Entry], images: Path, stats: SampleStats) -> Iterat
 
 
 def _inside(folder: str | Path, name: str, where: str) -> Path:
-    """The path of a file in a folder; as on Windows, where both slashes part names and a colon ends a drive's."""
+    """Returns the path of a file in a folder, by Windows' rules: both slashes separate names, a colon ends a
+    drive's."""
     path = PureWindowsPath(name)
     if path.anchor or ".." in path.parts:
         raise UserError(f"{where} asks about the image {name!r}, which leads out of its folder.")

@@ -1,4 +1,4 @@
-"""COCO captions: a file that names images and gives several captions of each."""
+"""COCO captions: a file with several captions of each image."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,19 +13,19 @@ from fuyu_e2e.eval.question import Question
 def read_coco_captions(
     annotations: str | Path, images: str | Path, *, stats: SampleStats, prompt: str = ""
 ) -> Iterator[Question]:
-    """The images of COCO captions, one question each: what does it show?
+    """Returns one question for each image of COCO captions: what does it show?
 
     Args:
-        annotations: `captions_val2014.json` or another in its format.
+        annotations: `captions_val2014.json` or another file in its format.
         images: The folder with the images, by their `file_name`.
-        stats: Counts the images as they are read.
-        prompt: What stands behind each image; nothing does where it is empty, as when a model learns captions.
+        stats: Counts the images that are read.
+        prompt: The text after each image; empty for none, as for a model that learns captions.
 
     Returns:
         Each image with all its captions as references.
 
     Raises:
-        UserError: A file or an image is missing or not as the format says; names the entry.
+        UserError: A file or an image is missing or violates the format; names the entry.
     """
     if QUESTION in prompt:
         raise UserError(f"prompt is {prompt!r}, but captions answer no question: leave {QUESTION} out.")

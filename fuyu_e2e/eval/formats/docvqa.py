@@ -12,20 +12,20 @@ from fuyu_e2e.eval.question import Question
 def read_docvqa(
     annotations: str | Path, images: str | Path, *, stats: SampleStats, prompt: str = QUESTION
 ) -> Iterator[Question]:
-    """The questions of DocVQA (task 1, single pages).
+    """Returns the questions of DocVQA (task 1, single pages).
 
     Args:
-        annotations: `val_v1.0.json` or another in its format.
-        images: The folder that holds `documents/`.
-        stats: Counts the questions as they are read.
-        prompt: What stands behind the image, with `{question}` in it.
+        annotations: `val_v1.0.json` or another file in its format.
+        images: The folder that contains `documents/`.
+        stats: Counts the questions that are read.
+        prompt: The text after the image, with `{question}` in it.
 
     Returns:
-        Each with all its answers. A question may be of several types, so that each type is a group of its own:
+        Questions with all their answers. A question may have several types, so each type is a separate group:
         `{"form": "yes", "layout": "yes"}`.
 
     Raises:
-        UserError: A file or an image is missing or not as the format says; names the entry.
+        UserError: A file or an image is missing or violates the format; names the entry.
     """
     entries = [
         Entry(
@@ -41,5 +41,5 @@ def read_docvqa(
 
 
 def _types(record: Record) -> dict[str, str]:
-    """The types of a question, which early versions of the file don't give."""
+    """Returns the types of a question, which early versions of the file lack."""
     return dict.fromkeys(record.texts("question_types"), "yes") if record.fields.get("question_types") else {}

@@ -1,4 +1,4 @@
-"""JSON files of public benchmarks: what is not as their format says is an error that names the file and the entry."""
+"""JSON files of public benchmarks; a violation of their format is an error that names the file and the entry."""
 
 import json
 import sys
@@ -12,16 +12,16 @@ from fuyu_e2e.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One object of a JSON file, and where it stands."""
+    """One object of a JSON file, and its place for error messages."""
 
     fields: dict[str, Any]
     where: str
 
     def text(self, name: str) -> str:
-        """A text.
+        """Returns the text of a field.
 
         Raises:
-            UserError: There is none.
+            UserError: The field isn't a text.
         """
         value = self.fields.get(name)
         if not isinstance(value, str):
@@ -29,10 +29,10 @@ class Record:
         return value
 
     def identity(self, name: str) -> str:
-        """A text or a whole number that names something, as text.
+        """Returns an identifier, a text or a whole number, as text.
 
         Raises:
-            UserError: It is neither.
+            UserError: The field is neither.
         """
         value = self.fields.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, str)):
@@ -40,10 +40,10 @@ class Record:
         return str(value)
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """One text or more, those that many entries repeat kept once.
+        """Returns one or more texts; equal texts of many entries share memory.
 
         Raises:
-            UserError: It is no list of texts, or an empty one.
+            UserError: The field isn't a list of texts, or is empty.
         """
         values = self.fields.get(name)
         if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
@@ -51,10 +51,10 @@ class Record:
         return tuple(map(sys.intern, values))
 
     def records(self, name: str) -> Iterator["Record"]:
-        """The objects of a list, in order.
+        """Yields the objects of a list, in order.
 
         Raises:
-            UserError: It is no list, or one of them is no object.
+            UserError: The field isn't a list of objects.
         """
         values = self.fields.get(name)
         if not isinstance(values, list):
@@ -66,16 +66,16 @@ class Record:
             yield Record(value, where)
 
     def error(self, name: str, expected: str) -> UserError:
-        """What to raise where a field is not what it should be."""
+        """Returns the error for a field with a wrong value."""
         found = f"is {_shown(self.fields[name])}" if name in self.fields else "is missing"
         return UserError(f"{self.where}: {name} {found}, but must be {expected}.")
 
 
 def load(path: str | Path) -> Record:
-    """The object that a JSON file holds.
+    """Returns the object in a JSON file.
 
     Raises:
-        UserError: It can't be read, is no JSON, or holds something else.
+        UserError: The file can't be read, is not JSON, or contains something else.
     """
     try:
         value = json.loads(Path(path).read_bytes())

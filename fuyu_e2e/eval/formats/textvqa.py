@@ -12,16 +12,16 @@ from fuyu_e2e.eval.question import Question
 def read_textvqa(
     annotations: str | Path, images: str | Path, *, stats: SampleStats, prompt: str = QUESTION
 ) -> Iterator[Question]:
-    """The questions of TextVQA 0.5.1.
+    """Returns the questions of TextVQA 0.5.1.
 
     Args:
-        annotations: `TextVQA_0.5.1_val.json` or another in its format.
-        images: The folder with `{image_id}.jpg` (`train_images`, which holds those of val, too).
-        stats: Counts the questions as they are read.
-        prompt: What stands behind the image, with `{question}` in it.
+        annotations: `TextVQA_0.5.1_val.json` or another file in its format.
+        images: The folder with `{image_id}.jpg` (`train_images`, which also contains those of val).
+        stats: Counts the questions that are read.
+        prompt: The text after the image, with `{question}` in it.
 
     Raises:
-        UserError: A file or an image is missing or not as the format says; names the entry.
+        UserError: A file or an image is missing or violates the format; names the entry.
     """
     entries = [
         Entry(

@@ -21,21 +21,21 @@ def read_vqav2(
     stats: SampleStats,
     prompt: str = QUESTION,
 ) -> Iterator[Question]:
-    """The questions of VQAv2, or of another benchmark in its format, such as OK-VQA.
+    """Returns the questions of VQAv2, or of another benchmark in its format, such as OK-VQA.
 
     Args:
         questions: `v2_OpenEnded_mscoco_val2014_questions.json`, or a part of it.
-        annotations: `v2_mscoco_val2014_annotations.json`; of questions that aren't asked it may say more.
-        images: The folder with `COCO_val2014_000000000042.jpg` and the like; `data_subtype` of the questions says
-            which name stands in the middle.
-        stats: Counts the questions as they are read.
-        prompt: What stands behind the image, with `{question}` in it.
+        annotations: `v2_mscoco_val2014_annotations.json`; may have more entries than questions.
+        images: The folder with `COCO_val2014_000000000042.jpg` and the like; `data_subtype` of the questions is the
+            middle part of the names.
+        stats: Counts the questions that are read.
+        prompt: The text after the image, with `{question}` in it.
 
     Returns:
-        Each with its ten answers, in groups `answer_type` and `question_type`.
+        Questions with their ten answers, in groups `answer_type` and `question_type`.
 
     Raises:
-        UserError: A file or an image is missing or not as the format says; names the entry.
+        UserError: A file or an image is missing or violates the format; names the entry.
     """
     answers: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {}
     for record in load(annotations).records("annotations"):

@@ -1,4 +1,4 @@
-"""The metrics, by the names that task files call them by."""
+"""The metrics, by their names in task files."""
 
 from collections.abc import Mapping
 

@@ -15,16 +15,16 @@ from fuyu_e2e.eval.metrics.mean import paired
 class Bleu:
     """BLEU-4 of a corpus, from 0 to 1 (Papineni et al. 2002, sections 2.1 to 2.3).
 
-    The geometric mean of the precisions of n-grams of one to four words, each clipped at the most that one reference
-    has, times a penalty for a corpus shorter than the references nearest in length (the shorter of two as near, as the
-    COCO evaluation has it). Nothing is smoothed: 0 where no four words match anywhere. Words are those of
+    The geometric mean of the precisions of n-grams of one to four words, each clipped at its greatest count in one
+    reference, times a penalty for a corpus shorter than the references nearest in length (of two equally near, the
+    shorter, as in the COCO evaluation). Nothing is smoothed: 0 if no four words match anywhere. Words are those of
     `fuyu_e2e.eval.metrics.captions`.
     """
 
     higher_is_better = True
 
     def statistics(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> Float64[np.ndarray, "N 10"]:
-        """Matches for n = 1 to 4, n-grams for n = 1 to 4, words, and words of the reference nearest in length.
+        """Returns matches for n = 1 to 4, n-grams for n = 1 to 4, words, and words of the reference nearest in length.
 
         Raises:
             ValueError: A question has no reference, or there aren't as many answers as questions.
@@ -35,7 +35,7 @@ class Bleu:
         return np.array(rows, np.float64).reshape(-1, 2 * LONGEST + 2)
 
     def value(self, total: Float64[np.ndarray, "*samples 10"]) -> Float64[np.ndarray, "*samples"]:
-        """BLEU of counts; nan where the references have no words."""
+        """Returns the BLEU of summed counts; nan if the references have no words."""
         matches, candidates = total[..., :LONGEST], total[..., LONGEST : 2 * LONGEST]
         length, nearest = total[..., -2], total[..., -1]
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -18,18 +18,18 @@ LONGEST = 4
 
 
 def words(caption: str) -> list[str]:
-    """The words of a caption in lower case, without punctuation.
+    """Returns the words of a caption in lower case, without punctuation.
 
-    Close to what the COCO evaluation has from Stanford's PTBTokenizer, which needs Java: `n't`, `'s` and the like are
-    words of their own, hyphenated words are one, punctuation is left out. It differs in that abbreviations lose their
-    periods ("u.s." is `u`, `s`), brackets are left out (there they stay, as `-lrb-`), "cannot" and "gonna" are one
+    Close to the COCO evaluation, which uses Stanford's PTBTokenizer and needs Java: `n't`, `'s` and the like are
+    separate words, hyphenated words are one, punctuation is dropped. It differs in that abbreviations lose their
+    periods ("u.s." is `u`, `s`), brackets are dropped (there they stay, as `-lrb-`), "cannot" and "gonna" are one
     word (there they are two), and the `'n'` of "rock 'n' roll" is `n`.
     """
     return TOKEN.findall(caption.lower().replace("’", "'"))
 
 
 def ngrams(tokens: list[str]) -> Counter[tuple[str, ...]]:
-    """How often each n-gram of one to four words occurs."""
+    """Returns how often each n-gram of one to four words occurs."""
     return Counter(
         tuple(tokens[start : start + n]) for n in range(1, LONGEST + 1) for start in range(len(tokens) - n + 1)
     )

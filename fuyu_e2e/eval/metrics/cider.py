@@ -1,4 +1,4 @@
-"""CIDEr-D: how near a caption is to what people write of this image and not of others."""
+"""CIDEr-D: how similar a caption is to what people write about this image but not about others."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from fuyu_e2e.eval.metrics.captions import LONGEST, ngrams, words
 from fuyu_e2e.eval.metrics.mean import paired, ratio
 
 SIGMA = 6.0
-"""Words of difference in length at which the penalty for it begins to bite: the standard deviation of a Gaussian."""
+"""Standard deviation, in words, of the Gaussian penalty for a difference in length."""
 SCALE = 10.0
 
 Ngram = tuple[str, ...]
@@ -20,17 +20,17 @@ Ngram = tuple[str, ...]
 class CiderD:
     """CIDEr-D, from 0 to 10 (Vedantam et al. 2015, "CIDEr: Consensus-based Image Description Evaluation", section 8).
 
-    For n = 1 to 4, n-grams are weighted by tf-idf, and a caption's vector, clipped at a reference's, is compared with
-    it by the cosine. The mean over references and n counts, less a penalty for another length. The idf is that of the
-    references of all questions scored together, one question being one document: score a whole corpus in one call. Of
-    a single question all idf are 0, and so is the score. As in the COCO evaluation, words are not stemmed (the paper
-    stems them). Words are those of `fuyu_e2e.eval.metrics.captions`.
+    For n = 1 to 4, n-grams are weighted by tf-idf; a caption's vector, clipped at a reference's, is compared with it
+    by the cosine. The score is the mean over references and n, less a penalty for a difference in length. The idf is
+    that of the references of all questions scored together, each question being one document: score a whole corpus in
+    one call. For a single question all idf are 0, and so is the score. As in the COCO evaluation, words are not
+    stemmed (the paper stems them). Words are those of `fuyu_e2e.eval.metrics.captions`.
     """
 
     higher_is_better = True
 
     def statistics(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> Float64[np.ndarray, "N 2"]:
-        """The score of each answer, and a one.
+        """Returns the score of each answer, and a one.
 
         Raises:
             ValueError: A question has no reference, or there aren't as many answers as questions.
@@ -49,7 +49,7 @@ class CiderD:
         return np.array([scores, np.ones(len(scores))]).T
 
     def value(self, total: Float64[np.ndarray, "*samples 2"]) -> Float64[np.ndarray, "*samples"]:
-        """Points over questions; nan where there is no question."""
+        """Returns points over questions; nan without questions."""
         return ratio(total)
 
 
@@ -59,7 +59,7 @@ class _Vector:
 
     weights: Mapping[Ngram, float]
     norms: Float64[np.ndarray, " LONGEST"]
-    """Of the n-grams of each length."""
+    """The norm of the n-grams of each length."""
     length: int
     """Words of the caption."""
 

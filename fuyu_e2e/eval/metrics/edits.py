@@ -1,4 +1,4 @@
-"""Metrics that count edits: letters to insert, delete or exchange (Levenshtein 1966)."""
+"""Metrics that count edits: letters to insert, delete or substitute (Levenshtein 1966)."""
 
 from collections.abc import Sequence
 
@@ -9,13 +9,13 @@ from fuyu_e2e.eval.metrics.mean import paired, ratio
 
 
 def edit_distance(a: str, b: str) -> int:
-    """The fewest insertions, deletions and substitutions of letters (code points) that turn one text into the other.
+    """Returns the fewest insertions, deletions and substitutions of letters (code points) between two texts.
 
-    torchmetrics' `edit_distance` searches near the diagonal only, so it gives too much for long texts that are
-    shifted against each other.
+    torchmetrics' `edit_distance` searches only near the diagonal, so it overestimates for long texts that are shifted
+    against each other.
     """
     rows, cols = sorted((np.array([*map(ord, text)], np.int64) for text in (a, b)), key=len)
-    # A row of the table of distances minus its column's number: an insertion, which adds one a column, adds nothing.
+    # Each row holds distances minus the column number, so that an insertion, which costs one a column, adds nothing.
     lowered = np.zeros(len(cols) + 1, np.int64)
     for number, letter in enumerate(rows, 1):
         diagonal = lowered[:-1] - (cols == letter)
@@ -24,7 +24,7 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def anls(answer: str, references: Sequence[str]) -> float:
-    """ANLS: 1 - edits / letters of the longer text, for the most similar reference; 0 where that is below 0.5.
+    """Returns ANLS: 1 - edits / letters of the longer text, for the most similar reference; 0 if that is below 0.5.
 
     Biten et al. 2019, "Scene Text Visual Question Answering", equation 1, as DocVQA is evaluated: in lower case, with
     white space collapsed. An answer that is exactly half right counts 0.5, as in the script of the DocVQA challenge
@@ -49,14 +49,14 @@ class CharacterErrorRate:
     """The sum of edits over the sum of the references' letters, spaces among them (the word error rate
     of Morris et al. 2004, "From WER and RIL to MER and WIL", on letters).
 
-    Of several references the one with the lowest rate counts. Infinite where all references are empty but an answer
+    Among several references, the one with the lowest rate counts. Infinite if all references are empty but an answer
     isn't.
     """
 
     higher_is_better = False
 
     def statistics(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> Float64[np.ndarray, "N 2"]:
-        """Edits that turn each answer into its nearest reference, and the letters of that reference.
+        """Returns for each answer the edits to its nearest reference, and the letters of that reference.
 
         Raises:
             ValueError: A question has no reference, or there aren't as many answers as questions.
@@ -65,7 +65,7 @@ class CharacterErrorRate:
         return np.array(rows, np.float64).reshape(-1, 2)
 
     def value(self, total: Float64[np.ndarray, "*samples 2"]) -> Float64[np.ndarray, "*samples"]:
-        """Edits over letters; nan where there are neither."""
+        """Returns edits over letters; nan without either."""
         return ratio(total)
 
 

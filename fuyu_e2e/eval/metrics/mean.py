@@ -1,4 +1,4 @@
-"""Metrics that are one number over another: the mean of a score is points over questions."""
+"""Metrics that are a ratio of two sums, such as the mean of a score: points over questions."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Mean:
     higher_is_better: bool = True
 
     def statistics(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> Float64[np.ndarray, "N 2"]:
-        """The score of each answer, and a one.
+        """Returns the score of each answer, and a one.
 
         Raises:
             ValueError: A question has no reference, or there aren't as many answers as questions.
@@ -24,12 +24,12 @@ class Mean:
         return np.array([scores, np.ones(len(scores))]).T
 
     def value(self, total: Float64[np.ndarray, "*samples 2"]) -> Float64[np.ndarray, "*samples"]:
-        """Points over questions; nan where there is no question."""
+        """Returns points over questions; nan without questions."""
         return ratio(total)
 
 
 def paired(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Iterator[tuple[str, Sequence[str]]]:
-    """Each answer with its references.
+    """Yields each answer with its references.
 
     Raises:
         ValueError: A question has no reference, or there aren't as many answers as questions.
@@ -41,6 +41,6 @@ def paired(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Itera
 
 
 def ratio(total: Float64[np.ndarray, "*samples 2"]) -> Float64[np.ndarray, "*samples"]:
-    """The first sum over the second; nan for 0 / 0."""
+    """Returns the first sum over the second; nan for 0 / 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(total[..., 0] / total[..., 1])

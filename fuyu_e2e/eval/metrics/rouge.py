@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from fuyu_e2e.eval.metrics.captions import words
 
 BETA = 1.2
-"""How much more recall counts than precision, as the COCO evaluation has it."""
+"""How much more recall counts than precision, as in the COCO evaluation."""
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """The F-measure of the longest common subsequence of words (Lin 2004, section 3, with `BETA`).
+    """Returns the F-measure of the longest common subsequence of words (Lin 2004, section 3, with `BETA`).
 
-    Of several references the best precision and the best recall count, each on its own, as in the COCO evaluation
+    With several references, the best precision and the best recall count independently, as in the COCO evaluation
     (Chen et al. 2015, "Microsoft COCO Captions"). Words are those of `fuyu_e2e.eval.metrics.captions`.
     """
     own, others = words(answer), [words(reference) for reference in references]

@@ -1,7 +1,7 @@
 """The accuracy of VQA and VQAv2: an answer counts in full if three other annotators gave it.
 
 Antol et al. 2015, "VQA: Visual Question Answering", section 3, and Goyal et al. 2017, "Making the V in VQA Matter",
-evaluated as the official script for v2.0 does, its peculiarities included.
+computed as in the official script for v2.0, including its peculiarities.
 """
 
 import re
@@ -12,7 +12,7 @@ from functools import lru_cache
 PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
 DIGITS_WITH_COMMA = re.compile(r"\d,\d")
 PERIOD = re.compile(r"\.(?!\d)")
-"""Every period but one before a digit."""
+"""Every period except one before a digit."""
 ARTICLES = frozenset({"a", "an", "the"})
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(DIGITS)}
@@ -25,20 +25,20 @@ CONTRACTED = """
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
 """
-"""What the official script restores where one apostrophe is missing; words as "shed" and "well" stay as they are."""
+"""Contractions whose missing apostrophe the official script restores; words such as "shed" and "well" stay."""
 CONTRACTIONS = {
     word[: mark.start()] + word[mark.end() :]: word for word in CONTRACTED.split() for mark in re.finditer("'", word)
 } | {"somebody'd": "somebodyd"}  # the wrong way round in the official script
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """The mean over annotators of min(how many of the others gave this answer / 3, 1).
+    """Returns the mean over annotators of min(how many of the others gave this answer / 3, 1).
 
-    With ten annotators, three that agree with the answer give 0.9 and four give 1. Of one annotator there are no
-    others: the accuracy is 0 whatever the answer; of two it is at most 1/3. Use `accuracy` for such data.
+    With ten annotators, three that agree with the answer give 0.9 and four give 1. With one annotator there are no
+    others, and the accuracy is always 0; with two it is at most 1/3. Use `accuracy` for such data.
 
-    Answers are compared after `normalise`, except where all annotators wrote the very same: then, as in the official
-    script, the answer must be that but for the white space around it.
+    Answers are compared after `normalise`, unless all annotators wrote exactly the same: then, as in the official
+    script, the answer must equal that except for surrounding white space.
     """
     answer, *given = (text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *references))
     if len(set(given)) > 1:
@@ -50,10 +50,10 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
 
 @lru_cache(maxsize=2**16)  # annotators mostly write the same few words
 def normalise(answer: str) -> str:
-    """Removes punctuation and articles, writes numbers up to ten in digits and restores apostrophes.
+    """Returns an answer without punctuation and articles, with numbers up to ten in digits and apostrophes restored.
 
-    A mark of punctuation goes where it stands beside a space somewhere in the answer, or where the answer has a comma
-    between digits; elsewhere it becomes a space.
+    A punctuation mark is removed if it is next to a space somewhere in the answer, or if the answer has a comma
+    between digits; otherwise it becomes a space.
     """
     text = answer
     remove_all = DIGITS_WITH_COMMA.search(answer) is not None

@@ -1,15 +1,15 @@
-"""Attention by documents with torch's own scaled dot product, on any device.
+"""Attention within documents by torch's scaled dot product, on any device.
 
 `GroupedRow`, for causal attention, sorts the documents of a row into groups of nearly equal length and pads within
-a group. Padding comes after the tokens of its document, where a causal token never looks: no mask is ever built.
+a group. The padding follows the tokens of its document, where a causal token never looks, so no mask is built.
 
-`TiledAttention`, for every other mask and for queries that are not the keys, cuts documents into tiles of queries,
-each with the keys that its mask can show it, and groups tiles by their number of keys: a window costs its own width,
-not the document's length.
+`TiledAttention`, for every other mask and for queries that differ from the keys, cuts documents into tiles of
+queries, pairs each with the keys that the mask can show it, and groups tiles by their number of keys: a window costs
+its own width, not the document's length.
 
-How many tokens of each document a block selects is known on the device alone. On the CPU, where looking costs
-nothing, those that pass are planned like a row of their own; elsewhere `MaskedAttention` takes them as they are, at
-the price of the square of the block's capacity, so that the host never waits.
+Only the device knows how many tokens of each document a block selects. On the CPU, where reading that is free, the
+selected tokens are planned like a row; on other devices `MaskedAttention` computes every pair of them, at the cost of
+the square of the block's capacity, so that the host never waits.
 """
 
 from contextlib import nullcontext
@@ -28,27 +28,27 @@ from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.device_copy import to_device
 
 LENGTH_STEP = 16
-"""Documents are padded to a multiple of this many tokens, which bounds the number of groups and of kernel calls."""
+"""Documents are padded to a multiple of this many tokens, which bounds the groups and so the kernel calls."""
 TILE = 256
-"""Queries of a tile, or half a window where that is more: many enough for a product, and few enough to skip most of
-what the window hides; the fewer, the more often a key is copied."""
+"""Queries of a tile, or half a window if that is more. Enough for an efficient product, few enough to skip most of
+what the window hides; with fewer, keys would be copied more often."""
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Of a GPU, the first that serves computes the documents of a group. cuDNN's, which torch would try first on Hopper,
-takes seconds to plan for each new shape."""
+"""Kernels of a GPU, in order of preference, for the documents of a group. Without cuDNN's, torch's first choice on
+Hopper: it takes seconds to plan each new shape."""
 
 
 @dataclass(frozen=True)
 class PlacedRow(RowAttention):
-    """A row whose tokens' places are known, so that some of them can attend under its mask."""
+    """A row with known document positions, so that a selection of its tokens can attend under its mask."""
 
     mask: AttentionMask
     places: Places
-    """Of its tokens, on their device."""
+    """The places of its tokens, on their device."""
 
     @torch.compiler.disable
     def select(self, passing: Passing) -> Attend:
-        """The attention of passing tokens to each other; what only fills the capacity is one more document."""
+        """Returns attention among the selected tokens; capacity filler forms one more document."""
         if passing.index.device.type == "cpu":
             return self._tiles(own := self.places.take(passing.index[passing.valid]), own)
         own = self.places.take(passing.index)._replace(document=passing.documents(self.places.document, -1))
@@ -56,7 +56,7 @@ class PlacedRow(RowAttention):
 
     @torch.compiler.disable
     def cross(self, passing: Passing) -> Attend:
-        """The attention of passing tokens to the whole row."""
+        """Returns attention of the selected tokens to the whole row."""
         if passing.index.device.type == "cpu":
             return self._tiles(self.places.take(passing.index[passing.valid]), self.places)
         return MaskedAttention.of(self.mask, self.places.take(passing.index), self.places)
@@ -67,19 +67,19 @@ class PlacedRow(RowAttention):
 
 @dataclass(frozen=True)
 class GroupedRow(PlacedRow):
-    """Where each token of a row goes for attention, and where it comes back from.
+    """Causal attention of a row, computed in groups of documents padded to the same length.
 
-    Holds for one row on one device, and for every block.
+    One plan serves all blocks of a forward pass.
     """
 
     lengths: tuple[int, ...]
     """Tokens of each document."""
     groups: tuple[tuple[int, int], ...]
-    """(documents, padded length) of each group."""
+    """(documents, padded length) for each group."""
     gather: Int64[Tensor, " padded"]
-    """For each place in the groups, the token that fills it; padding repeats the first token of its document."""
+    """For each slot of the groups, the token that fills it; padding repeats the first token of its document."""
     scatter: Int64[Tensor, " T"]
-    """For each token, its place in the groups."""
+    """For each token, its slot in the groups."""
 
     @classmethod
     def of(cls, document_lengths: tuple[int, ...], device: torch.device) -> "GroupedRow":
@@ -101,7 +101,7 @@ class GroupedRow(PlacedRow):
         document = np.repeat(np.arange(len(lengths)), lengths)
         index = to_device(torch.from_numpy(np.concatenate([*gather, scatter, document])), device)
         gathered, scattered, documents = index.split([base, len(scatter), len(document)])
-        # A causal mask compares positions alone: those in the row serve it.
+        # A causal mask compares positions only, so positions in the row will do.
         order = Places(documents, torch.arange(len(document), device=device), None)
         return cls(CAUSAL, order, tuple(lengths.tolist()), tuple(groups), gathered, scattered)
 
@@ -112,7 +112,7 @@ class GroupedRow(PlacedRow):
         keys: Float[Tensor, "T G K"],
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
-        """Causal attention of every token to the tokens of its own document up to itself."""
+        """Returns the attention of every token to the tokens of its document up to itself."""
         if not self.groups:  # a block selected no token of any document
             return queries
         heads, kv_heads = queries.shape[1], keys.shape[1]
@@ -133,7 +133,7 @@ class GroupedRow(PlacedRow):
 
     @torch.compiler.disable
     def select(self, passing: Passing) -> Attend:
-        """The attention of passing tokens to each other."""
+        """Returns attention among the selected tokens."""
         if passing.index.device.type != "cpu":
             return super().select(passing)
         counts = torch.bincount(passing.documents(self.places.document, len(self.lengths)))
@@ -145,13 +145,14 @@ class TiledRow(PlacedRow):
     """A row under any mask."""
 
     plan: "TiledAttention"
-    """Of all its tokens."""
+    """Attention of all its tokens."""
 
     @classmethod
     def of(
         cls, mask: AttentionMask, lengths: tuple[int, ...], images: tuple[tuple[int, int], ...], device: torch.device
     ) -> "TiledRow":
-        """Plans a row of documents with these lengths, laid end to end; `images` are the bounds of each in the row."""
+        """Plans a row of documents with these lengths, laid end to end; `images` are the (start, stop) of each
+        image."""
         places = Places.of(lengths, images)
         return cls(mask, places.on(device), TiledAttention.of(mask, places, places, device))
 
@@ -161,34 +162,34 @@ class TiledRow(PlacedRow):
         keys: Float[Tensor, "T G K"],
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
-        """Attention of every token to those that the mask shows it."""
+        """Returns the attention of every token to the tokens that the mask shows it."""
         return self.plan(queries, keys, values)
 
 
 @dataclass(frozen=True)
 class TiledAttention:
-    """Attention of some tokens to some tokens under a mask, by tiles of queries; planned on the host."""
+    """Attention of queries to keys under a mask, in tiles of queries; planned on the host."""
 
     groups: tuple[tuple[int, int, int], ...]
-    """(tiles, padded queries, padded keys) of each group."""
+    """(tiles, padded queries, padded keys) for each group."""
     query_gather: Int64[Tensor, " padded_queries"]
-    """For each query's place in the groups, the query that fills it."""
+    """For each query slot of the groups, the query that fills it."""
     key_gather: Int64[Tensor, " padded_keys"]
-    """For each key's place in the groups, the key that fills it."""
+    """For each key slot of the groups, the key that fills it."""
     seen: tuple[Bool[Tensor, "_ _ _"], ...]
-    """Of each group, whether a query sees a key: (tiles, queries, keys)."""
+    """For each group, whether a query sees a key: (tiles, queries, keys)."""
     scatter: Int64[Tensor, " queries"]
-    """For each query, its place in the groups."""
+    """For each query, its slot in the groups."""
 
     @classmethod
     def of(cls, mask: AttentionMask, queries: Places, keys: Places, device: torch.device) -> "TiledAttention":
-        """Plans attention between tokens in order of their documents, and of their positions in them.
+        """Plans attention between tokens that are sorted by document and by position within.
 
         Args:
-            mask: Which of its document's keys a query sees.
+            mask: Which keys of its document a query sees.
             queries: Places of the tokens that attend; each is among the keys, too.
             keys: Places of the tokens that are attended to.
-            device: Where they are computed.
+            device: The device that computes it.
         """
         tiles = _Tiles.of(mask, queries, keys)
         padded = -(-tiles.keys // LENGTH_STEP) * LENGTH_STEP
@@ -205,7 +206,7 @@ class TiledAttention:
             real = within_keys < of_size.keys[:, None]
             shown = np.where(real, shown, 0)
             own, others = queries.take(asked), keys.take(shown)
-            # What only pads a tile's keys is of no document.
+            # Padding keys of a tile belong to no document.
             others = others._replace(document=np.where(real, others.document, -1))
             seen.append(seen_by(mask, own.on(device).take(QUERIES), others.on(device).take(KEYS)))
             groups.append((len(asked), asked.shape[1], int(size)))
@@ -220,11 +221,11 @@ class TiledAttention:
     @torch.compiler.disable
     def __call__(
         self,
-        queries: Float[Tensor, "C H K"],
+        queries: Float[Tensor, "Q H K"],
         keys: Float[Tensor, "S G K"],
         values: Float[Tensor, "S G K"],
-    ) -> Float[Tensor, "C H K"]:
-        """Attention of every query; of those after the ones that were planned, which fill a capacity, 0."""
+    ) -> Float[Tensor, "Q H K"]:
+        """Returns the attention of every query; 0 for queries after the planned ones, which fill a capacity."""
         kv_heads = keys.shape[1]
         asked = queries.index_select(0, self.query_gather)
         known = torch.cat((keys, values), dim=1).index_select(0, self.key_gather)
@@ -243,17 +244,17 @@ class TiledAttention:
 
 
 class _Tiles(NamedTuple):
-    """Tiles of queries of one document each, and the keys that a mask can show them; int64 arrays of one length."""
+    """Tiles of queries, each of one document, and the keys that a mask can show them; int64 arrays of one length."""
 
     first_query: Any
     queries: Any
-    """Their number."""
+    """The number of queries."""
     first_sink: Any
     sinks: Any
-    """Tokens from `first_sink` on that are seen beside those from `first_key` on."""
+    """Tokens from `first_sink` on that are seen besides those from `first_key` on."""
     first_key: Any
     keys: Any
-    """Number of both together."""
+    """The number of keys, sinks included."""
 
     @classmethod
     def of(cls, mask: AttentionMask, queries: Places, keys: Places) -> "_Tiles":
@@ -264,7 +265,7 @@ class _Tiles(NamedTuple):
         first = np.repeat(starts, tiles) + number * size
         count = np.minimum(size, np.repeat(starts + counts, tiles) - first)
         document, last = queries.document[first], first + count - 1
-        # One number by which keys are sorted: the document before the position in it.
+        # One number to sort keys by: the document first, then the position in it.
         step = int(max(keys.position.max(initial=0), queries.position.max(initial=0))) + 2
         order = keys.document * step + keys.position
 
@@ -276,7 +277,7 @@ class _Tiles(NamedTuple):
         if mask.images == "bidirectional":
             image, inside = queries.image[last], np.flatnonzero(keys.image >= 0)
             ends = np.zeros(keys.image.max(initial=0) + 1, np.int64)
-            ends[keys.image[inside]] = inside + 1  # of several tokens of an image, the last one stays
+            ends[keys.image[inside]] = inside + 1  # the last token of an image wins
             end = np.maximum(end, np.where(image >= 0, ends[image], 0))
         first_sink = key_at(0)
         sinks = np.minimum(key_at(min(mask.sinks, step - 1)), begin) - first_sink
@@ -288,23 +289,23 @@ class _Tiles(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskedAttention:
-    """Attention under a mask of every query against every key: what it costs doesn't depend on the data."""
+    """Attention under a mask, computed for every pair of query and key: its cost doesn't depend on the data."""
 
-    seen: Bool[Tensor, "C S"]
+    seen: Bool[Tensor, "Q S"]
     """Whether a query sees a key."""
 
     @classmethod
     def of(cls, mask: AttentionMask, queries: Places, keys: Places) -> "MaskedAttention":
-        """Of tokens with these places, on the device."""
+        """Plans attention between tokens with these places on the device."""
         return cls(seen_by(mask, queries.take(QUERIES), keys.take(KEYS)))
 
     def __call__(
         self,
-        queries: Float[Tensor, "C H K"],
+        queries: Float[Tensor, "Q H K"],
         keys: Float[Tensor, "S G K"],
         values: Float[Tensor, "S G K"],
-    ) -> Float[Tensor, "C H K"]:
-        """Attention of every query to the keys that it sees."""
+    ) -> Float[Tensor, "Q H K"]:
+        """Returns the attention of every query to the keys that it sees."""
         attended = shared_attention(
             queries.transpose(0, 1)[None],
             keys.transpose(0, 1)[None],
@@ -321,10 +322,10 @@ def shared_attention(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Float[Tensor, "B H Q K"]:
-    """torch's scaled dot product, where several heads of queries may share one of keys and values."""
+    """Returns torch's scaled dot product attention; several query heads may share one key/value head."""
     shares = queries.shape[1] // keys.shape[1]
     if shares > 1 and queries.is_cuda and (attn_mask is not None or queries.dtype == torch.float32):
-        # A GPU's kernel for masks and float32 knows no sharing: torch would take the slow way through all scores.
+        # GPU kernels for masks and float32 can't share heads: torch would fall back to computing all scores.
         keys, values = keys.repeat_interleave(shares, dim=1), values.repeat_interleave(shares, dim=1)
     return F.scaled_dot_product_attention(
         queries,

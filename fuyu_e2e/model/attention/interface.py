@@ -1,8 +1,8 @@
-"""Attention inside each document of a packed row, of all its tokens or of some of them.
+"""The interface of attention inside the documents of a packed row, for all its tokens or a selection.
 
-What a block asks for stands here, with its definition (`reference_attention`). Several backends compute it, at the
-cost of the sum of squares of the documents' lengths instead of the square of the row's:
-`fuyu_e2e.model.attention.grouped` on any device, `fuyu_e2e.model.attention.kernels` on GPUs.
+`RowAttention` is what blocks use, and `reference_attention` defines the result. Backends compute it at the cost of the
+sum of squares of the document lengths instead of the square of the row length: `fuyu_e2e.model.attention.grouped` on
+any device, `fuyu_e2e.model.attention.kernels` on GPUs.
 """
 
 from abc import ABC, abstractmethod
@@ -19,54 +19,55 @@ from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
 from fuyu_e2e.model.device_copy import to_device
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""How a block attends: (queries "T H K", keys "S G K", values "S G K") to outputs "T H K".
+"""The attention of a block: (queries "Q H K", keys "S G K", values "S G K") to outputs "Q H K".
 
-Training and prefill attend within the row (`GroupedRow`), decoding attends to a cache; a block can't tell.
+Training and prefill attend within the row (`GroupedRow`), decoding attends to a cache; a block sees no difference.
 """
 
 
 def attention_type(weight: Tensor) -> torch.dtype:
-    """The type of queries, keys and values: autocast's where that is on, else that of the weights."""
+    """Returns the dtype of queries, keys and values: autocast's if that is on, else the weights'."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 @dataclass(frozen=True)
 class Passing:
-    """The tokens of a row that pass a block which selects some, gathered in their order."""
+    """The tokens of a row that a block selects, in their order."""
 
-    index: Int64[Tensor, " C"]
-    """Where each stands in the row."""
-    valid: Bool[Tensor, " C"]
-    """False for the tokens at the end that only fill the capacity: they skip the block, whatever is computed."""
+    index: Int64[Tensor, " U"]
+    """The index of each selected token in the row."""
+    valid: Bool[Tensor, " U"]
+    """False for tokens at the end that only fill the capacity: they skip the block, and their results are
+    discarded."""
 
-    def documents(self, document: Int64[Tensor, " T"], filling: int) -> Int64[Tensor, " C"]:
-        """The document of each, of those of the row's tokens; what only fills the capacity forms one of its own.
+    def documents(self, document: Int64[Tensor, " T"], filling: int) -> Int64[Tensor, " U"]:
+        """Returns the document id of each selected token; capacity filler gets the id `filling`.
 
         Args:
-            document: Of each token of the row, the number of its document.
-            filling: A number that no document has.
+            document: The document id of each token of the row.
+            filling: An id that no document has.
         """
         return torch.where(self.valid, document.index_select(0, self.index), filling)
 
 
 class Places(NamedTuple):
-    """What a mask looks at of some tokens: int64 tensors of a device, or numpy's arrays of the host, of one shape."""
+    """What a mask depends on, for some tokens: int64 tensors on a device or numpy arrays on the host, of one shape."""
 
     document: Any
-    """The number of each token's document."""
+    """The document number of each token."""
     position: Any
-    """Its position in the document."""
+    """The position of each token in its document."""
     image: Any
-    """The number of its image in the row, -1 outside of images; None where no mask asks."""
+    """The number of each token's image in the row, -1 outside of images; None if no mask needs it."""
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], images: tuple[tuple[int, int], ...]) -> "Places":
-        """Those of a row of documents laid end to end, on the host.
+        """Returns the places of a row of documents laid end to end, on the host.
 
         Args:
             lengths: Tokens of each document.
-            images: Where in the row each image begins, and where it ends.
+            images: The (start, stop) indices of each image in the row.
         """
         counts = np.array(lengths, np.int64)
         document = np.repeat(np.arange(len(counts)), counts)
@@ -77,26 +78,26 @@ class Places(NamedTuple):
 
     @no_type_check  # part of flex's kernel, as `AttentionMask.sees` is
     def take(self, index: Any) -> "Places":
-        """Those of the tokens at some indices."""
+        """Returns the places of the tokens at some indices."""
         return Places(self.document[index], self.position[index], None if self.image is None else self.image[index])
 
     def on(self, device: torch.device) -> "Places":
-        """The host's places on a device."""
-        # One by one: torch.export stores no parts of a tensor.
+        """Returns the places, which are on the host, on a device."""
+        # One tensor at a time: torch.export can't store parts of a tensor.
         return Places(*(part if part is None else to_device(torch.from_numpy(part), device) for part in self))
 
     def numpy(self) -> "Places":
-        """Those of tensors of a CPU, on the host."""
+        """Returns the places, tensors on a CPU, as numpy arrays."""
         return Places(*(part if part is None else part.numpy() for part in self))
 
 
 QUERIES, KEYS = (..., slice(None), None), (..., None, slice(None))
-"""What makes pairs of "*batch Q" queries and "*batch K" keys."""
+"""Indices that pair "*batch Q" queries with "*batch S" keys."""
 
 
 @no_type_check
 def seen_by(mask: AttentionMask, query: Places, key: Places) -> Any:
-    """Returns whether each query sees the key that it is paired with; a bool tensor of the shape that they have."""
+    """Returns whether each query sees the key that it is paired with, a bool tensor of their broadcast shape."""
     same_image = False
     if query.image is not None and mask.reads_images:
         same_image = (query.image == key.image) & (query.image >= 0)
@@ -104,7 +105,7 @@ def seen_by(mask: AttentionMask, query: Places, key: Places) -> Any:
 
 
 class RowAttention(ABC):
-    """Attention of all tokens of a row, which also serves a selection of them."""
+    """Attention of all tokens of a row, and of selections of them."""
 
     @abstractmethod
     def __call__(
@@ -113,15 +114,15 @@ class RowAttention(ABC):
         keys: Float[Tensor, "T G K"],
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
-        """Attention of every token to those that the block's mask shows it."""
+        """Returns the attention of every token to the tokens that the block's mask shows it."""
 
     @abstractmethod
     def select(self, passing: Passing) -> Attend:
-        """The attention of passing tokens to passing tokens alone: queries, keys and values are theirs."""
+        """Returns attention among the selected tokens only: queries, keys and values are theirs."""
 
     @abstractmethod
     def cross(self, passing: Passing) -> Attend:
-        """The attention of passing tokens to all tokens: queries are theirs, keys and values the whole row's."""
+        """Returns attention of the selected tokens to all: queries are theirs, keys and values the whole row's."""
 
 
 def reference_attention(
@@ -133,10 +134,10 @@ def reference_attention(
     mask: AttentionMask = CAUSAL,
     images: tuple[tuple[int, int], ...] = (),
 ) -> Float[Tensor, "T H K"]:
-    """The same attention as one masked softmax over the whole row: the definition that every fast path must match.
+    """Returns attention as one masked softmax over the whole row: the definition that every backend must match.
 
-    Where only some keys are `known`, the outputs of tokens that see none mean nothing. `images` are the bounds of each
-    image in the row.
+    If only some keys are `known`, outputs of tokens that see none of them are undefined. `images` are the (start,
+    stop) indices of each image in the row.
     """
     repeat = queries.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(repeat, dim=1), values.repeat_interleave(repeat, dim=1)

@@ -1,15 +1,15 @@
-"""Attention by documents with kernels for GPUs, and which backend serves a row.
+"""Attention within documents by GPU kernels, and the choice of a backend.
 
-    documents   torch's scaled dot product, documents of nearly equal length together; any device, any type
+    documents   torch's scaled dot product over groups of documents of similar length; any device, any dtype
     varlen      torch.nn.attention.varlen: FlashAttention (Dao 2023, arXiv 2307.08691) over documents laid end to end;
                 CUDA, bfloat16 or float16
-    flash       the same kernel, or a newer one, from the flash_attn package where it is installed
-    flex        torch's flex_attention (Dong et al. 2024, arXiv 2412.05496) under a mask by blocks; CUDA, any type
+    flash       the same kernel, or a newer one, from the flash_attn package if it is installed
+    flex        torch's flex_attention (Dong et al. 2024, arXiv 2412.05496) with a block mask; CUDA, any dtype
 
-Kernels of FlashAttention know windows and no other mask: blocks whose mask they can't compute take flex instead.
+FlashAttention kernels support windows and no other mask: blocks with other masks use flex instead.
 
-Which tokens a block selects is known on the device alone. The lengths of what passes of each document stay there,
-so that the host never waits.
+Only the device knows which tokens a block selects. The number of selected tokens of each document stays there, so that
+the host never waits.
 """
 
 import inspect
@@ -33,12 +33,12 @@ from fuyu_e2e.model.device_copy import to_device
 
 AttentionBackend = Literal["auto", "documents", "varlen", "flash", "flex"]
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
-"""Causal attention within documents: (queries "T H K", keys "T G K", values "T G K", starts of documents and the end
-"D+1", the longest one's length or more) to outputs "T H K"."""
+"""Causal attention within documents: (queries "T H K", keys "T G K", values "T G K", start of each document and end of
+the last, at least the longest length) to outputs "T H K"."""
 
 
 HEAD_STEP, LARGEST_HEAD = 8, 256
-"""FlashAttention takes heads whose size is a multiple of the first, up to the second."""
+"""FlashAttention takes head sizes that are multiples of the first, up to the second."""
 
 
 def plan_attention(
@@ -51,19 +51,19 @@ def plan_attention(
     mask: AttentionMask = CAUSAL,
     images: tuple[tuple[int, int], ...] = (),
 ) -> RowAttention:
-    """The attention of a row of documents with these lengths, laid end to end.
+    """Returns the attention of a row of documents with these lengths, laid end to end.
 
     Args:
-        lengths: Tokens of each document, and of the padding behind them.
-        device: Where the row is.
-        dtype: What products are computed in.
-        backend: Which way; `auto` takes what is fastest there.
+        lengths: Tokens of each document, and of the padding after them.
+        device: The device of the row.
+        dtype: The dtype of queries, keys and values.
+        backend: The backend; `auto` takes the fastest for the device.
         head_size: Values of a head.
         mask: What a token sees of its document.
-        images: Where in the row each image begins and ends.
+        images: The (start, stop) indices of each image in the row.
 
     Raises:
-        UserError: The backend doesn't serve this device, type or size of a head.
+        UserError: The backend doesn't serve this device, dtype or head size.
     """
     backend = _fastest(device, dtype, head_size) if backend == "auto" else backend
     if backend == "documents":
@@ -86,10 +86,10 @@ def plan_attention(
 
 
 def check_device(backend: AttentionBackend, device: torch.device) -> None:
-    """Refuses a backend that is for GPUs on another device.
+    """Refuses a GPU backend on another device.
 
     Raises:
-        UserError: It is.
+        UserError: The backend needs a CUDA device.
     """
     if backend not in ("auto", "documents") and device.type != "cuda":
         raise UserError(f"model.attention {backend} needs a CUDA device, and this is {device.type}: leave it at auto.")
@@ -110,7 +110,7 @@ def _fits(head_size: int) -> bool:
 
 @cache
 def _flash_attention() -> Callable[..., Tensor] | None:
-    """The kernel of the flash_attn package; a package of that name may hold only newer kernels, or fail to load."""
+    """Returns the flash_attn kernel, or None: a package of that name may hold only newer kernels, or fail to load."""
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
@@ -120,7 +120,7 @@ def _flash_attention() -> Callable[..., Tensor] | None:
 
 @cache
 def _varlen_kernel(backend: str, mask: AttentionMask = CAUSAL) -> Kernel | None:
-    """The kernel under a mask; None where it can't compute that one."""
+    """Returns the kernel under a mask; None if it can't compute that mask."""
     window = (-1 if mask.window is None else mask.window - 1, 0)
     expressible = type(mask) is AttentionMask and not mask.sinks and mask.images == "causal"
     if backend == "flash":
@@ -168,13 +168,13 @@ def _torch_varlen(
 
 @dataclass(frozen=True)
 class VarlenRow(PlacedRow):
-    """A row whose documents a kernel finds by where they start."""
+    """A row for a kernel that takes the starts of its documents."""
 
     kernel: Kernel
     starts: Int[Tensor, " bounds"]
-    """Where each document starts, and where the last ends: int32."""
+    """The start of each document, and the end of the last; int32."""
     longest: int
-    """Tokens of the longest, rounded up to a power of two; a compiled block takes any from the second on."""
+    """Tokens of the longest document, rounded up to a power of two, to limit the graphs of a compiled block."""
 
     @classmethod
     def of(
@@ -191,16 +191,16 @@ class VarlenRow(PlacedRow):
         keys: Float[Tensor, "T G K"],
         values: Float[Tensor, "T G K"],
     ) -> Float[Tensor, "T H K"]:
-        """Attention of every token to those of its document that the mask shows it."""
+        """Returns the attention of every token to the tokens of its document that the mask shows it."""
         if not len(queries):  # a block selected none
             return queries
         return self.kernel(queries, keys, values, self.starts, self.longest)
 
     def select(self, passing: Passing) -> Attend:
-        """The attention of passing tokens to each other; what only fills the capacity is one more document."""
+        """Returns attention among the selected tokens; capacity filler forms one more document."""
         documents = len(self.starts) - 1
         own = passing.documents(self.places.document, documents)
-        if self.mask.window is not None:  # it counts the tokens between those that pass, which the kernel doesn't see
+        if self.mask.window is not None:  # it counts skipped tokens too, which the kernel can't see
             places = self.places.take(passing.index)._replace(document=own)
             return MaskedAttention.of(self.mask, places, places)
         counts = torch.zeros(documents + 1, dtype=torch.int64, device=own.device).scatter_add_(
@@ -211,7 +211,7 @@ class VarlenRow(PlacedRow):
         return VarlenRow(self.mask, places, self.kernel, starts, len(own))
 
     def cross(self, passing: Passing) -> Attend:
-        """The attention of passing tokens to the whole row, whose places the kernels can't be told."""
+        """Returns attention of the selected tokens to the whole row; the kernels take no positions, so by a mask."""
         return MaskedAttention.of(self.mask, self.places.take(passing.index), self.places)
 
 
@@ -236,7 +236,7 @@ class FlexRow(PlacedRow):
         if mask.reads_images:
             bounds = to_device(torch.tensor(images, dtype=torch.int32).flatten(), device)
             order = torch.arange(sum(lengths), dtype=bounds.dtype, device=device)
-            # Bounds alternate between beginnings and ends, so that every second stretch between them is an image.
+            # Bounds alternate between starts and stops, so every second stretch between them is an image.
             stretch = torch.searchsorted(bounds, order, right=True)
             image = torch.where(stretch % 2 == 1, stretch // 2, -1)
         places = _places(starts, sum(lengths))._replace(image=image)
@@ -244,11 +244,11 @@ class FlexRow(PlacedRow):
 
     def __call__(
         self,
-        queries: Float[Tensor, "C H K"],
+        queries: Float[Tensor, "Q H K"],
         keys: Float[Tensor, "S G K"],
         values: Float[Tensor, "S G K"],
-    ) -> Float[Tensor, "C H K"]:
-        """Attention of every query to the keys that it sees."""
+    ) -> Float[Tensor, "Q H K"]:
+        """Returns the attention of every query to the keys that it sees."""
         flex: Any = _compiled_flex() if queries.is_cuda else flex_attention
         attended = flex(
             queries.transpose(0, 1)[None],
@@ -260,19 +260,19 @@ class FlexRow(PlacedRow):
         return attended[0].transpose(0, 1)
 
     def select(self, passing: Passing) -> Attend:
-        """The attention of passing tokens to each other; what only fills the capacity is one more document."""
+        """Returns attention among the selected tokens; capacity filler forms one more document."""
         own = self.places.take(passing.index)
         own = own._replace(document=passing.documents(self.places.document, -1))
         return FlexRow(self.mask, own, _block_mask(self.mask, own, own))
 
     def cross(self, passing: Passing) -> Attend:
-        """The attention of passing tokens to the whole row."""
+        """Returns attention of the selected tokens to the whole row."""
         own = self.places.take(passing.index)
         return FlexRow(self.mask, self.places, _block_mask(self.mask, own, self.places))
 
 
 def _starts(lengths: tuple[int, ...], device: torch.device) -> Int[Tensor, " bounds"]:
-    """Where documents of these lengths start, and where the last ends."""
+    """Returns the start of each document, and the end of the last."""
     return to_device(F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0)).int(), device)
 
 
@@ -282,7 +282,8 @@ def _compiled_flex() -> Callable[..., Any]:
 
 
 def _places(starts: Int[Tensor, " bounds"], length: int) -> Places:
-    """Those of `length` tokens of documents that start there; found on the device, so that little is copied there."""
+    """Returns the places of `length` tokens; computed on the device from the starts, so that little is copied
+    there."""
     order = torch.arange(length, dtype=starts.dtype, device=starts.device)
     document = torch.searchsorted(starts, order, right=True) - 1
     return Places(document, order.long() - starts.index_select(0, document), None)

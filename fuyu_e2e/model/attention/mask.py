@@ -1,4 +1,4 @@
-"""What a token sees of its document: the attention mask of a block."""
+"""The attention mask of a block: what a token sees of its document."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, no_type_check
@@ -10,24 +10,22 @@ ImageAttention = Literal["causal", "bidirectional"]
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMask:
-    """Which keys a query sees: never of another document, and of its own no later one unless both are of one image.
+    """Which keys a query sees: none of another document, and no later one unless both belong to the same image.
 
-    Backends, the cache and the count of operations ask nothing else. A mask of another kind is a subclass with `sees`
-    of its own, which may narrow what the settings below say but not widen it: they tell which keys are computed and
-    kept at all.
+    Backends, the cache and the FLOP count ask only this class. A subclass with its own `sees` makes another mask. It
+    may narrow what the settings below allow but not widen it, since they decide which keys are computed and kept.
 
     Raises:
         UserError: A value is out of its range, or two contradict each other.
     """
 
     window: int | None = None
-    """Tokens that a query sees at most, itself and those right before it (Beltagy et al. 2020, arXiv 2004.05150);
-    None for all before it."""
+    """The most tokens that a query sees, counting itself and those right before it (Beltagy et al. 2020, arXiv
+    2004.05150); None for all before it."""
     sinks: int = 0
-    """First tokens of the document that are seen from everywhere, beside the window (Xiao et al. 2023,
-    arXiv 2309.17453)."""
+    """First tokens of the document that every query sees besides the window (Xiao et al. 2023, arXiv 2309.17453)."""
     images: ImageAttention = "causal"
-    """Whether the tokens of one image see only those before them, or all of the image."""
+    """Whether a token of an image sees only earlier tokens of it, or the whole image."""
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -44,17 +42,17 @@ class AttentionMask:
         if self.images not in get_args(ImageAttention):
             raise UserError(f"decoder.masks holds images {self.images!r}, but must be 'causal' or 'bidirectional'.")
 
-    @no_type_check  # flex compiles it into its kernel, which no check of types may be part of
+    @no_type_check  # flex compiles it into its kernel, where runtime type checks can't run
     def sees(self, query: Any, key: Any, same_image: Any) -> Any:
-        """Whether a query sees a key of its own document.
+        """Returns whether a query sees a key of its own document.
 
         Args:
-            query: Its position in the document; an int64 tensor, as the key's, of shapes that broadcast.
-            key: The position of the key.
-            same_image: Whether both are tokens of the same image, a bool tensor; False where that is known of all.
+            query: The query's position in the document, an int64 tensor that broadcasts with the key's.
+            key: The key's position.
+            same_image: Whether both are tokens of the same image, a bool tensor; False if they never are.
 
         Returns:
-            A bool tensor. Every token sees itself.
+            A bool tensor. Every token must see itself.
         """
         seen = query >= key
         if self.window is not None:
@@ -68,14 +66,15 @@ class AttentionMask:
         return None if self.window is None else self.window + self.sinks
 
     def keys(self, tokens: int | float) -> int | float:
-        """Keys that each query is counted with in a document of so many: a causal mask's other half counts, too."""
+        """Returns the keys that each query counts with in a document of `tokens`; a causal mask's hidden half
+        counts."""
         return tokens if self.room is None else min(tokens, self.room)
 
     def check_images(self, tokens: int) -> None:
-        """Refuses images of so many tokens, if they are to see each other through a smaller window.
+        """Refuses images of `tokens` tokens that would have to see each other through a smaller window.
 
         Raises:
-            UserError: Names both sizes.
+            UserError: The images are bidirectional and larger than the window.
         """
         if self.images == "bidirectional" and self.window is not None and tokens > self.window:
             raise UserError(
@@ -90,4 +89,4 @@ class AttentionMask:
 
 
 CAUSAL = AttentionMask()
-"""All before it in its document."""
+"""A token sees itself and all before it in its document."""

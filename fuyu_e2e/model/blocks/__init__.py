@@ -1,1 +1,1 @@
-"""Blocks of the decoder, each kind a file; routed ones are in `fuyu_e2e.model.routing`."""
+"""Blocks of the decoder, one kind a file; routed ones are in `fuyu_e2e.model.routing`."""

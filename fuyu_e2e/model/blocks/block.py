@@ -1,4 +1,4 @@
-"""The seam of blocks: `block(x_TD, row) -> x_TD`, the states of some tokens, and what else is known of them."""
+"""The interface of blocks: `block(x_TD, row) -> x_TD`, from the states of some tokens and further facts about them."""
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
@@ -16,23 +16,23 @@ if TYPE_CHECKING:  # a configuration of a decoder holds those of its blocks
 
 
 class Block(nn.Module, ABC):
-    """A block of the decoder."""
+    """One block of the decoder, from token states to token states."""
 
     kind = "custom"
-    """What users call such blocks: an adjective."""
+    """The adjective that messages use for such a block."""
     method: str | None = None
-    """What the literature calls them."""
+    """The name of the method in the literature."""
     reads_info = False
-    """Whether it reads `Row.info`, which costs something to make."""
+    """Whether the block reads `Row.info`, which costs something to make."""
     selects_tokens = False
-    """Whether only some tokens pass it: how many keys a cache will hold of it isn't known before, then."""
+    """Whether only some tokens pass the block; then the number of keys in its cache isn't known in advance."""
 
     def __init__(self, config: "fuyu_e2e.model.config.FuyuConfig", number: int) -> None:
         super().__init__()
         self.mask = config.block_masks[number]
         """What its tokens see."""
         self.recompute: ActivationCheckpointing = "none"
-        """What its backward pass recomputes, to save memory."""
+        """Which activations its backward pass recomputes to save memory."""
 
     @abstractmethod
     def forward(self, x_TD: Float[Tensor, "T D"], row: Row) -> Float[Tensor, "T D"]:
@@ -40,46 +40,46 @@ class Block(nn.Module, ABC):
 
     @abstractmethod
     def initialize(self) -> None:
-        """Has a new block add nothing to the states; its linear layers and norms are drawn by then."""
+        """Makes a new block add nothing to the states; its linear layers and norms are drawn already."""
 
     @abstractmethod
     def operations(self) -> Operations:
-        """Returns what it computes, as a value that can be compared and counts the operations of a row."""
+        """Returns what the block computes, as a hashable value that counts the operations of a row."""
 
     @abstractmethod
     def saved_bytes(self, tokens: int, work: int, size: int) -> int | float:
-        """Returns the bytes that it keeps of a training row for the backward pass.
+        """Returns the bytes that the block keeps of a training row for the backward pass.
 
         Args:
-            tokens: Of the row.
-            work: Bytes of a value that a product takes or gives.
-            size: Bytes of a value of the residual stream and in norms.
+            tokens: Tokens of the row.
+            work: Bytes of a value that a matrix product reads or writes.
+            size: Bytes of a value in the residual stream and in norms.
         """
 
     @abstractmethod
     def sharding(self) -> dict[str, ParallelStyle]:
-        """Returns what tensor parallelism does with its parts, by their names in it; see `fuyu_e2e.model.parallel`."""
+        """Returns the tensor-parallel style of each of its parts, by name; see `fuyu_e2e.model.parallel`."""
 
     def observe(self, report: Report, row: Row) -> None:
-        """Counts what it reported of a training row."""
+        """Counts what the block reported about a training row."""
 
     @property
     def counts(self) -> Tensor | None:
-        """What it counted since the last step's end, to be summed over ranks; None for a block that counts nothing."""
+        """What it counted since the end of the last step, to be summed over ranks; None if it counts nothing."""
         return None
 
     def end_step(self, counts: Tensor, progress: TrainingProgress, skip: Bool[Tensor, ""] | None) -> None:
-        """Takes what all ranks counted, and resets its own count.
+        """Takes the counts of all ranks and resets its own.
 
         Args:
-            counts: The sum of `counts` over the ranks.
-            progress: Of the next step.
-            skip: Whether to change nothing but that; known to the device alone.
+            counts: The sum of `counts` over ranks.
+            progress: The progress at the next step.
+            skip: Whether to do nothing but the reset; a tensor, so that the host need not wait for it.
         """
 
     @property
     def compiled(self) -> bool:
-        """Whether it is compiled."""
+        """Whether torch.compile is on for the block."""
         return self._compiled_call_impl is not None
 
 
@@ -91,6 +91,6 @@ class BlockConfig(ABC):
         """Returns a new block for a decoder of this configuration.
 
         Args:
-            config: Of the decoder.
-            number: Of the block, from 0.
+            config: The decoder's configuration.
+            number: The block's number, from 0.
         """

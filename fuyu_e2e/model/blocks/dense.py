@@ -1,4 +1,4 @@
-"""The dense block, and what it is made of; the dialect says which parts."""
+"""The dense block and its parts; the dialect chooses among them."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def build_norm(config: "fuyu_e2e.model.config.FuyuConfig", size: int) -> nn.RMSNorm | nn.LayerNorm:
-    """The dialect's norm over `size` values."""
+    """Returns the dialect's norm over `size` values."""
     norms: dict[str, type[nn.RMSNorm | nn.LayerNorm]] = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}
     return norms[config.parts.norm](size, eps=config.norm_eps)
 
@@ -46,28 +46,30 @@ class Attention(nn.Module):
         self.q_norm = build_norm(config, config.head_size)
         self.k_norm = build_norm(config, config.head_size)
 
-    def forward(self, x_TD: Float[Tensor, "T D"], row: Row) -> Float[Tensor, "C D"]:
-        """Attention of the row's queries, or of all its tokens, to all that `row.attend` shows them."""
+    def forward(self, x_TD: Float[Tensor, "T D"], row: Row) -> Float[Tensor, "U D"]:
+        """Returns the attention of the row's queries, or of all its tokens, to the keys that `row.attend` shows
+        them."""
         assert row.attend is not None
-        x_CD, rope_C = x_TD, row.rope
+        x_UD, rope_U = x_TD, row.rope
         if row.queries is not None:
-            x_CD = x_TD.index_select(0, row.queries)
-            rope_C = (rope_C[0].index_select(0, row.queries), rope_C[1].index_select(0, row.queries))
+            x_UD = x_TD.index_select(0, row.queries)
+            rope_U = (rope_U[0].index_select(0, row.queries), rope_U[1].index_select(0, row.queries))
         v_TGK = self.v_proj(x_TD).unflatten(-1, (-1, self.head_size))
-        # Under autocast, products come in bfloat16: a norm is one kernel only of what has the type of its weight, and
-        # attention takes three of one type.
+        # Under autocast, products give bfloat16. A norm is a single kernel only if its input has the dtype of its
+        # weight, and attention needs queries, keys and values of one dtype.
         norms = self.q_norm.weight.dtype
-        q_CHK = rotate(self.q_norm(self.q_proj(x_CD).unflatten(-1, (-1, self.head_size)).to(norms)), *rope_C)
+        q_UHK = rotate(self.q_norm(self.q_proj(x_UD).unflatten(-1, (-1, self.head_size)).to(norms)), *rope_U)
         k_TGK = rotate(self.k_norm(self.k_proj(x_TD).unflatten(-1, (-1, self.head_size)).to(norms)), *row.rope)
-        q_CHK, k_TGK = q_CHK.to(v_TGK.dtype), k_TGK.to(v_TGK.dtype)
-        return self.o_proj(row.attend(q_CHK, k_TGK, v_TGK).flatten(-2))
+        q_UHK, k_TGK = q_UHK.to(v_TGK.dtype), k_TGK.to(v_TGK.dtype)
+        return self.o_proj(row.attend(q_UHK, k_TGK, v_TGK).flatten(-2))
 
 
 class SwiGLU(nn.Module):
     """The gated feed-forward layer of Shazeer 2020 (arXiv 2002.05202)."""
 
     kept = 4
-    """Values of its inner width that the backward pass needs: gate, up, silu(gate) and the product."""
+    """Inner activations that the backward pass needs, in multiples of the inner width: gate, up, silu(gate),
+    product."""
 
     def __init__(self, config: "fuyu_e2e.model.config.FuyuConfig") -> None:
         super().__init__()
@@ -83,7 +85,7 @@ class SquaredReLU(nn.Module):
     """The feed-forward layer with relu(x)^2 of So et al. 2021 (arXiv 2109.08668, section 3), with biases."""
 
     kept = 2
-    """Values of its inner width that the backward pass needs: the ReLU and its square."""
+    """Inner activations that the backward pass needs, in multiples of the inner width: the ReLU and its square."""
 
     def __init__(self, config: "fuyu_e2e.model.config.FuyuConfig") -> None:
         super().__init__()
@@ -95,24 +97,24 @@ class SquaredReLU(nn.Module):
 
 
 FEED_FORWARDS: dict[str, type[SwiGLU | SquaredReLU]] = {"SwiGLU": SwiGLU, "SquaredReLU": SquaredReLU}
-"""By their names in `Parts`."""
+"""Feed-forward classes by their names in `Parts`."""
 
 
 def products_of(block: Block, attention: Attention) -> DenseOperations:
-    """Returns the operations of a block of linear layers, which all tokens pass, around `attention`."""
+    """Returns the operations of a block whose linear layers all tokens pass, and of its `attention`."""
     keys = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
     linear = sum(part.weight.numel() for part in block.modules() if isinstance(part, nn.Linear))
-    # Each value of a query meets one of the key, and as many values are summed.
+    # Each value of a query is multiplied with one of the key, and as many products again make the weighted sum.
     pair = 2 * attention.q_proj.out_features
     return DenseOperations(query=linear - keys, key=keys, pair=pair, mask=block.mask)
 
 
 @dataclass(frozen=True)
 class DenseConfig(BlockConfig):
-    """Attention and a feed-forward layer for every token, as the dialect has them."""
+    """Attention and a feed-forward layer for every token, in the dialect's form."""
 
     def build(self, config: "fuyu_e2e.model.config.FuyuConfig", number: int) -> "DenseBlock":
-        """Returns the block."""
+        """Returns a new dense block."""
         return DenseBlock(config, number)
 
 
@@ -129,7 +131,7 @@ class DenseBlock(Block):
         self.mlp = FEED_FORWARDS[config.parts.feed_forward](config)
 
     def initialize(self) -> None:
-        """Zeros the projections into the states."""
+        """Zeros the output projections of attention and feed-forward layer."""
         nn.init.zeros_(self.attention.o_proj.weight)
         nn.init.zeros_(self.mlp.down_proj.weight)
 
@@ -140,44 +142,46 @@ class DenseBlock(Block):
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), row)
         return x_TD + self.mlp(self.mlp_norm(x_TD))
 
-    def update(self, x_CD: Float[Tensor, "C D"], context_TD: Float[Tensor, "T D"], row: Row) -> Float[Tensor, "C D"]:
-        """What the block adds to the states of the tokens that attend.
+    def update(self, x_UD: Float[Tensor, "U D"], context_TD: Float[Tensor, "T D"], row: Row) -> Float[Tensor, "U D"]:
+        """Returns what the block adds to the states of the tokens that attend.
 
         Args:
-            x_CD: Their states.
-            context_TD: Those of the tokens that they attend to, which may be the same.
-            row: Of the latter.
+            x_UD: The states of these tokens.
+            context_TD: The states of the tokens that they attend to, which may be the same.
+            row: The row of `context_TD`.
         """
-        attended_CD = self.attention(self.attention_norm(context_TD), row)
-        return attended_CD + self.mlp(self.mlp_norm(x_CD + attended_CD))
+        attended_UD = self.attention(self.attention_norm(context_TD), row)
+        return attended_UD + self.mlp(self.mlp_norm(x_UD + attended_UD))
 
     def operations(self) -> DenseOperations:
-        """Returns those of its products."""
+        """Returns the operations of its matrix products."""
         return products_of(self, self.attention)
 
     def saved_bytes(self, tokens: int, work: int, size: int) -> int:
-        """Returns those of all tokens."""
+        """Returns the bytes that it keeps for all tokens."""
         attention, (inner, width) = self.attention, self.mlp.up_proj.weight.shape
         queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
         heads, kv_heads = queries // attention.head_size, keys // attention.head_size
-        # Two norms' outputs, which autocast casts anew for each product: q, k, v and all of the mlp but its last.
+        # Outputs of two norms, which autocast casts for each product that reads them: q, k, v and all of the mlp but
+        # its last.
         inputs = 3 + len(list(self.mlp.children())) - 1 if work < size else 2
         # Queries, keys and values side by side, and attention's outputs before and after the backend.
         values = inputs * width + 3 * queries + 2 * keys + self.mlp.kept * inner
-        # A norm keeps its input and, in float32, the deviation; a LayerNorm also the mean, an RMSNorm the quotient.
+        # A norm keeps its input and float32 statistics; a LayerNorm keeps mean and deviation, an RMSNorm also the
+        # quotient.
         states, numbers = (1, 2) if isinstance(self.mlp_norm, nn.LayerNorm) else (2, 1)
         normed, norms = 2 * width + queries + keys, 2 + heads + kv_heads
-        # The last term is the sum of each head's softmax, float32.
+        # The last term is the log-sum-exp of each head's softmax, float32.
         return tokens * (work * values + size * states * normed + 4 * numbers * norms + 4 * heads)
 
     def sharding(self) -> dict[str, ParallelStyle]:
-        """Splits attention by its heads, and the feed-forward layer by its inner values."""
+        """Splits attention by heads and the feed-forward layer by its inner values."""
         whole = (Replicate(), None)
         return {
             **{f"attention.{name}_proj": ColwiseParallel() for name in "qkv"},
             **{f"attention.{name}_norm": SequenceParallel(sequence_dim=1, use_local_output=True) for name in "qk"},
             "attention.o_proj": RowwiseParallel(),
-            # Of the products that share an input, gradients are added up before they are summed over the devices.
+            # Products that share an input: their gradients are added up locally before one sum over the devices.
             "mlp": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate()),
             **{f"mlp.{name}": ColwiseParallel() for name, _ in self.mlp.named_children() if name != "down_proj"},
             "mlp.down_proj": RowwiseParallel(),

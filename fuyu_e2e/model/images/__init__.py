@@ -1,4 +1,4 @@
-"""What turns images into embeddings: connectors, each a file, and options after any of them."""
+"""Connectors, which turn images into embeddings, one a file; and options that apply after any of them."""
 
 from fuyu_e2e.model.images.linear import LinearConfig
 from fuyu_e2e.model.images.mlp import MLPConfig

@@ -1,4 +1,4 @@
-"""The seam between images and the decoder: a connector turns an image's patches into embeddings at its tokens.
+"""The interface of connectors, which turn an image's patches into embeddings at its tokens.
 
 A connector is two classes. Its `ConnectorConfig` holds its settings and decides on the host which views of an image
 are cut into patches, and which tokens the image takes. Its `Connector` is the module that computes the embeddings.
@@ -16,18 +16,18 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from fuyu_e2e.model.flops import Flops
 from fuyu_e2e.model.image_layout import Grid, ImageLayout, ImageSpan
 
-if TYPE_CHECKING:  # a configuration of a decoder holds one of a connector
+if TYPE_CHECKING:  # a decoder's configuration holds a connector's
     import fuyu_e2e.model.config
 
 PATCH_GAIN = 3.0
-"""Brings patches of usual contrast, about a third of the range of values, to the scale of token embeddings."""
+"""Scales patches of usual contrast, about a third of the value range, to the size of token embeddings."""
 
 
 class ConnectorConfig(ImageLayout, ABC):
-    """Settings of a connector, and its half on the host; a concrete one is a frozen dataclass."""
+    """Settings of a connector, and its part on the host. Concrete classes are frozen dataclasses."""
 
     one_per_patch: ClassVar[bool] = False
-    """Whether it gives one embedding for each patch, in their order."""
+    """Whether it gives one embedding for each patch, in order."""
 
     gives_features: ClassVar[bool] = False
     """Whether it gives features for blocks to attend to."""
@@ -38,12 +38,12 @@ class ConnectorConfig(ImageLayout, ABC):
 
 
 class ImageStates(NamedTuple):
-    """What a connector makes of the images of a row."""
+    """A connector's output for the images of a row."""
 
     embeddings: Float[Tensor, "N D"]
-    """At each place that images have for one, in the order of the row."""
+    """One for each place that the images reserve for an embedding, in the order of the row."""
     features: Float[Tensor, "F W"] | None = None
-    """What blocks may attend to beside the tokens (`Row.features`), of any width."""
+    """Features of any width that blocks may attend to besides the tokens (`Row.features`)."""
     feature_images: Int64[Tensor, " F"] | None = None
     """For each feature, the number of its image in the row."""
 
@@ -55,47 +55,47 @@ class Connector(nn.Module, ABC):
     def forward(
         self, patches: UInt8[Tensor, "P C"], *, images: tuple[ImageSpan, ...]
     ) -> Float[Tensor, "N D"] | ImageStates:
-        """Returns the embedding at each place that images have for one, in the order of the row.
+        """Returns one embedding for each place that the images reserve, in the order of the row.
 
-        Or, where its configuration says `gives_features`, `ImageStates` with features too.
+        If its configuration says `gives_features`, returns `ImageStates` with features too.
 
-        Given no patches it computes nothing, but with all its weights, so that a rank whose row is text alone takes
-        part in their gradients.
+        Without patches it must still use all its weights, on empty tensors, so that a rank whose row is text alone
+        joins in their gradient reduction.
 
         Args:
             patches: Raw patches of all views of all images.
-            images: Their spans. By keyword alone: torch's hooks of tensor parallelism drop other arguments but the
-                first.
+            images: The spans of the images. Keyword only: torch's tensor-parallel hooks drop positional arguments
+                after the first.
         """
 
     @abstractmethod
     def initialize(self) -> None:
-        """Draws all weights anew from torch's global generator."""
+        """Draws all weights from torch's global generator."""
 
     @abstractmethod
     def sharding(self) -> dict[str, ParallelStyle]:
-        """Returns what tensor parallelism splits: a style for each submodule, by its name; "" is the connector itself.
+        """Returns the tensor-parallel style of each submodule by name; "" is the connector itself.
 
-        The embeddings have to come out whole on each device.
+        The embeddings must come out whole on each device.
         """
 
     @abstractmethod
     def flops(self, grids: Sequence[Grid]) -> Flops:
-        """Returns the operations of its products over views of these grids; patches need no gradient."""
+        """Returns the operations of its products over views of these (rows, columns); patches need no gradient."""
 
 
 def normalized(patches: UInt8[Tensor, "P C"], dtype: torch.dtype) -> Float[Tensor, "P C"]:
-    """Returns pixels as values in [-1, 1]."""
+    """Returns the pixels scaled to [-1, 1]."""
     return (patches.to(dtype) - 127.5) / 127.5
 
 
 @torch.no_grad()
 def draw_patch_weight(weight: Float[Tensor, "D C"]) -> None:
-    """Draws the weight of a product that reads patches.
+    """Draws the weight of a projection that reads patches.
 
-    It sees contrast, not brightness: the mean of a patch in each colour, which differs more from image to image than
-    what stands in it, says nothing at first. Without that, the quickstart's model takes about twice the steps to begin
-    to read.
+    The drawn weight ignores brightness: it is orthogonal to the mean of a patch in each colour, which varies more from
+    image to image than the content does. Otherwise the quickstart's model takes about twice the steps to begin to
+    read.
     """
     nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
     colours = weight.view(weight.shape[0], -1, 3)

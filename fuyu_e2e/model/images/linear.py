@@ -25,12 +25,12 @@ class LinearConfig(ConnectorConfig):
     one_per_patch: ClassVar[bool] = True
 
     def build(self, config: "fuyu_e2e.model.config.FuyuConfig") -> "PatchProjection":
-        """Returns the projection onto the decoder's width."""
+        """Returns a projection to the decoder's width."""
         return PatchProjection(config.patch_values, config.width)
 
 
 class PatchProjection(nn.Linear, Connector):
-    """A linear layer of normalised patches."""
+    """A linear layer on normalised patches."""
 
     def forward(  # type: ignore[override]
         self, patches: UInt8[Tensor, "P C"], *, images: tuple[ImageSpan, ...]

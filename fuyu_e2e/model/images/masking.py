@@ -13,17 +13,17 @@ from fuyu_e2e.model.batch import PackedBatch
 
 @dataclass(frozen=True, kw_only=True)
 class PatchMasking:
-    """Which patches are masked, drawn in each training step; after masked image modelling (He et al. 2021, arXiv
-    2111.06377), without its reconstruction.
+    """Which patches are masked, drawn in each training step: masked image modelling (He et al. 2021, arXiv 2111.06377)
+    without the reconstruction.
 
     Raises:
         UserError: A value is out of its range.
     """
 
     images: float = 0.3
-    """Part of the images of which patches are masked."""
+    """Fraction of the images that have masked patches."""
     share: float = 0.3
-    """The part of such an image's patches that is masked at most; how many is drawn evenly from 0 up to it."""
+    """The most that is masked of such an image, as a fraction of its patches; drawn uniformly from 0 up to it."""
 
     def __post_init__(self) -> None:
         for name in ("images", "share"):
@@ -34,13 +34,14 @@ class PatchMasking:
                 )
 
     def draw(self, batch: PackedBatch, step: int) -> Bool[np.ndarray, " N"]:
-        """Returns which embeddings of a row's images are masked: by the document, the image in it and the step alone.
+        """Returns which image embeddings of a row are masked, depending on the document, the image in it and the step
+        alone.
 
-        A run that goes on draws what it would have drawn, on any number of processes.
+        A resumed run draws the same masks as an uninterrupted one, on any number of processes.
 
         Args:
             batch: The row.
-            step: Of the training.
+            step: The training step.
         """
         starts = np.cumsum([0, *batch.document_lengths])
         masked = [np.empty(0, bool)]
@@ -53,16 +54,16 @@ class PatchMasking:
 
 
 class MaskedPatches(nn.Module):
-    """Puts one learnt embedding, zero at first, in the place of masked ones."""
+    """Replaces masked embeddings by one learnt embedding, which starts at zero."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(width))
 
     def reset_parameters(self) -> None:
-        """Sets it to zero."""
+        """Sets the learnt embedding to zero."""
         nn.init.zeros_(self.embedding)
 
     def forward(self, x_ND: Float[Tensor, "N D"], masked: Bool[Tensor, " N"]) -> Float[Tensor, "N D"]:
-        """Returns the embeddings of a row's images; also where none is masked, with a gradient for the learnt one."""
+        """Returns the image embeddings with masked ones replaced; the learnt one gets a gradient even if none is."""
         return torch.where(masked[:, None], self.embedding.to(x_ND.dtype), x_ND)

@@ -1,4 +1,4 @@
-"""LLaVA 1.5's connector (Liu et al. 2023, arXiv 2310.03744, section 3.3), of raw patches: two layers, GELU between."""
+"""LLaVA 1.5's connector (Liu et al. 2023, arXiv 2310.03744, section 3.3) on raw patches: linear, GELU, linear."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import fuyu_e2e.model.config
 
 GELU_GAIN = 1.5
-"""Undoes what GELU takes of the scale of values around 1."""
+"""Restores the scale that GELU takes from values around 1."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MLPConfig(ConnectorConfig):
     """
 
     hidden: int | None = None
-    """Values between the layers; unset, the decoder's width."""
+    """Values between the layers; by default the decoder's width."""
     one_per_patch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -38,12 +38,12 @@ class MLPConfig(ConnectorConfig):
             raise UserError(f"decoder.connector.hidden is {self.hidden}, but must be at least 1.")
 
     def build(self, config: "fuyu_e2e.model.config.FuyuConfig") -> "PatchMLP":
-        """Returns the layers onto the decoder's width."""
+        """Returns a two-layer projection to the decoder's width."""
         return PatchMLP(config.patch_values, self.hidden or config.width, config.width)
 
 
 class PatchMLP(Connector):
-    """Two linear layers of normalised patches."""
+    """Two linear layers on normalised patches."""
 
     def __init__(self, patch_values: int, hidden: int, width: int) -> None:
         super().__init__()

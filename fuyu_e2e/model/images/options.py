@@ -1,4 +1,4 @@
-"""Options after any connector: a norm of the embeddings, and learnt embeddings of rows and columns."""
+"""Options after any connector: a norm of the embeddings, and learnt row and column embeddings."""
 
 import numpy as np
 import torch
@@ -14,19 +14,19 @@ class ImageNorm(nn.RMSNorm):
     """RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) of each embedding of an image, with a learnt scale."""
 
     def forward(self, x_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-        # Under autocast, connectors give bfloat16: a norm is one kernel only of what has the type of its weight.
+        # Under autocast, connectors give bfloat16: a norm is a single kernel only if its input has its weight's dtype.
         return super().forward(x_ND.to(self.weight.dtype))
 
 
 class GridEmbeddings(nn.Module):
-    """Adds learnt embeddings of its row and its column to each patch's, as ViTs with factorized positions do.
+    """Adds learnt embeddings of its row and column to each patch, as ViTs with factorized positions do.
 
-    Both begin at zero (NaViT's, Dehghani et al. 2023, arXiv 2307.06304, section 2.1, are drawn): a new model is the
-    same as without them. Each row and column has a gradient of its own, so nothing holds them alike.
+    Both start at zero (NaViT, Dehghani et al. 2023, arXiv 2307.06304, section 2.1, draws them): a new model computes
+    the same as without them. Rows and columns get separate gradients, so the two tables don't stay equal.
 
     Args:
-        most: Rows, and columns, that a view can have at most.
-        width: Of the decoder.
+        most: The most rows, and columns, of a view.
+        width: The decoder's width.
     """
 
     def __init__(self, most: int, width: int) -> None:
@@ -40,10 +40,10 @@ class GridEmbeddings(nn.Module):
         nn.init.zeros_(self.columns)
 
     def forward(self, x_PD: Float[Tensor, "P D"], images: tuple[ImageSpan, ...]) -> Float[Tensor, "P D"]:
-        """Returns the embeddings of patches in the order of their views, row by row, with those of their places.
+        """Returns the patches' embeddings plus those of their row and column; patches are ordered by view, row by row.
 
         Raises:
-            UserError: A view has more rows or columns than there are embeddings for.
+            UserError: A view has more than `most` rows or columns.
         """
         rows, columns = to_device(self._places(images), x_PD.device)
         return x_PD + self.rows.index_select(0, rows) + self.columns.index_select(0, columns)

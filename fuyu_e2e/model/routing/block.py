@@ -1,4 +1,4 @@
-"""Routed blocks: a block that only the tokens pass which its rule chooses."""
+"""Routed blocks, which process only the tokens that a rule chooses."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,23 +26,24 @@ class Routed(Report):
     """What happened at a routed block."""
 
     chosen: Bool[Tensor, " T"]
-    """The tokens that the rule let pass."""
+    """Tokens that the rule let pass."""
     passed: Bool[Tensor, " T"]
-    """Those of them for which there was room."""
+    """Those of them that fit the capacity."""
     scores: Float[Tensor, " T"] | None
-    """What the rule compared; None where nothing is learnt."""
+    """The scores that the rule compared; None if the rule learns nothing."""
 
 
 def routed_blocks(row: Row) -> list[Routed]:
-    """What happened at the routed blocks of a row, in order of depth."""
+    """Returns what happened at the routed blocks of a row, in order of depth."""
     return [report for report in row.reports if isinstance(report, Routed)]
 
 
 def gather_passing(passes: Bool[Tensor, " T"], capacity: int | None) -> Passing:
-    """The places of the tokens that pass, in order.
+    """Returns the tokens that pass, in order.
 
-    With a capacity, exactly so many: where more pass, the last are dropped, so that none depends on a later one; where
-    fewer do, tokens that skip fill up. Without one, as many as there are, for which a GPU's host has to wait.
+    With a capacity, returns exactly `capacity` tokens: drops the last on overflow, so that none depends on a later
+    one, and fills up with skipped tokens otherwise. Without one, returns as many as pass; a GPU's host has to wait for
+    that.
     """
     if capacity is None:
         index = passes.nonzero()[:, 0]
@@ -56,14 +57,14 @@ def gather_passing(passes: Bool[Tensor, " T"], capacity: int | None) -> Passing:
 class RoutedBlock(Block):
     """A block for the tokens that its rule lets pass: x + gate * update(x), and x for the rest.
 
-    The residual itself is never scaled. Tokens that pass attend to each other, or to all where skipped tokens leave
-    their keys. In training shapes depend on the capacity alone, and nothing waits for the device; in evaluation,
-    without a capacity, every token that passes is taken and their number has to be read.
+    The residual itself is never scaled. Passing tokens attend to each other, or to all tokens if skipped ones leave
+    their keys. In training, shapes depend only on the capacity and nothing waits for the device. In evaluation there
+    is no capacity: every passing token is processed, and the host has to read their number.
 
     Args:
-        inner: The block that they pass; its parts have their names here, as if it stood alone.
-        config: Of the decoder.
-        number: Of the block.
+        inner: The block that they pass; its parts keep their names here.
+        config: The decoder's configuration.
+        number: The block's number.
     """
 
     kind = "routed"
@@ -76,34 +77,34 @@ class RoutedBlock(Block):
         assert config.routing is not None
         for name, part in inner.named_children():
             self.add_module(name, part)
-        self._inner = (inner,)  # no module of its own, or its parts would have two names
+        self._inner = (inner,)  # hidden in a tuple: as a submodule, its parts would have two names
         self.leaves_keys = config.routing.skipped == "keys"
         self.rule: Router = ROUTERS[config.routing.rule](config, number)
         self._compiled: Callable[..., Any] | None = None
 
     @property
     def inner(self) -> DenseBlock:
-        """The block that tokens pass."""
+        """The block that passing tokens go through."""
         return self._inner[0]
 
     def initialize(self) -> None:
-        """That of the inner block."""
+        """Initializes the inner block."""
         self.inner.initialize()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles what comes after the capacity is known, which the host counts for each row."""
+        """Compiles all but the capacity, which the host counts for each row."""
         self._compiled = torch.compile(self._forward, *args, **kwargs)
 
     @property
     def compiled(self) -> bool:
-        """Whether it is compiled."""
+        """Whether torch.compile is on for the block."""
         return self._compiled is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_compiled": None}  # as torch leaves it out of a copy of a compiled module
+        return super().__getstate__() | {"_compiled": None}  # torch drops it from copies of compiled modules, too
 
     def forward(self, x_TD: Float[Tensor, "T D"], row: Row) -> Float[Tensor, "T D"]:
-        """Adds a `Routed` to the row's reports."""
+        """Returns the states of the row's tokens after the block, and adds a `Routed` to the row's reports."""
         capacity = self.rule.capacity(row) if self.training else None
         x_TD, routed = (self._compiled or self._forward)(x_TD, row, capacity)
         row.reports.add(routed)
@@ -119,13 +120,13 @@ class RoutedBlock(Block):
     ) -> tuple[Float[Tensor, "T D"], Routed]:
         decision = self.rule.route(x_TD, row, capacity)
         passing = gather_passing(decision.passes, capacity)
-        x_CD = x_TD.index_select(0, passing.index)
+        x_UD = x_TD.index_select(0, passing.index)
         if self.leaves_keys:
-            update_CD = self.inner.update(x_CD, x_TD, row.cross(passing))
+            update_UD = self.inner.update(x_UD, x_TD, row.cross(passing))
         else:
-            update_CD = self.inner.update(x_CD, x_CD, row.select(passing))
-        gates_C = torch.where(passing.valid, decision.gates.index_select(0, passing.index), 0.0)
-        x_TD = x_TD.index_add(0, passing.index, (gates_C[:, None] * update_CD).to(x_TD.dtype))
+            update_UD = self.inner.update(x_UD, x_UD, row.select(passing))
+        gates_U = torch.where(passing.valid, decision.gates.index_select(0, passing.index), 0.0)
+        x_TD = x_TD.index_add(0, passing.index, (gates_U[:, None] * update_UD).to(x_TD.dtype))
         scores = None if decision.scores is None else decision.scores.detach()
         passed = torch.zeros_like(decision.passes).index_copy(0, passing.index, passing.valid)
         return x_TD, Routed(
@@ -133,7 +134,7 @@ class RoutedBlock(Block):
         )
 
     def operations(self) -> Operations:
-        """Returns those of the inner block for the tokens that pass, and of the rule for all."""
+        """Returns the operations of the inner block for passing tokens and of the rule for all."""
         return partial(self._flops, self.rule, self.inner.operations(), self.rule.flops_of_token())
 
     def _flops(self, rule: Router, inner: DenseOperations, decision: Flops, row: CountedRow) -> Flops:
@@ -145,7 +146,7 @@ class RoutedBlock(Block):
         return inner.between(passing, row.lengths if self.leaves_keys else passing, row).plus(decision, tokens)
 
     def saved_bytes(self, tokens: int, work: int, size: int) -> float:
-        """Returns those of the inner block, of as many tokens as there is room for when training begins."""
+        """Returns the bytes that the inner block keeps for the tokens of the capacity at the start of training."""
         dense = 1.0 if self.rule.routing.anneal else 0.0
         share = annealed(max(self.rule.shares.patches, self.rule.shares.others), dense) * (1 + self.rule.slack)
         return min(1.0, share) * self.inner.saved_bytes(tokens, work, size)
@@ -153,12 +154,12 @@ class RoutedBlock(Block):
     def sharding(self) -> dict[str, ParallelStyle]:
         """Splits the parts of the inner block."""
         plan = self.inner.sharding()
-        if self.leaves_keys:  # attention picks the tokens that ask from the states itself
+        if self.leaves_keys:  # attention selects the queries from the states itself
             del plan["attention"]
         return plan
 
     def observe(self, report: Report, row: Row) -> None:
-        """Counts the scores that it reported."""
+        """Counts the reported scores."""
         if isinstance(self.rule, Threshold):
             assert isinstance(report, Routed)
             assert report.scores is not None
@@ -166,10 +167,10 @@ class RoutedBlock(Block):
 
     @property
     def counts(self) -> Tensor | None:
-        """Of a rule that keeps thresholds, the scores of the step's rows."""
+        """Histogram of the step's scores, if the rule keeps thresholds."""
         return self.rule.counts if isinstance(self.rule, Threshold) else None
 
     def end_step(self, counts: Tensor, progress: TrainingProgress, skip: Bool[Tensor, ""] | None) -> None:
-        """Sets the thresholds that hold from the next step on."""
+        """Sets the thresholds for the next step."""
         assert isinstance(self.rule, Threshold)
         self.rule.update(counts, self.rule.routing.dense(progress.done), skip)

@@ -1,4 +1,4 @@
-"""Settings of Mixture-of-Depths: how tokens are chosen, which blocks only some of them pass, and how many do."""
+"""Settings of Mixture-of-Depths: how tokens are chosen, and which share of them passes which blocks."""
 
 import math
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ class RoutedShares:
     """The shares of one routed block."""
 
     patches: float
-    """Share of the patches that passes."""
+    """Fraction of the patches that passes."""
     others: float
-    """Share of all other tokens: words and newlines."""
+    """Fraction of all other tokens, text and newlines, that passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
-    """Mixture-of-Depths (Raposo et al. 2024, arXiv 2404.02258): blocks that only some tokens pass.
+    """Settings of Mixture-of-Depths (Raposo et al. 2024, arXiv 2404.02258).
 
     Raises:
         UserError: A value is out of its range, or two contradict each other.
@@ -31,30 +31,30 @@ class RoutingConfig:
     rule: RuleName = "threshold"
     """How tokens are chosen; see `fuyu_e2e.model.routing`."""
     share: Share = 0.125
-    """Share of the tokens that passes a routed block: one for all, or one for each routed block in order of depth.
-    Under `image_topk` the share of each image's patches."""
+    """Fraction of the tokens that passes a routed block: one number for all, or one for each routed block in order of
+    depth. Under `image_topk`, the fraction of each image's patches."""
     text_share: Share | None = None
-    """Where set, `share` is that of patches, and this that of all other tokens: words and newlines."""
+    """If set, the share of text and newlines; `share` is then that of patches alone."""
     blocks: tuple[int, ...] | None = None
-    """Which blocks are routed, counted from 0. Unset: every second one from the last but one down, none in the first
+    """The routed blocks, counted from 0. Unset: every second one down from the last but one, none in the first
     quarter."""
     skipped: Literal["nothing", "keys"] = "nothing"
-    """What a token leaves behind in a block that it skips: `nothing` (the paper's), or its key and value, so that
-    later tokens still see it there."""
+    """What later tokens see of a token in a block that it skips: `nothing` (as in the paper), or its key and value,
+    `keys`."""
     keep_starts: bool = False
-    """Whether the first token of each document passes whatever its score."""
+    """Whether the first token of each document always passes."""
     keep_newlines: bool = False
-    """Whether newline tokens pass whatever their score."""
+    """Whether newline tokens always pass."""
     anneal: float = 0.1
-    """Part of the training over which the share falls from 1 to what it is to be."""
+    """Fraction of the training over which the share falls from 1 to its final value."""
     explore: float = 0.05
-    """Part of the choices in training that are drawn at random with the right share; falls to 0 over the run."""
+    """Fraction of the choices in training that are drawn at random with the right share; falls to 0 over the run."""
     slack: float = 0.25
-    """Room for tokens beyond the share, as a part of it, in the fixed capacity of a routed block in training."""
+    """Extra room in the fixed training capacity of a routed block, as a fraction of the share."""
 
     def __post_init__(self) -> None:
         for name in ("share", "text_share", "blocks"):
-            if isinstance(listed := getattr(self, name), list):  # as JSON gives it; a config must be hashable
+            if isinstance(listed := getattr(self, name), list):  # from JSON; a config must be hashable
                 object.__setattr__(self, name, tuple(listed))
         if self.rule not in get_args(RuleName):
             raise UserError(
@@ -82,10 +82,10 @@ class RoutingConfig:
             raise UserError(f"routing.slack is {self.slack}, but must be 0 or above; 0.25 is usual.")
 
     def dense(self, done: float | None) -> float:
-        """1 while all tokens pass, falling to 0 over the first part of a training, where shares are as asked.
+        """Returns how dense training still is: 1 while all tokens pass, falling to 0 as the share is annealed.
 
         Args:
-            done: The part of the training that is done; None for the mean over all of it.
+            done: The completed fraction of the training; None for the mean over all of it.
         """
         if done is None:
             return self.anneal / 2
@@ -94,7 +94,7 @@ class RoutingConfig:
         return max(0.0, 1 - done / self.anneal) if self.anneal else 0.0
 
     def check_layers(self, layers: int) -> None:
-        """Checks the blocks, and their shares, of a decoder with so many.
+        """Checks the routed blocks and their shares against the number of blocks.
 
         Raises:
             UserError: They don't fit.
@@ -120,13 +120,13 @@ class RoutingConfig:
                 )
 
     def blocks_of(self, layers: int) -> tuple[int, ...]:
-        """The routed blocks of a decoder with so many blocks, in order of depth."""
+        """Returns the numbers of the routed blocks of a decoder of `layers` blocks, in order of depth."""
         if self.blocks is not None:
             return tuple(sorted(set(self.blocks)))
         return tuple(range(layers - 2, math.ceil(layers / 4) - 1, -2)[::-1])
 
     def shares_of(self, block: int, layers: int) -> RoutedShares:
-        """The shares that routed block number `block` is asked to keep, in a decoder with so many blocks."""
+        """Returns the shares of routed block number `block` in a decoder of `layers` blocks."""
 
         def at_depth(share: Share) -> float:
             return share[self.blocks_of(layers).index(block)] if isinstance(share, tuple) else share
@@ -138,5 +138,5 @@ class RoutingConfig:
 
 
 def annealed(share: Any, dense: Any) -> Any:
-    """A share, a float or a tensor of them, while training is still partly dense: 1 where `dense` is 1."""
+    """Returns a share, a float or a tensor, during annealing: 1 where `dense` is 1, `share` where it is 0."""
     return share + (1 - share) * dense

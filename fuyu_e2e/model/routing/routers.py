@@ -1,15 +1,15 @@
-"""Which tokens pass a routed block: the rules of Mixture-of-Depths (Raposo et al. 2024, arXiv 2404.02258).
+"""Rules that choose the tokens of a routed block (Mixture-of-Depths, Raposo et al. 2024, arXiv 2404.02258).
 
 threshold    a token passes if its score is above the block's threshold, a quantile of past batches' scores. One rule
              in training, prefill and decoding (after Expert Threshold routing, Sun et al. 2026, arXiv 2603.11535).
 topk         the paper's: the k best of a row in training, which looks ahead, and a causal predictor of that choice
              (section 3.5) in evaluation and generation
-image_topk   the best patches of each image, which is always there as a whole; text and newlines never skip
-fixed        evenly spaced tokens, others in each block, whatever they are
-random       tokens drawn anew in each training step, the same by position afterwards
+image_topk   the best patches of each image, which is always complete; text and newlines never skip
+fixed        evenly spaced tokens by position, different ones in each block
+random       tokens drawn in each training step; in evaluation, by position
 
-The last two are the controls that a learned rule must beat. All share the capacity, the annealing and the block
-around them, and none but `topk` looks at a later token (`image_topk`: outside the same image) or another document.
+The last two are the controls that a learnt rule must beat. All rules share the capacity, the annealing and the block.
+None but `topk` looks at a later token (`image_topk`: outside the same image) or another document.
 """
 
 import math
@@ -28,33 +28,33 @@ from fuyu_e2e.model.routing.config import annealed
 from fuyu_e2e.model.row import Row, TokenType
 
 LIMIT = 8.0
-"""Bound of a score, so that one histogram holds them all."""
+"""Bound of the scores, so that one histogram covers them."""
 BINS = 4_096
 """Bins of the histogram of scores."""
 MEMORY = 0.8
-"""What is left of the histogram of past steps after each step."""
+"""Weight of the past steps' histogram when a new step is added."""
 CAPACITIES = 32
-"""A routed block's capacity is a multiple of this fraction of the row, so that few shapes occur."""
+"""A routed block's capacity is a multiple of 1/32 of the row, so that few shapes occur."""
 
 
 @dataclass(frozen=True)
 class RoutingDecision:
-    """What a rule says of each token of a row."""
+    """A rule's decision about each token of a row."""
 
     passes: Bool[Tensor, " T"]
     gates: Float[Tensor, " T"]
-    """The factor of the block's update, around 1."""
+    """Factor of the block's update, around 1."""
     scores: Float[Tensor, " T"] | None = None
-    """What was compared; None where nothing is learnt."""
+    """The scores that were compared; None if the rule learns nothing."""
     auxiliary: Float[Tensor, ""] | None = None
-    """A loss of the rule's own, the mean over the tokens."""
+    """The rule's auxiliary loss, a mean over tokens."""
 
 
 class Scorer(nn.Module):
-    """One number for each token: a learnt direction of its normalised state, bounded by `LIMIT`, in float32.
+    """Scores each token: a learnt direction of its normalised state, bounded by `LIMIT`, float32.
 
-    The direction has a length of about the square root of the width, divided off again: so a step of the optimizer
-    turns it by little, and thresholds can follow.
+    The direction starts with a length of about the square root of the width, which the score divides off. An
+    optimizer step then turns it only a little, so that thresholds can follow.
     """
 
     def __init__(self, width: int) -> None:
@@ -67,14 +67,15 @@ class Scorer(nn.Module):
 
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, " T"]:
         with torch.autocast(x_TD.device.type, enabled=False):
-            # Rounded as in a row of any length: a matrix product would group its sums by the row's shape.
+            # Not a matrix product, which groups its sums by the row's shape: scores must not depend on the row's
+            # length.
             raw = (F.rms_norm(x_TD.float(), x_TD.shape[-1:]) * self.weight.float()).sum(dim=-1)
             raw = raw * self.weight.shape[0] ** -0.5
             return LIMIT * torch.tanh(raw / LIMIT)
 
 
 def gate(scores: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
-    """The factor of an update: 1 at a score of 0, within (0.04, 1.96), so that the score has a gradient."""
+    """Returns the factor of an update: 1 at a score of 0, within (0.04, 1.96); it gives the score a gradient."""
     return 2 * torch.sigmoid(scores / 2)
 
 
@@ -95,13 +96,13 @@ class Router(nn.Module, ABC):
         """Chooses among the tokens of a row; padding never passes.
 
         Args:
-            x_TD: Their states before the block.
-            row: What else is known of them.
-            capacity: Tokens that the block has room for; None in evaluation, where it takes all that pass.
+            x_TD: The states before the block.
+            row: Further facts about the tokens.
+            capacity: The most tokens that can pass; None in evaluation, where there is no limit.
         """
 
     def capacity(self, row: Row) -> int:
-        """How many tokens of a row the block has room for in training: the share and some slack, rounded up.
+        """Returns the number of tokens that the block has room for in training: the share and some slack, rounded up.
 
         Raises:
             UserError: The share of so short a row is less than one token.
@@ -116,14 +117,15 @@ class Router(nn.Module, ABC):
         return _round_up(annealed(share, self._dense(row)) * (1 + self.slack), length)
 
     def flops_of_token(self) -> Flops:
-        """Returns the operations of its matrix products for a token of the row."""
+        """Returns the operations of its matrix products for one token."""
         return Flops()
 
     def _dense(self, row: Row) -> float:
         return self.routing.dense(row.info.progress.done)
 
     def _dense_on_device(self, row: Row) -> Float[Tensor, ""]:
-        """The same as a tensor, or what is compiled would be so for each step's."""
+        """Returns `_dense` as a tensor: a compiled block would be specialised on a number that changes with each
+        step."""
         done, anneal = row.info.done, self.routing.anneal
         falling = (1 - done / anneal).clamp(min=0) if anneal else torch.zeros_like(done)
         return torch.where(done == 0, 1.0, falling).float()
@@ -133,7 +135,7 @@ class Router(nn.Module, ABC):
         return patches * self.shares.patches + (1 - patches) * self.shares.others
 
     def _annealed_shares(self, row: Row) -> Float[Tensor, " T"]:
-        """The share that each token belongs to, as it is at this step."""
+        """Returns the share of each token's group at this step."""
         share = torch.where(row.info.types == TokenType.PATCH.value, self.shares.patches, self.shares.others)
         return annealed(share, self._dense_on_device(row))
 
@@ -147,11 +149,11 @@ class Router(nn.Module, ABC):
 
 
 class Threshold(Router):
-    """A token passes if its score is above a threshold, the quantile of past steps' scores.
+    """A token passes if its score is above a threshold, a quantile of past steps' scores.
 
-    Each step's scores are counted in a histogram, over micro-batches and ranks; older steps fade from it. Thresholds
-    read off it after a step hold from the next one on, and stand still in evaluation. There is one for patches and one
-    for all other tokens where their shares differ, else one for all.
+    A histogram counts each step's scores over micro-batches and ranks; older steps fade from it. The thresholds are
+    read from it after each step and stay fixed in evaluation. Patches and other tokens have separate thresholds if
+    their shares differ.
     """
 
     def __init__(self, config: FuyuConfig, block: int) -> None:
@@ -167,7 +169,7 @@ class Threshold(Router):
         self.history: Tensor
 
     def route(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> RoutingDecision:
-        """Chooses each token by itself."""
+        """Decides about each token on its own."""
         scores = self.scorer(x_TD)
         passes = scores.detach() > self.threshold.index_select(0, self._group(row))
         share = self._annealed_shares(row)
@@ -180,7 +182,7 @@ class Threshold(Router):
 
     @torch.no_grad()
     def observe(self, scores: Float[Tensor, " T"], row: Row) -> None:
-        """Counts the scores of a row; exempt tokens count as the highest, for they use up the share."""
+        """Counts the scores of a row. Exempt tokens count as the highest, since they use up the share."""
         scores = scores.masked_fill(self._exempt(row), LIMIT)
         bins = ((scores + LIMIT) * (BINS / (2 * LIMIT))).long().clamp(0, BINS - 1)
         counted = row.info.valid.long()
@@ -190,9 +192,9 @@ class Threshold(Router):
         """Sets the thresholds for the next step.
 
         Args:
-            counts: The step's scores by bin, over all ranks.
-            dense: 1 while all tokens are to pass, falling to 0 as the share is annealed.
-            skip: Whether to leave all as it is instead.
+            counts: The step's scores by bin, summed over ranks.
+            dense: 1 while all tokens pass, falling to 0 as the share is annealed; see `RoutingConfig.dense`.
+            skip: Whether to leave everything as it is.
         """
         history = self.history * MEMORY + counts
         self.counts.zero_()
@@ -200,7 +202,7 @@ class Threshold(Router):
         total = history.sum(dim=1, dtype=torch.float64)
         passing = torch.stack([group * annealed(share, dense) for group, share in zip(total, asked, strict=True)])
         above = history.double().flip(1).cumsum(1).flip(1)
-        # The last bin with enough scores from its lower edge on holds the threshold, on a line between its edges.
+        # The threshold lies in the last bin from whose lower edge on there are enough scores, interpolated linearly.
         bins = ((above >= passing[:, None]).sum(dim=1) - 1).clamp(0, BINS - 1)
         inside = history.double().gather(1, bins[:, None])[:, 0]
         surplus = above.gather(1, bins[:, None])[:, 0] - passing
@@ -214,9 +216,9 @@ class Threshold(Router):
 
 
 class TopK(Router):
-    """The paper's rule: the k highest scores of a row pass in training, and a predictor guesses them afterwards.
+    """The paper's rule: the k highest scores of a row pass in training; afterwards a predictor guesses them.
 
-    The predictor learns from the choices as labels and from states that it sends no gradient to.
+    The predictor learns to predict the choices from the states, to which it sends no gradient.
     """
 
     def __init__(self, config: FuyuConfig, block: int) -> None:
@@ -227,12 +229,12 @@ class TopK(Router):
         )
 
     def capacity(self, row: Row) -> int:
-        """The k of a row."""
+        """Returns the k of a row."""
         super().capacity(row)
         return max(1, math.floor(annealed(self.shares.patches, self._dense(row)) * len(row.positions)))
 
     def route(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> RoutingDecision:
-        """Chooses among all tokens of the row; with no capacity, each by itself as the predictor says."""
+        """Chooses among all tokens of the row; without a capacity, each on its own by the predictor."""
         scores = self.scorer(x_TD)
         guesses = self.predictor(F.rms_norm(x_TD.detach(), x_TD.shape[-1:]))[:, 0].float()
         if capacity is None:
@@ -245,15 +247,15 @@ class TopK(Router):
         )
 
     def flops_of_token(self) -> Flops:
-        """Returns those of the predictor, which sends no gradient to the states that it reads."""
+        """Returns the operations of the predictor, which sends no gradient to the states that it reads."""
         last, first = sorted(weight.numel() for weight in self.predictor.parameters() if weight.ndim == 2)
         return Flops(last, first)
 
 
 class ImageTopK(Router):
-    """The highest scores of each image's patches pass; words and newlines never skip.
+    """The highest-scoring patches of each image pass; text and newlines never skip.
 
-    An image is always given as a whole, so the rule is exact in generation too.
+    An image is always complete, so the rule is exact in generation too.
     """
 
     def __init__(self, config: FuyuConfig, block: int) -> None:
@@ -261,7 +263,7 @@ class ImageTopK(Router):
         self.scorer = Scorer(config.width)
 
     def capacity(self, row: Row) -> int:
-        """What passes is known before any score is: all but patches, and of each image its share, at least one."""
+        """Returns the capacity, which needs no scores: all tokens but patches, and the share of each image."""
         super().capacity(row)
         length = len(row.positions)
         share = annealed(self.shares.patches, self._dense(row))
@@ -273,7 +275,7 @@ class ImageTopK(Router):
         scores = self.scorer(x_TD)
         ranked = scores.detach().masked_fill(self._exempt(row), LIMIT).index_select(0, row.info.patch_positions)
         by_score = ranked.argsort(descending=True, stable=True)
-        # Sorted by image, and by score within each: a patch's place behind the first of its image is its rank.
+        # Sorted by image and by score within each: the distance from the image's first patch is the rank.
         order = by_score[row.info.patch_image[by_score].argsort(stable=True)]
         rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
         rank = rank - (row.info.image_lengths.cumsum(0) - row.info.image_lengths)[row.info.patch_image]
@@ -284,10 +286,10 @@ class ImageTopK(Router):
 
 
 class Fixed(Router):
-    """Evenly spaced tokens pass, by position alone, one further in each block."""
+    """Evenly spaced tokens pass, by position alone, shifted by one in each block."""
 
     def route(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> RoutingDecision:
-        """Lets a token pass where the share, added up over the positions, reaches the next whole number."""
+        """Lets a token pass where the share, summed over positions, reaches the next whole number."""
         share = self._annealed_shares(row).double()
         place = row.positions + self.block
         passes = ((place + 1) * share + 1e-9).floor() > (place * share + 1e-9).floor()
@@ -297,10 +299,10 @@ class Fixed(Router):
 
 
 class Random(Router):
-    """Each token passes with the share as its probability: anew in each step, and by position in evaluation."""
+    """Each token passes with the share as its probability: drawn in each step, by position alone in evaluation."""
 
     def route(self, x_TD: Float[Tensor, "T D"], row: Row, capacity: int | None) -> RoutingDecision:
-        """Draws for each token by itself."""
+        """Draws for each token on its own."""
         passes = _uniform(row, 1) < self._annealed_shares(row)
         return RoutingDecision(
             (passes | self._exempt(row)) & row.info.valid, torch.ones_like(x_TD[:, 0], dtype=torch.float32)
@@ -326,7 +328,7 @@ _MIX = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111
 
 
 def _uniform(row: Row, draw: int) -> Float[Tensor, " T"]:
-    """A number in [0, 1) for each token that depends on its document, its position, the step and the block alone."""
+    """Returns a number in [0, 1) for each token, a hash of its document, its position, the step and the block."""
     assert row.number is not None
     salt = (2 * row.number + draw + 1) * _MIX[2]
     x = row.info.seed * _MIX[0] + row.positions * _MIX[1] + salt

@@ -1,1 +1,1 @@
-"""What watches, reports and guards a run, each a Lightning callback."""
+"""Lightning callbacks that monitor, report and guard a run."""

@@ -1,6 +1,6 @@
-"""Steps whose loss or gradient is no number, or far out of line, update nothing.
+"""Skips steps whose loss or gradient is not finite, or is far out of line.
 
-One such update puts NaN into every weight, or throws a run back by days, and the run goes on as if all were well.
+A single such update can fill all weights with NaN or set a run back by days, and training would continue regardless.
 """
 
 import sys
@@ -22,13 +22,13 @@ from fuyu_e2e.training.step import StepFigures
 from fuyu_e2e.training.tensorboard import tensorboard_of
 
 MEMORY = 100
-"""Steps that running figures are over; so many good ones are seen before any is out of line."""
+"""Steps that the running statistics cover; so many good steps come before any counts as out of line."""
 KEYS_SHOWN = 20
-"""Samples named in the line; TensorBoard gets them all."""
+"""Most samples named in the log line; TensorBoard gets all of them."""
 
 
 class TooManyBadStepsError(UserError):
-    """So many steps in a row were skipped that the run can't be learning."""
+    """Too many steps in a row were skipped for the run to be learning."""
 
     exit_code = BAD_STEPS
 
@@ -42,28 +42,29 @@ class Running:
     variance: float = 0.0
 
     def add(self, value: float) -> None:
-        """Counts one value; all weigh the same until there are more than `MEMORY`."""
+        """Adds a value; all values weigh the same until there are more than `MEMORY`."""
         self.count = min(self.count + 1, MEMORY)
         part, away = 1 / self.count, value - self.mean
         self.mean += part * away
         self.variance = (1 - part) * (self.variance + part * away * away)
 
     def limit(self, deviations: float) -> float:
-        """The value `deviations` standard deviations above the mean; until that is known the greatest finite one."""
+        """Returns the value `deviations` standard deviations above the mean; the greatest float until that is
+        known."""
         return self.mean + deviations * sqrt(self.variance) if self.count == MEMORY else sys.float_info.max
 
 
 class BadSteps(Callback):
-    """Skips a step, on all ranks alike, whose loss or gradient norm isn't finite or is far above what it was lately.
+    """Skips a step, on all ranks, whose loss or gradient norm isn't finite or is far above its recent values.
 
-    A skipped step leaves weights, the optimizer's state and thresholds of blocks as they were, bit for bit. Its
-    data are gone by, and it counts in `global_step` and the learning rate, so that rows and steps stay in line over a
-    resume. It is logged with the keys of the samples whose loss wasn't finite, else of all in the step.
+    A skipped step leaves weights, optimizer state and routing thresholds as they were, bit for bit. Its data are used
+    up, and it counts in `global_step` and the learning rate, so that rows and steps stay aligned over a resume. The
+    log names the samples whose loss wasn't finite, or else all samples of the step.
 
     Args:
-        in_a_row: So many skipped steps in a row end the run.
-        deviations: Skip also where loss or gradient norm is more than so many standard deviations above its mean over
-            the last 100 good steps; 6 is out of line beyond doubt. None leaves that out.
+        in_a_row: Ends the run after so many skipped steps in a row.
+        deviations: Also skips a step whose loss or gradient norm is more than so many standard deviations above its
+            mean over the last 100 good steps; 6 is far beyond chance. None skips only steps that aren't finite.
 
     Raises:
         UserError: A setting is out of its range.
@@ -77,33 +78,33 @@ class BadSteps(Callback):
         self.in_a_row = in_a_row
         self.deviations = deviations
         self.skipped = 0
-        """Steps skipped so far, those before a resume among them."""
+        """Steps skipped so far, including those before a resume."""
         self._streak = 0
         self._running = {"loss": Running(), "gradient norm": Running()}
         self._rows: dict[int, list[tuple[tuple[str, ...], Tensor]]] = {}
-        """Of each step that isn't judged yet."""
+        """The rows of each step that isn't judged yet."""
         self._keys: tuple[str, ...] = ()
         self._module: FuyuModule | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts and running figures, in primitives."""
+        """Returns the counts and running statistics, as primitives."""
         if self._module is not None:
             self._module.read_step()
         running = {name: asdict(figures) for name, figures in self._running.items()}
         return {"skipped": self.skipped, "streak": self._streak, "running": running}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Restores the counts and statistics."""
         self.skipped, self._streak = state_dict["skipped"], state_dict["streak"]
         self._running = {name: Running(**figures) for name, figures in state_dict["running"].items()}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Learns whose steps are to be judged."""
+        """Stores the module whose steps it judges."""
         assert isinstance(pl_module, FuyuModule)
         self._module = pl_module
 
     def limits(self) -> tuple[float, float]:
-        """The greatest loss and gradient norm of a good step."""
+        """Returns the greatest loss and gradient norm of a good step."""
         loss, norm = (
             sys.float_info.max if self.deviations is None else running.limit(self.deviations)
             for running in self._running.values()
@@ -111,7 +112,7 @@ class BadSteps(Callback):
         return loss, norm
 
     def judge(self, figures: StepFigures) -> None:
-        """Counts a step, and reports it where it was skipped.
+        """Counts a step, and reports it if it was skipped.
 
         Raises:
             TooManyBadStepsError: It was one too many in a row.
@@ -143,7 +144,7 @@ class BadSteps(Callback):
         raise AssertionError("no figure of a skipped step is out of line")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Has the module ask in each step, and begins with no rows of one."""
+        """Registers as the module's guard."""
         assert isinstance(pl_module, FuyuModule)
         pl_module.guard = self
         self._rows.clear()
@@ -151,15 +152,15 @@ class BadSteps(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PackedBatch, batch_idx: int
     ) -> None:
-        """Keeps the samples' keys."""
+        """Stores the samples' keys."""
         self._keys = trainer.datamodule.row.keys  # type: ignore[attr-defined]
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Keeps the row's own loss beside them, unread, so that no host waits for it."""
+        """Stores the row's loss with its keys, without reading it, so that the host doesn't wait."""
         self._rows.setdefault(trainer.global_step + 1, []).append((self._keys, loss.detach()))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Logs how many were skipped."""
+        """Logs the number of skipped steps."""
         if not accumulates(trainer) and (trainer.global_step % steps_between_logs(trainer) == 0):
             pl_module.log("bad_steps/skipped", float(self.skipped))
 

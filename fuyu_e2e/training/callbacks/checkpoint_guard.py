@@ -1,4 +1,4 @@
-"""What a checkpoint that a run goes on from may do to it."""
+"""Limits what a checkpoint may do to the run that resumes from it."""
 
 from pathlib import Path
 from typing import Any
@@ -10,20 +10,21 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.callbacks.checkpoints import Checkpoints
 
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
-"""What a checkpoint calls those that ModelCheckpoint deletes once it has better ones."""
+"""Entries of a checkpoint with paths that ModelCheckpoint deletes once it has better ones."""
 
 
 class CheckpointGuard(Callback):
-    """Has Lightning read local files only and unpickle none, and keeps it from deleting what a checkpoint names.
+    """Makes Lightning read only local files, without unpickling, and not delete files that a checkpoint names.
 
-    Lightning picks the checkpoint itself for `last`, and on a cluster that requeues, among the places of all its
-    callbacks. By itself it unpickles what comes from a web server, and torch the optimizer's part of a sharded one.
+    For `last`, and on a cluster that requeues, Lightning picks the checkpoint itself among the folders of all
+    callbacks. By default it unpickles what comes from a web server, and torch unpickles the optimizer part of a
+    sharded checkpoint.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Puts the check before the one method through which Lightning reads checkpoints.
 
-        Not an argument of `fit`: Lightning forgets `weights_only` where a strategy restores after its setup.
+        An argument of `fit` is not enough: Lightning ignores `weights_only` if a strategy restores after its setup.
         """
         read = trainer.strategy.load_checkpoint
 
@@ -36,10 +37,10 @@ class CheckpointGuard(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Forgets the checkpoints that are known from before, unless they lie where this run keeps its own.
+        """Drops checkpoint paths of an earlier run, unless they lie where this run keeps its own.
 
-        ModelCheckpoint would delete them, folders and remote stores included, as soon as it saves. `Checkpoints` takes
-        no more than names, and needs no guard.
+        ModelCheckpoint would delete them at its next save, even folders and remote stores. `Checkpoints` stores only
+        names, and needs no guard.
         """
         folders = [
             Path(callback.dirpath).resolve()

@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps, and what saving them costs."""
+"""Which checkpoints a run keeps, and how long saving them takes."""
 
 import re
 import time
@@ -18,24 +18,24 @@ from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
 from fuyu_e2e.training.tensorboard import shown_step
 
 MONITOR = "val/loss"
-"""What tells the best checkpoint where the recipe names no figure and there is validation data."""
+"""The figure that ranks checkpoints if the recipe names none and there is validation data."""
 
 
 class Checkpoints(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which keeps the newest checkpoint as well as the best.
+    """Lightning's ModelCheckpoint, extended to keep the newest checkpoint as well as the best.
 
-    Where a step is to be both validated and saved, validation comes first: Lightning saves before it, and records the
-    figures of the validation before. Where `monitor` is a figure of validation (`val/...`), each validation that is
-    among the `save_top_k` best is saved as well, whatever `every_n_train_steps` says. The newest checkpoint is kept
-    beside those; `save_top_k` 0 keeps it alone, and -1 keeps all. Where `monitor` is not set and the run has
-    validation data, it is `val/loss`, the lower the better.
+    If a step is to be both validated and saved, validation comes first; Lightning saves first, with the figures of the
+    previous validation. If `monitor` is a validation figure (`val/...`), each validation among the `save_top_k` best
+    is saved as well, whatever `every_n_train_steps` says. The newest checkpoint is kept in addition to those;
+    `save_top_k` 0 keeps it alone, and -1 keeps all. The default `monitor` of a run with validation data is `val/loss`,
+    lower is better.
 
-    File names have the step, which is added to a `filename` without it, and by default the monitored figure where it
-    was taken at that step. Also saves at once (`save_now`), and logs `checkpoint/stall_seconds`.
+    File names contain the step, which is added to a `filename` without it, and by default the monitored figure if it
+    was taken at that step. `save_now` saves at once; the callback logs `checkpoint/stall_seconds`.
 
     Attributes:
         newest: The checkpoint that was saved last, or "".
-        saving: The one that is being saved, while it is.
+        saving: The checkpoint that is being saved, or "".
     """
 
     newest = ""
@@ -45,16 +45,16 @@ class Checkpoints(ModelCheckpoint):
     _step = -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Chooses the figure that tells the best checkpoint, unless the recipe names one."""
+        """Sets the default figure that ranks checkpoints, unless the recipe names one."""
         super().setup(trainer, pl_module, stage)
         patterns = getattr(trainer.datamodule, "patterns", {})  # type: ignore[attr-defined]
         if self.monitor is None and patterns.get("val") is not None:
             self.monitor, self.mode, self.kth_value = MONITOR, "min", torch.tensor(torch.inf)
         if self.filename is not None and "{step" not in self.filename:
-            self.filename += "-{step}"  # the newest would be written over the best
+            self.filename += "-{step}"  # otherwise the newest would overwrite the best
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Saves a step whose turn it is, unless it is about to be validated."""
+        """Saves a step that is due, unless it is about to be validated."""
         if accumulates(trainer) or self._should_skip_saving_checkpoint(trainer) or not self._is_due(trainer):
             return
         if validates_now(trainer):
@@ -74,11 +74,11 @@ class Checkpoints(ModelCheckpoint):
         return due
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes that figures of validation are about to be those of this step."""
+        """Records that the validation figures belong to this step."""
         self._validated_at = trainer.global_step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves a step whose turn it was before it was validated, and one that turns out to be among the best."""
+        """Saves a step that was due before its validation, or that is among the best."""
         trial = trainer.fast_dev_run  # type: ignore[attr-defined]
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or trial:
             return
@@ -89,22 +89,22 @@ class Checkpoints(ModelCheckpoint):
             self._save(trainer)
 
     def save_now(self, trainer: pl.Trainer) -> Path:
-        """Saves the step that is done, unless it is saved, and gives where; every rank calls it."""
+        """Saves the current step unless it is saved already, and returns its path; all ranks call it."""
         if self._last_global_step_saved != trainer.global_step:
             self._save(trainer)
         return Path(self._last_checkpoint_saved)
 
     def monitored(self, trainer: pl.Trainer) -> dict[str, Any] | None:
-        """What a checkpoint of this step records of the monitored figure: `name`, `value` and `mode`.
+        """Returns what a checkpoint of this step records about the monitored figure.
 
         Returns:
-            None where nothing is monitored, or the figure was not taken at this step.
+            `name`, `value` and `mode`; None if nothing is monitored, or the figure was not taken at this step.
         """
         figure = self._figure(trainer)
         return None if figure is None else {"name": self.monitor, "value": float(figure), "mode": self.mode}
 
     def _figure(self, trainer: pl.Trainer) -> Tensor | None:
-        """The monitored figure of this step."""
+        """Returns the monitored figure of this step, or None."""
         if self.monitor is None:
             return None
         if not self.monitor.startswith("val/") or self._validated_at == trainer.global_step:
@@ -120,10 +120,10 @@ class Checkpoints(ModelCheckpoint):
         self._save_last_checkpoint(trainer, candidates)
 
     def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        """Saves this step, then removes what it supersedes: the newest until now, and the least of the best."""
+        """Saves this step, then removes what it supersedes: the previous newest, and the worst of the best."""
         figure = self._figure(trainer)
         if self.monitor is not None and figure is None:
-            monitor_candidates[self.monitor] = torch.tensor(torch.nan)  # an earlier one is no part of this step's name
+            monitor_candidates[self.monitor] = torch.tensor(torch.nan)  # the name must not have an earlier figure
         default = "{step}" if figure is None else f"{{step}}-{{{self.monitor}:.4f}}"
         path = self.format_checkpoint_name(monitor_candidates, self.filename or default)
         superseded = {self.newest, *self.best_k_models}
@@ -144,7 +144,7 @@ class Checkpoints(ModelCheckpoint):
                 self._remove_superseded(trainer, old, path)
 
     def _take_among_best(self, path: str, figure: Tensor) -> None:
-        """Changes what a checkpoint says of the run, and is therefore called before it is saved."""
+        """Updates the ranking, which the checkpoint stores; called before it is saved for that reason."""
         worst = torch.tensor(torch.inf if self.mode == "min" else -torch.inf, device=figure.device)
         figure = worst if figure.isnan() else figure
         sign = 1 if self.mode == "min" else -1
@@ -168,14 +168,15 @@ class Checkpoints(ModelCheckpoint):
         prefix: str | None = None,
         auto_insert_metric_name: bool = True,
     ) -> str:
-        """As Lightning does, but with `val_loss` for `val/loss`, which would be a folder."""
+        """Formats as Lightning does, but writes `val_loss` for `val/loss`, which would name a folder."""
         if filename is not None:
             filename = re.sub(r"\{[^}:]*", lambda name: name[0].replace("/", "_"), filename)
         metrics = {name.replace("/", "_"): value for name, value in metrics.items()}
         return super()._format_checkpoint_name(filename, metrics, prefix, auto_insert_metric_name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's, with the newest checkpoint, which is the one that this is saved in, and its step."""
+        """Returns Lightning's state with the newest checkpoint, which is the one that stores this state, and its
+        step."""
         return super().state_dict() | {
             "newest": self.newest,
             "step": self._step,
@@ -185,13 +186,13 @@ class Checkpoints(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """One name, where Lightning's has the settings in it: a run that changes one still knows its checkpoints."""
+        """A constant; Lightning's contains the settings, so that a run that changes one would not find its state."""
         return type(self).__name__
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up which checkpoints were kept, by their names in the run's directory, wherever that lies now.
+        """Restores which checkpoints were kept, by their names in the run's directory, wherever that is now.
 
-        The best are forgotten where another figure tells them from here on; none of them is removed then.
+        If another figure ranks checkpoints from now on, the ranking is dropped, and none of the best is removed.
         """
         here = {path.name: str(path) for path in written_last_first([Path(self.dirpath or ".")])}
         if (newest := here.get(Path(state_dict["newest"]).name)) is not None:
@@ -208,7 +209,7 @@ class Checkpoints(ModelCheckpoint):
                 self._take_among_best(here[name], figure)
 
     def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        """Lightning's, but links also where `save_top_k` is 0, for which Lightning writes a second checkpoint."""
+        """Links the last checkpoint even if `save_top_k` is 0, for which Lightning writes a second one."""
         if self.save_last != "link":
             super()._save_last_checkpoint(trainer, monitor_candidates)
             return
@@ -235,5 +236,5 @@ class Checkpoints(ModelCheckpoint):
 
 
 def checkpoints_of(trainer: pl.Trainer) -> Checkpoints | None:
-    """The callback that keeps a run's checkpoints, also where the recipe has more callbacks that save some."""
+    """Returns the callback that keeps a run's checkpoints, even among other callbacks of the recipe that save some."""
     return next((one for one in trainer.checkpoint_callbacks if isinstance(one, Checkpoints)), None)

@@ -1,4 +1,4 @@
-"""What became of the samples: every sample that was left out, by reason."""
+"""Counts of the samples: how many were read and used, and how many were skipped for which reason."""
 
 from typing import Any
 
@@ -16,12 +16,12 @@ from fuyu_e2e.training.module import steps_between_logs
 
 
 class DataReport(Callback):
-    """Logs how many samples were read, used and skipped by reason, and prints those of validation, test and predict.
+    """Logs the counts of samples read, used and skipped by reason; prints those of validation, test and predict.
 
     `Ending` prints those of training.
 
-    Of a mixture, the share of each source that was really drawn stands beside the one asked for, and how many times
-    the source was read so far. Counts of training go on in a resumed run, from the last whole step on.
+    For a mixture it also logs the share of each source that was drawn, the share that was asked for, and how many
+    times the source was read. Counts of training continue in a resumed run from its last complete step.
     """
 
     def __init__(self) -> None:
@@ -31,34 +31,34 @@ class DataReport(Callback):
         self._counts = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the counting to one of the processes that see the same rows."""
+        """Selects one process to count among those that read the same rows."""
         self._counts = DataRank.of(trainer).first
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts of training over all processes and resumed runs, in primitives."""
+        """Returns the counts of training over all processes and resumed runs, as primitives."""
         return self.training().to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on counting from there."""
+        """Restores the counts of the runs before."""
         self._before = SampleStats.from_dict(state_dict)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts this run anew; what came before it is added when counts are shown."""
+        """Resets the counts of this run; those of the runs before are added when counts are shown."""
         self.all_stats["train"] = SampleStats()
         self._of_this_step = SampleStats()
 
     def training(self) -> SampleStats:
-        """The counts of training over all processes and resumed runs; every process calls it."""
+        """Returns the counts of training over all processes and resumed runs; a collective."""
         total = SampleStats.from_dict(self._before.to_dict())
         total.add(_over_ranks(self.all_stats.get("train", SampleStats())))
         return total
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts anew."""
+        """Resets the counts."""
         self.all_stats["val"] = SampleStats()
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts anew."""
+        """Resets the counts."""
         self.all_stats["test"] = SampleStats()
 
     def on_train_batch_end(
@@ -97,7 +97,7 @@ class DataReport(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Counts a batch."""
+        """Counts a batch of validation."""
         self._add(self.all_stats["val"], trainer)
 
     def on_test_batch_end(
@@ -109,7 +109,7 @@ class DataReport(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Counts a batch."""
+        """Counts a batch of the test."""
         self._add(self.all_stats["test"], trainer)
 
     def _add(self, stats: SampleStats, trainer: pl.Trainer) -> None:
@@ -117,7 +117,7 @@ class DataReport(Callback):
             stats.add(trainer.datamodule.row.stats)  # type: ignore[attr-defined]
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the validation data's counts where something was left out."""
+        """Prints the validation data's counts if anything was skipped or cut."""
         if not trainer.sanity_checking:
             self._print("val", only_losses=True)
 
@@ -126,7 +126,7 @@ class DataReport(Callback):
         self._print("test")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints what became of the documents to be continued."""
+        """Prints the counts of the documents to be continued."""
         self.all_stats["predict"] = trainer.datamodule.prompt_tally  # type: ignore[attr-defined]
         self._print("predict")
 

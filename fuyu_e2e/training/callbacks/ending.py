@@ -1,4 +1,4 @@
-"""What `fit` says in the end: where everything is, how good it is, what became of the data, and what to do next."""
+"""The summary at the end of `fit`: where the results are, how good they are, and what to do next."""
 
 import shlex
 from pathlib import Path
@@ -19,22 +19,22 @@ from fuyu_e2e.training.module import FuyuModule
 
 
 class Ending(Callback):
-    """Sums a finished run up, on the first process.
+    """Sums up a finished run, on the first process.
 
-    Checkpoints are read back from the disk, once all are written: what is named is there.
+    Reads the checkpoints back from the disk after all are written, so that every one it names exists.
     """
 
     def __init__(self) -> None:
         self._tally: SampleStats | None = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Adds the counts of all processes up, while they are there to be asked."""
+        """Sums the counts of all processes while these still run."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         report = next((one for one in callbacks if isinstance(one, DataReport)), None)
         self._tally = report.training() if report is not None else None
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says it."""
+        """Logs the summary."""
         assert isinstance(pl_module, FuyuModule)
         if trainer.is_global_zero:
             lines = [
@@ -48,7 +48,7 @@ class Ending(Callback):
 
 
 def _early_stopping(trainer: pl.Trainer) -> EarlyStopping | None:
-    """The callback that ended a run before its last step."""
+    """Returns the callback that ended the run before its last step, or None."""
     callbacks = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
     stopped = (one for one in callbacks if one.stopping_reason_message)
     return next(stopped, None) if trainer.global_step < trainer.max_steps else None
@@ -78,13 +78,13 @@ def _data(stats: SampleStats) -> list[str]:
 
 
 def _next_commands(trainer: pl.Trainer) -> list[str]:
-    """Commands that work as they stand, but for words in capitals."""
+    """Returns the commands for what may come next, ready to run except for words in capitals."""
     root = Path(trainer.default_root_dir)
     if not (root / "config.yaml").is_file():
         return []  # no run of the command line
     run = shlex.quote(shown(root.absolute()))
     data: FuyuDataModule = trainer.datamodule  # type: ignore[attr-defined]
-    # A model that never saw a question continues none.
+    # A model that never saw a question can't continue one.
     prompt = "" if data.document_kinds().keys() <= {"caption"} else ' --prompt "..."'
     more = "--trainer.max_steps MORE" if _early_stopping(trainer) is None else "--trainer.callbacks null"
     return [

@@ -1,4 +1,4 @@
-"""Tasks that a run evaluates every so many steps, as curves and pictures."""
+"""Evaluates tasks at regular steps of a run, and logs curves and pictures."""
 
 from collections.abc import Mapping
 from itertools import islice
@@ -27,18 +27,18 @@ from fuyu_e2e.training.settings.arguments import did_you_mean
 
 
 class EvaluationInTraining(Callback):
-    """Evaluates tasks every so many steps, on the first process while the others wait; training is as without.
+    """Evaluates tasks every so many steps, on the first process while the others wait; does not affect training.
 
-    Logs `eval/TASK/METRIC`, the same by group and blind, `eval/TASK/unusable`, which is how many questions are wrong
-    since they can't be used, and contact sheets of right and wrong answers. The model computes in the run's precision.
-    The time that it takes counts for `watchdog.limit`, and ends a run of several processes where it exceeds the 30
-    minutes that collectives wait: the limit is there to keep it short.
+    Logs `eval/TASK/METRIC`, also by group and without the images, `eval/TASK/unusable`, the number of questions that
+    count as wrong because they can't be used, and contact sheets of right and wrong answers. The model computes in the
+    run's precision. The time counts for `watchdog.limit`. It ends a run of several processes if it exceeds the 30
+    minutes that collectives wait; `limit` keeps it short.
 
     Args:
         tasks: Task files, or names of shipped ones; none evaluates nothing.
         every_n_steps: Optimizer steps from one evaluation to the next.
-        limit: Questions of each task, the first ones.
-        data: Files and folders in place of a task's own, by the task's name and theirs.
+        limit: Number of questions of each task, from the first.
+        data: Files and folders that replace a task's own, by the task's name and theirs.
         batch_tokens: Tokens that are read and written at once.
 
     Raises:
@@ -67,10 +67,10 @@ class EvaluationInTraining(Callback):
         self._asked: list[tuple[Task, list[Question]]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Reads the questions, on every process, so that what is wrong with them ends all.
+        """Reads the questions on every process, so that an error in them ends all.
 
         Raises:
-            UserError: A task or its data is not what it should be.
+            UserError: A task or its data is wrong.
         """
         if stage != "fit":
             return
@@ -85,7 +85,7 @@ class EvaluationInTraining(Callback):
             self._asked.append((task, questions))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Evaluates behind a step whose turn it is."""
+        """Evaluates after a step that is due."""
         if not self._asked or accumulates(trainer):
             return
         if trainer.global_step % self.every_n_steps:
@@ -125,7 +125,7 @@ class EvaluationInTraining(Callback):
 
 
 def figures(scores: Mapping[str, MetricScores]) -> dict[str, float]:
-    """Every score that there is: `METRIC`, `METRIC/GROUP/VALUE`, `METRIC/without_image`, `METRIC/other_image`."""
+    """Returns all scores by name: `METRIC`, `METRIC/GROUP/VALUE`, `METRIC/without_image`, `METRIC/other_image`."""
     found = {}
     for metric, parts in scores.items():
         found[metric] = parts.all.value

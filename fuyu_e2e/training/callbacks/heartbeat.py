@@ -1,9 +1,9 @@
-"""A run on several hosts ends with the name of the one that is lost, also where nothing says that it is.
+"""Ends a run on several hosts when one host is lost, and names it, even if no connection fails.
 
-A host whose processes are killed closes its connections, and collectives fail at once. One whose network or power is
-gone says nothing: collectives of the others wait for their group's timeout, the 30 minutes that Lightning sets, or 10
-where NCCL carries the parts of a sharded model. So each host tells in the process group's store, every few seconds,
-that it is there, and all listen.
+A host whose processes are killed closes its connections, and collectives fail at once. A host that loses network or
+power says nothing: the collectives of the others wait for their group's timeout, 30 minutes in Lightning, or 10
+if NCCL carries the parts of a sharded model. So each host writes a sign of life to the process group's store every few
+seconds, and all hosts check for it.
 """
 
 import os
@@ -23,14 +23,14 @@ from fuyu_e2e.errors import HOST_LOST, UserError
 TICKS = 10
 """Signs of life within the limit."""
 SLACK = 2
-"""Ticks by which silences that began together may differ, as each thread has its own."""
+"""Ticks by which silences that began together may differ, since threads tick independently."""
 STORE_HOST = 0
-"""Node rank of the host that keeps the store: its first process, or the torchrun that started it."""
+"""Node rank of the host that keeps the store: its first process keeps it, or the torchrun that started that."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """One host of a run, as a user knows it."""
+    """One host of a run, with what a user knows it by."""
 
     name: str
     address: str
@@ -45,15 +45,16 @@ class Host:
 class Heartbeat(Callback):
     """Ends the process when another host of the run has been silent for longer than a limit.
 
-    A thread writes to stderr which host it was and leaves with exit code 5, also where the main thread hangs in a
-    collective. A collective that fails waits for that sentence before its traceback. A second thread talks with the
-    store: its calls hang, whatever their timeout, where the host that keeps the store is the one that is lost. Time
-    in which the whole process is stopped doesn't count for those it listens to, but it is silent meanwhile. On one
-    host nothing is watched: there the launcher sees processes die.
+    A thread writes the name of that host to stderr and exits with code 5, even if the main thread hangs in a
+    collective. A collective that fails waits for that message before its traceback. A second thread talks to the
+    store: its calls hang, whatever their timeout, if the lost host is the one that keeps the store. While the whole
+        process is stopped,
+    it doesn't count the silence of others, but is silent itself. On a single host nothing is monitored: there the
+    launcher sees processes die.
 
     Args:
-        limit: Seconds that a host may be silent; None switches the watch off. Under torchrun less than the 30 seconds
-            that it leaves its processes when it has lost the others itself.
+        limit: Seconds that a host may be silent; None turns the heartbeat off. Under torchrun, less than the 30
+            seconds that torchrun leaves its processes after it has lost the others itself.
 
     Raises:
         UserError: The limit is out of its range.
@@ -70,10 +71,10 @@ class Heartbeat(Callback):
         self._threads: list[threading.Thread] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Learns which hosts there are, and begins to watch."""
+        """Exchanges the hosts' names and starts the threads."""
         if stage != "fit" or self.limit is None or trainer.num_nodes == 1 or not dist.is_initialized():
             return
-        # Under torchrun a store outlives the run's restarts, and with it what lost hosts said.
+        # Under torchrun the store outlives restarts of the run, and with it the signs of lost hosts.
         run = trainer.strategy.broadcast(os.urandom(8).hex())
         store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         if trainer.local_rank == 0:
@@ -96,15 +97,15 @@ class Heartbeat(Callback):
             thread.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Keeps the step that a sentence is to name."""
+        """Stores the step for the message."""
         self._step = trainer.global_step
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Watches no more."""
+        """Stops the threads."""
         self._end()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Watches no more; where a collective failed, not before it could be told whether a host is lost."""
+        """Stops the threads; if a collective failed, first waits to see whether a host is lost."""
         if self.limit is not None and self._threads and _is_of_a_collective(exception):
             self._threads[-1].join(self.limit * (1 + 2 * SLACK / TICKS))
         self._end()
@@ -118,7 +119,7 @@ class Heartbeat(Callback):
     def _talk(
         self, store: dist.Store, own: str | None, keys: list[str], interval: float, done: threading.Event
     ) -> None:
-        """Tells that this host is there, where `own` is its key, and keeps what the others told last."""
+        """Sends this host's sign of life, if `own` is its key, and stores the latest signs of the others."""
         while not done.wait(interval):
             try:
                 if own is not None:
@@ -138,10 +139,10 @@ class Heartbeat(Callback):
             silent = [count + 1 if new == old else 0 for count, new, old in zip(silent, signs, heard, strict=True)]
             unanswered = unanswered + 1 if self._answers == answers else 0
             heard, answers = signs, self._answers
-        # Without the store all are silent.
+        # Without the store all hosts seem silent.
         lost = [host for host, count in zip(others, silent, strict=True) if count >= TICKS - SLACK]
         lost = [keeper] if unanswered >= TICKS - SLACK else lost
-        # pytest and notebooks put something without a file descriptor in the place of sys.stderr.
+        # pytest and notebooks replace sys.stderr by an object without a file descriptor.
         log = sys.__stderr__
         if log is not None:
             names = " and ".join(map(str, lost))
@@ -159,13 +160,13 @@ def _key(run: str, node_rank: int) -> str:
 
 
 def _address() -> str:
-    """The address with which this host speaks to the first one."""
+    """Returns the address that this host uses to reach the first one."""
     family, kind, _, _, first = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as way:
-        way.connect(first)  # a datagram socket only looks up the way
+        way.connect(first)  # sends nothing: a datagram socket only looks up the route
         return str(way.getsockname()[0])
 
 
 def _is_of_a_collective(exception: BaseException) -> bool:
-    # gloo's own are RuntimeErrors that begin with the place in its source.
+    # gloo raises RuntimeErrors that start with a place in its source.
     return isinstance(exception, dist.DistError) or (isinstance(exception, RuntimeError) and "gloo" in str(exception))

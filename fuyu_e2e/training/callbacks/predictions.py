@@ -1,4 +1,4 @@
-"""What `predict` generated, in a file."""
+"""Writes the results of `predict` to a file."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 class WritePredictions(BasePredictionWriter):
-    """Writes what `predict` generated as `predictions.jsonl` into the run's directory, one line a document.
+    """Writes what `predict` generated to `predictions.jsonl` in the run's directory, one line for each document.
 
-    The file appears when it is complete; a prediction that fails leaves the one from before.
+    The file appears when it is complete; a prediction that fails leaves an earlier file as it was.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class WritePredictions(BasePredictionWriter):
         self._written = 0
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts from zero."""
+        """Resets the count."""
         self._written = 0
 
     def write_on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Any, *_: Any) -> None:
@@ -32,7 +32,7 @@ class WritePredictions(BasePredictionWriter):
         self._written += len(prediction)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Puts the file in its place, and says where that is."""
+        """Moves the complete file to its final name, and logs the path."""
         if not self._written:
             rank_zero_info("No document of data.predict could be continued: nothing was written.")
             return
@@ -41,7 +41,7 @@ class WritePredictions(BasePredictionWriter):
         rank_zero_info(f"{self._written:,} continuations: {path}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Removes what is not complete."""
+        """Removes the incomplete file."""
         if self._written:
             self._path(trainer, ".unfinished-").unlink(missing_ok=True)
 

@@ -13,19 +13,19 @@ from fuyu_e2e.training.callbacks.throughput import throughput_of
 from fuyu_e2e.training.module import FuyuModule
 
 REDRAWN = 4
-"""Times a second. A terminal's bar takes a millisecond to draw, in which Python does nothing else, and Lightning would
-draw it a hundred times: a tenth of the run."""
+"""Redraws a second. A terminal's bar takes a millisecond to draw, in which Python does nothing else; Lightning's rate
+of a hundred would take a tenth of the run."""
 
 
 def progress() -> ProgressBar:
-    """What shows how far a run is: a bar in a terminal, lines elsewhere."""
+    """Returns the callback that shows a run's progress: a bar in a terminal, lines elsewhere."""
     return Progress() if sys.stdout.isatty() else StepLines()
 
 
 class Progress(RichProgressBar):
-    """Lightning's bar, counting optimizer steps, with figures as a person reads them, drawn as often as one looks.
+    """Lightning's bar, but counting optimizer steps, with readable figures and few redraws.
 
-    It reads nothing from the device: the loss is that of the last step that the module read.
+    Reads nothing from the device: the loss is that of the last step that the module read.
     """
 
     def __init__(self) -> None:
@@ -35,15 +35,15 @@ class Progress(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Optimizer steps of the whole run: Lightning's are the micro-batches still to come."""
+        """Optimizer steps of the whole run; Lightning's are the micro-batches still to come."""
         return super().total_train_batches if self.trainer.max_steps < 0 else self.trainer.max_steps
 
     def _get_train_description(self, current_epoch: int) -> str:
-        """A stream of data has no epochs."""
+        """Returns the label without an epoch, since a stream of data has none."""
         return f"{'Training':{len(self.validation_description)}}"
 
     def _init_progress(self, trainer: pl.Trainer) -> None:
-        """Has log messages printed above the bar, which otherwise draws over them; rich leads only `print` there."""
+        """Sends log messages to the area above the bar, which would overwrite them; rich does so only for `print`."""
         super()._init_progress(trainer)
         if self._led_above or self._progress_stopped:
             return
@@ -60,12 +60,12 @@ class Progress(RichProgressBar):
         self._led_above = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Shows where the run goes on, which within an epoch no `on_train_epoch_start` tells."""
+        """Shows the step of a resumed run: in the middle of an epoch, Lightning calls no `on_train_epoch_start`."""
         super().on_train_start(trainer, pl_module)
         self._count_from(trainer.global_step)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Puts the count back that Lightning sets to zero."""
+        """Restores the count, which Lightning sets to zero."""
         super().on_train_epoch_start(trainer, pl_module)
         self._count_from(trainer.global_step)
 
@@ -78,16 +78,16 @@ class Progress(RichProgressBar):
         self.progress.reset(self.train_progress_bar_id, completed=step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Counts the steps that are done."""
+        """Counts completed steps."""
         self._update(self.train_progress_bar_id, trainer.global_step)
         self._update_metrics(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leaves the finished bar where it is, above what is said in the end."""
+        """Leaves the finished bar in place above the final messages."""
         self._stop_progress()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes the figure to be shown from here on."""
+        """Takes the validation loss to show from now on."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             assert isinstance(pl_module, FuyuModule)
             self._validation_loss = pl_module.validated.get("val/loss")
@@ -96,7 +96,7 @@ class Progress(RichProgressBar):
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """The figures behind the bar, those that are known by now."""
+        """Returns the figures to show next to the bar, as far as they are known."""
         if trainer.state.fn != TrainerFn.FITTING or not isinstance(pl_module, FuyuModule):
             known = trainer.progress_bar_metrics
             return {name: f"{known[name]:.3f}" for name in ("val/loss", "test/loss") if name in known}

@@ -1,4 +1,4 @@
-"""Random numbers of a run that goes on are those of the run that was never stopped, on every rank."""
+"""Restores random generators on every rank, so that a resumed run draws as an uninterrupted one would."""
 
 import random
 from typing import Any
@@ -14,56 +14,56 @@ from fuyu_e2e.distributed import all_ranks
 
 
 class RandomState(Callback):
-    """Keeps the state of the global random generators in checkpoints: of Python, numpy, torch, and the rank's GPU.
+    """Stores the states of the global random generators in checkpoints: Python, numpy, torch, and the rank's GPU.
 
-    Each rank gets its own back before the first step of a run that goes on. On more processes than before, those that
-    have none of their own keep the recipe's fresh seed. A checkpoint from within a step has the state from before it,
-    as it has everything else. Validation begins with the state that training left and leaves it as it was: a run that
-    goes on does not repeat it.
+    Each rank restores its state before the first step of a resumed run. If there are more processes than before, the
+    additional ones keep the fresh state of the recipe's seed. A checkpoint from within a step has the state before
+    that step, like everything else in it. Validation begins with the state that training left and restores it at the
+    end, as a resumed run doesn't repeat it.
 
-    Stands before all callbacks, so that what they draw for a step is drawn from the state that was put back.
+    Comes before all other callbacks, so that they draw from the restored state.
     """
 
     def __init__(self) -> None:
         self._before_step: dict[str, Any] | None = None
-        """From before the running step; None between steps."""
+        """The state before the running step; None between steps."""
         self._aside: dict[str, Any] | None = None
-        """What the next micro-batch is to go on with: from a checkpoint, or from before a validation."""
+        """The state for the next micro-batch, from a checkpoint or from before a validation."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all ranks, in tensors and primitives; every rank calls it."""
+        """Returns the states of all ranks, as tensors and primitives; a collective."""
         own = _in_primitives(self._before_step or self._aside or read())
         return {"ranks": all_ranks(own)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes this rank's own, if it has one, for its next step."""
+        """Takes this rank's state, if the checkpoint has one, for its next step."""
         rank = dist.get_rank() if dist.is_initialized() else 0
         self._aside = dict(enumerate(state_dict["ranks"])).get(rank)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Is within no step."""
+        """Marks that no step is running."""
         self._before_step = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Puts back what was put aside; between the start of a run and here, others draw."""
+        """Restores the stored state only now, since others draw between the start of a run and here."""
         if self._aside is not None:
             put_back(self._aside)
             self._aside = None
         self._before_step = self._before_step or read()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Ends the step behind its last micro-batch."""
+        """Ends the step after its last micro-batch."""
         if not accumulates(trainer):
             self._before_step = None
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Puts training's state aside, unless Lightning does so itself, as around its check before training."""
+        """Stores training's state, unless Lightning does so itself, as around its check before training."""
         if not trainer.sanity_checking:
             self._aside = self._aside or read()
 
 
 def read() -> dict[str, Any]:
-    """The state of this process's global generators, and of its GPU's once it is in use."""
+    """Returns the state of this process's global generators, and of its GPU's if that is in use."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
@@ -73,13 +73,13 @@ def read() -> dict[str, Any]:
 
 
 def _in_primitives(state: dict[str, Any]) -> dict[str, Any]:
-    """A state as a checkpoint can hold it: numpy's words as numbers, which is too slow for each step."""
+    """Returns a state in the form of a checkpoint: numpy's words as numbers, too slow to do in each step."""
     words = np.asarray(state["numpy"]["state"]["key"]).tolist()
     return state | {"numpy": state["numpy"] | {"state": state["numpy"]["state"] | {"key": words}}}
 
 
 def put_back(state: dict[str, Any]) -> None:
-    """Sets the generators as `read` found them; a GPU's only where it was in use then as now."""
+    """Sets the generators to a state from `read`; a GPU's only if it was in use then and is now."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

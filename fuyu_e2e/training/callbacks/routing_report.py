@@ -1,4 +1,4 @@
-"""How much depth each kind of token gets, as a run goes on."""
+"""Logs how much depth each type of token gets over a run."""
 
 from typing import Any
 
@@ -24,15 +24,16 @@ from fuyu_e2e.training.tensorboard import shown_step, tensorboard_of
 
 
 class RoutingReport(Callback):
-    """Logs what routed blocks do; silent for a dense decoder.
+    """Logs what routed blocks do; does nothing for a dense decoder.
 
-    For each block, in training and in validation: the share of patches, newlines, text and answers that passed it; in
-    training also its threshold, the spread of its scores and the tokens that its capacity had no room for. At each
-    validation: the choices that changed since the one before, on the same documents, and heat maps of some of them.
+    For each block, in training and in validation: the fraction of patches, newlines, text and answers that passed it.
+    In training also its threshold, the spread of its scores and the tokens that exceeded its capacity. At each
+    validation: the fraction of choices that changed since the last one on the same documents, and heat maps of some
+        documents.
 
     Args:
-        maps: Documents of which heat maps are drawn.
-        followed: Documents whose choices are compared from one validation to the next.
+        maps: Number of documents with heat maps.
+        followed: Number of documents whose choices are compared between validations.
     """
 
     def __init__(self, maps: int = 4, followed: int = 32) -> None:
@@ -43,7 +44,7 @@ class RoutingReport(Callback):
         self._choices: Tensor | None = None
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Counts a batch."""
+        """Counts the row of a batch."""
         assert isinstance(pl_module, FuyuModule)
         if pl_module.config.routing is not None:
             self._training.add(pl_module.row)
@@ -51,7 +52,7 @@ class RoutingReport(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Has the figures read with those of every `log_every_n_steps`-th step, and resets them."""
+        """Requests the figures of every `log_every_n_steps`-th step for the host, and resets them."""
         assert isinstance(pl_module, FuyuModule)
         if pl_module.config.routing is None or (trainer.global_step + 1) % steps_between_logs(trainer):
             return
@@ -64,7 +65,7 @@ class RoutingReport(Callback):
         self._training = _Sums()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Logs them."""
+        """Logs the requested figures."""
         assert isinstance(pl_module, FuyuModule)
         if accumulates(trainer) or trainer.global_step % steps_between_logs(trainer):
             return
@@ -73,7 +74,7 @@ class RoutingReport(Callback):
             pl_module.log(name, value)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts anew."""
+        """Resets the counts."""
         self._validation = _Sums()
 
     def on_validation_batch_end(
@@ -85,20 +86,20 @@ class RoutingReport(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Counts a batch."""
+        """Counts the row of a batch."""
         assert isinstance(pl_module, FuyuModule)
         if pl_module.config.routing is not None and batch.document_lengths:
             self._validation.add(pl_module.row)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs the shares of this process's rows."""
+        """Logs the fractions over this process's rows."""
         for name, value in self._validation.figures("val/routing").items():
             pl_module.log(name, value)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compares choices with those of the validation before, and draws heat maps, on the first process.
+        """Compares choices with the last validation's, and draws heat maps, on the first process.
 
-        In the run's precision, as validation.
+        Runs in the run's precision, like validation.
         """
         logger = tensorboard_of(trainer)
         assert isinstance(pl_module, FuyuModule)
@@ -134,7 +135,7 @@ class RoutingReport(Callback):
 
 
 class _Sums:
-    """Counts over batches, kept on the device until they are logged."""
+    """Counts over batches, on the device until they are logged."""
 
     def __init__(self) -> None:
         self.blocks: list[int] = []
@@ -144,7 +145,7 @@ class _Sums:
         self.spread: Tensor | None = None
 
     def add(self, row: Row | None) -> None:
-        """Adds the routed blocks of one row."""
+        """Adds the reports of one row's routed blocks."""
         if row is None or not (blocks := routed_blocks(row)):
             return
         self.blocks = [routed.block for routed in blocks]
@@ -158,7 +159,7 @@ class _Sums:
         self.spread = torch.stack([score.std() for score in scores]) if scores else None
 
     def figures(self, prefix: str) -> dict[str, Tensor]:
-        """What is logged, by name."""
+        """Returns the figures to log, by name."""
         if self.tokens is None or self.passed is None or self.dropped is None:
             return {}
         figures = {}

@@ -1,4 +1,4 @@
-"""Sample generations at each validation: what the model writes, beside the images it writes about."""
+"""Logs sample generations at each validation, with the images that they are about."""
 
 import lightning.pytorch as pl
 import torch
@@ -12,10 +12,10 @@ from fuyu_e2e.training.tensorboard import shown_step, tensorboard_of
 class SampleGenerations(Callback):
     """Continues the first validation documents at each validation, and logs images and texts to TensorBoard.
 
-    In the run's precision, as validation.
+    Runs in the run's precision, like validation.
 
     Args:
-        count: How many documents.
+        count: Number of documents.
     """
 
     def __init__(self, count: int = 4) -> None:

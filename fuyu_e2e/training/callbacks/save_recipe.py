@@ -1,4 +1,4 @@
-"""The recipe of a run, saved with all its settings."""
+"""Saves the recipe of a run with all its settings."""
 
 from pathlib import Path
 
@@ -9,20 +9,20 @@ from fuyu_e2e.errors import UserError
 
 
 class SaveRecipe(SaveConfigCallback):
-    """Writes the whole recipe, defaults included, as `config.yaml` into the directory of a run that trains.
+    """Writes the whole recipe, defaults included, as `config.yaml` into the directory of a training run.
 
-    Only once training starts: until then a checkpoint or a setting may be refused, and the recipe of the run that was
-    to be resumed has to stay what it was.
+    Waits until training starts: a checkpoint or a setting may still be refused, and the recipe of the run to be
+    resumed must not have changed then.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Does nothing, where Lightning would write."""
+        """Does nothing; Lightning would write the recipe here."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes it, over that of the same run before it was resumed, on the first process.
+        """Writes the recipe on the first process, over the one from before a resume.
 
         Raises:
-            UserError: The directory can't be written; on all processes, none of which waits for another.
+            UserError: The directory can't be written; raised on all processes, so that none waits for another.
         """
         trouble = ""
         if trainer.is_global_zero:
@@ -34,7 +34,7 @@ class SaveRecipe(SaveConfigCallback):
             raise UserError(trouble)
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Writes it beside its place, and renames it, so that the directory holds the old one or the new one whole.
+        """Writes the recipe atomically, by a rename: the directory has either the old or the new one, complete.
 
         Raises:
             UserError: The directory can't be written.

@@ -1,9 +1,9 @@
-"""SIGTERM, SIGINT and SIGUSR1 end a run behind a whole step, with a checkpoint, on whichever ranks they come in.
+"""SIGTERM, SIGINT and SIGUSR1 end a run after a complete step with a checkpoint, whichever ranks receive them.
 
-A handler only raises a flag. Python's KeyboardInterrupt may strike between the update of two weights, and a checkpoint
-saved then is of no step at all; a collective in a handler, as in Lightning's own for SIGTERM, meets whatever the other
-ranks are at and hangs. Flags are summed over the ranks with what each step sums anyway (`FuyuModule.votes`), so all
-ranks learn in the same step that one of them is to stop.
+A handler only sets a flag. Python's KeyboardInterrupt may strike between the updates of two weights, and a checkpoint
+saved then belongs to no step. A collective in a handler, as in Lightning's handler for SIGTERM, meets whatever the
+other ranks are doing and hangs. The flags are summed over ranks with each step's other sums (`FuyuModule.votes`), so
+that all ranks learn in the same step that one of them has to stop.
 """
 
 import shlex
@@ -28,11 +28,11 @@ from fuyu_e2e.training.callbacks.last_checkpoint import save_last
 from fuyu_e2e.training.module import FuyuModule
 
 STORE_KEY = "fuyu_e2e/stop"
-"""What a rank sets in the process group's store when it hears a signal during validation."""
+"""The key that a rank sets in the process group's store when it receives a signal during validation."""
 
 
 class Stopped(SystemExit):
-    """The run ended after a whole step, its checkpoint is saved, and it can be resumed; `code` says what ended it."""
+    """The run ended after a complete step and saved a checkpoint to resume from; `code` says what ended it."""
 
 
 def stop(trainer: pl.Trainer, why: str, code: int) -> NoReturn:
@@ -50,11 +50,11 @@ def stop(trainer: pl.Trainer, why: str, code: int) -> NoReturn:
 
 
 class StopSignals(Callback):
-    """Ends training for a signal: all ranks finish the running step, save `last.ckpt` and raise `Stopped`.
+    """Ends training on a signal: all ranks finish the running step, save `last.ckpt` and raise `Stopped`.
 
-    A second Ctrl-C ends the process at once. A second SIGTERM changes nothing: where a whole job is signalled, it
-    comes both straight and passed on by torchrun. Before the first step there is nothing to save, and signals do what
-    they do by default. Stands behind all callbacks that count steps or rows, so that the checkpoint has their counts.
+    A second Ctrl-C ends the process at once. A second SIGTERM changes nothing: if a whole job is signalled, the signal
+    arrives both directly and through torchrun. Before the first step there is nothing to save, and signals have their
+    default effect. Comes after all callbacks that count steps or rows, so that the checkpoint has their counts.
     """
 
     def __init__(self) -> None:
@@ -67,26 +67,26 @@ class StopSignals(Callback):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Keeps out Lightning's handlers, which would replace ours or hang `validate`, and its question each row.
+        """Keeps out Lightning's handlers, which would replace ours or hang `validate`, and its check in each row.
 
-        All ranks and devices would wait for that.
+        All ranks and devices would wait for that check.
         """
         leave_signals_to_us(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes over the signals while training runs."""
+        """Installs the signal handlers for training."""
         self._heard = None
         self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Tells the other ranks what this one heard."""
+        """Votes for the signal that this rank received."""
         assert isinstance(pl_module, FuyuModule)
         pl_module.votes |= {number.name: self._heard == number for number in STOP_SIGNALS}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Stops after the step in which a rank heard a signal; on GPUs mostly after the next one.
+        """Stops after the step in which a rank received a signal; on GPUs usually one step later.
 
         Raises:
             Stopped: On all ranks.
@@ -101,9 +101,9 @@ class StopSignals(Callback):
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Cuts a validation during training short.
 
-        Ranks may have different numbers of validation rows, so they have no collective between them, unless weights
-        are in parts over them: the word goes round through the process group's store. Lightning's loop takes
-        StopIteration for the end of the data.
+        Ranks may have different numbers of validation rows, so they can't use a collective between them unless weights
+        are sharded; instead, a rank sets a key in the process group's store. Lightning's loop takes StopIteration for
+        the end of the data.
         """
         if not self._previous:
             return
@@ -120,7 +120,7 @@ class StopSignals(Callback):
             raise StopIteration
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stops where a rank heard a signal during validation, whose figures are dropped.
+        """Stops if a rank received a signal during validation, whose figures are dropped.
 
         Raises:
             Stopped: On all ranks.
@@ -133,14 +133,14 @@ class StopSignals(Callback):
                 stop(trainer, number.name, of_signal(number))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hands the signals back."""
+        """Restores the previous signal handlers."""
         self._restore(*self._previous)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Hands the signals back.
+        """Restores the previous signal handlers.
 
-        But SIGINT alone on the way out for a signal: torchrun sends SIGTERM to those that are still leaving when it
-        sees the first one gone, which must not change their exit code.
+        On the way out after a signal, restores only SIGINT's: torchrun sends SIGTERM to processes that are still
+        leaving when it sees the first one gone, which must not change their exit code.
         """
         self._restore(*([signal.SIGINT] if isinstance(exception, Stopped) else self._previous))
 
@@ -152,9 +152,10 @@ class StopSignals(Callback):
 
 
 def _child_of_lightning(trainer: pl.Trainer) -> bool:
-    """Whether Lightning itself started this process from another one, whose exit code is the one that is seen.
+    """Returns whether another process started this one through Lightning, in which case only that one's exit code
+    counts.
 
-    It kills that other one when a child leaves with anything but 0, before it has left itself.
+    Lightning kills the parent when a child exits with anything but 0 before the parent has.
     """
     strategy = trainer.strategy
     return (

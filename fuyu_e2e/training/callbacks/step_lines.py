@@ -1,4 +1,4 @@
-"""A run's progress as plain lines, where output isn't a terminal: SLURM, `nohup`, CI, notebooks."""
+"""Prints a run's progress as plain lines if the output isn't a terminal: SLURM, `nohup`, CI, notebooks."""
 
 import time
 from collections.abc import Mapping
@@ -15,17 +15,17 @@ from fuyu_e2e.training.callbacks.throughput import throughput_of
 from fuyu_e2e.training.module import FuyuModule, steps_between_logs
 
 SECONDS_BETWEEN_LINES = 10.0
-"""Logged steps that follow a line sooner than this print none."""
+"""Logged steps that follow a line sooner than this don't print one."""
 SILENT_SECONDS = 30.0
-"""Behind so long a silence the next step or row prints a line, logged or not."""
+"""After so long a silence the next step or row prints a line, logged or not."""
 
 
 class StepLines(ProgressBar):
     """Prints `step 40/2600  loss 1.83  6.5k tokens/s  4 min left`, on the first process.
 
-    A line comes with the first step, with the last, with each `log_every_n_steps`-th unless lines would come faster
-    than every 10 seconds, and behind 30 seconds without one. Each validation prints its figures, each checkpoint its
-    path. Takes the place of Lightning's progress bar: `trainer.enable_progress_bar` false turns it off.
+    Prints a line at the first step, at the last, at each `log_every_n_steps`-th unless lines would come faster than
+    every 10 seconds, and after 30 seconds without one. Each validation prints its figures, each checkpoint its path.
+    Replaces Lightning's progress bar: `trainer.enable_progress_bar` false turns it off.
     """
 
     def __init__(self) -> None:
@@ -33,29 +33,29 @@ class StepLines(ProgressBar):
         self._enabled = True
         self._said_at = 0.0
         self._first_step: int | None = None
-        """The first step of this start, whose time is left out: it compiles and fills buffers."""
+        """The first step of this start, whose time doesn't count: it compiles and fills buffers."""
         self._first_at = 0.0
 
     def enable(self) -> None:
-        """Prints from now on."""
+        """Turns printing on."""
         self._enabled = True
 
     def disable(self) -> None:
-        """Prints nothing, as on all processes but the first."""
+        """Turns printing off, as on all processes but the first."""
         self._enabled = False
 
     def say(self, line: str) -> None:
-        """Prints a line at once, where this process is the one that prints."""
+        """Prints a line at once, on the process that prints."""
         self._said_at = time.monotonic()
         if self._enabled:
             print(line, flush=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts this start's own steps."""
+        """Resets the count of this start's steps."""
         self._first_step = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Prints a step whose turn it is."""
+        """Prints a line for a step that is due."""
         if accumulates(trainer):
             return
         now, step = time.monotonic(), trainer.global_step
@@ -82,15 +82,15 @@ class StepLines(ProgressBar):
         return parts
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *arguments: Any, **_: Any) -> None:
-        """Shows that a long validation goes on."""
+        """Prints the progress of a long validation."""
         self._count_rows("validation", arguments)
 
     def on_test_batch_end(self, trainer: pl.Trainer, *arguments: Any, **_: Any) -> None:
-        """Shows that a long test goes on."""
+        """Prints the progress of a long test."""
         self._count_rows("test", arguments)
 
     def on_predict_batch_end(self, trainer: pl.Trainer, *arguments: Any, **_: Any) -> None:
-        """Shows that a long prediction goes on."""
+        """Prints the progress of a long prediction."""
         self._count_rows("predict", arguments)
 
     def _count_rows(self, stage: str, arguments: tuple[Any, ...]) -> None:
@@ -99,13 +99,13 @@ class StepLines(ProgressBar):
             self.say(f"{stage}: {batch_idx + 1:,} batches")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints a validation's figures; a command that only validates has Lightning's own table."""
+        """Prints a validation's figures; for a command that only validates, Lightning prints its own table."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             assert isinstance(pl_module, FuyuModule)
             self.say("  ".join([_position(trainer), *figures(pl_module.validated)]))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
-        """Prints where a checkpoint goes."""
+        """Prints the path of a checkpoint."""
         checkpoints = checkpoints_of(trainer)
         if checkpoints is not None and checkpoints.saving:
             self.say(f"{_position(trainer)}  saving {shown(checkpoints.saving)}")
@@ -116,12 +116,12 @@ def _position(trainer: pl.Trainer) -> str:
 
 
 def figures(validated: Mapping[str, float]) -> list[str]:
-    """The loss and perplexity among a validation's figures, each as `val/loss 1.234`."""
+    """Returns the loss and perplexity among a validation's figures, each as `val/loss 1.234`."""
     return [f"{name} {validated[name]:.4g}" for name in ("val/loss", "val/perplexity") if name in validated]
 
 
 def short_count(count: float) -> str:
-    """A count in at most five letters: 950, 12.3k, 4.56M, 7.89B."""
+    """Returns a count in at most five characters: 950, 12.3k, 4.56M, 7.89B."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= limit:
             return f"{count / limit:.3g}{unit}"
@@ -129,7 +129,7 @@ def short_count(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as a person says it: `40 s`, `4 min`, `3 h 20 min`, `2 d 4 h`."""
+    """Returns a duration in readable units: `40 s`, `4 min`, `3 h 20 min`, `2 d 4 h`."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""What model a run trains, in two lines."""
+"""Describes the model that a run trains, in two lines."""
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelSummary
@@ -9,7 +9,7 @@ from fuyu_e2e.training.module import FuyuModule
 
 
 class Summary(ModelSummary):
-    """In the place of Lightning's table, which has one row, and counts operations that it doesn't see as none."""
+    """Replaces Lightning's table, which has a single row and counts operations that it can't see as none."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs the decoder's parameters and shape."""

@@ -1,4 +1,4 @@
-"""How fast a run is, where its time goes, and which rank keeps the others waiting."""
+"""Measures how fast a run is, where its time goes, and which rank the others wait for."""
 
 import resource
 import sys
@@ -19,21 +19,21 @@ from fuyu_e2e.training.module import FuyuModule, steps_between_logs
 
 
 class Throughput(Callback):
-    """Logs tokens/s, images/s, packing efficiency, the share of time spent waiting for data, MFU, and ranks.
+    """Logs tokens/s, images/s, packing efficiency, the fraction of time spent waiting for data, MFU, and ranks.
 
-    Each figure is over the batches since the one logged before, validation and checkpoints left out. Rates are of all
-    processes, taken to be as fast as this one. MFU is training operations, counted by `fuyu_e2e.model.cost`, over
-    what the device could do at its peak, without sparsity; it is logged where Lightning knows that peak.
+    Each figure covers the batches since the last logged one, without validation and checkpoints. Rates are of all
+    processes, assuming that each is as fast as this one. MFU is the training operations, counted by
+    `fuyu_e2e.model.cost`, over the device's dense peak; it is logged if Lightning knows that peak.
 
-    Of each rank, under `ranks/`: seconds a step, seconds of those before its backward passes, of those seconds spent
-    waiting for data, and the most memory it has held so far, in GiB, the device's where that is a GPU. Ranks wait for
-    each other in the backward pass, which makes their steps equally long: the slowest is the one that takes longest
-    to get there. On a GPU that is the time to hand out the work, so a slow GPU shows less than slow data.
+    For each rank it logs under `ranks/`: seconds a step, the part of them before the backward passes, the part spent
+    waiting for data, and the peak memory so far in GiB, the device's if that is a GPU. Ranks wait for each other in
+    the backward pass, which makes their steps equally long: the slowest rank is the one that takes longest to get
+    there. On a GPU that is the time to queue the work, so a slow GPU shows less than slow data.
 
     Attributes:
-        tokens: Tokens of documents this process has trained on since training began.
-        seconds: Time spent on that, waiting for data included.
-        rate: Tokens a second of all processes, as logged last; 0 before that.
+        tokens: Tokens of documents that this process has trained on since training began.
+        seconds: Time spent on that, including waiting for data.
+        rate: Tokens a second of all processes, as last logged; 0 before that.
     """
 
     def __init__(self) -> None:
@@ -50,20 +50,20 @@ class Throughput(Callback):
         self._last_end = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leaves validation out."""
+        """Excludes the time of a validation."""
         self.leave_out()
 
     def leave_out(self) -> None:
-        """Counts nothing of the time since the last batch."""
+        """Excludes the time since the last batch."""
         self._last_end = time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Counts what passed since the last batch as waiting."""
+        """Counts the time since the last batch as waiting."""
         self._started_at = time.perf_counter()
         self._window.waited += self._started_at - self._last_end
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Counts what this rank did by itself."""
+        """Counts the time that this rank worked independently of others."""
         self._window.alone += time.perf_counter() - self._last_end
 
     def on_train_batch_end(
@@ -120,13 +120,13 @@ class Throughput(Callback):
 
 
 def throughput_of(trainer: pl.Trainer) -> Throughput | None:
-    """The callback that measures a run, where it has one."""
+    """Returns the callback that measures a run, or None."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
 
 
 def _peak_memory(device: torch.device) -> float:
-    """The most memory held so far, in GiB: allocated on a CUDA device, else resident of the process."""
+    """Returns the peak memory so far in GiB: allocated on a CUDA device, else resident of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""`trainer.max_time`: how long one start of a run trains, for queues that leave a job so much time."""
+"""`trainer.max_time`: how long one start of a run trains, for queues that give a job limited time."""
 
 import time
 from datetime import timedelta
@@ -15,21 +15,21 @@ from fuyu_e2e.training.callbacks.signals import stop
 from fuyu_e2e.training.module import FuyuModule
 
 VOTE = "time"
-"""The vote of a rank whose time is over in this step."""
+"""The vote of a rank whose time is over."""
 
 
 class TimeLimit(Callback):
-    """Ends a start after the step in which its time is over, with a checkpoint and an exit code of its own.
+    """Ends a start after the step in which its time is over, with a checkpoint and a distinct exit code.
 
-    Replaces Lightning's Timer, which counts the time of all starts together, so that a run that goes on ends at
-    once, and ends it as if it were done. At least one step is trained. The last step of the run is done, not stopped.
-    Comes after all callbacks that count steps or rows, so that the checkpoint has their counts.
+    Replaces Lightning's Timer, which counts the time of all starts together, so that a resumed run ends at once, and
+    ends it as if it were finished. Trains at least one step. After the last step of the run, it is finished, not
+    stopped. Comes after all callbacks that count steps or rows, so that the checkpoint has their counts.
 
     Args:
-        max_time: How long, as `trainer.max_time`: text such as 00:11:50:00; None without end.
+        max_time: The limit as in `trainer.max_time`: text such as 00:11:50:00; None for no limit.
 
     Attributes:
-        seconds: How long, from the first step of a start on, validation included; None without end.
+        seconds: The limit in seconds from the first step of a start, validation included; None for no limit.
     """
 
     def __init__(self, max_time: str | timedelta | dict[str, int] | None = None) -> None:
@@ -37,10 +37,10 @@ class TimeLimit(Callback):
         self._ends_at = 0.0
 
     def set(self, max_time: str | timedelta | dict[str, int] | None) -> None:
-        """Takes the limit as `trainer.max_time` gives it.
+        """Sets the limit from a value of `trainer.max_time`.
 
         Raises:
-            UserError: It is no time.
+            UserError: The value is not a time.
         """
         try:
             self.seconds: float | None = Timer(max_time).time_remaining()
@@ -57,7 +57,7 @@ class TimeLimit(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Tells the other ranks whether this one's time is over."""
+        """Votes to stop if this rank's time is over."""
         assert isinstance(pl_module, FuyuModule)
         if self.seconds is not None:
             pl_module.votes[VOTE] = time.monotonic() >= self._ends_at
@@ -66,7 +66,7 @@ class TimeLimit(Callback):
         """Stops after the step in which a rank's time was over.
 
         Raises:
-            Stopped: On all ranks, where steps are left.
+            Stopped: On all ranks, if steps are left.
         """
         assert isinstance(pl_module, FuyuModule)
         if pl_module.figures is None or accumulates(trainer):

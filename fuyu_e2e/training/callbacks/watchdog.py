@@ -1,4 +1,4 @@
-"""A run that stands still ends, and leaves in its log where each rank stood."""
+"""Ends a run that makes no progress, and logs where each rank was."""
 
 import faulthandler
 import os
@@ -13,21 +13,21 @@ from lightning.pytorch.callbacks import Callback
 from fuyu_e2e.errors import STUCK, UserError
 
 TICKS = 20
-"""Looks at the training within the limit."""
+"""Checks of the training within the limit."""
 FAREWELL = 5.0
-"""Seconds at most between a rank's stack and its end, in which the other ranks write theirs."""
+"""Most seconds between a rank's stack trace and its exit, in which the other ranks write theirs."""
 
 
 class Watchdog(Callback):
-    """Ends the process when a step takes longer than a limit, also where the main thread hangs in a collective.
+    """Ends the process when a step takes longer than a limit, even if the main thread hangs in a collective.
 
-    A thread writes the stacks of all threads to stderr and leaves with exit code 4. What counts as a step is whatever
-    lies between the ends of two training or validation batches: waiting for data, checkpoints, sample generations.
-    Time in which the whole process is stopped (Ctrl-Z, a suspended laptop) doesn't count. A main thread that hangs
-    without letting go of Python's lock can't be seen from a thread; torch's collectives let go of it.
+    A thread writes the stacks of all threads to stderr and exits with code 4. A step is the time between the ends of
+    two training or validation batches, which includes waiting for data, checkpoints and sample generations. Time in
+    which the whole process is stopped (Ctrl-Z, a suspended laptop) doesn't count. The thread can't detect a main
+    thread that hangs while it holds Python's lock; torch's collectives release it.
 
     Args:
-        limit: Seconds that a step may take; None switches the watch off.
+        limit: Seconds that a step may take; None turns the watchdog off.
 
     Raises:
         UserError: The limit is out of its range.
@@ -44,7 +44,7 @@ class Watchdog(Callback):
         self._rank = self._step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins to watch."""
+        """Starts the thread."""
         self._done = threading.Event()
         self._rank, self._step = trainer.global_rank, trainer.global_step
         if self.limit is not None:
@@ -53,20 +53,21 @@ class Watchdog(Callback):
             self._thread.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Sees that the training goes on."""
+        """Records that training makes progress."""
         self._step = trainer.global_step
         self._beats += 1
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Sees that a validation goes on."""
+        """Records that a validation makes progress."""
         self._beats += 1
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watches no more."""
+        """Stops the thread."""
         self._done.set()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Watches no more; where the limit is over, the exception is that other ranks left, and this one follows."""
+        """Stops the thread; if the limit is over, waits for its report, since the exception is due to other ranks'
+        exits."""
         self._done.set()
         if self._expired and self._thread is not None:
             self._thread.join()
@@ -79,12 +80,12 @@ class Watchdog(Callback):
             idle = idle + 1 if seen == self._beats else 0
             seen = self._beats
         self._expired = True
-        # pytest and notebooks put something without a file descriptor in the place of sys.stderr.
+        # pytest and notebooks replace sys.stderr by an object without a file descriptor.
         log = sys.__stderr__
         if log is not None:
             log.write(
                 f"\nfuyu-e2e: rank {self._rank} made no step in {limit:g} s (watchdog.limit) after step {self._step}; "
-                "its threads stand here, the main one last:\n"
+                "its threads are here, the main one last:\n"
             )
             log.flush()
             faulthandler.dump_traceback(log)

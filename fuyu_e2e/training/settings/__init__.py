@@ -1,1 +1,1 @@
-"""Recipes and command lines: how settings are read, checked and handed to Lightning."""
+"""Recipes and command lines: reads and checks settings, and passes them to Lightning."""

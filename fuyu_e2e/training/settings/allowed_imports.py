@@ -1,4 +1,5 @@
-"""Which classes a recipe may name: our settings and the parts of Lightning's trainer, until a user allows more."""
+"""Limits the classes that a recipe may name to our settings and parts of Lightning's trainer, unless a user adds
+more."""
 
 import re
 import sys
@@ -38,8 +39,8 @@ ALLOWED = (
     "lightning.pytorch.profilers",
     "lightning.pytorch.strategies",
 )
-"""What settings of a recipe are made of. Not whole packages: LightningCLI and ours are classes, too, and take a
-command line; torch has classes that load code."""
+"""Modules that settings of a recipe may come from. Not whole packages: LightningCLI and ours are classes that take a
+command line, and torch has classes that load code."""
 CALLBACKS = (
     "bad_steps",
     "checkpoint_guard",
@@ -68,19 +69,19 @@ MOVED = {
     "fuyu_e2e.training.progress": "fuyu_e2e.training.callbacks.progress_bar",
     **{f"fuyu_e2e.training.{name}": f"fuyu_e2e.training.callbacks.{name}" for name in CALLBACKS},
 }
-"""Where modules went whose classes recipes of earlier versions name."""
+"""Current modules of classes that recipes of earlier versions name."""
 _MOVED = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, MOVED))})(?=\.\w)")
 
 
 def with_current_paths(text: str) -> str:
-    """Returns the text of a recipe, or an argument, with the paths that classes have now."""
+    """Returns the text of a recipe or an argument with the current class paths."""
     return _MOVED.sub(lambda found: MOVED[found[1]], text)
 
 
 class DeniedImportError(Exception):
     """A setting names something outside the allowed packages; nothing of it was imported.
 
-    Not a ValueError, which jsonargparse would take for its own where a config stands within a config.
+    Not a ValueError, which jsonargparse would catch as one of its own if a config is nested in a config.
 
     Attributes:
         path: The dotted path.
@@ -93,10 +94,10 @@ class DeniedImportError(Exception):
 
 
 class RecipeParser(LightningArgumentParser):
-    """Lightning's parser, which says of an import that was denied what was, and no more, and finds runs again.
+    """Lightning's parser, extended to report denied imports, to refuse linked settings, and to move runs.
 
-    Of a setting that follows from another, jsonargparse refuses a value under its own name on the command line, and
-    passes over one in a recipe or in a group (`--data '{"seed": 4}'`).
+    For a setting that is linked to another, jsonargparse refuses a value under its own name on the command line, but
+    ignores one in a recipe or in a group (`--data '{"seed": 4}'`); this parser refuses both.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -104,15 +105,15 @@ class RecipeParser(LightningArgumentParser):
         self._followed: dict[str, str] = {}
 
     def link_arguments(self, source: Any, target: str, *args: Any, **kwargs: Any) -> None:
-        """Has a setting follow from another one."""
+        """Makes the setting `target` follow from `source`."""
         super().link_arguments(source, target, *args, **kwargs)
         self._followed[target] = source
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
-        """Reads the text of a recipe.
+        """Parses the text of a recipe.
 
         Raises:
-            SettingError: It sets what follows from another setting.
+            SettingError: It sets a linked setting.
         """
         settings = super().parse_string(with_current_paths(content), *args, **kwargs)
         for target, source in self._followed.items():
@@ -121,10 +122,10 @@ class RecipeParser(LightningArgumentParser):
         return settings
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        """Parses; jsonargparse lets a denied import of a setting of ours, and a file that is no text, pass as raised.
+        """Parses the command line. jsonargparse lets some denied imports, and files that aren't text, pass as raised.
 
         Raises:
-            SettingError: Something is wrong with the settings, or with a file that holds some.
+            SettingError: The settings, or a file of settings, are wrong.
         """
         if args is not None:
             args = [with_current_paths(arg) if isinstance(arg, str) else arg for arg in args]
@@ -138,21 +139,21 @@ class RecipeParser(LightningArgumentParser):
             self.error(str(error), error)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Reads a recipe; one that lies in a run's directory is for that run, wherever it was when it was saved."""
+        """Reads a recipe; one in a run's directory is for that run, wherever the directory was when it was saved."""
         settings = super().parse_path(path, *args, **kwargs)
         if run := run_of(Path(path)):
             settings["trainer.default_root_dir"] = str(run)
         return settings
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends the parsing.
+        """Refuses the command line.
 
         Raises:
-            DeniedImportError: A setting names what is not allowed.
+            DeniedImportError: A setting names something that is not allowed.
             SettingError: Anything else is wrong.
         """
         denied = re.search(r"Importing '([\w.]+)' is not allowed", message)
-        if denied and self.exit_on_error:  # else it parses a class within a setting, and hands the message on
+        if denied and self.exit_on_error:  # else it parses a nested class and passes the message on
             key = re.search(r"key \"([\w.]+)\"|--([\w.]+?)(?:\.help)?:", message)
             raise DeniedImportError(denied[1], (key[1] or key[2]) if key else "a setting") from ex
         if not self.exit_on_error:
@@ -161,12 +162,12 @@ class RecipeParser(LightningArgumentParser):
 
 
 def take_allowed(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The packages that a command line allows, and what remains of it.
+    """Returns the packages that a command line allows, and the remaining arguments.
 
-    The parser of recipes doesn't know the option, so that no recipe can allow itself anything.
+    The parser of recipes doesn't know the option, so that no recipe can allow anything itself.
 
     Raises:
-        UserError: Something else than a package was named.
+        UserError: Something other than a package was named.
     """
     parser = CommandParser(prog="fuyu-e2e fit", add_help=False)
     parser.add_argument(OPTION, action="append", default=[], metavar="PACKAGE[,PACKAGE]")
@@ -179,24 +180,24 @@ def take_allowed(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def is_allowed(path: str, packages: Sequence[str]) -> bool:
-    """Whether a dotted path lies in one of the packages."""
+    """Returns whether a dotted path lies in one of the packages."""
     return any(path == package or path.startswith(f"{package}.") for package in packages)
 
 
 def named_classes() -> set[str]:
-    """The classes that a setting may name without their path."""
+    """Returns the names of classes that a setting may use without their path."""
     modules = (sys.modules[package] for package in ALLOWED if package in sys.modules)
     return {name for module in modules for name, value in vars(module).items() if isinstance(value, type)}
 
 
 @contextmanager
 def only_allowed_imports(also: Sequence[str]) -> Iterator[None]:
-    """Has jsonargparse import nothing but what is allowed, wherever the name comes from.
+    """Restricts jsonargparse's imports to what is allowed, wherever the name comes from.
 
-    jsonargparse asks its own list before each import that a value leads to, and again where what it got was defined.
-    So there is nothing to find before it does: a scan of recipes would have to know every way in which it reads a
-    name (nested files, inline JSON, `.help`, short names, re-exports, types that fall back to others), and what it
-    reads tomorrow. All but the allowed packages stays denied in this process afterwards.
+    jsonargparse checks its own list before each import that a value leads to, and again for the place where the result
+    was defined. So no scan of recipes is needed, which would have to know every way in which jsonargparse reads a name
+    (nested files, inline JSON, `.help`, short names, re-exports, types that fall back to others), and any that it
+    adds. After the context, everything but the allowed packages stays denied in this process.
     """
     also = [package for package in also if not is_allowed(package, ALLOWED)]
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*ALLOWED, *also])
@@ -207,5 +208,5 @@ def only_allowed_imports(also: Sequence[str]) -> Iterator[None]:
 
 
 def names_outside(value: Any, packages: Sequence[str]) -> bool:
-    """Whether a setting that may also be a plain name is a dotted path that was not imported for being denied."""
+    """Returns whether a setting that may be a plain name is a dotted path whose import was denied."""
     return isinstance(value, str) and "." in value and not is_allowed(value, packages)

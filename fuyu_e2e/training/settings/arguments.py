@@ -1,4 +1,4 @@
-"""Command lines that are refused with one sentence, and the name that was probably meant."""
+"""Turns errors of the command line into one sentence, with the name that was probably meant."""
 
 import argparse
 import re
@@ -11,17 +11,17 @@ from typing import Any, NoReturn
 from fuyu_e2e.errors import UserError
 
 UNRECOGNIZED = "unrecognized arguments: "
-"""How argparse and jsonargparse begin to name arguments that no option takes."""
+"""Start of argparse's and jsonargparse's message about arguments that no option takes."""
 REQUIRED = "the following arguments are required: "
-"""How argparse begins to name arguments that are missing."""
+"""Start of argparse's message about missing arguments."""
 NO_VALUE = "expected one argument"
-"""What argparse and jsonargparse say of an option without its value."""
+"""End of argparse's and jsonargparse's message about an option without its value."""
 KINDS = {"int": "a whole number", "float": "a number"}
-"""How types are called."""
+"""What messages call types."""
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """The type of an option that takes a whole number of a range."""
+    """Returns an argparse type for whole numbers from `least` to `most`, each included."""
 
     def read(text: str) -> int:
         value = int(text)
@@ -30,14 +30,14 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"is {value}, but must be {bounds}")
         return value
 
-    read.__name__ = "int"  # as argparse calls it where the text is no number
+    read.__name__ = "int"  # argparse's name for the type if the text is not a number
     return read
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse's parser, whose errors are sentences of the command line like all others.
+    """argparse's parser, but with errors in the form of our other messages.
 
-    Abbreviated options are refused: with them, a typo could set something else than was meant.
+    Refuses abbreviated options: with them, a typo could set another option.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -45,7 +45,7 @@ class CommandParser(argparse.ArgumentParser):
         self._given: list[str] = []
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parses, and keeps what was given for an error to look at."""
+        """Parses, and stores the arguments for error messages."""
         self._given = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(self._given, namespace)
 
@@ -58,7 +58,7 @@ class CommandParser(argparse.ArgumentParser):
         """Refuses the command line.
 
         Raises:
-            UserError: Always, with the nearest name where there is one.
+            UserError: Always; suggests the nearest name if there is one.
         """
         if message.startswith(REQUIRED) and (unknown := self._first_unknown()):
             message = UNRECOGNIZED + unknown  # a typo is why the required one is missing
@@ -90,7 +90,7 @@ class _Import(argparse.Action):
 
 
 def add_allow_imports(parser: argparse.ArgumentParser) -> None:
-    """Adds the option that imports what a checkpoint names, parts of a model of the user's own."""
+    """Adds the option that imports the packages of a model's custom parts."""
     parser.add_argument(
         "--allow-imports",
         action=_Import,
@@ -100,7 +100,7 @@ def add_allow_imports(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:
-    """All options of a parser and of its subcommands."""
+    """Returns the options of a parser and of its subcommands."""
     known = set(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -109,16 +109,16 @@ def _options(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def without_value(message: str, help_command: str) -> str:
-    """The sentence that refuses an option without its value, of what argparse or jsonargparse says."""
+    """Returns the message for an option without its value, from argparse's or jsonargparse's message."""
     name = message.removeprefix("argument ").partition(":")[0].rpartition("/")[2]
     return f"{name} needs a value: {help_command} says which."
 
 
 def unknown_option(arguments: str, known: Iterable[str], help_command: str) -> str:
-    """The sentence that refuses an argument which no option takes.
+    """Returns the message for an argument that no option takes.
 
     Args:
-        arguments: What was left over of the command line, an option first.
+        arguments: The rest of the command line, starting with that argument.
         known: All options.
         help_command: The command that lists them.
     """
@@ -131,10 +131,10 @@ def unknown_option(arguments: str, known: Iterable[str], help_command: str) -> s
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The question after the nearest of the known names; empty where none is near.
+    """Returns a question with the nearest of the known names; empty if none is near.
 
-    Of dotted names, one that ends alike is nearest (`--max_steps` means `--trainer.max_steps`), then one of the same
-    group, and where there is no such group, one that is alike as a whole.
+    Of dotted names, one with the same last part is nearest (`--max_steps` means `--trainer.max_steps`), then one of
+    the same group, and without such a group, one that is similar as a whole.
     """
     parents = {option: option.rpartition(".")[0] for option in known}
     parent, _, last = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""When a run validates and saves where its recipe doesn't say: by steps, for Lightning's epochs never end here."""
+"""Default intervals of validation and checkpoints, in steps: Lightning's epochs never end here."""
 
 from jsonargparse import Namespace
 
@@ -7,18 +7,18 @@ from fuyu_e2e.errors import UserError
 PARTS = 10
 """Validations, or checkpoints, of a short run."""
 STEPS = 1_000
-"""Steps between two of them in a long one."""
+"""Steps between validations, or checkpoints, of a long run."""
 
 
 def set_intervals(settings: Namespace) -> str:
-    """Fills in the intervals that a recipe leaves to the end of an epoch, where epochs have none.
+    """Sets the intervals that a recipe leaves to the end of an epoch, if epochs don't end.
 
-    A tenth of the run, at most 1,000 steps: from one validation, and the checkpoint that comes with it, to the next;
-    without validation from one checkpoint to the next. Where `limit_train_batches` or `overfit_batches` end epochs,
-    Lightning's defaults hold.
+    The interval is a tenth of the run, at most 1,000 steps. It applies to validations, each with its checkpoint, or
+    without validation to checkpoints. If `limit_train_batches` or `overfit_batches` end epochs, Lightning's defaults
+    apply.
 
     Returns:
-        What to say of it; empty where the recipe says all.
+        A sentence about what was set; empty if the recipe sets everything.
 
     Raises:
         UserError: Checkpoints or validations are asked for by epochs that never end.
@@ -38,7 +38,7 @@ def set_intervals(settings: Namespace) -> str:
     )
     unset = steps is None and epochs is None and time is None
     if validates and trainer["val_check_interval"] in (None, 1.0):
-        # Lightning counts micro-batches; what `rows_per_step` makes of them is known when the processes are.
+        # Lightning counts micro-batches; what `rows_per_step` means for them is known when the processes are.
         interval = every * trainer["accumulate_grad_batches"] if settings["rows_per_step"] is None else every
         trainer["val_check_interval"], trainer["check_val_every_n_epoch"] = interval, None
         what = "validates and saves" if unset else "validates"

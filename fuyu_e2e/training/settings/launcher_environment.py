@@ -1,4 +1,4 @@
-"""How many processes and hosts a run has, where torchrun or SLURM started its processes."""
+"""The number of processes and hosts of a run that torchrun or SLURM started."""
 
 import os
 
@@ -6,9 +6,9 @@ from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElastic
 
 
 def launched_processes() -> dict[str, int]:
-    """The trainer's `devices` and `num_nodes`, as the launcher that started this process counts them; else none.
+    """Returns the trainer's `devices` and `num_nodes` according to the launcher of this process; empty without one.
 
-    Lightning refuses any others, and under torchrun they change when a run goes on with the hosts that are left.
+    Lightning refuses any others, and under torchrun they change when a run continues with the remaining hosts.
     """
     if TorchElasticEnvironment.detect():
         counts = {"devices": "LOCAL_WORLD_SIZE", "num_nodes": "GROUP_WORLD_SIZE"}

@@ -1,6 +1,6 @@
-"""Which of Lightning's settings don't work here, and what to say in their stead.
+"""Refuses Lightning settings that don't work here, and says what to use instead.
 
-All others do what Lightning's documentation says. A setting that would be taken and mean something else is refused.
+All others do what Lightning's documentation says. A setting that would be accepted but mean something else is refused.
 """
 
 from collections.abc import Iterable
@@ -20,17 +20,17 @@ from fuyu_e2e.training.strategies import check_strategy
 
 SHARES = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches",
           "val_check_interval")  # fmt: skip
-"""What Lightning takes a number of rows for, or a share of them."""
+"""Settings that Lightning takes as a number of rows or a fraction of them."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 LEAST = {"accumulate_grad_batches": 1, "val_check_interval": 1, "log_every_n_steps": 0, "num_sanity_val_steps": -1}
-"""The least value of settings that Lightning takes any whole number for."""
+"""The least value of settings for which Lightning accepts any whole number."""
 COUNTED = ("step", "epoch")
-"""What file names may hold besides figures."""
+"""Names besides figures that file names may contain."""
 VALIDATED = ("val/loss", "val/perplexity")
-"""What a validation logs."""
+"""Figures that a validation logs."""
 LOGGED = ("train/loss", "train/perplexity", "train/gradient_norm", "tokens", "tokens/s", "bad_steps/skipped")
 LOGGED_UNDER = ("lr/", "lr-", "data/", "throughput/", "ranks/", "routing/", "val/routing/")
-"""How names of other figures begin that training logs."""
+"""Prefixes of further figures that training logs."""
 CALLBACKS = {
     "StochasticWeightAveraging": "it counts in epochs, of which an endless stream has none; EMAWeightAveraging works",
     "GradientAccumulationScheduler": "it counts in epochs, of which an endless stream has none; set "
@@ -41,13 +41,13 @@ CALLBACKS = {
     "BackboneFinetuning": "the decoder has no backbone; begin with its weights (model.weights)",
     "Timer": "it counts the time of all starts together; set trainer.max_time",
 }
-"""What of Lightning's doesn't work here, and why."""
+"""Lightning callbacks that don't work here, and the reason."""
 SEEDS = 2**32
-"""numpy takes those below."""
+"""numpy takes seeds below this."""
 
 
 def check_settings(settings: Namespace) -> None:
-    """Refuses what can be told from a recipe alone, before Lightning builds anything of it.
+    """Refuses settings that are wrong by the recipe alone, before Lightning builds anything.
 
     Raises:
         UserError: Names the setting.
@@ -82,10 +82,10 @@ def check_settings(settings: Namespace) -> None:
 
 
 def check_filename(filename: str) -> None:
-    """Refuses a recipe's `checkpoint.filename` that names no file beside the other checkpoints.
+    """Refuses a `checkpoint.filename` that doesn't name a file next to the other checkpoints.
 
     Raises:
-        UserError: Says what is wrong with it.
+        UserError: The name can't be read, is empty in its braces, or contains a folder.
     """
     try:
         parts = list(Formatter().parse(filename))
@@ -106,7 +106,7 @@ def check_filename(filename: str) -> None:
 
 
 def check_limits(command: str, trainer: Namespace) -> None:
-    """Refuses a command on no rows at all, which would do nothing and say nothing.
+    """Refuses a command on no rows at all, which would silently do nothing.
 
     Raises:
         UserError: Names the setting.
@@ -118,10 +118,11 @@ def check_limits(command: str, trainer: Namespace) -> None:
 
 
 def set_monitor(settings: Namespace) -> None:
-    """Names the figure of several best checkpoints where the recipe leaves it to us, for Lightning asks for its name.
+    """Sets the figure that ranks several best checkpoints if the recipe leaves it to us, since Lightning requires a
+    name.
 
     Raises:
-        UserError: There is none; or its `mode` is said of the figure that is ours, of which less is better.
+        UserError: There is no figure; or `mode` is set for our figure, of which lower is better.
     """
     checkpoint = settings["checkpoint"]
     if checkpoint["monitor"] is not None:
@@ -141,7 +142,7 @@ def set_monitor(settings: Namespace) -> None:
 
 
 def check_plugins(plugins: Iterable[Any]) -> None:
-    """Refuses another way to write checkpoints than ours.
+    """Refuses plugins that replace the way checkpoints are written.
 
     Raises:
         UserError: Names the plugin.
@@ -155,10 +156,10 @@ def check_plugins(plugins: Iterable[Any]) -> None:
 
 
 def check_callbacks(named: Any) -> None:
-    """Refuses callbacks of Lightning's in a recipe's `trainer.callbacks`.
+    """Refuses Lightning callbacks of a recipe that don't work here.
 
     Raises:
-        UserError: Says what to take instead.
+        UserError: Names the callback and what to use instead.
     """
     for one in named if isinstance(named, list) else [named]:
         package, _, name = str(one.get("class_path", "") if isinstance(one, Namespace) else "").rpartition(".")
@@ -167,10 +168,10 @@ def check_callbacks(named: Any) -> None:
 
 
 def check_devices(trainer: Namespace) -> None:
-    """Refuses devices that this machine doesn't have, as a recipe's `trainer` asks for them.
+    """Refuses devices of a recipe that this machine doesn't have.
 
     Raises:
-        UserError: Says which there are.
+        UserError: Names the available ones.
     """
     asked, devices = trainer["accelerator"], trainer["devices"]
     if isinstance(asked, str) and asked != "auto":
@@ -188,13 +189,13 @@ def check_devices(trainer: Namespace) -> None:
 
 
 def check_monitors(trainer: pl.Trainer) -> None:
-    """Refuses a `monitor` of checkpoints or callbacks that nothing logs, which Lightning tells when it first looks.
+    """Refuses a `monitor`, or a checkpoint file name, with a figure that nothing logs.
 
-    And a file name of checkpoints with a figure that nothing logs, for which Lightning writes 0. Where a callback is
-    neither Lightning's nor ours, and may log it, it is taken as it is.
+    Lightning would notice a monitor late, and write 0 into a file name. If there is a callback that is neither
+    Lightning's nor ours, any name is accepted, since that callback may log it.
 
     Raises:
-        UserError: Says what is near.
+        UserError: Suggests a figure that is logged.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if not all(type(one).__module__.startswith(("lightning.", "fuyu_e2e.")) for one in callbacks):
@@ -216,24 +217,24 @@ def check_monitors(trainer: pl.Trainer) -> None:
 
 
 def monitor_of(callback: pl.Callback) -> str | None:
-    """The figure that a callback decides by; None where it decides by none."""
+    """Returns the figure that a callback decides by; None if there is none."""
     name = getattr(callback, "monitor", None)
     return name if isinstance(name, str) else None
 
 
 def may_be_logged(name: str) -> bool:
-    """Whether training or validation logs a figure of that name, or something under it."""
+    """Returns whether training or validation logs a figure of that name, or figures under it."""
     return name in (*VALIDATED, *LOGGED) or name.startswith(LOGGED_UNDER)
 
 
 def near(name: str) -> str:
-    """What to say of a figure that nothing logs: the one that was probably meant, or all."""
+    """Returns the end of a message about a figure that nothing logs: the one that was probably meant, or all."""
     found = get_close_matches(name.replace("_", "/", 1), {*LOGGED, *VALIDATED}, n=1)
     return f"did you mean {found[0]}?" if found else f"{', '.join((*VALIDATED, *LOGGED))} are."
 
 
 def check_trainer(trainer: pl.Trainer) -> None:
-    """Refuses a trainer that Lightning would take, but that doesn't work here.
+    """Refuses trainer settings that Lightning accepts but that don't work here.
 
     Raises:
         UserError: Names the setting.
@@ -247,7 +248,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
             f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}."
         )
     for name, least in LEAST.items():
-        # A `val_check_interval` that is a time is none of Lightning's attributes.
+        # A `val_check_interval` that is a duration is not an attribute of Lightning's trainer.
         if isinstance(value := getattr(trainer, name, None), int) and value < least:
             raise UserError(f"trainer.{name} is {value}, but must be at least {least}.")
     epoch, interval = trainer.limit_train_batches, getattr(trainer, "val_check_interval", None)

@@ -1,4 +1,4 @@
-"""The options that `inspect` and `estimate` have beside all settings of a recipe, and their help."""
+"""Options of `inspect` and `estimate` in addition to a recipe's settings, and their help."""
 
 import argparse
 from collections.abc import Callable
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from fuyu_e2e.training.settings.arguments import CommandParser
 
 ASSUMED_MFU = 0.4
-"""Share of the device's rate that a run is taken to reach, unless `--mfu` says better."""
+"""Fraction of the device's rate that a run is assumed to reach, unless `--mfu` is given."""
 
 
 def add_inspect_options(parser: argparse.ArgumentParser) -> None:
-    """Adds which sample to show, and where to."""
+    """Adds the options of `inspect`: which sample to show, and the picture's file."""
     parser.add_argument(
         "--index", type=int, default=0, help="Number of the sample in the training shards (default: 0)."
     )
@@ -20,7 +20,7 @@ def add_inspect_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_estimate_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what the run is to be estimated for."""
+    """Adds the options of `estimate`: the device and the assumed MFU."""
     parser.add_argument("--device", help="A card by name, as `h100 sxm` (default: what this machine has).")
     parser.add_argument(
         "--mfu",
@@ -31,12 +31,12 @@ def add_estimate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def show_help(command: str, description: str | None, add: Callable[[argparse.ArgumentParser], None]) -> None:
-    """Prints the help of a command that takes a recipe: its own options, and where the settings of recipes are listed.
+    """Prints the help of a command that takes a recipe: its own options, and where recipe settings are listed.
 
     Args:
         command: Its name.
         description: What it does.
-        add: Adds its own options.
+        add: Adds its own options to a parser.
     """
     parser = CommandParser(
         prog=f"fuyu-e2e {command}",

@@ -1,4 +1,4 @@
-"""From a recipe to a run: LightningCLI with our module, data and callbacks."""
+"""Builds a run from a recipe: LightningCLI with our module, data and callbacks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,14 +68,14 @@ from fuyu_e2e.training.settings.setting_errors import SettingError, is_of_others
 from fuyu_e2e.training.strategies import Sharded
 from fuyu_e2e.training.tensorboard import Curves
 
-# Recipes may name masks of their own: jsonargparse takes a dataclass for itself alone.
+# Lets recipes name subclasses of masks; for a dataclass, jsonargparse accepts only the class itself by default.
 set_parsing_settings(subclasses_enabled=[AttentionMask])
 
 
 class FuyuCLI(LightningCLI):
-    """LightningCLI with our module and data, one directory a run, and the callbacks that every run has.
+    """LightningCLI with our module and data, a directory for each run, and the callbacks that every run has.
 
-    A run's directory is `trainer.default_root_dir`: `config.yaml`, `checkpoints/` and `tensorboard/` stand in it.
+    The run's directory is `trainer.default_root_dir`; it holds `config.yaml`, `checkpoints/` and `tensorboard/`.
     """
 
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
@@ -114,11 +114,11 @@ class FuyuCLI(LightningCLI):
             )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the settings of checkpoints and guards, and derives what a user would otherwise have to say twice."""
+        """Adds the settings of checkpoints and guards, and links settings that follow from others."""
         parser.usage = "%(prog)s --config RECIPE [--SETTING VALUE ...]"
         parser.description = (
-            "Settings stand in the recipe, as `trainer:` and below it `max_steps: 100`, or behind it on the command "
-            "line, as `--trainer.max_steps 100`: those named last hold. data.train, data.tokenizer, trainer.max_steps "
+            "Settings go in the recipe, as `trainer:` and below it `max_steps: 100`, or after it on the command "
+            "line, as `--trainer.max_steps 100`: the last one holds. data.train, data.tokenizer, trainer.max_steps "
             "and trainer.default_root_dir, the run's directory, are what most runs change."
         )
         parser.epilog = (
@@ -133,7 +133,7 @@ class FuyuCLI(LightningCLI):
         )
         parser.link_arguments("seed_everything", "data.seed")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        # `last.ckpt` is a link to the newest; a run that goes on writes over the names that it had.
+        # `last.ckpt` is a link to the newest checkpoint; a resumed run overwrites the names that it had.
         parser.set_defaults({"checkpoint.save_last": "link", "checkpoint.enable_version_counter": False})
         parser.add_argument(
             "--rows_per_step",
@@ -151,7 +151,7 @@ class FuyuCLI(LightningCLI):
         )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the seed, which is a number here: Lightning's `true` draws one, and a resumed run needs its own."""
+        """Adds the seed, which must be a number: Lightning's `true` draws one, and a resumed run needs the same."""
         parser.add_argument(
             "--seed_everything",
             type=int,
@@ -161,21 +161,21 @@ class FuyuCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's commands, without the setting that would have them unpickle what stands in a checkpoint."""
+        """Returns Lightning's commands, without the setting that would make them unpickle checkpoints."""
         return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
 
     def _parse_ckpt_path(self) -> None:
-        """Does nothing: Lightning would take a checkpoint's hyperparameters for settings, class paths included."""
+        """Does nothing: Lightning would read settings, class paths included, from a checkpoint's hyperparameters."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses, and refuses what Lightning would refuse with a traceback, or take for something else.
+        """Parses the command line, and refuses what Lightning would refuse with a traceback or misread.
 
         Raises:
-            UserError: A setting is wrong; the recipe names a class that is not allowed, or asks for what only a
-                command line may; or the checkpoint can't be read, or is missing.
+            UserError: A setting is wrong; the recipe names a class that is not allowed, or asks for something that
+                only a command line may ask for; or the checkpoint is missing or can't be read.
         """
         try:
-            # The cache that no one chose is in the home of whoever goes on with the run: its own code expands it.
+            # The default cache is in the home of whoever resumes the run: its own code expands it.
             self.config = with_home(parser.parse_args(args), but=(CACHE_FOLDER,))
             settings = self.config.get(str(self.config.get("subcommand")), self.config)
             for name in ("accelerator", "strategy", "profiler"):
@@ -208,7 +208,7 @@ class FuyuCLI(LightningCLI):
         """Builds module, data and trainer.
 
         Raises:
-            UserError: A setting was refused, by us or by the class that it is of; jsonargparse wraps what that says.
+            UserError: Our code or the class refused a setting; jsonargparse wraps the original error.
         """
         try:
             super().instantiate_classes()
@@ -226,8 +226,8 @@ class FuyuCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Builds the trainer, with TensorBoard in the run's directory unless the recipe names another logger.
 
-        A progress bar or a summary that the recipe names takes the place of ours, and `enable_checkpointing` false
-        leaves our checkpoints out.
+        A progress bar or a summary of the recipe replaces ours, and `enable_checkpointing` false leaves our
+        checkpoints out.
         """
         settings = self._get(self.config_init, "trainer")
         if settings["logger"] is None:
@@ -260,11 +260,11 @@ class FuyuCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Shares the rows of a step out.
+        """Distributes the rows of a step over processes and micro-batches.
 
         Raises:
-            UserError: They don't divide by the processes; or attention can't be computed as asked here, which would be
-                told by the first step.
+            UserError: They don't divide evenly; or the attention backend doesn't serve the device, which otherwise the
+                first step would show.
         """
         rows, strategy = self.config.fit.rows_per_step, self.trainer.strategy
         if rows is not None:
@@ -280,14 +280,14 @@ class FuyuCLI(LightningCLI):
 
 
 def _listed(value: Any) -> list[Any]:
-    """A setting that may be one, a list or none."""
+    """Returns a setting that may be a value, a list or none as a list."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _where(path: str, args: Sequence[str]) -> str:
-    """The recipe of a command line that a class path stands in, as part of a sentence; empty where it is in none."""
+    """Returns the recipe that names a class path, as part of a sentence; empty if none does."""
     recipes = recipes_of(args)
-    name = path.rpartition(".")[2]  # it may be spelled by another path, or by its name alone
+    name = path.rpartition(".")[2]  # the recipe may use another path, or the name alone
     found = (recipe for recipe in recipes if Path(recipe).is_file() and name in Path(recipe).read_text())
     return f"in {recipe} " if (recipe := next(found, None)) else ""
 

@@ -1,7 +1,7 @@
-"""What jsonargparse says of a wrong setting, as one sentence: the setting, the recipe that has it, the nearest name.
+"""Turns jsonargparse's errors into one sentence: the setting, the recipe that has it, the nearest name.
 
-jsonargparse's own messages list every type of a union and why each was refused, after a hundred lines of usage. They
-are read here as text, since its errors carry nothing else; a message of another form is passed on, in one line.
+jsonargparse's messages list every type of a union and why each was refused, after a hundred lines of usage. This
+module parses their text, since the errors carry nothing else. It passes on a message of another form, in one line.
 """
 
 import inspect
@@ -29,7 +29,7 @@ from fuyu_e2e.training.settings.arguments import (
 HELP = "fuyu-e2e fit --help"
 """The command that lists all settings."""
 LONGEST = 300
-"""Characters of a passed-on message."""
+"""Most characters of a message that is passed on."""
 
 
 TYPES = KINDS | {
@@ -40,16 +40,16 @@ TYPES = KINDS | {
     "list": "a list, as [a, b]",
     "dict": "names with a value each, as {a: b}",
 }
-"""How types are called."""
+"""What messages call types."""
 
 
 class SettingError(Exception):
     """jsonargparse refused a setting.
 
-    Not a ValueError, which jsonargparse would take for its own where one config includes another.
+    Not a ValueError, which jsonargparse would catch as one of its own if one config includes another.
 
     Attributes:
-        message: What it says.
+        message: jsonargparse's message.
         options: All options of the command.
     """
 
@@ -59,12 +59,12 @@ class SettingError(Exception):
 
 
 def follows(target: str, source: str) -> str:
-    """What jsonargparse says where a setting is given that follows from another one."""
+    """Returns jsonargparse's message for a value of a setting that is linked to another."""
     return f'Linked "{target}" must be given via "{source}".'
 
 
 def recipes_of(args: Sequence[str]) -> list[str]:
-    """The recipes that a command line names."""
+    """Returns the recipes that a command line names."""
     parser = CommandParser(prog="fuyu-e2e fit", add_help=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     recipes: list[str] = parser.parse_known_args(args)[0].config
@@ -72,7 +72,7 @@ def recipes_of(args: Sequence[str]) -> list[str]:
 
 
 def groups_given(group: str, args: Sequence[str]) -> list[dict[str, Any]]:
-    """What a command line gives as whole groups of settings, as `--data '{"workers": 2}'` or the file of one."""
+    """Returns the groups of settings that a command line gives whole, as `--data '{"workers": 2}'` or as a file."""
     parser = CommandParser(prog="fuyu-e2e fit", add_help=False)
     parser.add_argument(f"--{group}", dest="given", action="append", default=[])
     found = []
@@ -83,18 +83,18 @@ def groups_given(group: str, args: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def sentence(error: SettingError, args: Sequence[str], classes: Collection[str]) -> str:
-    """The sentence that refuses a command line.
+    """Returns the sentence that refuses a command line.
 
     Args:
-        error: What jsonargparse said.
+        error: jsonargparse's error.
         args: The command line.
-        classes: The names of classes that a setting may name without their path.
+        classes: Names of classes that a setting may use without their path.
     """
     message = error.message
     recipes: dict[str, Any] = {}
     for name in recipes_of(args):
         try:
-            # A recipe may stand on the command line itself, in braces.
+            # A recipe may be given on the command line itself, in braces.
             text = name if name.startswith("{") else Path(name).read_text(encoding="utf-8")
             recipes[name] = yaml.safe_load(text)
         except OSError as problem:
@@ -118,7 +118,7 @@ def sentence(error: SettingError, args: Sequence[str], classes: Collection[str])
     if message.startswith(UNRECOGNIZED):
         return unknown_option(message.removeprefix(UNRECOGNIZED), error.options, HELP)
     settings = [option.removeprefix("--") for option in error.options]
-    # Its own message, and what it says where the value is of no type that the setting takes.
+    # jsonargparse's message for a linked setting, and the one for a value of the wrong type.
     linked = re.search(r'Linked "(?P<target>[\w.]+)" must be given via "(?P<source>[\w.]+)"', message)
     if linked := linked or re.search(r"\((?P<source>[\w.]+)\) --> (?P<target>[\w.]+):", message):
         source = linked["source"].replace("model.config", "model.decoder")
@@ -129,7 +129,7 @@ def sentence(error: SettingError, args: Sequence[str], classes: Collection[str])
         return _unknown(f"{group}.{unknown[3]}".strip("."), settings, args, recipes)
     key, in_group = "", False
     for part in re.findall(r'Parser key "([\w.]+)"', message):
-        within = part == key or part.startswith(f"{key}.")  # a group names its settings from the first name on
+        within = part == key or part.startswith(f"{key}.")  # within a group, a key has the full name
         in_group = in_group or within
         key = part if within else f"{key}.{part}".strip(".")
     recipes = {} if in_group else recipes  # what a group on the command line holds is in no recipe
@@ -138,7 +138,7 @@ def sentence(error: SettingError, args: Sequence[str], classes: Collection[str])
     if unknown := re.search(r"Option '([\w.]+)' is not accepted", message):
         within = _settings_of(message[: unknown.start()], key) if key else settings
         return _unknown(f"{key}.{unknown[1]}".strip("."), within, args, recipes)
-    # What is left tells of the innermost setting.
+    # The rest of the message is about the innermost setting.
     rest = re.split(r'Parser key "[\w.]+":', message)[-1].lstrip("\n")
     given = re.search(r"(?:Got value|Given value): (.*)", rest)
     choices = _choices(rest)
@@ -151,7 +151,7 @@ def sentence(error: SettingError, args: Sequence[str], classes: Collection[str])
 
 
 def reason(message: str) -> str:
-    """Why others refused a value, in one line: of a union of types, what the one says that the value was meant for."""
+    """Returns in one line why a value was refused: for a union, by the type that the value was meant for."""
     listed = message.partition("Errors:")[2].partition("Given value type:")[0]
     reasons = [_one_line(part) for part in re.split(r"\n\s*- ", listed)]
     told = [one for one in reasons if one and not one.startswith(("Expected a", "Not a valid subclass"))]
@@ -161,13 +161,13 @@ def reason(message: str) -> str:
 
 
 def is_of_others(error: BaseException) -> bool:
-    """Whether an error was raised by another package's code, about what it was given, and not by ours."""
+    """Returns whether another package's code raised an error, about a value that it was given, and not ours."""
     frames = traceback.extract_tb(error.__traceback__)
     return not (frames and Path(frames[-1].filename).is_relative_to(Path(__file__).parent))
 
 
 def _choices(message: str) -> str:
-    """What a value must be, where a message tells of plain types alone; empty where it tells of classes."""
+    """Returns what a value must be, if a message lists plain types only; empty if it lists classes."""
     expected = re.compile(
         r"(?:- )?Expected an? (?:<class '(?P<type>\w+)'>|typing\.Literal\[(?P<values>.*?)\])(?:\.|$)"
     )
@@ -188,7 +188,7 @@ def _choices(message: str) -> str:
 
 
 def _unknown(name: str, settings: Collection[str], args: Sequence[str], recipes: dict[str, Any]) -> str:
-    """Refuses a setting that there is none of."""
+    """Returns the message for an unknown setting."""
     if _given_as(name, args) == f"--{name}":
         return unknown_option(f"--{name}", [f"--{setting}" for setting in settings], HELP)
     hint = did_you_mean(name, settings) or f"{HELP} lists all settings."
@@ -197,7 +197,7 @@ def _unknown(name: str, settings: Collection[str], args: Sequence[str], recipes:
 
 
 def _settings_of(message: str, key: str) -> list[str]:
-    """The settings of the class that a message names last; it was imported for them already."""
+    """Returns the settings of the last class in a message, which is imported already."""
     path = re.findall(r"class_path '([\w.]+)'", message)[-1:]
     module, _, name = path[0].rpartition(".") if path else ("", "", "")
     found = getattr(sys.modules.get(module), name, None)
@@ -205,7 +205,7 @@ def _settings_of(message: str, key: str) -> list[str]:
 
 
 def _no_settings(group: str, given: str, args: Sequence[str], recipes: dict[str, Any]) -> str:
-    """Refuses what is given in place of a group of settings, and is neither those nor a file of them."""
+    """Returns the message for a value given in place of a group that is neither settings nor a file of them."""
     if group == "checkpoint":
         return (
             f"--checkpoint is for settings of how checkpoints are kept, and {given!r} is none: name the checkpoint to "
@@ -218,7 +218,7 @@ def _no_settings(group: str, given: str, args: Sequence[str], recipes: dict[str,
 
 
 def _no_text(args: Sequence[str]) -> str:
-    """The first file that a command line names and that can't be read as text."""
+    """Returns the first file of a command line that can't be read as text."""
     for name in (arg.rpartition("=")[2] for arg in args):
         with suppress(OSError):
             try:
@@ -229,7 +229,7 @@ def _no_text(args: Sequence[str]) -> str:
 
 
 def _given_as(key: str, args: Sequence[str]) -> str | None:
-    """The option of a command line that sets a setting: under its own name, or in a group that holds it."""
+    """Returns the option that sets a setting on a command line: under its own name, or as part of a group."""
     given = {arg.partition("=")[0].removesuffix("+") for arg in args}
     parts = key.split(".")
     names = ["--" + ".".join(parts[:length]) for length in range(len(parts), 0, -1)]
@@ -237,7 +237,7 @@ def _given_as(key: str, args: Sequence[str]) -> str | None:
 
 
 def _where(key: str, args: Sequence[str], recipes: dict[str, Any]) -> str:
-    """A setting, and where it is set unless that is the command line under its own name."""
+    """Returns a setting with the place where it is set, unless that is its own option."""
     option = _given_as(key, args)
     if option == f"--{key}":
         return option
@@ -246,7 +246,7 @@ def _where(key: str, args: Sequence[str], recipes: dict[str, Any]) -> str:
 
 
 def _recipe_of(key: str, recipes: dict[str, Any]) -> str | None:
-    """The last recipe that sets a setting."""
+    """Returns the last recipe that contains a setting, or None."""
     return next((name for name, settings in reversed(recipes.items()) if _sets(settings, key.split("."))), None)
 
 

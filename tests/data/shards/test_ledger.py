@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fuyu_e2e.data import datamodule
+from fuyu_e2e.data import row_loader
 from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.packing import PackedRow
 from fuyu_e2e.data.row_loader import RowDataset, RowLoader
@@ -86,7 +86,7 @@ class Processes:
             return [(0, {})]
 
         for gather in (ask, lambda mine: own):
-            monkeypatch.setattr(datamodule, "all_ranks", gather)
+            monkeypatch.setattr(row_loader, "all_ranks", gather)
             saved = [loader.state_dict() for loader in self.loaders]
         return saved[0]
 

@@ -101,7 +101,7 @@ def test_a_shard_that_is_gone_is_noticed_among_its_like(shards: list[str], cache
     index(shards, cache)
     Path(shards[1]).unlink()
     check_complete(shards[2:], cache)
-    with pytest.raises(UserError, match=r"train-1\.tar stands in .*fuyu-manifest\.json but is gone"):
+    with pytest.raises(UserError, match=r"train-1\.tar is listed in .*fuyu-manifest\.json but is gone"):
         check_complete(shards[:1], cache)
     index(shards[:1], cache)
     check_complete(shards[:1], cache)
@@ -155,7 +155,7 @@ def test_verify_says_what_is_cut_changed_gone_or_unknown(shards: list[str], cach
         "train-0.tar has 1 documents instead of 2",
         "train-0.tar has 1 unusable documents (shard-broken) instead of 0",
         "train-1.tar is gone",
-        "train-9.tar stands in no manifest",
+        "train-9.tar is in no manifest",
         "val-0.tar has another checksum",
     }
     assert [fault.reason for fault in verify([f"{folder}/val-*.tar"], found[2:], cache)] == ["has another checksum"]

@@ -140,7 +140,7 @@ def test_an_archive_behind_another_is_reported(tmp_path: Path) -> None:
     stats = SampleStats()
     assert len(list(read_documents(shard, stats))) == 2
     assert stats.skipped == {"shard-broken": 1}
-    assert "goes on behind the end of the archive" in stats.examples["shard-broken"]
+    assert "goes on after the end of the archive" in stats.examples["shard-broken"]
 
 
 def test_a_name_that_is_not_utf8_can_be_written_anywhere(tmp_path: Path) -> None:

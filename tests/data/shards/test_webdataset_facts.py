@@ -186,7 +186,7 @@ def test_a_missing_shard_is_named(tmp_path: Path, cache: ShardCache) -> None:
     facts_of(shards, cache)
     Path(shards[1]).unlink()
     found = expand_patterns(str(tmp_path / "train-*.tar"))
-    with pytest.raises(UserError, match=r"train-1\.tar stands in .* but is gone"):
+    with pytest.raises(UserError, match=r"train-1\.tar is listed in .* but is gone"):
         check_complete(found, cache)
     with pytest.raises(UserError, match=r"train-1\.tar' matches no shard"):
         expand_patterns(shards[1])

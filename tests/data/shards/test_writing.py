@@ -1005,7 +1005,7 @@ def assert_is_a_sentence(error: UserError) -> None:
         ("t.jsonl", b'{"img": "a.PNG", "text": "x"}\n', "--image-column img"),
         ("t.jsonl", b'{"image": "a.png", "path": "a.png", "text": "x"}\n', "(image, path): name one with --image-col"),
         ("t.jsonl", b'{"image": "a.png", "title": "x", "text": "x"}\n', "(title, text): name one with --text-column"),
-        ("t.json", b'[{"text": "x"}] [{"text": "y"}]', "goes on behind its list, at byte 15"),
+        ("t.json", b'[{"text": "x"}] [{"text": "y"}]', "goes on after its list, at byte 15"),
         ("t.csv", b'"image"x,text\n', "The header of"),
         ("t.parquet", b"PAR1 no", "can't be read as Parquet"),
         (
