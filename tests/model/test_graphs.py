@@ -18,7 +18,8 @@ from torch.nn.attention.varlen import varlen_attn
 from fuyu_e2e.bench.documents import mixture
 from fuyu_e2e.bench.generate import random_prompts
 from fuyu_e2e.inference.generation import generate
-from fuyu_e2e.model import attention_kernels, decoder as decoders, graphs
+from fuyu_e2e.model.attention import kernels as attention_kernels
+from fuyu_e2e.model import decoder as decoders, graphs
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.row import TrainingProgress

@@ -19,7 +19,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from fuyu_e2e.bench.documents import mixture
-from fuyu_e2e.model import attention_kernels, decoder as decoders
+from fuyu_e2e.model.attention import kernels as attention_kernels
+from fuyu_e2e.model import decoder as decoders
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.data.packing import pack_row
