@@ -50,6 +50,7 @@ __all__ = [
     "completed_rows",
     "count_steps",
     "leave_signals_to_us",
+    "steps_between_logs",
     "validates_now",
 ]
 
@@ -86,6 +87,12 @@ def count_steps(trainer: pl.Trainer) -> None:
     Lightning counts one too many if a run resumes from a checkpoint that was saved after its last batch.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+def steps_between_logs(trainer: pl.Trainer) -> int:
+    """Returns the trainer's `log_every_n_steps`, which Lightning doesn't declare; for 0, more than the run has
+    steps."""
+    return trainer.log_every_n_steps or trainer.max_steps + 1  # type: ignore[attr-defined]
 
 
 def leave_signals_to_us(trainer: pl.Trainer) -> None:

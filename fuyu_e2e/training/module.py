@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fuyu_e2e.checkpoint.loading import build_decoder, load_weights, read_model
 from fuyu_e2e.checkpoint.metadata import SECTION, ModelMetadata
 from fuyu_e2e.data.datamodule import FuyuDataModule
-from fuyu_e2e.data.lightning_internals import count_steps
+from fuyu_e2e.data.lightning_internals import count_steps, steps_between_logs
 from fuyu_e2e.data.sequence import Prompt
 from fuyu_e2e.distributed import DataRank, sum_over_ranks
 from fuyu_e2e.errors import UserError
@@ -36,12 +36,6 @@ from fuyu_e2e.training.schedule import Schedule, ScheduledRate
 from fuyu_e2e.training.settings.lightning_settings import check_monitors, check_trainer, monitor_of
 from fuyu_e2e.training.step import Guard, PendingStep, StepFigures, StepSums, judge_step, queues
 from fuyu_e2e.training.tensorboard import leave_out_later
-
-
-def steps_between_logs(trainer: pl.Trainer) -> int:
-    """Returns the trainer's `log_every_n_steps`, which Lightning doesn't declare; for 0, more than the run has
-    steps."""
-    return trainer.log_every_n_steps or trainer.max_steps + 1  # type: ignore[attr-defined]
 
 
 class FuyuModule(pl.LightningModule):
@@ -367,11 +361,9 @@ class FuyuModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips by the norm over all weights or each entry by value; 0 clips nothing, as in Lightning."""
-        if not gradient_clip_val:
-            return
-        if gradient_clip_algorithm == "value":
+        if gradient_clip_val and gradient_clip_algorithm == "value":
             clamp_gradients(weights_of(optimizer), gradient_clip_val)
-        else:
+        elif gradient_clip_val:
             # As in torch's clip_grad_norm_, which knows nothing of several meshes.
             factor = (gradient_clip_val / (self._gradient_norm + 1e-6)).clamp(max=1.0)
             scale_gradients(weights_of(optimizer), factor)
@@ -424,10 +416,8 @@ class FuyuModule(pl.LightningModule):
         """
         if self.device_mesh is None:
             return self.decoder if self.trainer.is_global_zero else None
-        weights = {}
-        for name, tensor in gather_weights(self.decoder):
-            if self.trainer.is_global_zero:
-                weights[name] = tensor.cpu()
+        every = gather_weights(self.decoder)
+        weights = {name: tensor.cpu() for name, tensor in every if self.trainer.is_global_zero}
         return build_decoder(self.config, weights, self.device) if self.trainer.is_global_zero else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -13,11 +13,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from fuyu_e2e.data.lightning_internals import accumulates
+from fuyu_e2e.data.lightning_internals import accumulates, steps_between_logs
 from fuyu_e2e.distributed import all_ranks
 from fuyu_e2e.errors import BAD_STEPS, UserError
 from fuyu_e2e.model.batch import PackedBatch
-from fuyu_e2e.training.module import FuyuModule, steps_between_logs
+from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.step import StepFigures
 from fuyu_e2e.training.tensorboard import tensorboard_of
 

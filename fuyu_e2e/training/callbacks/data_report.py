@@ -7,12 +7,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fuyu_e2e.data.lightning_internals import accumulates
+from fuyu_e2e.data.lightning_internals import accumulates, steps_between_logs
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.mixture import shares
 from fuyu_e2e.distributed import DataRank, all_ranks
 from fuyu_e2e.model.batch import PackedBatch
-from fuyu_e2e.training.module import steps_between_logs
 
 
 class DataReport(Callback):

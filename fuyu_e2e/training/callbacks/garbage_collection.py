@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from fuyu_e2e.training.module import steps_between_logs
+from fuyu_e2e.data.lightning_internals import steps_between_logs
 
 
 class GarbageCollection(Callback):

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from fuyu_e2e.data.lightning_internals import accumulates
+from fuyu_e2e.data.lightning_internals import accumulates, steps_between_logs
 from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.data.sequence import Prompt
 from fuyu_e2e.inference.depth import KIND_NAMES, token_depth
@@ -19,7 +19,7 @@ from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing.block import RoutedBlock, routed_blocks
 from fuyu_e2e.model.routing.routers import Threshold
 from fuyu_e2e.model.row import Row
-from fuyu_e2e.training.module import FuyuModule, steps_between_logs
+from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.tensorboard import shown_step, tensorboard_of
 
 

@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from fuyu_e2e.checkpoint.run_directory import shown
-from fuyu_e2e.data.lightning_internals import accumulates
+from fuyu_e2e.data.lightning_internals import accumulates, steps_between_logs
 from fuyu_e2e.training.callbacks.checkpoints import checkpoints_of
 from fuyu_e2e.training.callbacks.throughput import throughput_of
-from fuyu_e2e.training.module import FuyuModule, steps_between_logs
+from fuyu_e2e.training.module import FuyuModule
 
 SECONDS_BETWEEN_LINES = 10.0
 """Logged steps that follow a line sooner than this don't print one."""

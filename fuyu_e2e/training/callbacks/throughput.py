@@ -10,12 +10,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from fuyu_e2e.data.lightning_internals import accumulates
+from fuyu_e2e.data.lightning_internals import accumulates, steps_between_logs
 from fuyu_e2e.distributed import DataRank, all_ranks
 from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.cost import cost
 from fuyu_e2e.training.device_limits import known_peak
-from fuyu_e2e.training.module import FuyuModule, steps_between_logs
+from fuyu_e2e.training.module import FuyuModule
 
 
 class Throughput(Callback):
