@@ -10,20 +10,20 @@ from rich.table import Table
 from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.data.image import PADDING
 from fuyu_e2e.data.sequence import TokenSequence
-from fuyu_e2e.eval.exact_match import Reading
+from fuyu_e2e.eval.exact_match import Prediction
 from fuyu_e2e.inference.depth import TokenDepth, token_depth
 
 DARK = 128
 """Brightness below which a pixel counts as ink."""
 
 
-def reading_depths(model: TrainedModel, readings: Sequence[Reading]) -> list[TokenDepth]:
+def prediction_depths(model: TrainedModel, predictions: Sequence[Prediction]) -> list[TokenDepth]:
     """Returns the depth of every token of some prompts and of the generated texts; empty for a dense model."""
     if model.decoder.config.routing is None:
         return []
     return [
-        token_depth(model.decoder, reading.prompt.sequence, model.tokenizer.encode(reading.text))
-        for reading in readings
+        token_depth(model.decoder, prediction.prompt.sequence, model.tokenizer.encode(prediction.text))
+        for prediction in predictions
     ]
 
 

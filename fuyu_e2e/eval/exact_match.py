@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
-from fuyu_e2e.data.document import Document, Image
+from fuyu_e2e.data.document import Document
 from fuyu_e2e.data.sequence import Prompt
+from fuyu_e2e.eval.blind import with_images_of
 from fuyu_e2e.inference.generation import continue_texts
 
 
 @dataclass(frozen=True)
-class Reading:
+class Prediction:
     """One prompt with a model's continuation."""
 
     prompt: Prompt
@@ -22,26 +23,28 @@ class Reading:
         return self.text == self.prompt.truth
 
 
-def read(model: TrainedModel, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int = 64) -> list[Reading]:
+def predict(
+    model: TrainedModel, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int = 64
+) -> list[Prediction]:
     """Returns a model's greedy continuation of each prompt."""
-    readings = []
+    predictions = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         texts = continue_texts(model.decoder, model.tokenizer, batch, max_new_tokens=max_new_tokens)
-        readings += [Reading(prompt, text) for prompt, text in zip(batch, texts, strict=True)]
-    return readings
+        predictions += [Prediction(prompt, text) for prompt, text in zip(batch, texts, strict=True)]
+    return predictions
 
 
-def exact_match(readings: Sequence[Reading]) -> float:
+def exact_match(predictions: Sequence[Prediction]) -> float:
     """Returns the fraction of right readings."""
-    return sum(reading.right for reading in readings) / len(readings)
+    return sum(prediction.right for prediction in predictions) / len(predictions)
 
 
-def by_group(readings: Sequence[Reading], group: Callable[[Reading], int]) -> dict[int, float]:
+def by_group(predictions: Sequence[Prediction], group: Callable[[Prediction], int]) -> dict[int, float]:
     """Returns the exact match for each value of `group`, in order."""
-    groups: dict[int, list[Reading]] = {}
-    for reading in readings:
-        groups.setdefault(group(reading), []).append(reading)
+    groups: dict[int, list[Prediction]] = {}
+    for prediction in predictions:
+        groups.setdefault(group(prediction), []).append(prediction)
     return {value: exact_match(groups[value]) for value in sorted(groups)}
 
 
@@ -51,9 +54,7 @@ def exchange_images(documents: Sequence[Document]) -> Iterator[Document]:
     A model that doesn't look reads them as well as the originals.
     """
     for document, other in zip(documents, [documents[-1], *documents[:-1]], strict=True):
-        images = iter([segment for segment in other.segments if isinstance(segment, Image)])
-        segments = tuple(next(images) if isinstance(segment, Image) else segment for segment in document.segments)
-        yield Document(document.key, segments)
+        yield with_images_of(document, other)
 
 
 def chance_of_exchange(documents: Sequence[Document]) -> float:

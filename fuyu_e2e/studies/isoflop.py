@@ -29,7 +29,7 @@ from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.tokenizer import train_tokenizer
-from fuyu_e2e.eval.exact_match import exact_match, read
+from fuyu_e2e.eval.exact_match import exact_match, predict
 from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import cost
@@ -236,7 +236,7 @@ def _train(name: str, budget: int, seed: int, steps: int, data: StoredRows, fold
         "parameters": sum(weight.numel() for weight in decoder.parameters()),
         "seconds": round(seconds, 1),
         "loss": held_out_loss(decoder, data),
-        "exact_match": exact_match(read(model, prompts, MAX_NEW_TOKENS)),
+        "exact_match": exact_match(predict(model, prompts, MAX_NEW_TOKENS)),
     }
     if routing is not None and routing.rule == "topk":
         # As in training, where the k best of a row are known: the loss without the need to predict.

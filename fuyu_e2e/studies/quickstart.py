@@ -20,8 +20,8 @@ from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.contact_sheet import Cell, contact_sheet
-from fuyu_e2e.eval.depth import depth_shares, depth_table, reading_depths
-from fuyu_e2e.eval.exact_match import Reading, by_group, chance_of_exchange, exact_match, exchange_images, read
+from fuyu_e2e.eval.depth import depth_shares, depth_table, prediction_depths
+from fuyu_e2e.eval.exact_match import Prediction, by_group, chance_of_exchange, exact_match, exchange_images, predict
 from fuyu_e2e.export.folders import export_own, export_to_transformers
 from fuyu_e2e.inference.depth_map import depth_map
 from fuyu_e2e.model.decoder import meta_decoder
@@ -82,18 +82,18 @@ def run(options: Namespace) -> None:
     console.rule("3. Reading")
     model = load_model(place.root / "checkpoints" / "last.ckpt")
     export_model(place)
-    results, readings = score(model, place)
+    results, predictions = score(model, place)
     results["seconds"] = round(time.perf_counter() - started_at, 1)
     results["tokens_per_second"] = round(cli.throughput.tokens / cli.throughput.seconds)
     results["seed"] = options.seed
     results["steps"] = model.step
-    if depths := reading_depths(model, readings[:DEPTH_PICTURES]):
+    if depths := prediction_depths(model, predictions[:DEPTH_PICTURES]):
         results["share_of_depth"] = depth_shares(depths)
         shown = max(depths[:48], key=lambda depth: len(depth.sequence.patches))
         depth_map(shown, model.tokenizer).save(place.root / "depth_map.png")
     (place.root / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     sheet = place.root / "contact_sheet.png"
-    contact_sheet([cell(reading) for reading in readings[:48]], sheet)
+    contact_sheet([cell(prediction) for prediction in predictions[:48]], sheet)
     report(console, place, results, sheet)
 
 
@@ -147,27 +147,27 @@ def export_model(place: Workplace) -> None:
         export_to_transformers(stored, place.exported, question=QUESTION)
 
 
-def score(model: TrainedModel, place: Workplace) -> tuple[dict[str, Any], list[Reading]]:
+def score(model: TrainedModel, place: Workplace) -> tuple[dict[str, Any], list[Prediction]]:
     """Reads all test pictures; returns the figures, and the readings at trained sizes."""
     seen, new = (list(documents(sorted(place.data.glob(f"{split}-0*.tar")))) for split in ("test", "test-new-sizes"))
-    readings = read_all(model, seen)
+    predictions = read_all(model, seen)
     return {
-        "exact_match": exact_match(readings),
-        "exact_match_by_digits": by_group(readings, lambda reading: len(reading.prompt.truth)),
+        "exact_match": exact_match(predictions),
+        "exact_match_by_digits": by_group(predictions, lambda prediction: len(prediction.prompt.truth)),
         "exact_match_new_sizes": exact_match(read_all(model, new)),
         "exact_match_images_exchanged": exact_match(read_all(model, list(exchange_images(seen)))),
         "chance_images_exchanged": chance_of_exchange(seen),
-    }, readings
+    }, predictions
 
 
-def read_all(model: TrainedModel, asked: list[Document]) -> list[Reading]:
+def read_all(model: TrainedModel, asked: list[Document]) -> list[Prediction]:
     """Returns the model's reading of each picture."""
-    return read(model, list(model.builder.prompts(asked, SampleStats())), MAX_NEW_TOKENS)
+    return predict(model, list(model.builder.prompts(asked, SampleStats())), MAX_NEW_TOKENS)
 
 
-def cell(reading: Reading) -> Cell:
+def cell(prediction: Prediction) -> Cell:
     """Returns the cell of the contact sheet for a reading."""
-    return Cell(reading.prompt.sequence.unpadded_pictures[0], reading.prompt.truth, reading.text)
+    return Cell(prediction.prompt.sequence.unpadded_pictures[0], prediction.prompt.truth, prediction.text)
 
 
 def report(console: Console, place: Workplace, results: dict[str, Any], sheet: Path) -> None:

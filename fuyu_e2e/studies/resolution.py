@@ -26,7 +26,7 @@ from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import train_tokenizer
-from fuyu_e2e.eval.exact_match import exact_match, read
+from fuyu_e2e.eval.exact_match import exact_match, predict
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import cost
 from fuyu_e2e.tasks.resolution import (
@@ -173,7 +173,7 @@ def _score_size(model: TrainedModel, folder: Path, contender: Contender, size: S
     (shard,) = write_shards(
         folder, "test", contender.pictures("test", TEST_SEED, size), count, processes=1, shard_size=count
     )
-    readings = read(
+    predictions = predict(
         model, list(model.builder.prompts(read_documents(shard, SampleStats()), SampleStats())), MAX_NEW_TOKENS
     )
     shard.unlink()
@@ -182,7 +182,7 @@ def _score_size(model: TrainedModel, folder: Path, contender: Contender, size: S
         "size": f"{height}x{width}",
         "trained": is_trained(height, width, contender.longest),
         "tokens": image_tokens(*shown),
-        "accuracy": exact_match(readings),
+        "accuracy": exact_match(predictions),
     }
 
 

@@ -21,7 +21,7 @@ from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import Tokenizer
-from fuyu_e2e.eval.exact_match import Reading
+from fuyu_e2e.eval.exact_match import Prediction
 from fuyu_e2e.studies.quickstart import Workplace, cell, prepare
 from fuyu_e2e.tasks.digits import VOCAB_SIZE, write_shards
 from fuyu_e2e.training.callbacks.signals import STOP_SIGNALS, Stopped
@@ -83,7 +83,7 @@ def test_the_sheet_shows_pictures_without_their_padding(
 ) -> None:
     asked = Document("key", (Image(make_png(13, 18)), Text("Read the digits.", loss=False), Text("4072")))
     [prompt] = builder.prompts([asked], SampleStats())
-    assert cell(Reading(prompt, "4072")).pixels.shape == (13, 18, 3)
+    assert cell(Prediction(prompt, "4072")).pixels.shape == (13, 18, 3)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
