@@ -137,13 +137,13 @@ class RoutedBlock(Block):
         """Returns the operations of the inner block for passing tokens and of the rule for all."""
         return partial(self._flops, self.rule, self.inner.operations(), self.rule.flops_of_token())
 
-    def _flops(self, rule: Router, inner: DenseOperations, decision: Flops, row: CountedRow) -> Flops:
+    def _flops(self, rule: Router, inner: DenseOperations, deciding: Flops, row: CountedRow) -> Flops:
         passing, tokens, shares = row.passing.get(rule.block), sum(row.lengths), rule.shares
         if passing is None:
             asked = shares.patches * row.patches + shares.others * (tokens - row.patches)
             share = annealed(asked / max(1, tokens), rule.routing.dense(row.done))
             passing = [length * share for length in row.lengths]
-        return inner.between(passing, row.lengths if self.leaves_keys else passing, row).plus(decision, tokens)
+        return inner.between(passing, row.lengths if self.leaves_keys else passing, row).plus(deciding, tokens)
 
     def saved_bytes(self, tokens: int, work: int, size: int) -> float:
         """Returns the bytes that the inner block keeps for the tokens of the capacity at the start of training."""
