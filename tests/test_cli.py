@@ -27,7 +27,6 @@ from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.shard_questions import read_shards
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 VOCABULARY = 320
 
 

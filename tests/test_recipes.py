@@ -15,7 +15,6 @@ from fuyu_e2e.training.callbacks.checkpoints import Checkpoints
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 RECIPES = sorted(shipped("recipes").glob("*.yaml"))
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
 def first_line(recipe: Path) -> str:

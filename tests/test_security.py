@@ -21,7 +21,6 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.inspect_sample import InspectCLI
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE = f"--config={shipped('recipes/quickstart.yaml')}"
 MODULE = """
 from pathlib import Path

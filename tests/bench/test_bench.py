@@ -13,8 +13,6 @@ from fuyu_e2e.bench.measure import alternate
 from fuyu_e2e.bench.mod import mod
 from fuyu_e2e.studies.isoflop import CONTENDERS, isoflop
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
 
 def test_contenders_alternate_and_give_their_medians() -> None:
     order: list[str] = []

@@ -27,8 +27,6 @@ from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
 POLICY = ImagePolicy(patch_size=16)
 
 

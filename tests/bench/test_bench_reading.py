@@ -21,7 +21,6 @@ from fuyu_e2e.studies.sort_of_clevr import sort_of_clevr
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
     pytest.mark.skipif(find_spec("matplotlib") is None, reason="draws pictures: pip install matplotlib"),
 ]
 

@@ -32,7 +32,6 @@ from fuyu_e2e.model.cost import cost, decode_step_flops
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.training.optimizers import MuonAdamW
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 TINY = FuyuConfig(vocab_size=64, patch_size=4, layers=2, width=32, heads=2, kv_heads=1, head_size=16, feed_forward=64)
 CASE = replace(CASES["small"], budget=256, rows=2, sides=(2, 6))
 

@@ -16,8 +16,6 @@ import fuyu_e2e.bench.scale as bench_scale
 import fuyu_e2e.bench.train as bench_train
 from fuyu_e2e.bench.measure import Figures, alternate, write_json
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
 
 class CutOff(BaseException):
     """As a signal ends a benchmark."""

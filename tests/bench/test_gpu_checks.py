@@ -12,8 +12,6 @@ import torch
 
 from fuyu_e2e.bench.limit import quickstart_run
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def script(repository: Path) -> Callable[[str], ModuleType]:

@@ -28,8 +28,6 @@ from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, find_checkpoint
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO, WholeCheckpointIO
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
 
 def checkpoint(step: int, size: int = 1_000) -> dict:
     return {"global_step": step, "state_dict": {"weight": torch.full((size,), float(step))}}

@@ -23,14 +23,6 @@ assert _spec.loader is not None
 make = module_from_spec(_spec)
 _spec.loader.exec_module(make)
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec:FutureWarning",  # this and the next two of Lightning, of runs without validation
-    "ignore:Total length of .* across ranks is zero:UserWarning",
-    "ignore:The '.*dataloader' does not have many workers:UserWarning",
-    "ignore:Checkpoint directory .* exists:UserWarning",  # it is the one to go on in
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
-)
-
 
 @pytest.mark.parametrize("name", ["dense", "routed"])
 def test_it_writes_what_it_wrote(name: str) -> None:

@@ -34,7 +34,6 @@ from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.training.callbacks.checkpoints import Checkpoints
 from fuyu_e2e.training.module import FuyuModule
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 ROUTED = RoutingConfig(share=(0.5, 0.25), blocks=(1, 3))
 
 

@@ -9,7 +9,6 @@ import pytest
 from fuyu_e2e.cli import main
 from fuyu_e2e.data.shipped import shipped
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE = str(shipped("recipes/quickstart.yaml"))
 
 

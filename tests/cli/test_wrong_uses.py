@@ -28,7 +28,6 @@ from fuyu_e2e.bench.__main__ import main as bench
 from fuyu_e2e.cli import main
 from fuyu_e2e.data.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE: dict[str, Any] = {
     "trainer": {
         "max_steps": 2, "accelerator": "cpu", "val_check_interval": 2, "check_val_every_n_epoch": None,

@@ -22,7 +22,6 @@ from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.callbacks.data_report import DataReport
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 QUICK = (
     "--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false", "--checkpoint.every_n_train_steps=3", "--data.budget=256", "--data.lanes=2",

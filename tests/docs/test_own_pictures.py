@@ -12,7 +12,6 @@ from fuyu_e2e.checkpoint.loading import read_model
 from fuyu_e2e.cli import main
 from fuyu_e2e.export.transformers import scales_alike
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 QUICK = {
     "shards": ["--processes=1"],
     "fit": [

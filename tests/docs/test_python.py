@@ -21,8 +21,6 @@ from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
 
 def blocks(page: Path) -> list[str]:
     """The Python of a page, block by block."""

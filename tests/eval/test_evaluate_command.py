@@ -123,7 +123,6 @@ def test_what_is_wrong_is_said_in_a_sentence(
     assert "Traceback" not in printed
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_a_recipe_turns_evaluation_on() -> None:
     recipe = [f"--config={shipped('recipes/quickstart.yaml')}", "--trainer.accelerator=cpu", "--trainer.devices=1"]
     given = ["--evaluate.tasks=[a,b]", "--evaluate.every_n_steps=7", "--evaluate.data={a: {shards: x.tar}}"]

@@ -26,8 +26,6 @@ from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 pytest.importorskip("transformers", reason="needs the extra `transformers`")
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
 QUESTION = "What is it?"
 """What a card asks; here it is answered with the color on the right."""
 LARGEST = [32, 48]

@@ -14,7 +14,6 @@ from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.float8 import use_float8
 from fuyu_e2e.model.routing.config import RoutingConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 SIZES = {"vocab_size": 300, "patch_size": 8, "layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "head_size": 16}
 CPU = torch.device("cpu")
 

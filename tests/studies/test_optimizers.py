@@ -9,8 +9,6 @@ import fuyu_e2e.studies.optimizers as bench_optimizers
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.studies.optimizers_report import compare, steps_to
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
 
 @pytest.mark.parametrize(
     ("target", "steps"), [(1.0, 200.0), (2.0, 100.0), (2**0.5, 100 * 2**0.5), (0.5, 400.0), (0.4, None), (3.0, 100.0)]

@@ -44,7 +44,6 @@ def short(tmp_path: Path) -> Callable[[str], str]:
     return make
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_the_quickstart_leaves_its_figures_and_pictures(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     out = tmp_path / "run"
     assert quickstart(["--out", str(out), "--max-steps", "6", *SMALL]) == 0
@@ -86,7 +85,6 @@ def test_the_sheet_shows_pictures_without_their_padding(
     assert cell(Prediction(prompt, "4072")).pixels.shape == (13, 18, 3)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_the_quickstart_with_routed_blocks_shows_its_depth(
     tmp_path: Path, short: Callable[[str], str], capfd: pytest.CaptureFixture
 ) -> None:
@@ -111,7 +109,6 @@ def handlers() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("handlers")
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_ctrl_c_leaves_a_checkpoint_that_the_printed_command_continues(
     tmp_path: Path, short: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,7 +13,6 @@ from fuyu_e2e.training.device_limits import known_peak, named_peak
 from fuyu_e2e.training.estimate import estimated, show
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 DECODER = {
     "vocab_size": 320,
     "patch_size": 4,

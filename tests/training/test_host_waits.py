@@ -38,11 +38,6 @@ from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
 from fuyu_e2e.training.tensorboard import Curves
 
-pytestmark = pytest.mark.filterwarnings(  # all of Lightning
-    "ignore:.*LeafSpec:FutureWarning",
-    "ignore:Total length of .* across ranks is zero:UserWarning",
-    "ignore:The '.*dataloader' does not have many workers:UserWarning",
-)
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
 

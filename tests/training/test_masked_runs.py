@@ -27,7 +27,6 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.images.masking import PatchMasking
 from fuyu_e2e.training.module import FuyuModule
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 MASKS: list[dict[str, Any]] = [
     {"window": 9, "sinks": 2},
     {"window": 9},

@@ -33,7 +33,6 @@ from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
 from fuyu_e2e.training.schedule import Schedule
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 RandomDocument = Callable[[int], Document]
 
 

@@ -19,7 +19,6 @@ from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 FOLDER = Path(__file__).parents[1] / "own_parts"
 PARTS = {
     "pooled": {"connector": '{"class_path": "pooled.PooledConfig", "init_args": {"side": 3}}'},

@@ -16,7 +16,6 @@ from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.module import FuyuModule
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 SCRIPT = Path(__file__).with_name("resumed_runs.py")
 spec = importlib.util.spec_from_file_location("resumed_runs", SCRIPT)
 assert spec is not None

@@ -24,7 +24,6 @@ from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
 from fuyu_e2e.training.schedule import Schedule
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 BEFORE = OptimizerConfig(name="muon", lr=0.01, betas=(0.8, 0.9), muon_lr=0.03)
 
 

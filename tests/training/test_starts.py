@@ -28,7 +28,6 @@ from fuyu_e2e.training.callbacks.signals import Stopped
 from fuyu_e2e.training.estimate import estimated
 from fuyu_e2e.training.module import FuyuModule
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE: dict[str, Any] = {
     "trainer": {
         "max_steps": 4, "accelerator": "cpu", "accumulate_grad_batches": 2, "val_check_interval": 4,

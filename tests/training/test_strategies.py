@@ -322,7 +322,6 @@ def test_a_run_in_parts_ends_behind_its_last_checkpoint() -> None:
     assert written == ["last.ckpt"]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_weights_in_parts_are_not_averaged(config: FuyuConfig, question_data: Callable[..., FuyuDataModule]) -> None:
     """Lightning would copy the model, which torch refuses with an assertion."""
     trainer = pl.Trainer(

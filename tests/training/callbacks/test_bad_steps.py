@@ -27,8 +27,6 @@ from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
 from fuyu_e2e.training.step import PendingStep, StepFigures, judge_step
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
 
 class Plant(Callback):
     """Spoils the gradient of chosen steps, and keeps the rows of each and all that it left behind."""

@@ -25,8 +25,6 @@ from fuyu_e2e.training.callbacks.routing_report import RoutingReport
 from fuyu_e2e.training.callbacks.samples import SampleGenerations
 from fuyu_e2e.training.module import FuyuModule
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
 
 @pytest.fixture
 def task(tmp_path: Path, write_shard: Callable[..., None], make_png: Callable[..., bytes]) -> str:

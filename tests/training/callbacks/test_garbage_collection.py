@@ -14,8 +14,6 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.training.callbacks.garbage_collection import GarbageCollection
 from fuyu_e2e.training.module import FuyuModule
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
 
 class Ring:
     """An object that only the collector can free."""

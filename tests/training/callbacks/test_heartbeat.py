@@ -27,7 +27,6 @@ from fuyu_e2e.training.callbacks.heartbeat import Heartbeat, Host
 from fuyu_e2e.training.settings.launcher_environment import launched_processes
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 SWITCH = "10.77.0.254"
 SILENCE = 3.0
 COMMAND = Path(sys.executable).parent / "fuyu-e2e"

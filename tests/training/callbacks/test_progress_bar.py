@@ -25,8 +25,6 @@ from fuyu_e2e.training.callbacks.step_lines import StepLines, duration
 from fuyu_e2e.training.callbacks.throughput import Throughput
 from fuyu_e2e.training.module import FuyuModule
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
 
 class Look(Callback):
     """Reads the bar behind each step, and what the step was."""

@@ -20,8 +20,6 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.training.callbacks.random_state import RandomState, put_back
 from fuyu_e2e.training.module import FuyuModule
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
 
 def draw() -> tuple[float, ...]:
     """Not from Python's generator, from which the checks of types draw that pytest puts into our functions."""

@@ -21,7 +21,6 @@ from fuyu_e2e.training.callbacks.signals import Stopped, StopSignals
 from fuyu_e2e.training.checkpoint_io import BackgroundCheckpointIO
 from fuyu_e2e.training.module import FuyuModule
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

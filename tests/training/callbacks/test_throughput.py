@@ -14,8 +14,6 @@ from fuyu_e2e.training.callbacks import throughput
 from fuyu_e2e.training.callbacks.throughput import Throughput
 from fuyu_e2e.training.module import FuyuModule
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
 
 class Clock(Callback):
     """Time passes as it is told: while a row is waited for, in what a rank does by itself, and behind that."""
