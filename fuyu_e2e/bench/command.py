@@ -20,6 +20,9 @@ def run(program: str, kind: str, commands: Mapping[str, str], moved: Collection[
     """
     set_defaults()
     name, *args = sys.argv[1:] or [""]
+    if name in ("--help", "-h"):
+        print(f"usage: python -m {program} NAME [--help]\n\nNAME is a {kind}: {', '.join(commands)}.")
+        return 0
     if name in moved:
         print(f"{program}: {name} is a study now: say python -m fuyu_e2e.studies {name}.", file=sys.stderr)
         return WRONG_USE

@@ -8,6 +8,7 @@ import torch
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.components import NotImportedError
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.image_layout import ImagePolicy
 from fuyu_e2e.version import __version__
@@ -43,6 +44,8 @@ class ModelMetadata:
         try:
             decoder, images = (_listed_as_tuples(settings[part]) for part in ("decoder", "images"))
             return cls(FuyuConfig.from_dict(decoder), tokenizer, ImagePolicy(**images))
+        except NotImportedError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{source} was written by fuyu-e2e {settings.get('version')}, whose settings version {__version__} "

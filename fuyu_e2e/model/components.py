@@ -9,6 +9,10 @@ from fuyu_e2e.errors import UserError
 T = TypeVar("T")
 
 
+class NotImportedError(UserError):
+    """Stored settings name a class that nobody imported."""
+
+
 def to_settings(component: Any, default: type) -> dict[str, Any]:
     """Returns the fields of a component, a dataclass, as primitives.
 
@@ -30,14 +34,14 @@ def from_settings(settings: dict[str, Any], default: type[T], base: type) -> T:
         base: The class that the component must derive from.
 
     Raises:
-        UserError: The class isn't imported.
+        NotImportedError: The class isn't imported.
     """
     if "class_path" not in settings:
         return default(**settings)
     module, _, name = settings["class_path"].rpartition(".")
     kind = getattr(sys.modules.get(module), name, None)
     if not (isinstance(kind, type) and issubclass(kind, base)):
-        raise UserError(
+        raise NotImportedError(
             f"The model is made with {settings['class_path']}, which is not imported: say --allow-imports {module} if "
             "you trust it, or import it first."
         )

@@ -77,6 +77,8 @@ class FuyuConfig:
     def __post_init__(self) -> None:
         if not self.masks:
             raise UserError("decoder.masks is empty: list one for each block of a pattern, or leave it out.")
+        for mask in self.masks:
+            mask.check_sees()
         for name in ("vocab_size", "patch_size", "layers", "width", "heads", "kv_heads", "head_size", "feed_forward"):
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"decoder.{name} is {value}, but must be at least 1.")

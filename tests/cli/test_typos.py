@@ -38,6 +38,29 @@ def refused(
     [
         (["fti"], "There is no command 'fti': did you mean fit?"),
         (["xyz"], "There is no command 'xyz': fuyu-e2e --help lists all commands."),
+        # A decoder is settings or a size's name: of settings, the setting is what is wrong.
+        (
+            ["fit", "--config", RECIPE, "--model.decoder.masks", "[{window: 1.5}]"],
+            "model.decoder.masks.window in --model.decoder.masks is '1.5', but must be a whole number or null.",
+        ),
+        (
+            ["fit", "--config", RECIPE, "--model.decoder.grid_embeddings", "many"],
+            "--model.decoder.grid_embeddings is 'many', but must be a whole number or null.",
+        ),
+        (
+            ["fit", "--config", RECIPE, "--model.decoder", "2m"],
+            "--model.decoder is '2m', but must be 1m, 10m, 50m, 125m, 350m, 1b, 3b or 8b.",
+        ),
+        (
+            ["fit", "--config", RECIPE, "--model.decoder", "1m", "--model.decoder.image_norm", "true"],
+            "--model.decoder lacks vocab_size, patch_size, layers, width, heads, kv_heads, head_size, feed_forward: a "
+            "named size takes no further settings, and a decoder that is spelled out needs all of these "
+            "(docs/recipes.md lists those of the sizes).",
+        ),
+        (
+            ["fit", "--config", RECIPE, "--allow-imports", "nowhere", "--model.decoder.connector", "nowhere.Mine"],
+            "--model.decoder.connector: Mine: No module named 'nowhere'.",
+        ),
         (
             ["generate", "--checkpoint", "c", "--promt", "a"],
             "There is no option --promt: did you mean --prompt?",

@@ -388,6 +388,12 @@ def test_a_benchmark_that_there_is_none_of_is_named(
     assert capfd.readouterr().err.startswith(f"fuyu_e2e.bench: {sentence}")
 
 
+def test_benchmarks_list_themselves(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["fuyu_e2e.bench", "--help"])
+    assert bench() == 0
+    assert "NAME is a benchmark: mod, data, generate," in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("name", CLOSED)
 def test_a_file_that_may_not_be_read_is_named(name: str, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root may read anything, so what the system says to others is said here."""

@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, no_type_check
 
+import torch
+
 from fuyu_e2e.errors import UserError
 
+LEAST_CHECKED, MOST_CHECKED = 32, 256
+"""Positions at which `check_sees` looks."""
 ImageAttention = Literal["causal", "bidirectional"]
 
 
@@ -59,6 +63,37 @@ class AttentionMask:
             near = query - key < self.window
             seen = seen & ((near | (key < self.sinks)) if self.sinks else near)
         return seen | same_image if self.images == "bidirectional" else seen
+
+    def check_sees(self) -> None:
+        """Refuses a subclass whose `sees` breaks what backends and the cache rely on.
+
+        Raises:
+            UserError: It is not overridden, returns no bool tensor, hides a token from itself, or shows a key that
+                the settings hide.
+        """
+        if type(self) is AttentionMask:
+            return
+        name = f"{type(self).__name__} in decoder.masks"
+        if type(self).sees is AttentionMask.sees:
+            raise UserError(f"{name} has no method `sees` of its own: define it, or use AttentionMask.")
+        position = torch.arange(min(MOST_CHECKED, 2 * (self.room or 0) + LEAST_CHECKED))
+        query, key = position[:, None], position[None, :]
+        for same_image in (torch.tensor(False), torch.tensor(True)):
+            seen = self.sees(query, key, same_image)
+            shape = torch.broadcast_shapes(query.shape, key.shape)
+            if not isinstance(seen, torch.Tensor) or seen.dtype != torch.bool or seen.shape != shape:
+                raise UserError(
+                    f"{name}: `sees` must return a bool tensor of the shape to which query and key broadcast, not "
+                    f"{getattr(seen, 'dtype', type(seen).__name__)} {list(getattr(seen, 'shape', []))}."
+                )
+            if not seen.diagonal().all():
+                raise UserError(f"{name} hides a token from itself: let `sees` be true where query == key.")
+            if (leaks := seen & ~AttentionMask.sees(self, query, key, same_image)).any():
+                at, shown = leaks.nonzero()[0].tolist()
+                raise UserError(
+                    f"{name} shows position {shown} to position {at}, which its window, sinks and images hide: narrow "
+                    "super().sees(...) with `&`, or change these settings."
+                )
 
     @property
     def room(self) -> int | None:

@@ -87,11 +87,17 @@ def _next_commands(trainer: pl.Trainer) -> list[str]:
     # A model that never saw a question can't continue one.
     prompt = "" if data.document_kinds().keys() <= {"caption"} else ' --prompt "..."'
     more = "--trainer.max_steps MORE" if _early_stopping(trainer) is None else "--trainer.callbacks null"
+    assert isinstance(trainer.lightning_module, FuyuModule)
+    config = trainer.lightning_module.config
+    packages = {type(part).__module__.partition(".")[0] for part in (*config.masks, *config.blocks, config.connector)}
+    own = ",".join(sorted(packages - {"fuyu_e2e"}))
+    read = f"{run} --allow-imports {own}" if own else run
     return [
         "Next:",
-        f"  fuyu-e2e evaluate --checkpoint {run} --task TASK",
-        f"  fuyu-e2e generate --checkpoint {run} --image PICTURE.png{prompt}",
-        f"  fuyu-e2e export --checkpoint {run} --out FOLDER --to transformers",
+        f"  fuyu-e2e evaluate --checkpoint {read} --task TASK",
+        f"  fuyu-e2e generate --checkpoint {read} --image PICTURE.png{prompt}",
+        f"  fuyu-e2e export --checkpoint {read} --out FOLDER",
         f"  tensorboard --logdir {run}",
-        f"  fuyu-e2e fit --config {shlex.quote(shown(root.absolute() / 'config.yaml'))} --ckpt_path last {more}",
+        f"  fuyu-e2e fit --config {shlex.quote(shown(root.absolute() / 'config.yaml'))} --ckpt_path last {more}"
+        + (f" --allow-imports {own}" if own else ""),
     ]

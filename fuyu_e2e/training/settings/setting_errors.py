@@ -90,7 +90,7 @@ def sentence(error: SettingError, args: Sequence[str], classes: Collection[str])
         args: The command line.
         classes: Names of classes that a setting may use without their path.
     """
-    message = error.message
+    message = _of_meant_type(error.message)
     recipes: dict[str, Any] = {}
     for name in recipes_of(args):
         try:
@@ -133,6 +133,11 @@ def sentence(error: SettingError, args: Sequence[str], classes: Collection[str])
         in_group = in_group or within
         key = part if within else f"{key}.{part}".strip(".")
     recipes = {} if in_group else recipes  # what a group on the command line holds is in no recipe
+    if (lacking := re.search(r"arguments are required: ([\w, ]+)", message)) and key == "model.decoder":
+        return (
+            f"{_where(key, args, recipes)} lacks {lacking[1]}: a named size takes no further settings, and a decoder "
+            "that is spelled out needs all of these (docs/recipes.md lists those of the sizes)."
+        )
     if no_group := re.search(r'Unable to load config "(.*?)"', message):
         return _no_settings(key, no_group[1], args, recipes)
     if unknown := re.search(r"Option '([\w.]+)' is not accepted", message):
@@ -145,13 +150,17 @@ def sentence(error: SettingError, args: Sequence[str], classes: Collection[str])
     if key and given and choices:
         return f"{_where(key, args, recipes)} is {given[1]!r}, but must be {choices}."
     if unknown := re.search(r"(?:Expected a dot import path string: |has no attribute ')(\w+)", message):
-        hint = did_you_mean(unknown[1], classes) or "write its path, as lightning.pytorch.callbacks.EarlyStopping."
+        hint = (
+            did_you_mean(unknown[1], set(classes) - {unknown[1]})
+            or "write its path, as lightning.pytorch.callbacks.EarlyStopping."
+        )
         return f"{_where(key, args, recipes)} names the class {unknown[1]}, which isn't known: {hint}"
     return f"{_where(key, args, recipes)}: {reason(rest)}." if key else f"{reason(rest)}."
 
 
 def reason(message: str) -> str:
     """Returns in one line why a value was refused: for a union, by the type that the value was meant for."""
+    message = re.sub(r"\s*- Expected a path but .* either not accessible or invalid\n\s*-", "", message)
     listed = message.partition("Errors:")[2].partition("Given value type:")[0]
     reasons = [_one_line(part) for part in re.split(r"\n\s*- ", listed)]
     told = [one for one in reasons if one and not one.startswith(("Expected a", "Not a valid subclass"))]
@@ -164,6 +173,19 @@ def is_of_others(error: BaseException) -> bool:
     """Returns whether another package's code raised an error, about a value that it was given, and not ours."""
     frames = traceback.extract_tb(error.__traceback__)
     return not (frames and Path(frames[-1].filename).is_relative_to(Path(__file__).parent))
+
+
+def _of_meant_type(message: str) -> str:
+    """Returns a message without the other types of a union, if the value was read as settings of its class.
+
+    A decoder is a class of settings or the name of a size: that a setting of it is no name of a size says nothing.
+    """
+    union = re.compile(
+        r"\n *Does not validate against any of the Union subtypes\n *Subtypes: [^\n]*\n *Errors:\n *- "
+        r"(Problem with given class_path '[\w.]+':\n.*)\n *- Expected a typing\.Literal\[.*",
+        re.DOTALL,
+    )
+    return union.sub(r"\n\1", message)
 
 
 def _choices(message: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from fuyu_e2e.model.attention.grouped import MaskedAttention, TiledAttention, Ti
 from fuyu_e2e.model.attention.interface import Places, RowAttention, reference_attention
 from fuyu_e2e.model.attention.kernels import FlexRow, VarlenRow, _varlen_kernel
 from fuyu_e2e.model.attention.mask import CAUSAL, AttentionMask
+from fuyu_e2e.model.config import named_size
 from fuyu_e2e.model.routing.block import gather_passing
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -221,3 +222,50 @@ def test_a_window_smaller_than_an_image_is_refused() -> None:
     mask.check_images(64)
     with pytest.raises(UserError, match=r"window of 64, but an image has up to 72 tokens: set the window to 72 or"):
         mask.check_images(72)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken(AttentionMask):
+    """Breaks in the way that `how` names."""
+
+    how: str = ""
+
+    def sees(self, query: Any, key: Any, same_image: Any) -> Any:
+        seen = super().sees(query, key, same_image)
+        return {
+            "future": seen | (key == query + 3),
+            "past": seen | (key == query - self.room) if self.room else seen,
+            "self": seen & (query != key),
+            "numbers": seen.long(),
+            "shape": seen[:1],
+            "nothing": None,
+        }[self.how]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misspelt(AttentionMask):
+    def see(self, query: Any, key: Any, same_image: Any) -> Any:
+        return key > query
+
+
+@pytest.mark.parametrize(
+    ("mask", "sentence"),
+    [
+        (Broken(how="future"), r"Broken in decoder.masks shows position 3 to position 0, which .* hide: narrow"),
+        (Broken(how="past", window=5, sinks=2), r"shows position \d+ to position \d+, which .* hide: narrow"),
+        (Broken(how="self"), r"hides a token from itself: let `sees` be true where query == key"),
+        (Broken(how="numbers"), r"must return a bool tensor of the shape .* not torch.int64 \[32, 32\]"),
+        (Broken(how="shape"), r"must return a bool tensor of the shape .* not torch.bool \[1, 32\]"),
+        (Broken(how="nothing"), r"must return a bool tensor of the shape .* not NoneType \[\]"),
+        (Misspelt(), r"Misspelt in decoder.masks has no method `sees` of its own"),
+    ],
+    ids=repr,
+)
+def test_a_mask_that_would_leak_or_hide_too_much_is_refused(mask: AttentionMask, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        replace(named_size("1m"), masks=(mask,))
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=repr)
+def test_masks_that_narrow_are_taken(mask: AttentionMask) -> None:
+    assert replace(named_size("1m"), masks=(mask,)).masks == (mask,)
