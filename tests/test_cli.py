@@ -538,7 +538,7 @@ def test_bad_settings(run: Callable, tokenizer_file: Path) -> None:
         ("--model.decoder.kv_heads", "2", "set kv_heads to a divisor of 3"),
         ("--data.budget", "0", "data.budget is 0"),
         ("--data.lanes", "3", "multiple of 2"),
-        ("--trainer.max_steps", "-1", "trainer.max_steps is not set"),
+        ("--trainer.max_steps", "-1", "trainer.max_steps is -1, not a number of steps"),
         ("--model.schedule.warmup", "2.0", "schedule.warmup is 2.0"),
     ]:
         code, printed = run(*fit, "--data.workers", "2", setting, value)

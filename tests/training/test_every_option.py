@@ -238,7 +238,7 @@ OPTIONS: dict[str, list[Use]] = {
         (f"2 {EPOCHS} --trainer.callbacks EarlyStopping --trainer.callbacks.monitor val/loss "
          "--trainer.callbacks.stopping_threshold 9", lambda run: run.step == 2 and run.trainer.current_epoch == 2),
     ],
-    "trainer.max_steps": [("1", lambda run: run.step == 1), ("-1", "trainer.max_steps is not set")],
+    "trainer.max_steps": [("1", lambda run: run.step == 1), ("-1", "trainer.max_steps is -1, not a number of steps")],
     "trainer.min_steps": [
         ("2 --trainer.callbacks EarlyStopping --trainer.callbacks.monitor val/loss "
          "--trainer.callbacks.stopping_threshold 9", works),

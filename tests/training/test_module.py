@@ -353,7 +353,7 @@ def test_a_checkpoint_of_another_model_is_refused(
 def test_a_run_without_an_end_is_refused(
     config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"trainer\.max_steps is not set"):
+    with pytest.raises(UserError, match=r"trainer\.max_steps is -1, not a number of steps"):
         trainer(tmp_path, max_epochs=1).fit(module(config), question_data())
 
 

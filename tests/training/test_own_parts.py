@@ -113,7 +113,9 @@ def test_a_checkpoint_imports_nothing_by_itself(
 ) -> None:
     part, _, run = trained
     sys.modules.pop(part)
-    with pytest.raises(UserError, match=rf"^The model is made with {part}\.\w+, which is not imported: say --allow-imports {part} "):
+    with pytest.raises(
+        UserError, match=rf"^The model is made with {part}\.\w+, which is not imported: say --allow-imports {part} "
+    ):
         load_model(run)
     assert part not in sys.modules
 
