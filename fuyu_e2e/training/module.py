@@ -187,8 +187,8 @@ class FuyuModule(pl.LightningModule):
                 mask.check_images(tokens)
         if stage == "fit" and self.trainer.max_steps < 1:
             raise UserError(
-                f"trainer.max_steps is {self.trainer.max_steps}, not a number of steps: training data is an endless stream and the learning rate follows the "
-                "steps, so say how many there are."
+                f"trainer.max_steps is {self.trainer.max_steps}, not a number of steps: training data is an endless "
+                "stream and the learning rate follows the steps, so say how many there are."
             )
 
     def fit_vocabulary(self, data: FuyuDataModule) -> None:
