@@ -523,6 +523,15 @@ def test_a_directory_that_holds_a_run_is_not_trained_into(run: Callable, trained
     refused(run(*fit), "already holds a run", "--ckpt_path last")
 
 
+def test_help_says_what_settings_of_a_group_mean(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fuyu-e2e", "fit", "--model.routing.help"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "Fraction of the tokens that passes a routed block" in " ".join(capsys.readouterr().out.split())
+
+
 def test_bad_settings(run: Callable, tokenizer_file: Path) -> None:
     fit = (
         "fit",

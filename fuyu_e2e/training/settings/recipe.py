@@ -83,6 +83,8 @@ class FuyuCLI(LightningCLI):
         self.time_limit = TimeLimit()
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.allowed, rest = take_allowed(args)
+        # The texts of settings in dataclasses; finding them takes a second, so only help looks for them.
+        set_parsing_settings(docstring_parse_attribute_docstrings=any(arg.endswith("help") for arg in args))
         with only_allowed_imports(self.allowed):
             super().__init__(
                 FuyuModule,
