@@ -211,7 +211,10 @@ def test_a_part_of_the_decoder_trains_generates_and_is_counted(
 def test_a_recipe_with_a_named_size_takes_no_parts(sections: dict[str, Section], folder: Path) -> None:
     write(sections["mask"], folder)
     command = [word.replace("own-pictures", "captions") for word in sections["mask"].commands[0]]
-    with pytest.raises(UserError, match=r"model\.decoder in strided\.yaml is"):
+    with pytest.raises(
+        UserError,
+        match=r"model\.decoder in strided\.yaml lacks vocab_size, .*: a named size takes no further settings",
+    ):
         FuyuCLI(command)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,9 @@ def question(builder: SequenceBuilder, png: bytes) -> TokenSequence:
 @dataclass(frozen=True, kw_only=True)
 class OwnMask(AttentionMask):
     """A user's own."""
+
+    def sees(self, query: Any, key: Any, same_image: Any) -> Any:
+        return super().sees(query, key, same_image) & (query - key != 1)
 
 
 def masked(decoder: Decoder, *masks: AttentionMask) -> Decoder:

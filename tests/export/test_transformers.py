@@ -218,6 +218,9 @@ def test_a_routed_decoder_is_not_exported_as_a_dense_one(
 class OwnMask(AttentionMask):
     """A user's own."""
 
+    def sees(self, query: Any, key: Any, same_image: Any) -> Any:
+        return super().sees(query, key, same_image) & (query - key != 1)
+
 
 @dataclass(frozen=True)
 class OwnBlocks(DenseConfig):
