@@ -51,7 +51,7 @@ class PlacedRow(RowAttention):
         """Returns attention among the selected tokens; capacity filler forms one more document."""
         if passing.index.device.type == "cpu":
             return self._tiles(own := self.places.take(passing.index[passing.valid]), own)
-        own = self.places.take(passing.index)._replace(document=passing.documents(self.places.document, -1))
+        own = self.selected(passing)
         return MaskedAttention.of(self.mask, own, own)
 
     @torch.compiler.disable
@@ -60,6 +60,10 @@ class PlacedRow(RowAttention):
         if passing.index.device.type == "cpu":
             return self._tiles(self.places.take(passing.index[passing.valid]), self.places)
         return MaskedAttention.of(self.mask, self.places.take(passing.index), self.places)
+
+    def selected(self, passing: Passing) -> Places:
+        """Returns the places of the selected tokens; capacity filler gets document -1."""
+        return self.places.take(passing.index)._replace(document=passing.documents(self.places.document, -1))
 
     def _tiles(self, queries: Places, keys: Places) -> "TiledAttention":
         return TiledAttention.of(self.mask, queries.numpy(), keys.numpy(), keys.document.device)

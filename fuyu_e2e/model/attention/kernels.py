@@ -198,11 +198,11 @@ class VarlenRow(PlacedRow):
 
     def select(self, passing: Passing) -> Attend:
         """Returns attention among the selected tokens; capacity filler forms one more document."""
+        if self.mask.window is not None:  # it counts skipped tokens too, which the kernel can't see
+            selected = self.selected(passing)
+            return MaskedAttention.of(self.mask, selected, selected)
         documents = len(self.starts) - 1
         own = passing.documents(self.places.document, documents)
-        if self.mask.window is not None:  # it counts skipped tokens too, which the kernel can't see
-            places = self.places.take(passing.index)._replace(document=own)
-            return MaskedAttention.of(self.mask, places, places)
         counts = torch.zeros(documents + 1, dtype=torch.int64, device=own.device).scatter_add_(
             0, own, torch.ones_like(own)
         )
@@ -261,8 +261,7 @@ class FlexRow(PlacedRow):
 
     def select(self, passing: Passing) -> Attend:
         """Returns attention among the selected tokens; capacity filler forms one more document."""
-        own = self.places.take(passing.index)
-        own = own._replace(document=passing.documents(self.places.document, -1))
+        own = self.selected(passing)
         return FlexRow(self.mask, own, _block_mask(self.mask, own, own))
 
     def cross(self, passing: Passing) -> Attend:
