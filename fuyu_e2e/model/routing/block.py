@@ -28,7 +28,7 @@ class Routed(Report):
     chosen: Bool[Tensor, " T"]
     """Tokens that the rule let pass."""
     passed: Bool[Tensor, " T"]
-    """Those of them that fit the capacity."""
+    """The chosen tokens that fit the capacity."""
     scores: Float[Tensor, " T"] | None
     """The scores that the rule compared; None if the rule learns nothing."""
 
