@@ -10,20 +10,24 @@ from rich.table import Table
 from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.data.image import PADDING
 from fuyu_e2e.data.sequence import TokenSequence
-from fuyu_e2e.eval.exact_match import Prediction
+from fuyu_e2e.eval.question import Question
 from fuyu_e2e.inference.depth import TokenDepth, token_depth
 
 DARK = 128
 """Brightness below which a pixel counts as ink."""
 
 
-def prediction_depths(model: TrainedModel, predictions: Sequence[Prediction]) -> list[TokenDepth]:
-    """Returns the depth of every token of some prompts and of the generated texts; empty for a dense model."""
+def answer_depths(model: TrainedModel, questions: Sequence[Question], answers: Sequence[str]) -> list[TokenDepth]:
+    """Returns the depth of every token of some questions and of their generated answers; empty for a dense model.
+
+    Raises:
+        UnusableSampleError: An image can't be used.
+    """
     if model.decoder.config.routing is None:
         return []
     return [
-        token_depth(model.decoder, prediction.prompt.sequence, model.tokenizer.encode(prediction.text))
-        for prediction in predictions
+        token_depth(model.decoder, model.builder.prompt(question.document), model.tokenizer.encode(answer))
+        for question, answer in zip(questions, answers, strict=True)
     ]
 
 

@@ -1,6 +1,6 @@
 """An evaluation, which asks every question three times: with its image, without it, and with another's image."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, get_args
@@ -71,10 +71,11 @@ def evaluate(
     limit: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
+    runs: Collection[Run] = RUNS,
     read: SampleStats | None = None,
     tell: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Asks a model questions, with and without their images.
+    """Asks a model questions, by default with and without their images.
 
     Args:
         model: A decoder in evaluation mode, with its processing.
@@ -83,13 +84,14 @@ def evaluate(
         limit: Most questions asked, from the first; None asks all.
         batch_tokens: Tokens that are read and written at once.
         seed: Seeds the exchange of images.
+        runs: The runs of each question; `image`, which others are compared with, is always one.
         read: The stats in which the questions' reader counts.
         tell: Called from time to time with the number of completed questions.
     """
     evaluation = Evaluation(task, seed, read=read or SampleStats())
     rng = np.random.default_rng(seed)
     for chunk in _chunks(islice(questions, limit)):
-        _ask(model, evaluation, chunk, batch_tokens, rng)
+        _ask(model, evaluation, chunk, batch_tokens, rng, runs)
         tell(len(evaluation.outcomes))
     return evaluation
 
@@ -109,7 +111,12 @@ def _chunks(questions: Iterable[Question]) -> Iterator[list[Question]]:
 
 
 def _ask(
-    model: TrainedModel, evaluation: Evaluation, chunk: list[Question], batch_tokens: int, rng: np.random.Generator
+    model: TrainedModel,
+    evaluation: Evaluation,
+    chunk: list[Question],
+    batch_tokens: int,
+    rng: np.random.Generator,
+    runs: Collection[Run],
 ) -> None:
     task, all_stats = evaluation.task, evaluation.all_stats
     seen = answer_all(model, task, chunk, [question.document for question in chunk], all_stats["image"], batch_tokens)
@@ -121,10 +128,12 @@ def _ask(
     blind: dict[Run, list[Document | None]] = {"without_image": [], "other_image": []}
     for question, looking in zip(chunk, looks, strict=True):
         partner = partners.get(question.image)
-        if looking and partner is None:
+        if looking and partner is None and "other_image" in runs:
             all_stats["other_image"].skip(UnusableSampleError(NO_OTHER_IMAGE, question.document.key))
-        blind["without_image"].append(without_images(question.document) if looking else None)
-        blind["other_image"].append(with_images_of(question.document, partner) if looking and partner else None)
+        alone = looking and "without_image" in runs
+        exchanged = looking and "other_image" in runs
+        blind["without_image"].append(without_images(question.document) if alone else None)
+        blind["other_image"].append(with_images_of(question.document, partner) if exchanged and partner else None)
     answers: dict[Run, list[Answer]] = {"image": seen}
     for run, documents in blind.items():
         asked = answer_all(model, task, chunk, documents, all_stats[run], batch_tokens)
@@ -146,7 +155,7 @@ def _ask(
         evaluation.outcomes.append(outcome)
         kept = evaluation.right if outcome.right else evaluation.wrong
         if len(kept) < PICTURES and seen[number].text is not None and _has_image(question):
-            kept.append(_cell(model, question, outcome))
+            kept.append(picture_cell(model, question, outcome))
 
 
 def _has_image(question: Question) -> bool:
@@ -157,7 +166,8 @@ def _shown(document: Document) -> str:
     return "".join(PLACEHOLDER if isinstance(part, Image) else part.text for part in document.segments)
 
 
-def _cell(model: TrainedModel, question: Question, outcome: Outcome) -> Cell:
+def picture_cell(model: TrainedModel, question: Question, outcome: Outcome) -> Cell:
+    """Returns a question's first picture, as the model is given it, with truth and answer."""
     image = next(part for part in question.document.segments if isinstance(part, Image))
     return Cell(
         decode_image(image.data, model.builder.images),

@@ -29,13 +29,13 @@ from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.tokenizer import train_tokenizer
-from fuyu_e2e.eval.exact_match import exact_match, predict
 from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import cost
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.studies.isoflop_report import report
+from fuyu_e2e.studies.reading import share_read
 from fuyu_e2e.tasks.digits import MAX_NEW_TOKENS, TEST_SEED, VOCAB_SIZE, write_shards
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.optimizers import OptimizerConfig
@@ -225,8 +225,6 @@ def _train(name: str, budget: int, seed: int, steps: int, data: StoredRows, fold
     routing = decoder.config.routing
     flops = sum(_row_cost(decoder.config, row.batch, step / steps) for step, row in enumerate(data.rows[:steps]))
     model = TrainedModel(decoder.eval(), data.builder, steps)
-    documents = list(data.documents("val", SampleStats()))
-    prompts = list(data.builder.prompts(documents, SampleStats()))
     result = {
         "contender": name,
         "budget": budget,
@@ -236,7 +234,7 @@ def _train(name: str, budget: int, seed: int, steps: int, data: StoredRows, fold
         "parameters": sum(weight.numel() for weight in decoder.parameters()),
         "seconds": round(seconds, 1),
         "loss": held_out_loss(decoder, data),
-        "exact_match": exact_match(predict(model, prompts, MAX_NEW_TOKENS)),
+        "exact_match": share_read(model, str(folder / "test-*.tar")),
     }
     if routing is not None and routing.rule == "topk":
         # As in training, where the k best of a row are known: the loss without the need to predict.

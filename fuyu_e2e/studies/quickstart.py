@@ -4,7 +4,7 @@ import json
 import os
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,26 @@ from rich.console import Console
 from rich.table import Table
 
 from fuyu_e2e.checkpoint.loading import TrainedModel, load_model, read_model
-from fuyu_e2e.data.document import Document
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.eval.contact_sheet import Cell, contact_sheet
-from fuyu_e2e.eval.depth import depth_shares, depth_table, prediction_depths
-from fuyu_e2e.eval.exact_match import Prediction, by_group, chance_of_exchange, exact_match, exchange_images, predict
+from fuyu_e2e.eval.contact_sheet import contact_sheet
+from fuyu_e2e.eval.depth import answer_depths, depth_shares, depth_table
+from fuyu_e2e.eval.evaluation import Outcome, picture_cell
+from fuyu_e2e.eval.question import Question
 from fuyu_e2e.export.folders import export_own, export_to_transformers
 from fuyu_e2e.inference.depth_map import depth_map
 from fuyu_e2e.model.decoder import meta_decoder
-from fuyu_e2e.tasks.digits import MAX_NEW_TOKENS, QUESTION, TEST_SEED, VOCAB_SIZE, write_shards
+from fuyu_e2e.studies.reading import read_pictures
+from fuyu_e2e.tasks.digits import QUESTION, TEST_SEED, VOCAB_SIZE, write_shards
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 DEPTH_PICTURES = 200
 """Test pictures over which the tokens' depth is averaged."""
+SHEET_PICTURES = 48
+"""Test pictures on the contact sheet."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Workplace:
 
     def pattern(self, split: str) -> str:
         """Returns the pattern of a split's shards."""
-        return str(self.data / f"{split}-*.tar")
+        return str(self.data / f"{split}-[0-9]*.tar")
 
 
 def run(options: Namespace) -> None:
@@ -82,18 +85,20 @@ def run(options: Namespace) -> None:
     console.rule("3. Reading")
     model = load_model(place.root / "checkpoints" / "last.ckpt")
     export_model(place)
-    results, predictions = score(model, place)
+    results, questions, outcomes = score(model, place)
     results["seconds"] = round(time.perf_counter() - started_at, 1)
     results["tokens_per_second"] = round(cli.throughput.tokens / cli.throughput.seconds)
     results["seed"] = options.seed
     results["steps"] = model.step
-    if depths := prediction_depths(model, predictions[:DEPTH_PICTURES]):
+    written = [outcome.answers["image"].text or "" for outcome in outcomes]
+    if depths := answer_depths(model, questions[:DEPTH_PICTURES], written[:DEPTH_PICTURES]):
         results["share_of_depth"] = depth_shares(depths)
-        shown = max(depths[:48], key=lambda depth: len(depth.sequence.patches))
-        depth_map(shown, model.tokenizer).save(place.root / "depth_map.png")
+        largest = max(depths[:SHEET_PICTURES], key=lambda depth: len(depth.sequence.patches))
+        depth_map(largest, model.tokenizer).save(place.root / "depth_map.png")
     (place.root / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     sheet = place.root / "contact_sheet.png"
-    contact_sheet([cell(prediction) for prediction in predictions[:48]], sheet)
+    shown = list(zip(questions, outcomes, strict=True))[:SHEET_PICTURES]
+    contact_sheet([picture_cell(model, *pair) for pair in shown], sheet)
     report(console, place, results, sheet)
 
 
@@ -104,13 +109,8 @@ def prepare(place: Workplace, seed: int, pictures: int, test_pictures: int) -> N
     write_shards(place.data, split="val", count=200, seed=TEST_SEED)
     write_shards(place.data, split="test", count=test_pictures, seed=TEST_SEED)
     write_shards(place.data, split="test-new-sizes", count=test_pictures, seed=TEST_SEED)
-    texts = (text for document in documents(shards[:1]) for text in document.texts)
+    texts = (text for document in read_documents(shards[0], SampleStats()) for text in document.texts)
     train_tokenizer(texts, VOCAB_SIZE).save(place.tokenizer)
-
-
-def documents(shards: Iterable[Path]) -> Iterable[Document]:
-    """Returns all documents of some shards."""
-    return (document for shard in shards for document in read_documents(shard, SampleStats()))
 
 
 def recipe_settings(place: Workplace, recipe: str, seed: int, max_steps: int | None) -> list[str]:
@@ -147,27 +147,25 @@ def export_model(place: Workplace) -> None:
         export_to_transformers(stored, place.exported, question=QUESTION)
 
 
-def score(model: TrainedModel, place: Workplace) -> tuple[dict[str, Any], list[Prediction]]:
-    """Reads all test pictures; returns the figures, and the readings at trained sizes."""
-    seen, new = (list(documents(sorted(place.data.glob(f"{split}-0*.tar")))) for split in ("test", "test-new-sizes"))
-    predictions = read_all(model, seen)
-    return {
-        "exact_match": exact_match(predictions),
-        "exact_match_by_digits": by_group(predictions, lambda prediction: len(prediction.prompt.truth)),
-        "exact_match_new_sizes": exact_match(read_all(model, new)),
-        "exact_match_images_exchanged": exact_match(read_all(model, list(exchange_images(seen)))),
-        "chance_images_exchanged": chance_of_exchange(seen),
-    }, predictions
+def score(model: TrainedModel, place: Workplace) -> tuple[dict[str, Any], list[Question], list[Outcome]]:
+    """Reads all test pictures.
 
-
-def read_all(model: TrainedModel, asked: list[Document]) -> list[Prediction]:
-    """Returns the model's reading of each picture."""
-    return predict(model, list(model.builder.prompts(asked, SampleStats())), MAX_NEW_TOKENS)
-
-
-def cell(prediction: Prediction) -> Cell:
-    """Returns the cell of the contact sheet for a reading."""
-    return Cell(prediction.prompt.sequence.unpadded_pictures[0], prediction.prompt.truth, prediction.text)
+    Returns:
+        The figures, and the questions about pictures of trained sizes with what came of each.
+    """
+    questions, outcomes, seen = read_pictures(model, place.pattern("test"), ("image", "other_image"))
+    *_, new = read_pictures(model, place.pattern("test-new-sizes"))
+    truths = Counter(question.references for question in questions)
+    same = sum(count * (count - 1) for count in truths.values())
+    results = {
+        "exact_match": seen.all.value,
+        "exact_match_by_digits": {digits: scored.value for digits, scored in seen.groups["digits"].items()},
+        "exact_match_new_sizes": new.all.value,
+        "exact_match_images_exchanged": seen.blind["other_image"].value,
+        # A perfect reader's, given any other picture: how often two pictures share their digits.
+        "chance_images_exchanged": same / max(1, len(questions) * (len(questions) - 1)),
+    }
+    return results, questions, outcomes
 
 
 def report(console: Console, place: Workplace, results: dict[str, Any], sheet: Path) -> None:
@@ -175,7 +173,7 @@ def report(console: Console, place: Workplace, results: dict[str, Any], sheet: P
     table = Table("pictures from scans never trained on", "read letter for letter")
     table.add_row("sizes trained on", f"{results['exact_match']:.3f}")
     for digits, share in results["exact_match_by_digits"].items():
-        table.add_row(f"  {digits} digit{'s' if digits > 1 else ''}", f"{share:.3f}")
+        table.add_row(f"  {digits} digit{'' if digits == '1' else 's'}", f"{share:.3f}")
     table.add_row("sizes never trained on", f"{results['exact_match_new_sizes']:.3f}")
     table.add_row(
         "images exchanged (blind)",

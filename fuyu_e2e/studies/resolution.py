@@ -26,12 +26,11 @@ from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import train_tokenizer
-from fuyu_e2e.eval.exact_match import exact_match, predict
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import cost
+from fuyu_e2e.studies.reading import share_read
 from fuyu_e2e.tasks.resolution import (
     LONGEST,
-    MAX_NEW_TOKENS,
     PATCH_SIZE,
     TEST_SEED,
     TEST_SIZES,
@@ -173,16 +172,14 @@ def _score_size(model: TrainedModel, folder: Path, contender: Contender, size: S
     (shard,) = write_shards(
         folder, "test", contender.pictures("test", TEST_SEED, size), count, processes=1, shard_size=count
     )
-    predictions = predict(
-        model, list(model.builder.prompts(read_documents(shard, SampleStats()), SampleStats())), MAX_NEW_TOKENS
-    )
+    accuracy = share_read(model, str(shard))
     shard.unlink()
     shown = size if contender.square is None else (contender.square, contender.square)
     return {
         "size": f"{height}x{width}",
         "trained": is_trained(height, width, contender.longest),
         "tokens": image_tokens(*shown),
-        "accuracy": exact_match(predictions),
+        "accuracy": accuracy,
     }
 
 

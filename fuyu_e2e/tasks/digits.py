@@ -205,4 +205,5 @@ def _samples(split: Split, seed: int, most_digits: int, numbers: range) -> Itera
         size = draw_size(rng, digits, new_sizes=split == "test-new-sizes")
         pixels, truth = compose(rng, scans, digits, *size, warp=split == "train")
         turns = [(f"<image>\n{QUESTION}", truth)]
-        yield {"__key__": key, "jpg": jpeg(pixels), "json": conversation(key, f"{key}.jpg", turns)}
+        groups = {"digits": str(digits)}
+        yield {"__key__": key, "jpg": jpeg(pixels), "json": conversation(key, f"{key}.jpg", turns, groups=groups)}

@@ -8,9 +8,9 @@ import torch
 
 from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.data.document import Document, Image, Text
-from fuyu_e2e.data.sequence import Prompt, SequenceBuilder, TokenSequence
-from fuyu_e2e.eval.depth import depth_shares, has_ink, prediction_depths
-from fuyu_e2e.eval.exact_match import Prediction
+from fuyu_e2e.data.sequence import SequenceBuilder, TokenSequence
+from fuyu_e2e.eval.depth import answer_depths, depth_shares, has_ink
+from fuyu_e2e.eval.question import Question
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.tasks.digits import compose, load_scans
 
@@ -35,11 +35,11 @@ def test_shares_are_means_over_all_tokens_of_a_kind(
     routed_decoder: Callable[..., Decoder], builder: SequenceBuilder, make_png: Callable[..., bytes]
 ) -> None:
     model = TrainedModel(routed_decoder(share=0.4), builder, 0)
-    predictions = []
+    questions = []
     for seed in range(6):
         document = Document(f"{seed}", (Image(make_png(9 + seed, 30, seed=seed)), Text("What is it?", loss=False)))
-        predictions.append(Prediction(Prompt(document, builder.prompt(document)), "407"))
-    depths = prediction_depths(model, predictions)
+        questions.append(Question(document=document, references=("407",), image=document.key))
+    depths = answer_depths(model, questions, ["407"] * len(questions))
     shares = depth_shares(depths)
     assert set(shares) >= {"patches", "patches_with_ink", "newlines", "text", "answers"}
 

@@ -15,7 +15,7 @@ from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.errors import UnusableSampleError
 from fuyu_e2e.eval import evaluation as evaluation_module
 from fuyu_e2e.eval.answering import Answer
-from fuyu_e2e.eval.evaluation import Evaluation, Outcome, evaluate
+from fuyu_e2e.eval.evaluation import Evaluation, Outcome, evaluate, picture_cell
 from fuyu_e2e.eval.question import Question
 from fuyu_e2e.eval.report import line, print_report, write_report
 from fuyu_e2e.eval.scores import score
@@ -85,6 +85,26 @@ def test_scores_groups_and_blind_shares(model: TrainedModel, make_question: Make
     errors = score(evaluation)["character_error_rate"]
     assert not errors.higher_is_better
     assert (errors.from_image["without_image"] or 0) < 0, "it makes more errors blind"
+
+
+def test_only_the_runs_that_are_wanted_are_asked(
+    model: TrainedModel, make_question: MakeQuestion, looking: list[list[Document | None]]
+) -> None:
+    asked = [make_question(number) for number in range(8)]
+    scores = score(evaluate(model, GENERATE, asked, runs=("image",)))["accuracy"]
+    assert scores.all.value == 1.0
+    assert not scores.blind
+    assert sum(document is not None for documents in looking for document in documents) == 8
+    both = score(evaluate(model, GENERATE, asked, runs=("image", "other_image")))["accuracy"]
+    assert {run: scored.value for run, scored in both.blind.items()} == {"other_image": 0.0}
+
+
+def test_pictures_are_shown_without_their_padding(
+    model: TrainedModel, make_question: MakeQuestion, make_png: Callable[..., bytes], looking: Any
+) -> None:
+    question = make_question(1, picture=make_png(13, 18, seed=1))
+    [outcome] = evaluate(model, GENERATE, [make_question(1)]).outcomes
+    assert picture_cell(model, question, outcome).pixels.shape == (13, 18, 3)
 
 
 def test_turns_are_scored_apart(model: TrainedModel, make_question: MakeQuestion, looking: Any) -> None:

@@ -16,13 +16,9 @@ from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
 from fuyu_e2e.checkpoint.loading import load_model
 from fuyu_e2e.cli import main
 from fuyu_e2e.cli.quickstart import quickstart
-from fuyu_e2e.data.document import Document, Image, Text
-from fuyu_e2e.data.sample_stats import SampleStats
-from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import Tokenizer
-from fuyu_e2e.eval.exact_match import Prediction
-from fuyu_e2e.studies.quickstart import Workplace, cell, prepare
+from fuyu_e2e.studies.quickstart import Workplace, prepare
 from fuyu_e2e.tasks.digits import VOCAB_SIZE, write_shards
 from fuyu_e2e.training.callbacks.signals import STOP_SIGNALS, Stopped
 from fuyu_e2e.training.module import FuyuModule
@@ -75,14 +71,6 @@ def test_pictures_to_train_on_are_made_on_all_cores(tmp_path: Path, monkeypatch:
     prepare(Workplace(tmp_path), seed=0, pictures=2, test_pictures=2)
     assert made["train"] == 24
     assert Tokenizer.from_file(tmp_path / "data" / "tokenizer.model").vocab_size == VOCAB_SIZE
-
-
-def test_the_sheet_shows_pictures_without_their_padding(
-    builder: SequenceBuilder, make_png: Callable[..., bytes]
-) -> None:
-    asked = Document("key", (Image(make_png(13, 18)), Text("Read the digits.", loss=False), Text("4072")))
-    [prompt] = builder.prompts([asked], SampleStats())
-    assert cell(Prediction(prompt, "4072")).pixels.shape == (13, 18, 3)
 
 
 def test_the_quickstart_with_routed_blocks_shows_its_depth(
