@@ -3,6 +3,7 @@
 Exit codes:
 
 0    done
+1    `shards verify` found a difference
 2    the request can't be carried out: a setting or a file is wrong
 3    too many steps in a row had to be skipped
 4    the watchdog ended a run that made no progress
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+FAULTY = 1
 WRONG_USE = 2
 BAD_STEPS = 3
 STUCK = 4

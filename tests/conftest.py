@@ -304,12 +304,12 @@ def check_operations(random_document: Callable[[int], Document]) -> Callable[[Tr
         batch = pack_row([model.builder.build(random_document(2))])
         config, length = model.decoder.config, len(batch.tokens)
         counted = cost(config, document_lengths=batch.document_lengths, grids=batch.grids, targets=len(batch.targets))
-        read = model.decoder.read_images(batch)
-        row = model.decoder.row_of(batch.positions, [WholeDocument()] * config.layers, read_images=read)
+        read = model.decoder.visible_image(batch)
+        row = model.decoder.row_of(batch.positions, [WholeDocument()] * config.layers, visible_image=read)
         with FlopCounterMode(display=False) as counter:
             model.decoder.loss(batch, row)
         # A block with a window sees fewer keys, and this attention computes all.
-        unseen = sum(length - mask.keys(length) for mask in config.block_masks)
+        unseen = sum(length - mask.keys_per_query(length) for mask in config.block_masks)
         unseen_flops = 4 * length * unseen * config.heads * config.head_size
         assert counted.forward_flops == counter.get_total_flops() - unseen_flops
         assert counted.parameters == sum(weight.numel() for weight in model.decoder.parameters())

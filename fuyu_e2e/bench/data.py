@@ -315,7 +315,7 @@ def _contents(rows: Iterator[PackedRow]) -> Contents:
     images = tokens = 0
     patches: Counter[tuple[str, int]] = Counter()
     for row in rows:
-        images += row.batch.image_count
+        images += len(row.batch.images)
         tokens += sum(row.batch.document_lengths)
         patches.update(zip(row.keys, (span.patches for span in row.batch.images), strict=True))
     return Contents(images, tokens, patches)

@@ -182,7 +182,7 @@ def _measure(
     documents = case.documents
     rows = [pack_row(row, case.budget) for row in documents]
     lengths = [length for row in rows for length in row.document_lengths]
-    tokens, images = sum(lengths), sum(row.image_count for row in rows)
+    tokens, images = sum(lengths), sum(len(row.images) for row in rows)
     flops = [
         cost(case.config, document_lengths=row.document_lengths, grids=row.grids, targets=len(row.targets))
         for row in rows

@@ -12,7 +12,7 @@ from fuyu_e2e.data.shards.cache import CACHE_FOLDER, ShardCache
 from fuyu_e2e.data.shards.locations import expand_patterns, folder_of
 from fuyu_e2e.data.shards.manifest import ShardFacts, index, totals, verify
 from fuyu_e2e.data.shards.statistics import NoPlotsError, survey
-from fuyu_e2e.errors import WRONG_USE, UserError
+from fuyu_e2e.errors import FAULTY, WRONG_USE, UserError
 from fuyu_e2e.training.settings.arguments import CommandParser, did_you_mean
 
 USAGE = """usage: fuyu-e2e shards {index,verify,stats,write} [--help]
@@ -23,8 +23,6 @@ USAGE = """usage: fuyu-e2e shards {index,verify,stats,write} [--help]
   write SOURCE       shards from your own images and texts
 """
 HEADERS_ONLY = "Images were judged by their headers, not decoded: `fuyu-e2e shards verify --deep` decodes each."
-FAULTY = 1
-"""Exit code of `verify` if a shard differs from its manifest."""
 
 
 def shards(args: Sequence[str]) -> int:

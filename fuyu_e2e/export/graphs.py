@@ -38,7 +38,7 @@ def export_prefill(decoder: Decoder, *, tokens: int, patches: int, capacity: int
             doesn't fit the cache.
     """
     _check_dense(decoder)
-    if (mask := next((mask for mask in decoder.config.block_masks if mask.reads_images), None)) is not None:
+    if (mask := next((mask for mask in decoder.config.block_masks if mask.needs_image_ids), None)) is not None:
         raise UserError(
             f"A decoder with decoder.masks that may ask which tokens are of one image (images {mask.images!r} of "
             f"{type(mask).__name__}) has no graph for prompts, which is not given where images are: generate with "

@@ -40,7 +40,7 @@ class DenseBlockCache:
         cls, config: FuyuConfig, sequences: int, capacity: int, mask: AttentionMask, like: Tensor
     ) -> "DenseBlockCache":
         """Allocates slots for `capacity` tokens of each sequence, or for as many as the mask shows."""
-        capacity = capacity if mask.room is None else min(capacity, mask.room)
+        capacity = capacity if mask.cache_slots is None else min(capacity, mask.cache_slots)
         # Slots after a sequence's end are masked, but must not hold nan: 0 x nan would still be nan.
         shape = (sequences, config.kv_heads, capacity, config.head_size)
         return cls(like.new_zeros(shape), like.new_zeros(shape))
@@ -63,7 +63,7 @@ class DenseBlockCache:
 
 def slots_of(places: Int64[Tensor, " n"], size: int, mask: AttentionMask) -> Int64[Tensor, " n"]:
     """Returns the slots of tokens at these places: the place itself, or its slot in the ring after the sinks."""
-    if mask.room is None or size < mask.room:
+    if mask.cache_slots is None or size < mask.cache_slots:
         return places
     return torch.where(places < mask.sinks, places, mask.sinks + (places - mask.sinks) % (size - mask.sinks))
 
@@ -115,7 +115,7 @@ class GrowingBlockCache:
         place = torch.arange(len(sequence), device=sequence.device) - (counts.cumsum(0) - counts)[sequence]
         place = place + self.lengths[sequence]
         self.lengths = self.lengths + counts
-        self.longest, room = int(self.lengths.max()), self.mask.room
+        self.longest, room = int(self.lengths.max()), self.mask.cache_slots
         if room is not None and self.longest > room:
             # Drops tokens whose slot later ones of the same call take; the first call contains all sinks.
             stay = (place < self.mask.sinks) | (place >= (self.lengths - (room - self.mask.sinks))[sequence])
@@ -183,7 +183,7 @@ class KeyValueCache:
         """How far the next token's rotary position exceeds the sequence's length; None for 0."""
         self.images: ImageStates | None = None
         """The connector's output for the prompts' images."""
-        self.read_images: Tensor | None = None
+        self.visible_image: Tensor | None = None
         """The image that the next token of each sequence may read, if the connector gives features."""
 
     @property
@@ -207,7 +207,7 @@ class KeyValueCache:
             block.keys.zero_()
             block.values.zero_()
         self.lengths = torch.zeros_like(self.lengths)
-        self.longest, self.shifts, self.images, self.read_images = 0, None, None, None
+        self.longest, self.shifts, self.images, self.visible_image = 0, None, None, None
 
     def begin(self, document_lengths: tuple[int, ...]) -> None:
         """Sets the lengths of prompts, which `PrefillAttention` then writes."""

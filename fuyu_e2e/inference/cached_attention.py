@@ -179,7 +179,7 @@ def _hidden(
     if type(mask) is AttentionMask:  # the ring holds exactly what the mask shows
         return slots > at
     positions = slots
-    if mask.window is not None and size == mask.room:
+    if mask.window is not None and size == mask.cache_slots:
         ring = size - mask.sinks
         positions = torch.where(slots < mask.sinks, slots, slots + (at - slots) // ring * ring)
     return (slots > at) | ~mask.sees(at, positions, False)

@@ -178,7 +178,7 @@ def prefill(
     if decoder.reads_info or decoder.selecting:
         step = length
     image_bounds = batch.image_bounds
-    bounds = _bounds(length, step, image_bounds if decoder.config.reads_images else ())
+    bounds = _bounds(length, step, image_bounds if decoder.config.needs_image_ids else ())
     embedded = torch.searchsorted(batch.patch_positions, torch.tensor(bounds, device=batch.tokens.device)).tolist()
     batch = batch.to(device)
     # All at once: pieces cut through images, and connectors may need whole images.
@@ -189,10 +189,10 @@ def prefill(
     info = decoder.info(batch)
     cache.begin(batch.document_lengths)
     lasts = np.cumsum(batch.document_lengths) - 1
-    rotary_positions, read = decoder.rotary_positions(batch), decoder.read_images(batch)
+    rotary_positions, read = decoder.rotary_positions(batch), decoder.visible_image(batch)
     if read is not None:
         of_prompts = dict.fromkeys(range(len(lasts)), -1) | {d: n for n, d in enumerate(batch.image_documents)}
-        cache.images, cache.read_images = images, to_device(torch.tensor([*of_prompts.values()]), device)
+        cache.images, cache.visible_image = images, to_device(torch.tensor([*of_prompts.values()]), device)
     if rotary_positions.ndim == 2:
         following = following_positions(batch.document_lengths, batch.images)
         cache.shifts = to_device(torch.from_numpy(following - np.array(batch.document_lengths)), device)
@@ -228,7 +228,7 @@ def decode_step(
 ) -> Float[Tensor, "B D"]:
     """Reads one more token of each sequence, and returns its state; `watch` receives the row."""
     attends = decode_attention(cache.blocks, cache.masks, cache.lengths, cache.longest + 1)
-    row = decoder.row_of_new_tokens(cache.lengths, attends, cache.rotary_positions, cache.read_images)
+    row = decoder.row_of_new_tokens(cache.lengths, attends, cache.rotary_positions, cache.visible_image)
     cache.advance()
     with _uncompiled():
         hidden_BD = decoder(Inputs(tokens, states=cache.images), row)

@@ -66,11 +66,6 @@ class PackedBatch:
         """(rows, columns) of each view of the images, in the order of `patches`."""
         return tuple(grid for span in self.images for grid in span.grids)
 
-    @property
-    def image_count(self) -> int:
-        """The number of images in the batch."""
-        return len(self.images)
-
     def _apply(self, move: Any) -> "PackedBatch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: move(t) for name, t in tensors.items() if isinstance(t, Tensor)})

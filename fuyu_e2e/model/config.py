@@ -185,9 +185,9 @@ class FuyuConfig:
         return tuple(self.masks[block % len(self.masks)] for block in range(self.layers))
 
     @property
-    def reads_images(self) -> bool:
+    def needs_image_ids(self) -> bool:
         """Whether a block's mask depends on which tokens belong to the same image."""
-        return any(mask.reads_images for mask in self.masks)
+        return any(mask.needs_image_ids for mask in self.masks)
 
     @property
     def routed(self) -> tuple[int, ...]:

@@ -225,11 +225,11 @@ class Decoder(nn.Module):
         masks = [block.mask for block in self.each_block()]
         plans = {mask: self.plan(mask, lengths, images, batch.tokens.device, self.attention) for mask in set(masks)}
         attends = [plans[mask] for mask in masks]
-        rotary_positions, read = self.rotary_positions(batch), self.read_images(batch)
+        rotary_positions, read = self.rotary_positions(batch), self.visible_image(batch)
         return self.row_of(batch.positions, attends, self.info(batch), rotary_positions, read)
 
-    def read_images(self, batch: PackedBatch) -> Int64[Tensor, " T"] | None:
-        """Returns the image whose features each token may read, see `Row.read_images`; None without features."""
+    def visible_image(self, batch: PackedBatch) -> Int64[Tensor, " T"] | None:
+        """Returns the image whose features each token may read, see `Row.visible_image`; None without features."""
         if not self.config.connector.gives_features:
             return None
         read, ends = np.full(len(batch.tokens), -1, np.int64), np.cumsum(batch.document_lengths)
@@ -256,7 +256,7 @@ class Decoder(nn.Module):
         attends: Sequence[RowAttention],
         tokens: TokenInfo | None = None,
         rotary_positions: Tensor | None = None,
-        read_images: Int64[Tensor, " T"] | None = None,
+        visible_image: Int64[Tensor, " T"] | None = None,
     ) -> Row:
         """Returns the row of tokens at some positions of their documents.
 
@@ -265,7 +265,7 @@ class Decoder(nn.Module):
             attends: The attention of each block.
             tokens: Further facts about the tokens, if a block reads them.
             rotary_positions: As `rotary_positions` returns them, if they differ from `positions`.
-            read_images: As `read_images` returns them.
+            visible_image: As `visible_image` returns them.
         """
         turned = positions if rotary_positions is None else rotary_positions
         return Row(
@@ -273,7 +273,7 @@ class Decoder(nn.Module):
             rope=rotary(turned, self.config.rotary_size, self.config.rope_theta),
             attends=attends,
             tokens=tokens,
-            read_images=read_images,
+            visible_image=visible_image,
             reports=Reports(),
         )
 
@@ -282,11 +282,11 @@ class Decoder(nn.Module):
         positions: Int64[Tensor, " B"],
         attends: Sequence[RowAttention],
         rotary_positions: Int64[Tensor, " B"] | None = None,
-        read_images: Int64[Tensor, " B"] | None = None,
+        visible_image: Int64[Tensor, " B"] | None = None,
     ) -> Row:
         """Returns the row of the next token of each sequence of a batch; for the arguments, see `row_of`."""
         tokens = TokenInfo.of_new_tokens(positions, len(self.blocks)) if self.reads_info else None
-        return self.row_of(positions, attends, tokens, rotary_positions, read_images)
+        return self.row_of(positions, attends, tokens, rotary_positions, visible_image)
 
     def forward(self, inputs: Inputs, row: Row) -> Float[Tensor, "T D"]:
         """Returns the normalised states after the last block, the input of the output projection.
@@ -297,7 +297,7 @@ class Decoder(nn.Module):
         if states is None and inputs.patches is not None:
             states = self.embed_images(inputs.patches, inputs.images)
         if states is not None and states.features is not None:
-            row = row.reading(states)
+            row = row.with_images(states)
         x_TD = self.embed(inputs, states)
         for number, block in enumerate(self.blocks):
             x_TD = block(x_TD, row.at(number))

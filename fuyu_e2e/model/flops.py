@@ -13,24 +13,27 @@ Counts = Sequence[int | float]
 class Flops(NamedTuple):
     """Multiply-adds of matrix products, each of which is two floating-point operations."""
 
-    products: int | float = 0
+    with_input_gradient: int | float = 0
     """Multiply-adds whose input needs a gradient, as the weights do."""
-    first: int | float = 0
+    without_input_gradient: int | float = 0
     """Multiply-adds whose input needs no gradient: it isn't learnt, or is detached."""
 
     @property
     def forward(self) -> int | float:
         """Operations of the forward pass."""
-        return 2 * (self.products + self.first)
+        return 2 * (self.with_input_gradient + self.without_input_gradient)
 
     @property
     def training(self) -> int | float:
         """Operations of the forward and backward pass, without recomputation."""
-        return 6 * self.products + 4 * self.first
+        return 6 * self.with_input_gradient + 4 * self.without_input_gradient
 
     def plus(self, other: "Flops", times: int | float = 1) -> "Flops":
         """Returns the sum of this and `times` the other."""
-        return Flops(self.products + times * other.products, self.first + times * other.first)
+        return Flops(
+            self.with_input_gradient + times * other.with_input_gradient,
+            self.without_input_gradient + times * other.without_input_gradient,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,6 @@ class DenseOperations:
         cached = [0] * len(row.lengths) if row.cached is None else row.cached
         pairs: int | float = 0
         for own, new, old, length in zip(queries, keys, cached, row.lengths, strict=True):
-            pairs += own * (
-                new + old if self.mask == CAUSAL else (new + old) * self.mask.keys(length + old) / (length + old)
-            )
+            kept = 1 if self.mask == CAUSAL else self.mask.keys_per_query(length + old) / (length + old)
+            pairs += own * (new + old) * kept
         return Flops(self.query * sum(queries) + self.key * sum(keys) + self.pair * pairs)

@@ -163,7 +163,7 @@ class Row:
     """The attention of each block of the decoder."""
     reports: Reports
     """The reports of the blocks that have run."""
-    read_images: Int64[Tensor, " T"] | None = None
+    visible_image: Int64[Tensor, " T"] | None = None
     """For each token, the number of the image whose features it may read: the last one that began before it in its
     document, or -1 without one. None if the connector gives no features."""
     images: ImageStates | None = None
@@ -210,11 +210,11 @@ class Row:
         assert self.images is not None
         assert self.images.features is not None
         assert self.images.feature_images is not None
-        assert self.read_images is not None
-        read = self.read_images if self.selected is None else self.read_images.index_select(0, self.selected.index)
+        assert self.visible_image is not None
+        read = self.visible_image if self.selected is None else self.visible_image.index_select(0, self.selected.index)
         return self.images.features, read[:, None] == self.images.feature_images
 
-    def reading(self, images: ImageStates) -> "Row":
+    def with_images(self, images: ImageStates) -> "Row":
         """Returns the same row with the connector's output for its images."""
         return self._with(self.attend, images=images)
 
@@ -244,12 +244,13 @@ class Row:
         number: Tensor | None = None,
         images: ImageStates | None = None,
     ) -> "Row":
+        """Returns the row with these fields; `queries` and `selected` are reset, others that aren't given stay."""
         # Not dataclasses.replace: torch.compile can't trace it.
         return Row(
             positions=self.positions if positions is None else positions,
             rope=self.rope if rope is None else rope,
             attends=self.attends,
-            read_images=self.read_images,
+            visible_image=self.visible_image,
             images=self.images if images is None else images,
             attend=attend,
             queries=queries,

@@ -121,7 +121,7 @@ def test_several_views_go_through_the_sequence_and_the_row(builder: SequenceBuil
     row = pack_row([builder.build(document()), sequence], 64)
     shift = row.document_lengths[0]
     assert row.images == (replace(first, start=shift + 2), replace(second, start=shift + 6))
-    assert row.image_count == 2
+    assert len(row.images) == 2
     assert (row.tokens[row.patch_positions] == builder.tokenizer.patch_id).all()
     assert (row.tokens[row.newline_positions] == builder.tokenizer.newline_id).all()
     assert (row.patch_positions.numpy() == sequence.patch_positions + shift).all()

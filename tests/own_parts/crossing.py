@@ -55,7 +55,7 @@ class Features(Connector):
         return {}
 
     def flops(self, grids: Sequence[Grid]) -> Flops:
-        return Flops(first=sum(rows * cols for rows, cols in grids) * self.projection.weight.numel())
+        return Flops(without_input_gradient=sum(rows * cols for rows, cols in grids) * self.projection.weight.numel())
 
 
 @dataclass(frozen=True)

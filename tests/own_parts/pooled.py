@@ -64,4 +64,4 @@ class Pooled(Connector):
 
     def flops(self, grids: Sequence[Grid]) -> Flops:
         squares = [rows * cols for rows, cols in map(self.settings.squares, grids)]
-        return Flops(first=sum(squares) * self.projection.weight.numel())
+        return Flops(without_input_gradient=sum(squares) * self.projection.weight.numel())

@@ -99,7 +99,7 @@ QUERIES, KEYS = (..., slice(None), None), (..., None, slice(None))
 def seen_by(mask: AttentionMask, query: Places, key: Places) -> Any:
     """Returns whether each query sees the key that it is paired with, a bool tensor of their broadcast shape."""
     same_image = False
-    if query.image is not None and mask.reads_images:
+    if query.image is not None and mask.needs_image_ids:
         same_image = (query.image == key.image) & (query.image >= 0)
     return (query.document == key.document) & mask.sees(query.position, key.position, same_image)
 

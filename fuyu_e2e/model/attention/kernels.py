@@ -233,7 +233,7 @@ class FlexRow(PlacedRow):
         """Plans a row of documents with these lengths."""
         starts = _starts(lengths, device)
         image = None
-        if mask.reads_images:
+        if mask.needs_image_ids:
             bounds = to_device(torch.tensor(images, dtype=torch.int32).flatten(), device)
             order = torch.arange(sum(lengths), dtype=bounds.dtype, device=device)
             # Bounds alternate between starts and stops, so every second stretch between them is an image.

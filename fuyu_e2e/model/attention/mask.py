@@ -76,7 +76,7 @@ class AttentionMask:
         name = f"{type(self).__name__} in decoder.masks"
         if type(self).sees is AttentionMask.sees:
             raise UserError(f"{name} has no method `sees` of its own: define it, or use AttentionMask.")
-        position = torch.arange(min(MOST_CHECKED, 2 * (self.room or 0) + LEAST_CHECKED))
+        position = torch.arange(min(MOST_CHECKED, 2 * (self.cache_slots or 0) + LEAST_CHECKED))
         query, key = position[:, None], position[None, :]
         for same_image in (torch.tensor(False), torch.tensor(True)):
             seen = self.sees(query, key, same_image)
@@ -96,14 +96,14 @@ class AttentionMask:
                 )
 
     @property
-    def room(self) -> int | None:
+    def cache_slots(self) -> int | None:
         """Tokens of a sequence that a cache has to hold; None for all."""
         return None if self.window is None else self.window + self.sinks
 
-    def keys(self, tokens: int | float) -> int | float:
-        """Returns the keys that each query counts with in a document of `tokens`; a causal mask's hidden half
-        counts."""
-        return tokens if self.room is None else min(tokens, self.room)
+    def keys_per_query(self, tokens: int | float) -> int | float:
+        """Returns the keys that count for each query in a document of `tokens`; the half that a causal mask hides is
+        not subtracted."""
+        return tokens if self.cache_slots is None else min(tokens, self.cache_slots)
 
     def check_images(self, tokens: int) -> None:
         """Refuses images of `tokens` tokens that would have to see each other through a smaller window.
@@ -118,7 +118,7 @@ class AttentionMask:
             )
 
     @property
-    def reads_images(self) -> bool:
+    def needs_image_ids(self) -> bool:
         """Whether `sees` may read `same_image`."""
         return self.images == "bidirectional" or type(self) is not AttentionMask
 

@@ -45,4 +45,4 @@ class PatchProjection(nn.Linear, Connector):
         return {"": ColwiseParallel(output_layouts=Replicate())}
 
     def flops(self, grids: Sequence[Grid]) -> Flops:
-        return Flops(first=sum(rows * cols for rows, cols in grids) * self.weight.numel())
+        return Flops(without_input_gradient=sum(rows * cols for rows, cols in grids) * self.weight.numel())

@@ -64,4 +64,5 @@ class PatchMLP(Connector):
 
     def flops(self, grids: Sequence[Grid]) -> Flops:
         patches = sum(rows * cols for rows, cols in grids)
-        return Flops(patches * self.down_proj.weight.numel(), first=patches * self.up_proj.weight.numel())
+        up, down = (patches * projection.weight.numel() for projection in (self.up_proj, self.down_proj))
+        return Flops(with_input_gradient=down, without_input_gradient=up)

@@ -148,7 +148,7 @@ class RoutedBlock(Block):
     def saved_bytes(self, tokens: int, work: int, size: int) -> float:
         """Returns the bytes that the inner block keeps for the tokens of the capacity at the start of training."""
         dense = 1.0 if self.rule.routing.anneal else 0.0
-        share = annealed(max(self.rule.shares.patches, self.rule.shares.others), dense) * (1 + self.rule.slack)
+        share = annealed(max(self.rule.shares.patches, self.rule.shares.others), dense) * (1 + self.rule.routing.slack)
         return min(1.0, share) * self.inner.saved_bytes(tokens, work, size)
 
     def sharding(self) -> dict[str, ParallelStyle]:

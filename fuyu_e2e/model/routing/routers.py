@@ -86,8 +86,6 @@ class Router(nn.Module, ABC):
         super().__init__()
         assert config.routing is not None
         self.block = block
-        self.slack = config.routing.slack
-        self.keep_starts, self.keep_newlines = config.routing.keep_starts, config.routing.keep_newlines
         self.shares = config.routing.shares_of(block, config.layers)
         self.routing = config.routing
 
@@ -114,7 +112,7 @@ class Router(nn.Module, ABC):
                 f"routing.share lets {share:g} of the tokens pass, which is none of a row of {length}: raise it, or "
                 f"data.budget to at least {math.ceil(1 / share)}."
             )
-        return _round_up(annealed(share, self._dense(row)) * (1 + self.slack), length)
+        return _round_up(annealed(share, self._dense(row)) * (1 + self.routing.slack), length)
 
     def flops_of_token(self) -> Flops:
         """Returns the operations of its matrix products for one token."""
@@ -141,9 +139,9 @@ class Router(nn.Module, ABC):
 
     def _exempt(self, row: Row) -> Bool[Tensor, " T"]:
         exempt = torch.zeros_like(row.info.valid)
-        if self.keep_starts:
+        if self.routing.keep_starts:
             exempt = exempt | (row.positions == 0)
-        if self.keep_newlines:
+        if self.routing.keep_newlines:
             exempt = exempt | (row.info.types == TokenType.NEWLINE.value)
         return exempt
 
@@ -248,8 +246,8 @@ class TopK(Router):
 
     def flops_of_token(self) -> Flops:
         """Returns the operations of the predictor, which sends no gradient to the states that it reads."""
-        last, first = sorted(weight.numel() for weight in self.predictor.parameters() if weight.ndim == 2)
-        return Flops(last, first)
+        first, _, last, _ = self.predictor.parameters()
+        return Flops(with_input_gradient=last.numel(), without_input_gradient=first.numel())
 
 
 class ImageTopK(Router):

@@ -81,7 +81,7 @@ class Throughput(Callback):
         )
         window.tokens += row.tokens
         window.budget += batch.tokens.shape[0]
-        window.images += batch.image_count
+        window.images += len(batch.images)
         window.flops += row.training_flops
         window.seconds += now - self._last_end
         self.tokens += row.tokens

@@ -11,11 +11,10 @@ import pytest
 from PIL import Image as Pillow
 
 from fuyu_e2e.cli import main
-from fuyu_e2e.cli.shards import FAULTY
 from fuyu_e2e.cli.shards import shards as run_shards
 from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.manifest import NAME, check_complete, facts_of, index, verify
-from fuyu_e2e.errors import UserError
+from fuyu_e2e.errors import FAULTY, UserError
 
 Png = Callable[..., bytes]
 

@@ -234,7 +234,7 @@ class Broken(AttentionMask):
         seen = super().sees(query, key, same_image)
         return {
             "future": seen | (key == query + 3),
-            "past": seen | (key == query - self.room) if self.room else seen,
+            "past": seen | (key == query - self.cache_slots) if self.cache_slots else seen,
             "self": seen & (query != key),
             "numbers": seen.long(),
             "shape": seen[:1],
