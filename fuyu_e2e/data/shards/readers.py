@@ -102,10 +102,19 @@ class Folder(Reader):
 
 
 @dataclass(frozen=True)
-class Lines(Reader):
-    """JSON Lines: one object a line, found again by its byte offset; blank lines are not rows."""
+class Table(Reader):
+    """The rows of one file."""
 
     path: Path
+
+    def file(self, place: Place) -> str:
+        """Returns the path of the file."""
+        return str(self.path)
+
+
+@dataclass(frozen=True)
+class Lines(Table):
+    """JSON Lines: one object a line, found again by its byte offset; blank lines are not rows."""
 
     def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
         """Yields a row for each line."""
@@ -115,16 +124,10 @@ class Lines(Reader):
                 if (line := _line(file)).strip():
                     yield place, partial(_object, line)
 
-    def file(self, place: Place) -> str:
-        """Returns the path of the file."""
-        return str(self.path)
-
 
 @dataclass(frozen=True)
-class Elements(Reader):
+class Elements(Table):
     """A JSON list of objects, found again by their byte offsets, so that the list is never in memory as a whole."""
-
-    path: Path
 
     def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
         """Yields a row for each element; a truncated list ends with an invalid row.
@@ -137,10 +140,6 @@ class Elements(Reader):
                 end = _element_end(text, place)
                 # Reads one byte more than the longest allowed text, to show that a row is too long.
                 yield place, partial(_object, text[place : min(end, place + TEXT_BYTES + 1)])
-
-    def file(self, place: Place) -> str:
-        """Returns the path of the file."""
-        return str(self.path)
 
     def _places(self, text: mmap.mmap) -> Iterator[int]:
         start = text.find(b"[") + 1
@@ -161,14 +160,13 @@ class Elements(Reader):
 
 
 @dataclass(frozen=True)
-class Delimited(Reader):
+class Delimited(Table):
     """CSV or TSV with a header; records are found again by their byte offsets; empty lines are not rows.
 
     A field may be quoted and contain line breaks (RFC 4180). An invalid row, for example after an unclosed quote, ends
     with its first line, so that it affects no other row.
     """
 
-    path: Path
     delimiter: str
 
     def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
@@ -183,10 +181,6 @@ class Delimited(Reader):
                 record = self._record(file, len(names))
                 if record:
                     yield place, partial(self._row, names, record)
-
-    def file(self, place: Place) -> str:
-        """Returns the path of the file."""
-        return str(self.path)
 
     def _record(self, file: BinaryIO, fields: int | None) -> list[str] | csv.Error | None:
         """Returns the record at the file's position, which should have `fields` fields."""
@@ -212,10 +206,9 @@ class Delimited(Reader):
 
 
 @dataclass(frozen=True)
-class Parquet(Reader):
+class Parquet(Table):
     """A Parquet file; rows are found again by number, and only the row groups that contain them are read."""
 
-    path: Path
     columns: tuple[str, ...] | None = None
     """The columns to read; None for all."""
 
@@ -244,10 +237,6 @@ class Parquet(Reader):
         except (arrow.ArrowException, OSError) as error:
             raise UserError(f"{self.path} can't be read as Parquet: {str(error).splitlines()[0]}.") from error
 
-    def file(self, place: Place) -> str:
-        """Returns the path of the file."""
-        return str(self.path)
-
     def _group(
         self, file: Any, group: int, start: int, wanted: Sequence[int]
     ) -> Iterator[tuple[Place, Callable[[], Row]]]:
@@ -274,10 +263,21 @@ class Parquet(Reader):
             raise UnusableSampleError("row-value", str(error)) from error
 
 
-def json_reader(path: Path) -> Elements | Lines:
+def _json_reader(path: Path) -> Table:
     """Returns the reader for a .json file: of a list, or of one object a line."""
     with _open(path) as file:
         return Elements(path) if file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" else Lines(path)
+
+
+READERS: dict[str, Callable[[Path], Table]] = {
+    "csv": partial(Delimited, delimiter=","),
+    "tsv": partial(Delimited, delimiter="\t"),
+    "parquet": Parquet,
+    "jsonl": Lines,
+    "ndjson": Lines,
+    "json": _json_reader,
+}
+"""The reader of a table by its extension."""
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
