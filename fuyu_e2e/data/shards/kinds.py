@@ -20,9 +20,9 @@ class Kind(ABC):
     """Interprets the rows of a source."""
 
     @property
-    @abstractmethod
     def columns(self) -> tuple[str, ...]:
-        """The columns that it reads."""
+        """The columns that it reads; none of a folder."""
+        return ()
 
     @abstractmethod
     def members(self, row: Row) -> Members:
@@ -36,11 +36,6 @@ class Kind(ABC):
 @dataclass(frozen=True)
 class Pairs(Kind):
     """Images with captions in files next to them."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Empty: a folder has no columns."""
-        return ()
 
     def members(self, row: Row) -> Members:
         """Returns an image and its txt."""
@@ -61,11 +56,6 @@ class Pairs(Kind):
 @dataclass(frozen=True)
 class TextFiles(Kind):
     """Files of text."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Empty: a folder has no columns."""
-        return ()
 
     def members(self, row: Row) -> Members:
         """Returns a txt."""

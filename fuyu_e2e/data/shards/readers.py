@@ -5,7 +5,6 @@ the row again, so that no row has to be kept.
 """
 
 import csv
-import json
 import mmap
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fuyu_e2e.data.shards.extensions import IMAGES, UNREAD
-from fuyu_e2e.data.shards.formats import TEXT_BYTES
+from fuyu_e2e.data.shards.formats import TEXT_BYTES, parse_json
 from fuyu_e2e.data.shards.values import extension_of, is_embedded, is_image_type, listed
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
@@ -122,7 +121,7 @@ class Lines(Table):
             for place in _offsets(file) if places is None else places:
                 file.seek(place)
                 if (line := _line(file)).strip():
-                    yield place, partial(_object, line)
+                    yield place, partial(_object, line, place)
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class Elements(Table):
             for place in self._places(text) if places is None else places:
                 end = _element_end(text, place)
                 # Reads one byte more than the longest allowed text, to show that a row is too long.
-                yield place, partial(_object, text[place : min(end, place + TEXT_BYTES + 1)])
+                yield place, partial(_object, text[place : min(end, place + TEXT_BYTES + 1)], place)
 
     def _places(self, text: mmap.mmap) -> Iterator[int]:
         start = text.find(b"[") + 1
@@ -299,18 +298,8 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(folder), sorted(name for name in files if not name.startswith("."))
 
 
-def _object(data: bytes) -> Row:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    if len(data) > TEXT_BYTES:
-        raise UnusableSampleError("text-too-long", f"a row of more than {TEXT_BYTES:,} bytes")
-    try:
-        parsed = json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
-    except UnicodeDecodeError as error:
-        raise UnusableSampleError("text-not-utf8", str(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise UnusableSampleError("row-not-json", str(error)) from error
+def _object(data: bytes, place: int) -> Row:
+    parsed = parse_json(data, f"byte {place}", "row-not-json")
     if not isinstance(parsed, dict):
         raise UnusableSampleError("row-not-json", f"a {type(parsed).__name__} where an object is expected")
     return parsed
