@@ -1,5 +1,6 @@
 """The tokenizer: sentencepiece with byte fallback, and the special tokens of the released Fuyu."""
 
+import contextlib
 import hashlib
 import io
 import re
@@ -145,14 +146,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     lines = [piece for text in texts for line in text.split("\n") for piece in _pieces(line)]
     if not lines:
         raise UserError("The shards hold no text to train a tokenizer on.")
-    coverages = (1.0, 0.9995) if len(set().union(*lines)) <= ALPHABET else (0.9995,)
-    for coverage in coverages:
-        try:
-            return _train_to_size(lines, vocab_size, coverage)
-        except UserError:  # the vocabulary can't hold each character
-            if coverage == coverages[-1]:
-                raise
-    raise AssertionError
+    if len(set().union(*lines)) <= ALPHABET:
+        with contextlib.suppress(UserError):  # the vocabulary can't hold each character
+            return _train_to_size(lines, vocab_size, coverage=1.0)
+    return _train_to_size(lines, vocab_size, coverage=0.9995)
 
 
 def _pieces(line: str) -> Iterator[str]:
