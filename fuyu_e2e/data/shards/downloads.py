@@ -200,22 +200,17 @@ def _request_web(url: str, start: int, tag: str | None, timeout: float) -> _Resp
     if said.get("Content-Encoding", "identity") != "identity":
         response.close()
         raise ConnectionError("the server compresses what it sends")
-    first, total = _content_range(said.get("Content-Range", ""))
-    if response.status == 206 and first != start:
-        response.close()
-        return _request_web(url, 0, None, timeout)
-    if response.status != 206:
+    if response.status == 206:
+        part = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", said.get("Content-Range", "").strip())
+        if part is None or int(part[1]) != start:
+            response.close()
+            return _request_web(url, 0, None, timeout)
+        total = None if part[2] == "*" else int(part[2])
+    else:
         start, total = 0, int(said["Content-Length"]) if "Content-Length" in said else None
         etag = said.get("ETag", "W/")
         tag = said.get("Last-Modified") if etag.startswith("W/") else etag  # a weak tag can't be used in If-Range
     return _Response(start, total, tag, iter(lambda: response.read1(CHUNK // 8), b""), response.close)
-
-
-def _content_range(header: str) -> tuple[int | None, int | None]:
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", header.strip())
-    if match is None:
-        return None, None
-    return int(match[1]), None if match[2] == "*" else int(match[2])
 
 
 def _request_store(url: str, start: int, tag: str | None, timeout: float) -> _Response:

@@ -32,7 +32,7 @@ from fuyu_e2e.data.shards.formats import TEXT_BYTES, document
 from fuyu_e2e.data.shards.parallel import run_jobs
 from fuyu_e2e.data.shards.reading import SAMPLE_BYTES, Sample
 from fuyu_e2e.data.shards.tables import Members, RowSource, open_source
-from fuyu_e2e.data.shards.tar_writer import TarWriter
+from fuyu_e2e.data.shards.tar_writer import write_samples
 from fuyu_e2e.data.shards.write_plan import (
     Plan,
     RowCounts,
@@ -122,7 +122,14 @@ def _claimed(out: Path) -> Iterator[None]:
         UserError: The folder contains other shards, or can't be created.
     """
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
-    _claim(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / PLAN).exists() and any(out.glob("*.tar")):
+            raise UserError(f"{out} holds shards that this command did not write: take an empty folder.")
+        for path in out.glob("*.writing"):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {out} can't be written: {error.strerror}.") from error
     try:
         yield
     except BaseException:
@@ -133,17 +140,6 @@ def _claimed(out: Path) -> Iterator[None]:
                 for folder in new:
                     folder.rmdir()
         raise
-
-
-def _claim(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not (out / PLAN).exists() and any(out.glob("*.tar")):
-            raise UserError(f"{out} holds shards that this command did not write: take an empty folder.")
-        for path in out.glob("*.writing"):
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"The folder {out} can't be written: {error.strerror}.") from error
 
 
 def _begin(out: Path, source: Path, opened: RowSource, settings: Settings, plan: Plan) -> None:
@@ -189,9 +185,8 @@ def _write_shard(source: RowSource, out: Path, shard: ShardPlan, advance: Advanc
     temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
-            with TarWriter(file) as writer:
-                for sample in _samples(source, shard, outcome, advance):
-                    writer.write(sample.key, sample.members)
+            samples = _samples(source, shard, outcome, advance)
+            write_samples(file, ((sample.key, sample.members) for sample in samples))
             _sync(file)
         if outcome.written:
             outcome.bytes = temporary.stat().st_size
