@@ -88,7 +88,6 @@ class Download:
                     raise self._given_up(error) from error
                 if differs:
                     self._restart()
-            self.cache.count(retries=1)
             _pause(failures)
 
     def _attempt(self) -> None:
@@ -125,7 +124,6 @@ class Download:
             self.file.write(chunk)
         self.written += len(chunk)
         self.digest.update(chunk)
-        self.cache.count(bytes=len(chunk))
 
     def _restart(self) -> None:
         self.written = 0
