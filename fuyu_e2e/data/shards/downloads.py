@@ -1,7 +1,8 @@
 """Downloads of shards: over as many connections as needed, verified, resumed if a connection breaks.
 
 fsspec knows the stores and their credentials. But its file caches verify nothing, have no bound, and start over after
-a broken download, and its HTTP client discards what had arrived. So these parts are ours."""
+a broken download, and its HTTP client discards what had arrived. huggingface_hub's resumes without `If-Range`, so it
+would join two versions of a file. So these parts are ours."""
 
 import base64
 import contextlib

@@ -174,16 +174,7 @@ class Manifest:
 
     def save(self, cache: ShardCache) -> str:
         """Writes the manifest next to the shards, or else into the cache; returns its place."""
-        data = (json.dumps(self._described(), indent=1) + "\n").encode()
-        if self.folder and write_bytes(_beside(self.folder), data):
-            return _beside(self.folder)
-        place = _cached(self.folder, cache)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(str(place), data)
-        return str(place)
-
-    def _described(self) -> dict[str, Any]:
-        return {
+        described = {
             "version": VERSION,
             "written_by": f"fuyu-e2e {__version__}",
             "tokens_estimated_for": {
@@ -194,6 +185,13 @@ class Manifest:
             "totals": totals(self.shards.values()),
             "shards": {name: asdict(facts) for name, facts in sorted(self.shards.items())},
         }
+        data = (json.dumps(described, indent=1) + "\n").encode()
+        if self.folder and write_bytes(_beside(self.folder), data):
+            return _beside(self.folder)
+        place = _cached(self.folder, cache)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(str(place), data)
+        return str(place)
 
 
 def totals(shards: Collection[ShardFacts]) -> dict[str, Any]:
