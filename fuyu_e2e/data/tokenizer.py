@@ -52,12 +52,10 @@ class Tokenizer:
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
             raise UserError(f"this is no sentencepiece model ({error})") from error
-        missing = [token for token in (PATCH, NEWLINE, BOS, EOS, ANSWER) if self._id(token) is None]
-        if missing:
+        ids = {token: self._processor.PieceToId(token) for token in (PATCH, NEWLINE, BOS, EOS, ANSWER)}
+        if missing := [token for token, number in ids.items() if self.piece(number) != token]:
             raise UserError(f"this sentencepiece model lacks the special tokens {' '.join(missing)}")
-        self.patch_id, self.newline_id, self.bos_id, self.eos_id, self.answer_id = (
-            self._processor.PieceToId(token) for token in (PATCH, NEWLINE, BOS, EOS, ANSWER)
-        )
+        self.patch_id, self.newline_id, self.bos_id, self.eos_id, self.answer_id = ids.values()
         self._space_ids = [self._processor.PieceToId(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     @classmethod
@@ -123,10 +121,6 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         """Returns a token in readable form, with `▁` for a space."""
         return self._processor.IdToPiece(token)
-
-    def _id(self, piece: str) -> int | None:
-        token = self._processor.PieceToId(piece)
-        return token if self._processor.IdToPiece(token) == piece else None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -32,8 +32,8 @@ IMAGE_KEYS = ("image", "images")
 """JSON keys for the images that a text is about."""
 UNREAD_PLACEHOLDERS = ("<video>", "<audio>")
 """Placeholders in LLaVA's conversations for media that can't be read."""
-MEDIA_KEYS = (*IMAGE_KEYS, "video", "videos", "audio", "audios")
-"""JSON keys for any media that a text is about."""
+UNREAD_KEYS = ("video", "videos", "audio", "audios")
+"""JSON keys for media that a text is about and that can't be read."""
 TURN_KEYS = (("from", "value"), ("role", "content"))
 """JSON keys of a turn's speaker and text: LLaVA's, and those of chat templates."""
 SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assistant": True}
@@ -174,7 +174,7 @@ def _names(value: Any) -> list[str]:
 
 
 def _check_names_no_media(described: dict[str, Any], where: str) -> None:
-    for name in MEDIA_KEYS:
+    for name in (*IMAGE_KEYS, *UNREAD_KEYS):
         if named := _names(described.get(name)):
             raise UnusableSampleError("image-missing", f"{where} names {named[0]} under {name!r}, but has no image")
 

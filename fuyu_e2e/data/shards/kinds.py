@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fuyu_e2e.data.shards.extensions import IMAGES, UNREAD, image_extension
-from fuyu_e2e.data.shards.formats import IMAGE_KEYS, MEDIA_KEYS, PLACEHOLDER
+from fuyu_e2e.data.shards.formats import IMAGE_KEYS, PLACEHOLDER, UNREAD_KEYS
 from fuyu_e2e.data.shards.readers import Row
 from fuyu_e2e.data.shards.values import REMOTE, extension_of, is_null, listed, not_read
 from fuyu_e2e.errors import UnusableSampleError
@@ -113,15 +113,11 @@ class Chats(Kind):
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of turns and images, and LLaVA's further ones."""
-        return ("id", *self.image_columns, *self._unread, self.turns_column)
-
-    @property
-    def _unread(self) -> tuple[str, ...]:
-        return tuple(name for name in MEDIA_KEYS if name not in IMAGE_KEYS)
+        return ("id", *self.image_columns, *UNREAD_KEYS, self.turns_column)
 
     def members(self, row: Row) -> Members:
         """Returns the images in order, and a json with the conversation and the row's id."""
-        for name in self._unread:
+        for name in UNREAD_KEYS:
             if row.get(name):
                 raise UnusableSampleError("image-extension", f"{name} {str(row[name])[:80]!r} is not read")
         shown = [value for name in self.image_columns for value in listed(row.get(name) or None)]

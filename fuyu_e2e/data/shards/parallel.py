@@ -45,7 +45,7 @@ def map_shards(
 def run_jobs(
     run: Callable[[Job, Advance], Result], jobs: Sequence[Job], processes: int, progress: ProgressBar
 ) -> Iterator[Result]:
-    """Yields the result of `run` for each job, in order; after an error, begins no further job.
+    """Yields the result of `run` for each job, in order; the first error in this order ends jobs that wait.
 
     More than one process needs a program whose main module can be imported, as multiprocessing's `spawn` does.
 
