@@ -203,6 +203,8 @@ def _request_web(url: str, start: int, tag: str | None, timeout: float) -> _Resp
         part = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", said.get("Content-Range", "").strip())
         if part is None or int(part[1]) != start:
             response.close()
+            if not start:
+                raise ConnectionError("the server sends a part of it, asked for the whole")
             return _request_web(url, 0, None, timeout)
         total = None if part[2] == "*" else int(part[2])
     else:

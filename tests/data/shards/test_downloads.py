@@ -542,6 +542,14 @@ def test_a_server_that_gives_another_range_is_asked_for_the_whole(cache: ShardCa
     assert [asked for _, asked in web.asked] == [None, "bytes=20000-", None]
 
 
+def test_a_server_that_gives_a_part_unasked_is_reported(cache: ShardCache, web: Web) -> None:
+    web.add("a.tar", 10)
+    web.fault = lambda path: 206
+    with pytest.raises(UserError, match="sends a part of it, asked for the whole"):
+        cache.path(f"{web.url}/a.tar")
+    assert len(web.asked) == 3
+
+
 def test_a_server_that_compresses_unasked_is_reported(cache: ShardCache, web: Web) -> None:
     web.add("a.tar", 10)
     web.encoding = "gzip"
