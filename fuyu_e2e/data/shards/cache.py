@@ -61,27 +61,18 @@ def write_bytes(location: str, data: bytes) -> bool:
         except Exception:  # clients raise errors of their own; none leaves a file
             return False
         return True
+    target = local_path(location)
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        write_file(local_path(location), data)
+        with beside.open("wb") as file:
+            file.write(data)
+            _sync(file)
+        beside.replace(target)
     except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink()
         return False
     return True
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file atomically.
-
-    Raises:
-        OSError: It can't be written; what was there stays.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            sync(file)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class ShardCache:
@@ -187,7 +178,7 @@ class ShardCache:
                 download = Download(self, shard, part, file, size, sha256)
                 download.run()
                 file.truncate(download.written)
-                sync(file)
+                _sync(file)
             target = self._file(shard, download.digest.hexdigest())
             part.replace(target)
         except BaseException:
@@ -269,7 +260,6 @@ def _last_used(path: Path) -> int:
         return 0
 
 
-def sync(file: BinaryIO) -> None:
-    """Waits until what was written to a file is on disk."""
+def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())

@@ -23,11 +23,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fuyu_e2e.data.image import check_image
 from fuyu_e2e.data.progress_bar import Advance, ProgressBar
-from fuyu_e2e.data.shards.cache import sync, write_file
 from fuyu_e2e.data.shards.extensions import TEXTS
 from fuyu_e2e.data.shards.formats import TEXT_BYTES, document
 from fuyu_e2e.data.shards.parallel import run_jobs
@@ -183,12 +182,12 @@ def _finished(out: Path, shard: ShardPlan) -> RowCounts | None:
 def _write_shard(source: RowSource, out: Path, shard: ShardPlan, advance: Advance) -> RowCounts:
     """Writes a shard under a temporary name, then the counts of its rows, then renames it."""
     path, outcome = _path(out, shard), RowCounts()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             samples = _samples(source, shard, outcome, advance)
             write_samples(file, ((sample.key, sample.members) for sample in samples))
-            sync(file)
+            _sync(file)
         if outcome.written:
             outcome.bytes = temporary.stat().st_size
         _write_json(_stats_path(out, shard), asdict(outcome))
@@ -277,8 +276,22 @@ def _stats_path(out: Path, shard: ShardPlan) -> Path:
     return out / f"{shard.name}_stats.json"
 
 
+def _temporary(path: Path) -> Path:
+    """Returns a name that no other process writes to, and that no killed run left."""
+    return path.with_name(f"{path.name}.{os.getpid()}.writing")
+
+
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+    with (temporary := _temporary(path)).open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        _sync(file)
+    temporary.replace(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
