@@ -5,21 +5,9 @@ from typing import Any
 
 import torch
 
-from fuyu_e2e.checkpoint.atomic import (
-    FILE,
-    check,
-    commit,
-    is_whole,
-    staging_directory,
-)
+from fuyu_e2e.checkpoint.atomic import FILE, check, commit, is_whole, staging_directory
 from fuyu_e2e.checkpoint.metadata import SECTION
-from fuyu_e2e.checkpoint.sharded_files import (
-    GROUPS,
-    OPTIMIZER,
-    WEIGHTS,
-    ShardedFiles,
-    read_tensors_and_primitives,
-)
+from fuyu_e2e.checkpoint.sharded_files import GROUPS, OPTIMIZER, WEIGHTS, ShardedFiles, read_tensors_and_primitives
 
 WEIGHTS_PREFIX = "decoder."
 """Prefix of the decoder's names in a checkpoint's weights."""

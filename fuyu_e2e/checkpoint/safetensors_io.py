@@ -25,6 +25,8 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 def write_weights(weights: dict[str, Tensor], folder: Path, shard_size: int | str = SHARD_SIZE) -> None:
     """Writes weights into a folder.
 
+    Not by huggingface_hub's `save_torch_state_dict`, which refuses tensors that are parts of a larger one.
+
     Args:
         weights: Tensors by name, which don't share memory.
         folder: An existing folder.

@@ -158,7 +158,10 @@ _UNREADABLE = (
 
 
 class _TableReader(pickle.Unpickler):
-    """Unpickles a table of contents, allowing only the classes that torch writes there, and torch's dtypes."""
+    """Unpickles a table of contents, allowing only the classes that torch writes there, and torch's dtypes.
+
+    torch's own restricted unpickler can't read the pickle protocol that torch writes it in.
+    """
 
     CLASSES: ClassVar[dict[tuple[str, str], Any]] = {
         **{(metadata.__name__, name): getattr(metadata, name) for name in metadata.__all__},

@@ -4,9 +4,10 @@
 """
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities import throughput
 
-# The table of `get_available_flops`, which only looks up the present device.
-from lightning.fabric.utilities.throughput import _CUDA_FLOPS as CUDA_FLOPS
+CUDA_FLOPS = throughput._CUDA_FLOPS
+"""The table of `get_available_flops`, which only looks up the present device."""
 
 INHERITED = {
     "lightning.pytorch.callbacks.ModelCheckpoint": (
@@ -42,17 +43,6 @@ INHERITED = {
     "lightning.pytorch.loggers.TensorBoardLogger": ("_experiment", "_kwargs"),
 }
 """Private names of Lightning's classes that our subclasses override or read."""
-
-__all__ = [
-    "CUDA_FLOPS",
-    "INHERITED",
-    "accumulates",
-    "completed_rows",
-    "count_steps",
-    "leave_signals_to_us",
-    "steps_between_logs",
-    "validates_now",
-]
 
 
 def accumulates(trainer: pl.Trainer) -> bool:

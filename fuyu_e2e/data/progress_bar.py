@@ -1,4 +1,7 @@
-"""Progress of long work on shards: a bar in a terminal, otherwise an occasional line."""
+"""Progress of long work on shards: a bar in a terminal, otherwise an occasional line.
+
+Without a terminal, rich's bar shows nothing before the end, and tqdm's a single line that grows in a log file.
+"""
 
 import sys
 import threading

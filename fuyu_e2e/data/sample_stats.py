@@ -51,21 +51,15 @@ class SampleStats:
 
     def add(self, other: "SampleStats") -> None:
         """Adds the counts of `other`, from another stream or another time."""
-        self.read += other.read
-        self.used += other.used
-        self.skipped.update(other.skipped)
-        self.tokens_cut += other.tokens_cut
-        self.read_of.update(other.read_of)
-        self.used_of.update(other.used_of)
-        self.tokens_of.update(other.tokens_of)
+        for name, count in vars(other).items():
+            if name != "examples":
+                setattr(self, name, getattr(self, name) + count)
         self.examples = other.examples | self.examples
 
     def take(self) -> "SampleStats":
         """Returns the counts so far and resets them."""
         taken = replace(self)
-        self.read = self.used = self.tokens_cut = 0
-        self.skipped, self.examples = Counter(), {}
-        self.read_of, self.used_of, self.tokens_of = Counter(), Counter(), Counter()
+        vars(self).update(vars(SampleStats()))
         return taken
 
     @property

@@ -1,5 +1,6 @@
 """The tokenizer: sentencepiece with byte fallback, and the special tokens of the released Fuyu."""
 
+import contextlib
 import hashlib
 import io
 import re
@@ -51,12 +52,10 @@ class Tokenizer:
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
             raise UserError(f"this is no sentencepiece model ({error})") from error
-        missing = [token for token in (PATCH, NEWLINE, BOS, EOS, ANSWER) if self._id(token) is None]
-        if missing:
+        ids = {token: self._processor.PieceToId(token) for token in (PATCH, NEWLINE, BOS, EOS, ANSWER)}
+        if missing := [token for token, number in ids.items() if self.piece(number) != token]:
             raise UserError(f"this sentencepiece model lacks the special tokens {' '.join(missing)}")
-        self.patch_id, self.newline_id, self.bos_id, self.eos_id, self.answer_id = (
-            self._processor.PieceToId(token) for token in (PATCH, NEWLINE, BOS, EOS, ANSWER)
-        )
+        self.patch_id, self.newline_id, self.bos_id, self.eos_id, self.answer_id = ids.values()
         self._space_ids = [self._processor.PieceToId(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     @classmethod
@@ -123,10 +122,6 @@ class Tokenizer:
         """Returns a token in readable form, with `▁` for a space."""
         return self._processor.IdToPiece(token)
 
-    def _id(self, piece: str) -> int | None:
-        token = self._processor.PieceToId(piece)
-        return token if self._processor.IdToPiece(token) == piece else None
-
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) on texts.
@@ -145,14 +140,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     lines = [piece for text in texts for line in text.split("\n") for piece in _pieces(line)]
     if not lines:
         raise UserError("The shards hold no text to train a tokenizer on.")
-    coverages = (1.0, 0.9995) if len(set().union(*lines)) <= ALPHABET else (0.9995,)
-    for coverage in coverages:
-        try:
-            return _train_to_size(lines, vocab_size, coverage)
-        except UserError:  # the vocabulary can't hold each character
-            if coverage == coverages[-1]:
-                raise
-    raise AssertionError
+    if len(set().union(*lines)) <= ALPHABET:
+        with contextlib.suppress(UserError):  # the vocabulary can't hold each character
+            return _train_to_size(lines, vocab_size, coverage=1.0)
+    return _train_to_size(lines, vocab_size, coverage=0.9995)
 
 
 def _pieces(line: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from PIL import Image as Pillow
 
 from fuyu_e2e.data.progress_bar import ProgressBar
 from fuyu_e2e.data.shards.parallel import deaf_to_interrupts
-from fuyu_e2e.data.shards.tar_writer import TarWriter
+from fuyu_e2e.data.shards.tar_writer import write_samples
 
 Samples = Callable[[range], Iterable[dict[str, Any]]]
 """Returns the samples of a shard, in webdataset's form, for the numbers of its pictures; must be picklable."""
@@ -57,9 +57,8 @@ def write_picture_shards(
 
 
 def _write_shard(samples: Samples, path: Path, numbers: range) -> None:
-    with path.open("wb") as file, TarWriter(file) as writer:
-        for sample in samples(numbers):
-            writer.write(sample.pop("__key__"), sample)
+    with path.open("wb") as file:
+        write_samples(file, ((sample.pop("__key__"), sample) for sample in samples(numbers)))
 
 
 def jpeg(pixels: UInt8[ndarray, "H W 3"]) -> bytes:

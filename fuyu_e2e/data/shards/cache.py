@@ -11,7 +11,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,18 +27,6 @@ CACHE_GIGABYTES = 100.0
 """Default limit of that folder."""
 PREFETCHES = 2
 """Downloads that `ShardCache.prefetch` runs at once."""
-
-
-@dataclass
-class Transfers:
-    """What a process has downloaded so far."""
-
-    shards: int = 0
-    """Shards that arrived completely."""
-    bytes: int = 0
-    """Bytes received, including those of failed attempts."""
-    retries: int = 0
-    """Failed attempts that were repeated."""
 
 
 def read_bytes(location: str, *, timeout: float = 30.0, attempts: int = 6) -> bytes | None:
@@ -91,9 +78,8 @@ def write_bytes(location: str, data: bytes) -> bool:
 class ShardCache:
     """Local files for shards from any location: a folder of downloads that never holds more than `max_bytes`.
 
-    Processes of one host share the folder. The cache may be pickled and forked; running downloads and counts stay with
-    the process that started them.
-    began them, as do its counts.
+    Processes of one host share the folder. The cache may be pickled and forked; running downloads stay with the
+    process that started them.
     """
 
     def __init__(self, folder: Path, max_bytes: int, *, attempts: int = 6, timeout: float = 30.0) -> None:
@@ -118,11 +104,6 @@ class ShardCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _mine=_ProcessState())
-
-    @property
-    def transfers(self) -> Transfers:
-        """What this process has downloaded so far."""
-        return replace(self._own().transfers)
 
     def path(self, shard: str, size: int | None = None, sha256: str | None = None) -> Path:
         """Returns a local file with the shard's content: the shard itself if it is local, else one in the cache.
@@ -203,7 +184,6 @@ class ShardCache:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-        self.count(shards=1)
         return target
 
     def make_room(self, part: Path, size: int) -> None:
@@ -251,14 +231,6 @@ class ShardCache:
                 "name another folder."
             ) from error
 
-    def count(self, *, shards: int = 0, bytes: int = 0, retries: int = 0) -> None:
-        """Adds to `transfers`."""
-        mine = self._own()
-        with mine.lock:
-            mine.transfers.shards += shards
-            mine.transfers.bytes += bytes
-            mine.transfers.retries += retries
-
     def _lock(self, name: str) -> FileLock:
         return FileLock(self.folder / "locks" / f"{name}.lock")
 
@@ -273,10 +245,8 @@ class _ProcessState:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self.lock = threading.Lock()
         self.slots = threading.Semaphore(PREFETCHES)
         self.started: dict[tuple[str, int | None, str | None], Future[Path]] = {}
-        self.transfers = Transfers()
 
 
 def _key(shard: str) -> str:

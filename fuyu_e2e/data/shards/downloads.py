@@ -1,7 +1,8 @@
 """Downloads of shards: over as many connections as needed, verified, resumed if a connection breaks.
 
 fsspec knows the stores and their credentials. But its file caches verify nothing, have no bound, and start over after
-a broken download, and its HTTP client discards what had arrived. So these parts are ours."""
+a broken download, and its HTTP client discards what had arrived. huggingface_hub's resumes without `If-Range`, so it
+would join two versions of a file. So these parts are ours."""
 
 import base64
 import contextlib
@@ -88,7 +89,6 @@ class Download:
                     raise self._given_up(error) from error
                 if differs:
                     self._restart()
-            self.cache.count(retries=1)
             _pause(failures)
 
     def _attempt(self) -> None:
@@ -125,7 +125,6 @@ class Download:
             self.file.write(chunk)
         self.written += len(chunk)
         self.digest.update(chunk)
-        self.cache.count(bytes=len(chunk))
 
     def _restart(self) -> None:
         self.written = 0
@@ -200,22 +199,19 @@ def _request_web(url: str, start: int, tag: str | None, timeout: float) -> _Resp
     if said.get("Content-Encoding", "identity") != "identity":
         response.close()
         raise ConnectionError("the server compresses what it sends")
-    first, total = _content_range(said.get("Content-Range", ""))
-    if response.status == 206 and first != start:
-        response.close()
-        return _request_web(url, 0, None, timeout)
-    if response.status != 206:
+    if response.status == 206:
+        part = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", said.get("Content-Range", "").strip())
+        if part is None or int(part[1]) != start:
+            response.close()
+            if not start:
+                raise ConnectionError("the server sends a part of it, asked for the whole")
+            return _request_web(url, 0, None, timeout)
+        total = None if part[2] == "*" else int(part[2])
+    else:
         start, total = 0, int(said["Content-Length"]) if "Content-Length" in said else None
         etag = said.get("ETag", "W/")
         tag = said.get("Last-Modified") if etag.startswith("W/") else etag  # a weak tag can't be used in If-Range
     return _Response(start, total, tag, iter(lambda: response.read1(CHUNK // 8), b""), response.close)
-
-
-def _content_range(header: str) -> tuple[int | None, int | None]:
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", header.strip())
-    if match is None:
-        return None, None
-    return int(match[1]), None if match[2] == "*" else int(match[2])
 
 
 def _request_store(url: str, start: int, tag: str | None, timeout: float) -> _Response:

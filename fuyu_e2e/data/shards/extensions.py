@@ -1,5 +1,7 @@
 """What the last part of a member's or file's extension says about its content."""
 
+import re
+
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
 """Images that can be read."""
 UNREAD_IMAGES = """avif bmp dng emf eps exr gif hdr heic heif ico j2k jp2 jxl nef pbm pdf pgm pnm ppm psd svg tga tif
@@ -10,8 +12,8 @@ UNREAD_LISTS = "jpgs videos"
 """Lists of images or films in one member, pickled, which Megatron-Energon reads."""
 UNREAD = frozenset(f"{UNREAD_IMAGES} {UNREAD_SOUND} {UNREAD_FILMS} {UNREAD_LISTS}".split())
 """Media that can't be read: a text next to them is about something that the model would not see."""
-SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
-"""First bytes of JPEG and PNG, which identify image files in tables."""
+SIGNATURE = re.compile(rb"(?P<jpg>\xff\xd8\xff)|(?P<png>\x89PNG\r\n\x1a\n)|(?P<webp>RIFF.{4}WEBP)", re.DOTALL)
+"""First bytes of JPEG, PNG and WebP, which identify image files in tables."""
 COMPRESSED = (".tar.gz", ".tgz")
 """Extensions of shards that must be unpacked, since samples are read from them in any order."""
 TEXTS = ("txt", "json")
@@ -20,9 +22,8 @@ TEXTS = ("txt", "json")
 
 def image_extension(data: bytes) -> str | None:
     """Returns the extension of an image by its first bytes; None for other data."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return next((extension for begins, extension in SIGNATURES.items() if data.startswith(begins)), None)
+    found = SIGNATURE.match(data)
+    return found and found.lastgroup
 
 
 def last_extension(name: str) -> str:

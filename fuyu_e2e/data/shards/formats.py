@@ -32,8 +32,8 @@ IMAGE_KEYS = ("image", "images")
 """JSON keys for the images that a text is about."""
 UNREAD_PLACEHOLDERS = ("<video>", "<audio>")
 """Placeholders in LLaVA's conversations for media that can't be read."""
-MEDIA_KEYS = (*IMAGE_KEYS, "video", "videos", "audio", "audios")
-"""JSON keys for any media that a text is about."""
+UNREAD_KEYS = ("video", "videos", "audio", "audios")
+"""JSON keys for media that a text is about and that can't be read."""
 TURN_KEYS = (("from", "value"), ("role", "content"))
 """JSON keys of a turn's speaker and text: LLaVA's, and those of chat templates."""
 SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assistant": True}
@@ -112,11 +112,12 @@ def description(sample: Sample) -> dict[str, Any]:
 
 
 def _described(data: bytes, where: str) -> dict[str, Any]:
-    parsed = _parse(data, where)
+    parsed = parse_json(data, where)
     if are_turns(parsed):
         return {"conversations": parsed}
-    described = _object(parsed, where)
-    return {"conversations": described["messages"]} | described if are_turns(described.get("messages")) else described
+    if not isinstance(parsed, dict):
+        raise UnusableSampleError("json-invalid", f"{where}: a {type(parsed).__name__} where an object is expected")
+    return {"conversations": parsed["messages"]} | parsed if are_turns(parsed.get("messages")) else parsed
 
 
 def are_turns(value: Any) -> bool:
@@ -173,7 +174,7 @@ def _names(value: Any) -> list[str]:
 
 
 def _check_names_no_media(described: dict[str, Any], where: str) -> None:
-    for name in MEDIA_KEYS:
+    for name in (*IMAGE_KEYS, *UNREAD_KEYS):
         if named := _names(described.get(name)):
             raise UnusableSampleError("image-missing", f"{where} names {named[0]} under {name!r}, but has no image")
 
@@ -259,26 +260,25 @@ FORMATS: dict[str, Callable[[dict[str, Any], dict[str, Image], Sample], tuple[Se
 is there counts."""
 
 
-def _parse(data: bytes, where: str) -> Any:
+def parse_json(data: bytes, where: str, reason: str = "json-invalid") -> Any:
+    """Returns the value that JSON describes, by the standard: without NaN and infinities.
+
+    Raises:
+        UnusableSampleError: It is too long, not UTF-8, or, as `reason`, not JSON.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
     try:
-        return json.loads(_decode(data, where), parse_constant=_refuse)
+        return json.loads(_decode(data, where), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise UnusableSampleError("json-invalid", f"{where}: {error}") from error
-
-
-def _object(parsed: Any, where: str) -> dict[str, Any]:
-    if not isinstance(parsed, dict):
-        raise UnusableSampleError("json-invalid", f"{where}: a {type(parsed).__name__} where an object is expected")
-    return parsed
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
+        raise UnusableSampleError(reason, f"{where}: {error}") from error
 
 
 def _decode(data: bytes, where: str) -> str:
     if len(data) > TEXT_BYTES:
-        raise UnusableSampleError("text-too-long", f"{where}: {len(data):,} bytes")
+        raise UnusableSampleError("text-too-long", f"{where}: more than {TEXT_BYTES:,} bytes")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

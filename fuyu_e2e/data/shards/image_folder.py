@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fuyu_e2e.data.shards.extensions import IMAGES, is_media
-from fuyu_e2e.data.shards.readers import Delimited, Folder, Lines, Parquet, Place, Reader, Row
+from fuyu_e2e.data.shards.readers import Folder, Place, Reader, Row, Table
 from fuyu_e2e.data.shards.values import REMOTE, extension_of, listed, not_read
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
 FILE_NAMES = ("file_name", "file_names")
 """Image columns of a metadata file, with paths relative to the file's folder."""
-Table = Lines | Delimited | Parquet
-"""The readers of metadata files."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fuyu_e2e.data.shards.extensions import IMAGES, UNREAD, image_extension
-from fuyu_e2e.data.shards.formats import IMAGE_KEYS, MEDIA_KEYS, PLACEHOLDER
+from fuyu_e2e.data.shards.formats import IMAGE_KEYS, PLACEHOLDER, UNREAD_KEYS
 from fuyu_e2e.data.shards.readers import Row
 from fuyu_e2e.data.shards.values import REMOTE, extension_of, is_null, listed, not_read
 from fuyu_e2e.errors import UnusableSampleError
@@ -20,9 +20,9 @@ class Kind(ABC):
     """Interprets the rows of a source."""
 
     @property
-    @abstractmethod
     def columns(self) -> tuple[str, ...]:
-        """The columns that it reads."""
+        """The columns that it reads; none of a folder."""
+        return ()
 
     @abstractmethod
     def members(self, row: Row) -> Members:
@@ -36,11 +36,6 @@ class Kind(ABC):
 @dataclass(frozen=True)
 class Pairs(Kind):
     """Images with captions in files next to them."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Empty: a folder has no columns."""
-        return ()
 
     def members(self, row: Row) -> Members:
         """Returns an image and its txt."""
@@ -61,11 +56,6 @@ class Pairs(Kind):
 @dataclass(frozen=True)
 class TextFiles(Kind):
     """Files of text."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Empty: a folder has no columns."""
-        return ()
 
     def members(self, row: Row) -> Members:
         """Returns a txt."""
@@ -123,15 +113,11 @@ class Chats(Kind):
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of turns and images, and LLaVA's further ones."""
-        return ("id", *self.image_columns, *self._unread, self.turns_column)
-
-    @property
-    def _unread(self) -> tuple[str, ...]:
-        return tuple(name for name in MEDIA_KEYS if name not in IMAGE_KEYS)
+        return ("id", *self.image_columns, *UNREAD_KEYS, self.turns_column)
 
     def members(self, row: Row) -> Members:
         """Returns the images in order, and a json with the conversation and the row's id."""
-        for name in self._unread:
+        for name in UNREAD_KEYS:
             if row.get(name):
                 raise UnusableSampleError("image-extension", f"{name} {str(row[name])[:80]!r} is not read")
         shown = [value for name in self.image_columns for value in listed(row.get(name) or None)]

@@ -19,11 +19,11 @@ from typing import Any, Literal
 from fuyu_e2e.data.document import Document, Image, Text
 from fuyu_e2e.data.image import check_image, image_size
 from fuyu_e2e.data.progress_bar import Advance, untold
+from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.cache import ShardCache, read_bytes, write_bytes
-from fuyu_e2e.data.shards.formats import document
+from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shards.locations import folder_of, is_local, name_of
 from fuyu_e2e.data.shards.parallel import map_shards
-from fuyu_e2e.data.shards.reading import Shard
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.model.image_layout import ImagePolicy, ImageSpan, fit_policy
 from fuyu_e2e.version import __version__
@@ -111,15 +111,13 @@ class ShardFacts:
         Raises:
             UserError: The file can't be read, or is not a tar.
         """
-        shard = Shard(path, name)
-        kinds, unusable = Counter[str](), Counter[str]()
+        stats, kinds = SampleStats(), Counter[str]()
         images = tokens = 0
-        for number in range(len(shard)):
-            advance(1 / len(shard))
+        for found in read_documents(path, stats, name, advance):
             try:
-                facts = DocumentFacts.of(document(shard.sample(number)))
+                facts = DocumentFacts.of(found)
             except UnusableSampleError as error:
-                unusable[error.reason] += 1
+                stats.skip(error)
                 continue
             kinds[facts.kind] += 1
             images += len(facts.sizes)
@@ -127,13 +125,13 @@ class ShardFacts:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return cls(
-            documents=len(shard),
+            documents=stats.read,
             bytes=path.stat().st_size,
             sha256=digest,
             kinds=dict(kinds),
             images=images,
             tokens_estimate=tokens,
-            unusable=dict(unusable),
+            unusable=dict(stats.skipped),
         )
 
 
@@ -176,16 +174,7 @@ class Manifest:
 
     def save(self, cache: ShardCache) -> str:
         """Writes the manifest next to the shards, or else into the cache; returns its place."""
-        data = (json.dumps(self._described(), indent=1) + "\n").encode()
-        if self.folder and write_bytes(_beside(self.folder), data):
-            return _beside(self.folder)
-        place = _cached(self.folder, cache)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(str(place), data)
-        return str(place)
-
-    def _described(self) -> dict[str, Any]:
-        return {
+        described = {
             "version": VERSION,
             "written_by": f"fuyu-e2e {__version__}",
             "tokens_estimated_for": {
@@ -196,6 +185,13 @@ class Manifest:
             "totals": totals(self.shards.values()),
             "shards": {name: asdict(facts) for name, facts in sorted(self.shards.items())},
         }
+        data = (json.dumps(described, indent=1) + "\n").encode()
+        if self.folder and write_bytes(_beside(self.folder), data):
+            return _beside(self.folder)
+        place = _cached(self.folder, cache)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(str(place), data)
+        return str(place)
 
 
 def totals(shards: Collection[ShardFacts]) -> dict[str, Any]:
@@ -362,10 +358,9 @@ def verify(
         listed = Manifest.load(folder, cache).shards
         here = {name_of(shard): shard for shard in shards if folder_of(shard) == folder}
         for name in sorted(listed.keys() | here.keys()):
-            if name not in here and not _matches(name, patterns):
-                continue
             if name not in here:
-                faults.append(Fault(f"{folder}/{name}", "is gone"))
+                if _matches(name, patterns):
+                    faults.append(Fault(f"{folder}/{name}", "is gone"))
             elif name not in listed:
                 faults.append(Fault(here[name], "is in no manifest"))
     known = known_facts(shards, cache)
@@ -380,16 +375,14 @@ def _compare(shard: str, advance: Advance, known: dict[str, ShardFacts], cache: 
     path = cache.path(shard)
     try:
         reasons = list(_differences(known[shard], ShardFacts.of(path, shard, untold if deep else advance)))
-        return [*reasons, *_undecodable(Shard(path, shard), advance)] if deep else reasons
+        return [*reasons, *_undecodable(path, shard, advance)] if deep else reasons
     except UserError as error:
         return [f"can't be compared: {error}"]
 
 
-def _undecodable(shard: Shard, advance: Advance) -> Iterator[str]:
-    for number in range(len(shard)):
-        advance(1 / len(shard))
+def _undecodable(path: Path, name: str, advance: Advance) -> Iterator[str]:
+    for found in read_documents(path, SampleStats(), name, advance):
         with contextlib.suppress(UnusableSampleError):  # the manifest counts it
-            found = document(shard.sample(number))
             DocumentFacts.of(found)
             try:
                 for segment in found.segments:

@@ -1,6 +1,7 @@
 """The shards that a process reads, local or remote, with the facts of their manifests."""
 
-from collections import OrderedDict
+from functools import lru_cache
+from pathlib import Path
 
 from fuyu_e2e.data.document import Document
 from fuyu_e2e.data.shards.cache import ShardCache
@@ -22,7 +23,7 @@ class OpenShards:
 
     def __init__(self, cache: ShardCache) -> None:
         self.cache = cache
-        self._open: OrderedDict[str, Shard] = OrderedDict()
+        self._open = lru_cache(OPEN_SHARDS)(_open)
 
     def document(self, shard: str, facts: ShardFacts, number: int) -> Document:
         """Returns a document of a shard by number.
@@ -32,18 +33,18 @@ class OpenShards:
             UserError: The shard can't be read, or contains more documents than its manifest says.
         """
         path = self.cache.path(shard, facts.bytes, facts.sha256)
-        opened = self._open.get(shard)
-        if opened is None:
-            opened = self._open[shard] = Shard(path, shard)
-            if len(opened) > facts.documents:
-                raise UserError(
-                    f"The shard {shard} holds {len(opened):,} documents, but its manifest says {facts.documents:,}: "
-                    "run `fuyu-e2e shards index` on the shards."
-                )
-            if len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(shard)
+        opened = self._open(path, shard, facts.documents)
         try:
             return document(opened.sample(number))
         except OSError as error:
             raise UserError(f"The shard {shard} can't be read: {error.strerror}.") from error
+
+
+def _open(path: Path, shard: str, documents: int) -> Shard:
+    opened = Shard(path, shard)
+    if len(opened) > documents:
+        raise UserError(
+            f"The shard {shard} holds {len(opened):,} documents, but its manifest says {documents:,}: run "
+            "`fuyu-e2e shards index` on the shards."
+        )
+    return opened

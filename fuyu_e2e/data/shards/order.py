@@ -6,6 +6,7 @@ bounds the number of shards that it needs at once.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Int64
@@ -32,8 +33,8 @@ class Order:
         self._seed = seed
         total = int(self._documents.sum())
         self._start, self._stop = total * lane // lanes, total * (lane + 1) // lanes
-        self._shards: dict[int, tuple[Int64[np.ndarray, " shards"], Int64[np.ndarray, " shards"]]] = {}
-        self._windows: dict[tuple[int, int], tuple[Int64[np.ndarray, " w"], Int64[np.ndarray, " w"]]] = {}
+        self._known_places = lru_cache(WINDOWS_KEPT)(self._places)
+        self._known_shard_order = lru_cache(WINDOWS_KEPT)(self._shard_order)
 
     @property
     def per_epoch(self) -> int:
@@ -44,7 +45,7 @@ class Order:
         """Returns (shard, document in it) at a position of the lane, counted over all epochs."""
         epoch, offset = divmod(position, self.per_epoch)
         window, index = divmod(offset, self._window)
-        shards, documents = self._places(epoch, window)
+        shards, documents = self._known_places(epoch, window)
         return int(shards[index]), int(documents[index])
 
     def needed_next(self, position: int) -> list[int]:
@@ -55,31 +56,21 @@ class Order:
         following = offset // self._window + 1
         if following * self._window >= self.per_epoch:
             epoch, following = epoch + 1, 0
-        return np.unique(self._places(epoch, following)[0]).tolist()
+        return np.unique(self._known_places(epoch, following)[0]).tolist()
 
     def _places(self, epoch: int, window: int) -> tuple[Int64[np.ndarray, " w"], Int64[np.ndarray, " w"]]:
-        if (epoch, window) not in self._windows:
-            order, ends = self._shard_order(epoch)
-            first = self._start + window * self._window
-            offsets = np.arange(first, min(first + self._window, self._stop), dtype=np.int64)
-            if self._seed is not None:
-                offsets = np.random.default_rng([self._seed, epoch, self._lane, window]).permutation(offsets)
-            slot = np.searchsorted(ends, offsets, side="right")
-            shards = order[slot]
-            _remember(self._windows, (epoch, window), (shards, offsets - ends[slot] + self._documents[shards]))
-        return self._windows[epoch, window]
+        order, ends = self._known_shard_order(epoch)
+        first = self._start + window * self._window
+        offsets = np.arange(first, min(first + self._window, self._stop), dtype=np.int64)
+        if self._seed is not None:
+            offsets = np.random.default_rng([self._seed, epoch, self._lane, window]).permutation(offsets)
+        slot = np.searchsorted(ends, offsets, side="right")
+        shards = order[slot]
+        return shards, offsets - ends[slot] + self._documents[shards]
 
     def _shard_order(self, epoch: int) -> tuple[Int64[np.ndarray, " shards"], Int64[np.ndarray, " shards"]]:
-        if epoch not in self._shards:
-            order = np.arange(len(self._documents), dtype=np.int64)
-            if self._seed is not None:
-                # The same for all lanes, so that their parts together are one epoch.
-                order = np.random.default_rng([self._seed, epoch]).permutation(order)
-            _remember(self._shards, epoch, (order, np.cumsum(self._documents[order])))
-        return self._shards[epoch]
-
-
-def _remember(kept: dict, key: object, value: object) -> None:
-    kept[key] = value
-    if len(kept) > WINDOWS_KEPT:
-        del kept[next(iter(kept))]
+        order = np.arange(len(self._documents), dtype=np.int64)
+        if self._seed is not None:
+            # The same for all lanes, so that their parts together are one epoch.
+            order = np.random.default_rng([self._seed, epoch]).permutation(order)
+        return order, np.cumsum(self._documents[order])

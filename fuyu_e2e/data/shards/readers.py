@@ -5,7 +5,6 @@ the row again, so that no row has to be kept.
 """
 
 import csv
-import json
 import mmap
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fuyu_e2e.data.shards.extensions import IMAGES, UNREAD
-from fuyu_e2e.data.shards.formats import TEXT_BYTES
+from fuyu_e2e.data.shards.formats import TEXT_BYTES, parse_json
 from fuyu_e2e.data.shards.values import extension_of, is_embedded, is_image_type, listed
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
@@ -102,18 +101,10 @@ class Folder(Reader):
 
 
 @dataclass(frozen=True)
-class Lines(Reader):
-    """JSON Lines: one object a line, found again by its byte offset; blank lines are not rows."""
+class Table(Reader):
+    """The rows of one file."""
 
     path: Path
-
-    def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
-        """Yields a row for each line."""
-        with _open(self.path) as file:
-            for place in _offsets(file) if places is None else places:
-                file.seek(place)
-                if (line := _line(file)).strip():
-                    yield place, partial(_object, line)
 
     def file(self, place: Place) -> str:
         """Returns the path of the file."""
@@ -121,10 +112,24 @@ class Lines(Reader):
 
 
 @dataclass(frozen=True)
-class Elements(Reader):
-    """A JSON list of objects, found again by their byte offsets, so that the list is never in memory as a whole."""
+class Lines(Table):
+    """JSON Lines: one object a line, found again by its byte offset; blank lines are not rows."""
 
-    path: Path
+    def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
+        """Yields a row for each line."""
+        with _open(self.path) as file:
+            for place in _offsets(file) if places is None else places:
+                file.seek(place)
+                if (line := _line(file)).strip():
+                    yield place, partial(_object, line, place)
+
+
+@dataclass(frozen=True)
+class Elements(Table):
+    """A JSON list of objects, found again by their byte offsets, so that the list is never in memory as a whole.
+
+    json's `raw_decode` needs the whole text, and finds nothing behind a broken element; pyarrow reads no lists.
+    """
 
     def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
         """Yields a row for each element; a truncated list ends with an invalid row.
@@ -136,11 +141,7 @@ class Elements(Reader):
             for place in self._places(text) if places is None else places:
                 end = _element_end(text, place)
                 # Reads one byte more than the longest allowed text, to show that a row is too long.
-                yield place, partial(_object, text[place : min(end, place + TEXT_BYTES + 1)])
-
-    def file(self, place: Place) -> str:
-        """Returns the path of the file."""
-        return str(self.path)
+                yield place, partial(_object, text[place : min(end, place + TEXT_BYTES + 1)], place)
 
     def _places(self, text: mmap.mmap) -> Iterator[int]:
         start = text.find(b"[") + 1
@@ -161,14 +162,13 @@ class Elements(Reader):
 
 
 @dataclass(frozen=True)
-class Delimited(Reader):
+class Delimited(Table):
     """CSV or TSV with a header; records are found again by their byte offsets; empty lines are not rows.
 
     A field may be quoted and contain line breaks (RFC 4180). An invalid row, for example after an unclosed quote, ends
     with its first line, so that it affects no other row.
     """
 
-    path: Path
     delimiter: str
 
     def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
@@ -183,10 +183,6 @@ class Delimited(Reader):
                 record = self._record(file, len(names))
                 if record:
                     yield place, partial(self._row, names, record)
-
-    def file(self, place: Place) -> str:
-        """Returns the path of the file."""
-        return str(self.path)
 
     def _record(self, file: BinaryIO, fields: int | None) -> list[str] | csv.Error | None:
         """Returns the record at the file's position, which should have `fields` fields."""
@@ -212,10 +208,9 @@ class Delimited(Reader):
 
 
 @dataclass(frozen=True)
-class Parquet(Reader):
+class Parquet(Table):
     """A Parquet file; rows are found again by number, and only the row groups that contain them are read."""
 
-    path: Path
     columns: tuple[str, ...] | None = None
     """The columns to read; None for all."""
 
@@ -244,10 +239,6 @@ class Parquet(Reader):
         except (arrow.ArrowException, OSError) as error:
             raise UserError(f"{self.path} can't be read as Parquet: {str(error).splitlines()[0]}.") from error
 
-    def file(self, place: Place) -> str:
-        """Returns the path of the file."""
-        return str(self.path)
-
     def _group(
         self, file: Any, group: int, start: int, wanted: Sequence[int]
     ) -> Iterator[tuple[Place, Callable[[], Row]]]:
@@ -274,10 +265,21 @@ class Parquet(Reader):
             raise UnusableSampleError("row-value", str(error)) from error
 
 
-def json_reader(path: Path) -> Elements | Lines:
+def _json_reader(path: Path) -> Table:
     """Returns the reader for a .json file: of a list, or of one object a line."""
     with _open(path) as file:
         return Elements(path) if file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[" else Lines(path)
+
+
+READERS: dict[str, Callable[[Path], Table]] = {
+    "csv": partial(Delimited, delimiter=","),
+    "tsv": partial(Delimited, delimiter="\t"),
+    "parquet": Parquet,
+    "jsonl": Lines,
+    "ndjson": Lines,
+    "json": _json_reader,
+}
+"""The reader of a table by its extension."""
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -299,18 +301,8 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(folder), sorted(name for name in files if not name.startswith("."))
 
 
-def _object(data: bytes) -> Row:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    if len(data) > TEXT_BYTES:
-        raise UnusableSampleError("text-too-long", f"a row of more than {TEXT_BYTES:,} bytes")
-    try:
-        parsed = json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
-    except UnicodeDecodeError as error:
-        raise UnusableSampleError("text-not-utf8", str(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise UnusableSampleError("row-not-json", str(error)) from error
+def _object(data: bytes, place: int) -> Row:
+    parsed = parse_json(data, f"byte {place}", "row-not-json")
     if not isinstance(parsed, dict):
         raise UnusableSampleError("row-not-json", f"a {type(parsed).__name__} where an object is expected")
     return parsed

@@ -77,13 +77,9 @@ class Distribution:
     def percentile(self, percent: int) -> int | float:
         """Returns the smallest value that at least `percent` % of all values don't exceed; needs at least one
         value."""
-        rank = max(1, -(-percent * self.counts.total() // 100))
-        passed = 0
-        for value, count in sorted(self.counts.items()):
-            passed += count
-            if passed >= rank:
-                return min(max(value, self.minimum), self.maximum)
-        raise ValueError(f"no {percent} % of nothing")
+        values, counts = list(self.counts), list(self.counts.values())
+        found = float(np.percentile(values, percent, weights=counts, method="inverted_cdf"))
+        return min(max(found, self.minimum), self.maximum)
 
 
 @dataclass(frozen=True)

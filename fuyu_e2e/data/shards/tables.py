@@ -23,7 +23,7 @@ from typing import Any
 
 from fuyu_e2e.data.shards.extensions import COMPRESSED
 from fuyu_e2e.data.shards.formats import IMAGE_KEYS, are_turns
-from fuyu_e2e.data.shards.image_folder import FILE_NAMES, ImageFolder, Table
+from fuyu_e2e.data.shards.image_folder import FILE_NAMES, ImageFolder
 from fuyu_e2e.data.shards.kinds import (
     Captions,
     Chats,
@@ -36,7 +36,7 @@ from fuyu_e2e.data.shards.kinds import (
     Texts,
     is_exchange,
 )
-from fuyu_e2e.data.shards.readers import Delimited, Folder, Lines, Parquet, Place, Reader, Row, json_reader, walk
+from fuyu_e2e.data.shards.readers import READERS, Folder, Parquet, Place, Reader, Row, Table, walk
 from fuyu_e2e.data.shards.values import extension_of, listed, names_media
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
@@ -51,14 +51,8 @@ FORMS = (
     'with "text"'
 )
 """The forms of a source, for messages."""
-TABLES = ("csv", "tsv", "parquet", "jsonl", "ndjson", "json")
-"""Extensions of tables."""
-METADATA: dict[str, Callable[[Path], Table]] = {
-    "metadata.csv": partial(Delimited, delimiter=","),
-    "metadata.jsonl": Lines,
-    "metadata.parquet": Parquet,
-}
-"""Metadata files of the images in their folder, as in Hugging Face's `imagefolder`, and their readers."""
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Metadata files of the images in their folder, as in Hugging Face's `imagefolder`."""
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
@@ -123,7 +117,7 @@ def _metadata(path: Path) -> tuple[Table, ...]:
     """Returns the readers of the metadata files in and below a folder that name its images."""
     tables: list[Table] = []
     for folder, files in walk(path):
-        there = [reader(folder / name) for name, reader in METADATA.items() if name in files]
+        there = [_reader(folder / name) for name in METADATA if name in files]
         here = [table for table in there if not _first_row(table, table.path).keys().isdisjoint(FILE_NAMES)]
         if len(here) > 1:
             names = " and ".join(table.path.name for table in here)
@@ -170,34 +164,26 @@ def _open_folder(path: Path) -> RowSource:
             columns = ", ".join(map(repr, _first_row(_reader(strange), strange)))
             held += f", and {strange.name} has no column file_name (it has {columns})"
         elif tables := [
-            folder / name for folder, files in walk(path) for name in files if extension_of(name) in TABLES
+            folder / name for folder, files in walk(path) for name in files if extension_of(name) in READERS
         ]:
             raise UserError(f"The folder {path} holds {held}; it has tables: name one of them, as {tables[0]}.")
         raise UserError(f"The folder {path} holds {held}: name {FORMS}.")
     return RowSource(reader, TextFiles())
 
 
-def _reader(path: Path) -> Reader:
-    match path.suffix.lower():
-        case ".csv":
-            return Delimited(path, ",")
-        case ".tsv":
-            return Delimited(path, "\t")
-        case ".parquet":
-            return Parquet(path)
-        case ".jsonl" | ".ndjson":
-            return Lines(path)
-        case ".json":
-            return json_reader(path)
-        case ".tar":
-            raise UserError(
-                f"{path} is a shard already, or holds files: unpack files with `tar xf {shlex.quote(str(path))}`."
-            )
-        case ".gz" | ".tgz":
-            how = "tar xzf" if path.name.lower().endswith(COMPRESSED) else "gunzip"
-            raise UserError(
-                f"{path} is compressed: unpack it with `{how} {shlex.quote(str(path))}`, and name what was in it."
-            )
+def _reader(path: Path) -> Table:
+    extension = extension_of(path)
+    if extension in READERS:
+        return READERS[extension](path)
+    if extension == "tar":
+        raise UserError(
+            f"{path} is a shard already, or holds files: unpack files with `tar xf {shlex.quote(str(path))}`."
+        )
+    if extension in ("gz", "tgz"):
+        how = "tar xzf" if path.name.lower().endswith(COMPRESSED) else "gunzip"
+        raise UserError(
+            f"{path} is compressed: unpack it with `{how} {shlex.quote(str(path))}`, and name what was in it."
+        )
     raise UserError(f"{path} has the extension of none of the forms: name {FORMS}.")
 
 

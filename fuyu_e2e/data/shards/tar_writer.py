@@ -2,36 +2,20 @@
 
 import io
 import tarfile
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Iterable, Mapping
 from typing import BinaryIO
 
 
-class TarWriter:
-    """Writes the same bytes as webdataset's own writer.
+def write_samples(file: BinaryIO, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+    """Writes samples, each a key and its members by extension, as the same bytes as webdataset's own writer.
 
     webdataset itself imports torch, which would take seconds in every process that writes.
-
-    Args:
-        file: The file of the archive; it is not closed.
     """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._tar = tarfile.open(fileobj=file, mode="w|")  # noqa: SIM115
-
-    def __enter__(self) -> "TarWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._tar.close()
-
-    def write(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Writes a sample, given its members by extension."""
-        for extension in sorted(members):
-            info = tarfile.TarInfo(f"{key}.{extension}")
-            info.size = len(members[extension])
-            info.mode = 0o444
-            self._tar.addfile(info, io.BytesIO(members[extension]))
-        self._tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them, a kilobyte each
+    with tarfile.open(fileobj=file, mode="w|") as tar:
+        for key, members in samples:
+            for extension in sorted(members):
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(members[extension])
+                info.mode = 0o444
+                tar.addfile(info, io.BytesIO(members[extension]))
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them, a kilobyte each

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fuyu_e2e.data.progress_bar import Advance
-from fuyu_e2e.data.shards.extensions import TEXTS, is_media, last_extension
+from fuyu_e2e.data.shards.extensions import TEXTS, is_media
 from fuyu_e2e.data.shards.reading import BLOCK
 from fuyu_e2e.data.shards.tables import Members, Pairs, Place, TextFiles
 from fuyu_e2e.errors import UnusableSampleError, UserError
@@ -154,8 +154,7 @@ class WriteReport:
         for reason, count in sorted(total.skipped.items(), key=lambda item: -item[1]):
             examples = total.examples[reason][:NAMED]
             names = [
-                each.file if of_files or is_media(last_extension(each.file)) else f"row {each.row} of {each.file}"
-                for each in examples
+                each.file if of_files or is_media(each.file) else f"row {each.row} of {each.file}" for each in examples
             ]
             said.append(f"{reason} {count:,} ({', '.join(names)}{', …' if count > NAMED else ''})")
         return said

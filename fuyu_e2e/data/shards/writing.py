@@ -17,27 +17,22 @@ report.json               the sums, once all shards are written
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import IO, Any
 
 from fuyu_e2e.data.image import check_image
-from fuyu_e2e.data.progress_bar import Advance, ProgressBar, add
+from fuyu_e2e.data.progress_bar import Advance, ProgressBar
 from fuyu_e2e.data.shards.extensions import TEXTS
 from fuyu_e2e.data.shards.formats import TEXT_BYTES, document
-from fuyu_e2e.data.shards.parallel import deaf_to_interrupts
+from fuyu_e2e.data.shards.parallel import run_jobs
 from fuyu_e2e.data.shards.reading import SAMPLE_BYTES, Sample
 from fuyu_e2e.data.shards.tables import Members, RowSource, open_source
-from fuyu_e2e.data.shards.tar_writer import TarWriter
+from fuyu_e2e.data.shards.tar_writer import write_samples
 from fuyu_e2e.data.shards.write_plan import (
     Plan,
     RowCounts,
@@ -106,7 +101,8 @@ def write_shards(
         remaining = [shard for shard in plan.shards if shard.name not in outcomes]
         rows = sum(len(shard.numbers) for shard in remaining)
         with ProgressBar("Writing shards", rows, "rows") as progress:
-            outcomes |= _write_all(opened, out, remaining, processes, progress)
+            written = run_jobs(partial(_write_shard, opened, out), remaining, processes, progress)
+            outcomes |= zip((shard.name for shard in remaining), written, strict=True)
         report = _report(opened, plan, outcomes)
         if not report.total.written:
             examples = "; ".join(report.left_out())
@@ -126,7 +122,14 @@ def _claimed(out: Path) -> Iterator[None]:
         UserError: The folder contains other shards, or can't be created.
     """
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
-    _claim(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / PLAN).exists() and any(out.glob("*.tar")):
+            raise UserError(f"{out} holds shards that this command did not write: take an empty folder.")
+        for path in out.glob("*.writing"):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {out} can't be written: {error.strerror}.") from error
     try:
         yield
     except BaseException:
@@ -137,17 +140,6 @@ def _claimed(out: Path) -> Iterator[None]:
                 for folder in new:
                     folder.rmdir()
         raise
-
-
-def _claim(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not (out / PLAN).exists() and any(out.glob("*.tar")):
-            raise UserError(f"{out} holds shards that this command did not write: take an empty folder.")
-        for path in out.glob("*.writing"):
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"The folder {out} can't be written: {error.strerror}.") from error
 
 
 def _begin(out: Path, source: Path, opened: RowSource, settings: Settings, plan: Plan) -> None:
@@ -187,68 +179,14 @@ def _finished(out: Path, shard: ShardPlan) -> RowCounts | None:
     return outcome if (path.stat().st_size if path.exists() else 0) == outcome.bytes else None
 
 
-def _write_all(
-    source: RowSource, out: Path, shards: Sequence[ShardPlan], processes: int, progress: ProgressBar
-) -> dict[str, RowCounts]:
-    """Writes shards; returns the counts of their rows by shard name."""
-    if processes == 1 or len(shards) <= 1:
-        return {shard.name: _write_shard(source, out, shard, progress.advance) for shard in shards}
-    # Not forked: a copy of a process that runs torch's threads can hang. This module doesn't import torch, so that a
-    # new process starts in a fraction of a second.
-    pool = ProcessPoolExecutor(
-        min(processes, len(shards)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_begin_process,
-        initargs=(progress.count,),
-    )
-    try:
-        with deaf_to_interrupts():
-            jobs = {pool.submit(_write_in_process, source, out, shard): shard.name for shard in shards}
-        return {jobs[done]: done.result() for done in as_completed(jobs)}
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"A process that wrote to {out} was killed, perhaps for want of memory: run the same command again, with "
-            "fewer --processes."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)  # waits for shards that are being written
-
-
-_count: "Synchronized[float]"
-"""The rows that all processes have written."""
-
-
-def _begin_process(count: "Synchronized[float]") -> None:
-    global _count
-    _count = count
-    _follow_parent()
-
-
-def _write_in_process(source: RowSource, out: Path, shard: ShardPlan) -> RowCounts:
-    return _write_shard(source, out, shard, partial(add, _count))
-
-
-def _follow_parent() -> None:
-    """Exits when the parent does; otherwise the workers of a killed parent would stay."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
 def _write_shard(source: RowSource, out: Path, shard: ShardPlan, advance: Advance) -> RowCounts:
     """Writes a shard under a temporary name, then the counts of its rows, then renames it."""
     path, outcome = _path(out, shard), RowCounts()
     temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
-            with TarWriter(file) as writer:
-                for sample in _samples(source, shard, outcome, advance):
-                    writer.write(sample.key, sample.members)
+            samples = _samples(source, shard, outcome, advance)
+            write_samples(file, ((sample.key, sample.members) for sample in samples))
             _sync(file)
         if outcome.written:
             outcome.bytes = temporary.stat().st_size

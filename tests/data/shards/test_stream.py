@@ -4,6 +4,7 @@ import io
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.manifest import facts_of
 from fuyu_e2e.data.shards.mixture import Source
+from fuyu_e2e.data.shards.open_shards import OpenShards
 from fuyu_e2e.data.shards.stream import LaneState, Stream, StreamRow, StreamSource
 from fuyu_e2e.errors import UserError
 
@@ -165,3 +167,13 @@ def test_a_mixture_goes_on_from_its_states_and_weights_follow_the_steps(shards: 
     assert share_early(whole[:4]) > 0.9
     assert 0.2 < share_early(whole[16:24]) < 0.8
     assert share_early(whole[48:]) == 0
+
+
+def test_a_shard_with_more_documents_than_its_manifest_says_is_refused_each_time(
+    shards: tuple[str, ...], cache: ShardCache
+) -> None:
+    [facts] = facts_of(shards[:1], cache)
+    opened = OpenShards(cache)
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"holds {PER_SHARD} documents, but its manifest says {PER_SHARD - 1}"):
+            opened.document(shards[0], replace(facts, documents=PER_SHARD - 1), 0)

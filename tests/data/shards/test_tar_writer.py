@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from fuyu_e2e.data.shards.reading import _split
-from fuyu_e2e.data.shards.tar_writer import TarWriter
+from fuyu_e2e.data.shards.tar_writer import write_samples
 
 NAMES = st.text("ab._/ é0", min_size=1, max_size=12)
 MEMBERS = st.dictionaries(st.sampled_from(["jpg", "txt", "0.png", "seg.json"]), st.binary(max_size=1500), min_size=1)
@@ -19,9 +19,8 @@ def test_a_shard_has_the_bytes_that_webdataset_writes(
     tmp_path: Path, samples: list[tuple[str, dict[str, bytes]]]
 ) -> None:
     ours, theirs = tmp_path / "ours.tar", tmp_path / "theirs.tar"
-    with ours.open("wb") as file, TarWriter(file) as writer:
-        for key, members in samples:
-            writer.write(key, members)
+    with ours.open("wb") as file:
+        write_samples(file, samples)
     with webdataset.TarWriter(str(theirs), encoder=False, mtime=0, user="", group="") as reference:
         for key, members in samples:
             reference.write({"__key__": key, **members})
