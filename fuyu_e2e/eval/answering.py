@@ -166,6 +166,6 @@ def _losses_of_row(
     model: TrainedModel, sequences: list[TokenSequence]
 ) -> Iterator[tuple[TokenSequence, Float32[np.ndarray, " Y"]]]:
     row = pack_row(sequences).to(model.decoder.embed_tokens.weight.device)
-    losses = model.decoder.token_losses(row).cpu().numpy()
+    losses = model.decoder.score_tokens(row).losses.cpu().numpy()
     ends = np.cumsum([int(sequence.loss[1:].sum()) for sequence in sequences])
     yield from zip(sequences, np.split(losses, ends[:-1]), strict=True)

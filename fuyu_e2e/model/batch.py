@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from fuyu_e2e.model.device_copy import to_device
 from fuyu_e2e.model.image_layout import Grid, ImageSpan
 
 
@@ -60,6 +61,12 @@ class PackedBatch:
     def image_bounds(self) -> tuple[tuple[int, int], ...]:
         """The (start, stop) indices of each image in `tokens`."""
         return tuple((span.start, span.stop) for span in self.images)
+
+    @property
+    def target_documents(self) -> Int64[Tensor, " Y"]:
+        """The number of the document of each supervised token."""
+        ends = torch.tensor(self.document_lengths).cumsum(0)
+        return torch.bucketize(self.target_positions, to_device(ends, self.tokens.device), right=True)
 
     @property
     def grids(self) -> tuple[Grid, ...]:

@@ -64,6 +64,15 @@ class Inputs(NamedTuple):
     """The image embeddings that a learnt one replaces."""
 
 
+class TokenScores(NamedTuple):
+    """How well a decoder predicts the supervised tokens of a row."""
+
+    losses: Float[Tensor, " Y"]
+    """The cross-entropy of each, in nats, float32."""
+    likeliest: Bool[Tensor, " Y"]
+    """Whether each is the likeliest token. If all of an answer's are, greedy generation gives that answer."""
+
+
 def build_block(config: FuyuConfig, number: int) -> Block:
     """Returns block number `number` (from 0) of a decoder.
 
@@ -350,13 +359,20 @@ class Decoder(nn.Module):
         return both[:, 0].sum(), both[:, 1].sum()
 
     @torch.no_grad()
-    def token_losses(self, batch: PackedBatch) -> Float[Tensor, " Y"]:
-        """Returns the cross-entropy of each supervised token, in nats, float32, in the order of `batch.targets`."""
-        hidden_YD = self._states(batch, None).index_select(0, batch.target_positions)
-        chunks = zip(hidden_YD.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True)
-        return torch.cat(
-            [F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none") for hidden, targets in chunks]
-        )
+    def score_tokens(self, batch: PackedBatch, row: Row | None = None) -> TokenScores:
+        """Returns how well each supervised token is predicted, in the order of `batch.targets`.
+
+        Args:
+            batch: The packed batch.
+            row: The result of `row(batch)`, for a caller that wants to read the blocks' reports from it.
+        """
+        hidden_YD = self._states(batch, row).index_select(0, batch.target_positions)
+        losses, likeliest = [], []
+        for hidden, targets in zip(hidden_YD.split(LOSS_CHUNK), batch.targets.split(LOSS_CHUNK), strict=True):
+            logits = self.lm_head(hidden).float()
+            losses.append(F.cross_entropy(logits, targets, reduction="none"))
+            likeliest.append(logits.argmax(dim=-1) == targets)
+        return TokenScores(torch.cat(losses), torch.cat(likeliest))
 
     def _chunk_losses(self, hidden_YD: Tensor, targets: Tensor, with_z: bool) -> Tensor:
         logits_YV = self.lm_head(hidden_YD).float()

@@ -44,7 +44,8 @@ def shard(decoder: Decoder, mesh: DeviceMesh) -> None:
     for block in decoder.blocks:
         fully_shard(block, mesh=data)
     fully_shard(decoder, mesh=data)
-    register_fsdp_forward_method(decoder, "loss_and_z")
+    for name in ("loss_and_z", "score_tokens"):
+        register_fsdp_forward_method(decoder, name)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.model.row import Row, TrainingProgress
 from fuyu_e2e.training.callbacks.checkpoints import checkpoints_of
 from fuyu_e2e.training.gradients import clamp_gradients, scale_gradients, squared_norm_part, weights_of
-from fuyu_e2e.training.metrics import TokenLoss, TokenPerplexity
+from fuyu_e2e.training.metrics import Mean, evaluation_metrics, evaluation_sums
 from fuyu_e2e.training.optimizers import MuonAdamW, OptimizerConfig, build_optimizer
 from fuyu_e2e.training.resume import restore, training_settings
 from fuyu_e2e.training.schedule import Schedule, ScheduledRate
@@ -106,8 +106,7 @@ class FuyuModule(pl.LightningModule):
         """The step of the last validation."""
         self._loaded_figures: dict[str, float] = {}
         """The validation figures of the loaded checkpoint, if they were taken at its step."""
-        self.validation = torch.nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
-        self.testing = torch.nn.ModuleDict({"loss": TokenLoss(), "perplexity": TokenPerplexity()})
+        self.validation, self.testing = evaluation_metrics(), evaluation_metrics()
         self.row: Row | None = None
         """The row of the last batch, with its blocks' reports."""
         self.votes: dict[str, bool] = {}
@@ -391,10 +390,10 @@ class FuyuModule(pl.LightningModule):
 
     def _evaluate(self, batch: PackedBatch, metrics: torch.nn.ModuleDict, stage: str) -> None:
         self.row = self.decoder.row(batch)
-        loss = self.decoder.loss(batch, self.row)
+        sums = evaluation_sums(self.decoder.score_tokens(batch, self.row), batch)
         for name, metric in metrics.items():
-            assert isinstance(metric, TokenLoss)
-            metric.update(loss, batch.targets.numel())
+            assert isinstance(metric, Mean)
+            metric.update(*sums[name])
             self.log(f"{stage}/{name}", metric, on_epoch=True, batch_size=1, prog_bar=name == "loss")
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[dict[str, str]]:

@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 def mean_loss(model: TrainedModel, documents: Sequence[Document]) -> float:
     """Nats a supervised token."""
-    losses = [model.decoder.token_losses(pack_row([model.builder.build(document)])) for document in documents]
+    losses = [model.decoder.score_tokens(pack_row([model.builder.build(document)])).losses for document in documents]
     return float(torch.cat(losses).mean())
 
 
