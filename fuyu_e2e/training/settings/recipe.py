@@ -54,7 +54,7 @@ from fuyu_e2e.training.settings.allowed_imports import (
     only_allowed_imports,
     take_allowed,
 )
-from fuyu_e2e.training.settings.arguments import CommandParser
+from fuyu_e2e.training.settings.arguments import values_of
 from fuyu_e2e.training.settings.intervals import set_intervals
 from fuyu_e2e.training.settings.launcher_environment import launched_processes
 from fuyu_e2e.training.settings.lightning_settings import (
@@ -191,7 +191,8 @@ class FuyuCLI(LightningCLI):
             ) from error
         except SettingError as error:
             raise UserError(sentence(error, args, named_classes())) from error
-        if settings["data"]["allow_pipe"] and not _allows_pipe(args):
+        allowed = [yaml.safe_load(value) for value in values_of(args, "--data.allow_pipe")[0]]
+        if settings["data"]["allow_pipe"] and allowed[-1:] != [True]:
             raise UserError(
                 "data.allow_pipe would let the recipe run commands in your shell: if you trust it, say "
                 "--data.allow_pipe true on the command line."
@@ -292,9 +293,3 @@ def _where(path: str, args: Sequence[str]) -> str:
     name = path.rpartition(".")[2]  # the recipe may use another path, or the name alone
     found = (recipe for recipe in recipes if Path(recipe).is_file() and name in Path(recipe).read_text())
     return f"in {recipe} " if (recipe := next(found, None)) else ""
-
-
-def _allows_pipe(args: Sequence[str]) -> bool:
-    parser = CommandParser(prog="fuyu-e2e fit", add_help=False)
-    parser.add_argument("--data.allow_pipe", dest="allow_pipe", default="false")
-    return yaml.safe_load(parser.parse_known_args(args)[0].allow_pipe) is True
