@@ -1,6 +1,6 @@
 """Builds a run from a recipe: LightningCLI with our module, data and callbacks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +280,28 @@ class FuyuCLI(LightningCLI):
                 )
             self.trainer.accumulate_grad_batches = rows // processes
         check_device(self.model.attention, self.trainer.strategy.root_device)
+
+
+class RecipeReader(FuyuCLI):
+    """A recipe of a command that doesn't run it.
+
+    Args:
+        args: The command line.
+        add_options: Adds the command's own options to the parser.
+    """
+
+    def __init__(self, args: Sequence[str], add_options: Callable[[LightningArgumentParser], None]) -> None:
+        self._add_options = add_options
+        super().__init__(args, run=False)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the command's own options."""
+        super().add_arguments_to_parser(parser)
+        self._add_options(parser)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Returns a trainer that writes nothing, and that no command uses."""
+        return pl.Trainer(logger=False, enable_checkpointing=False)
 
 
 def _listed(value: Any) -> list[Any]:
