@@ -80,7 +80,6 @@ class FuyuCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
         self.throughput = Throughput()
-        self.time_limit = TimeLimit()
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.allowed, rest = take_allowed(args)
         # The texts of settings in dataclasses; finding them takes a second, so only help looks for them.
@@ -96,18 +95,6 @@ class FuyuCLI(LightningCLI):
                 trainer_defaults={
                     "default_root_dir": "runs/default",
                     "precision": "bf16-mixed" if bf16 else "32-true",
-                    "callbacks": [
-                        self.throughput,
-                        DataReport(),
-                        SampleGenerations(),
-                        RoutingReport(),
-                        WritePredictions(),
-                        CheckpointGuard(),
-                        GarbageCollection(),
-                        StopSignals(),
-                        self.time_limit,
-                        Ending(),
-                    ],
                 },
                 parser_kwargs={"prog": "fuyu-e2e", "allow_abbrev": False},
                 auto_configure_optimizers=False,
@@ -251,7 +238,19 @@ class FuyuCLI(LightningCLI):
         kwargs["plugins"] = [*plugins, BackgroundCheckpointIO()]
         if settings["profiler"] is None:
             kwargs["profiler"] = NoProfiler()
-        self.time_limit.set(settings["max_time"])
+        # They follow those of the recipe and those that have settings of their own.
+        self.trainer_defaults["callbacks"] = [
+            self.throughput,
+            DataReport(),
+            SampleGenerations(),
+            RoutingReport(),
+            WritePredictions(),
+            CheckpointGuard(),
+            GarbageCollection(),
+            StopSignals(),
+            TimeLimit(settings["max_time"]),
+            Ending(),
+        ]
         kwargs["max_time"] = None  # or Lightning adds its own
         kwargs |= launched_processes()
         if settings["enable_checkpointing"] is not False or any(isinstance(one, ModelCheckpoint) for one in named):
