@@ -48,9 +48,7 @@ class DataReport(Callback):
 
     def training(self) -> SampleStats:
         """Returns the counts of training over all processes and resumed runs; a collective."""
-        total = SampleStats.from_dict(self._before.to_dict())
-        total.add(_over_ranks(self.all_stats.get("train", SampleStats())))
-        return total
+        return _total(self._before, *all_ranks(self.all_stats.get("train", SampleStats())))
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resets the counts."""
@@ -114,15 +112,15 @@ class DataReport(Callback):
         self._print("predict")
 
     def _print(self, split: str, only_losses: bool = False) -> None:
-        stats = _over_ranks(self.all_stats[split])
+        stats = _total(*all_ranks(self.all_stats[split]))
         if not only_losses or stats.skipped or stats.tokens_cut:
             rank_zero_info(f"\n{split} data: {stats.summary()}")
         for example in stats.examples.values():
             rank_zero_warn(f"{split} data, skipped for example: {example}")
 
 
-def _over_ranks(stats: SampleStats) -> SampleStats:
+def _total(*parts: SampleStats) -> SampleStats:
     total = SampleStats()
-    for one in all_ranks(stats):
-        total.add(one)
+    for part in parts:
+        total.add(part)
     return total
