@@ -34,18 +34,15 @@ class SaveRecipe(SaveConfigCallback):
             UserError: The directory can't be written.
         """
         root = Path(trainer.default_root_dir)
+        recipe = self.config.clone()
+        recipe.pop("ckpt_path", None)  # of this start, not of the run
+        unfinished = root / f".unfinished-{self.config_filename}"
         try:
-            self._write(root)
+            root.mkdir(parents=True, exist_ok=True)
+            unfinished.touch()  # the system says better than jsonargparse why it can't be written
+            self.parser.save(recipe, unfinished, skip_none=False, overwrite=True)
+            unfinished.replace(root / self.config_filename)
         except (PermissionError, NotADirectoryError, FileNotFoundError, FileExistsError) as error:
             raise UserError(
                 f"trainer.default_root_dir {root} can't be written ({error.strerror}): name another directory."
             ) from error
-
-    def _write(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        recipe = self.config.clone()
-        recipe.pop("ckpt_path", None)  # of this start, not of the run
-        unfinished = root / f".unfinished-{self.config_filename}"
-        unfinished.touch()  # the system says better than jsonargparse why it can't be written
-        self.parser.save(recipe, unfinished, skip_none=False, overwrite=True)
-        unfinished.replace(root / self.config_filename)
