@@ -142,10 +142,6 @@ def check_counts(trainer: Any, rows_per_step: int | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1.")
-    devices = trainer.devices
-    listed = devices if isinstance(devices, list) else str(devices).strip(",").split(",")
-    if devices != "auto" and (str(devices) == "0" or not all(str(one).lstrip("-").isdigit() for one in listed)):
-        raise UserError(f"trainer.devices is {devices!r}, but must be at least 1, or auto.")
 
 
 def _row(data: FuyuDataModule, config: FuyuConfig) -> Row:
@@ -182,12 +178,17 @@ def _row(data: FuyuDataModule, config: FuyuConfig) -> Row:
 
 
 def _devices(asked: Any, where: str) -> int:
-    """Returns the number of devices that a Lightning setting names; `auto` is all GPUs of this machine, or one CPU."""
-    if str(asked).lstrip("-").isdigit() and int(asked) > 0:
-        return int(asked)
-    if isinstance(asked, str | list) and asked not in ("auto", "-1"):
-        return len(asked.strip(",").split(",") if isinstance(asked, str) else asked)
-    return max(1, torch.cuda.device_count()) if where == "cuda" else 1
+    """Returns the number of devices that a Lightning setting names; `auto` is all GPUs of this machine, or one CPU.
+
+    Raises:
+        UserError: It names none.
+    """
+    if str(asked) in ("auto", "-1"):
+        return max(1, torch.cuda.device_count()) if where == "cuda" else 1
+    listed = asked if isinstance(asked, list) else str(asked).strip(",").split(",")
+    if str(asked) == "0" or not all(str(one).isdigit() for one in listed):
+        raise UserError(f"trainer.devices is {asked!r}, but must be at least 1, or auto.")
+    return int(asked) if str(asked).isdigit() else len(listed)
 
 
 def show(found: Estimate) -> None:
