@@ -87,12 +87,12 @@ class Throughput(Callback):
         self.tokens += row.tokens
         self.seconds += now - self._last_end
         self._last_end = now
-        if not accumulates(trainer):
-            window.steps += 1
-        if accumulates(trainer) or trainer.global_step % steps_between_logs(trainer):
+        if accumulates(trainer):
             return
-        self._log(trainer, pl_module)
-        self._window = _Window()
+        window.steps += 1
+        if trainer.global_step % steps_between_logs(trainer) == 0:
+            self._log(trainer, pl_module)
+            self._window = _Window()
 
     def _log(self, trainer: pl.Trainer, pl_module: FuyuModule) -> None:
         window, place = self._window, DataRank.of(trainer)
