@@ -8,7 +8,8 @@ from torchmetrics import Metric
 class TokenLoss(Metric):
     """The mean cross-entropy of supervised tokens, in nats, from sums over batches and ranks.
 
-    torchmetrics' Perplexity needs the logits of all positions at once, which are never in memory for a packed row.
+    torchmetrics' Perplexity needs the logits of all positions at once, which are never in memory for a packed row, and
+    its MeanMetric the mean of each row, which one without supervised tokens has not.
     """
 
     full_state_update = False

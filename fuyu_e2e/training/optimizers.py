@@ -87,9 +87,10 @@ def build_optimizer(decoder: Decoder, config: OptimizerConfig) -> "MuonAdamW":
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) and AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) in one optimizer.
 
-    A single object, because Lightning's automatic optimization takes one. Each group names its `kind`, `muon` or
-    `adamw`. Muon's update is scaled by sqrt(max(1, rows / columns)), as in the reference. Each device updates its part
-    of sharded weights; only Muon's matrices have to be gathered.
+    A single object, because Lightning's automatic optimization takes one. torch.optim.Muon updates one matrix at a
+    time, in bfloat16 on CPUs too, and can't be told on the device to skip a step. Each group names its `kind`, `muon`
+    or `adamw`. Muon's update is scaled by sqrt(max(1, rows / columns)), as in the reference. Each device updates its
+    part of sharded weights; only Muon's matrices have to be gathered.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:

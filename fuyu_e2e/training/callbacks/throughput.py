@@ -1,4 +1,7 @@
-"""Measures how fast a run is, where its time goes, and which rank the others wait for."""
+"""Measures how fast a run is, where its time goes, and which rank the others wait for.
+
+Lightning's ThroughputMonitor tells none of the padding of packed rows, waiting for data, and differences of ranks.
+"""
 
 import resource
 import sys
