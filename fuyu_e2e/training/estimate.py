@@ -89,7 +89,14 @@ def estimated(args: Sequence[str]) -> Estimate:
     if cli.datamodule.tokenizer_path.is_file():  # else the named size's own vocabulary
         cli.model.fit_vocabulary(cli.datamodule)
     settings, config = cli.config.trainer, cli.model.config
-    check_counts(settings, cli.config.rows_per_step)
+    counts = {
+        "trainer.num_nodes": settings.num_nodes,
+        "trainer.accumulate_grad_batches": settings.accumulate_grad_batches,
+        "rows_per_step": cli.config.rows_per_step,
+    }
+    for name, value in counts.items():  # `fit` refuses them at its start
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}, but must be at least 1.")
     if not 0 < cli.config.mfu <= 1:
         raise UserError(f"--mfu is {cli.config.mfu}, but is a share: set it above 0 and at most 1.")
     named = cli.config.device
@@ -126,22 +133,6 @@ def estimated(args: Sequence[str]) -> Estimate:
         rate=named_peak(named, dtype) if named is not None else matmul_rate(here, dtype, rounds=3),
         mfu=cli.config.mfu,
     )
-
-
-def check_counts(trainer: Any, rows_per_step: int | None) -> None:
-    """Refuses counts that `fit` would refuse at its start.
-
-    Raises:
-        UserError: A count is less than 1; names the setting.
-    """
-    counts = {
-        "trainer.num_nodes": trainer.num_nodes,
-        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "rows_per_step": rows_per_step,
-    }
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}, but must be at least 1.")
 
 
 def _row(data: FuyuDataModule, config: FuyuConfig) -> Row:
