@@ -27,11 +27,12 @@ from fuyu_e2e.model.attention.mask import AttentionMask
 from fuyu_e2e.model.blocks.dense import DenseConfig
 from fuyu_e2e.model.config import LINEAR, FuyuConfig
 from fuyu_e2e.model.decoder import meta_decoder
+from fuyu_e2e.model.dialects import Dialect
 from fuyu_e2e.model.image_layout import ImagePolicy
 
 SUPPORTED = "5.16 to 5.24"
 """Versions of transformers that exported folders are made for; both ends are tested."""
-TEXT_MODELS = {"qwen3": "qwen3", "fuyu": "persimmon"}
+TEXT_MODELS: dict[Dialect, str] = {"qwen3": "qwen3", "fuyu": "persimmon"}
 """The text model that computes each dialect."""
 PAD_ID = 0
 """The padding token of transformers' Fuyu processor, regardless of the tokenizer."""
