@@ -1,5 +1,6 @@
 """How the processes of a run relate: which of them read which data, and what they exchange."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -53,6 +54,27 @@ def all_ranks(own: T) -> list[T]:
         told = [None] * dist.get_world_size()
         dist.all_gather_object(told, own)
     return told
+
+
+def from_first(work: Callable[[], T], errors: type[Exception], group: dist.ProcessGroup | None = None) -> T:
+    """Returns on all processes what `work` returns on the first, which alone calls it; both pickled, a collective.
+
+    Args:
+        work: What to do.
+        errors: Errors of `work` that are raised on all processes, so that none waits for another.
+        group: All processes; None for the default group.
+    """
+    told: list[Any] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            told = [work()]
+        except errors as error:
+            told = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told, src=0, group=group)
+    if isinstance(told[0], errors):
+        raise told[0]
+    return told[0]
 
 
 def any_rank(trainer: pl.Trainer, here: bool) -> bool:

@@ -92,11 +92,12 @@ def card(
     if images.max_size is not None:
         limit += f", scaled down to fit {images.max_size[0]} x {images.max_size[1]} pixels"
     tokenizer = stored.metadata.tokenizer
+    documents = ", ".join(f"{count:,} {kind}" for kind, count in sorted(told.documents.items()))
     rows = {
         "optimizer steps": f"{told.step:,}" if told.step else "not trained here",
         "tokens seen": f"{told.tokens_seen:,}",
         "weights": "averaged over training (EMA)" if told.averaged else "not averaged",
-        **({"documents": _counted(told.documents)} if told.documents else {}),
+        **({"documents": documents} if documents else {}),
         **{f"data: {name}": f"sha256 over the shards' checksums: `{digest}`" for name, digest in told.data.items()},
         **{figure: f"{value:.6g}" for figure, value in sorted(told.validation.items())},
         "tokenizer": f"{tokenizer.vocab_size:,} tokens, sha256 `{tokenizer.digest}`",
@@ -158,7 +159,3 @@ def _examples(uses: list[Use], folder: str, question: str, for_transformers: boo
         code = template.format(folder=json.dumps(folder, ensure_ascii=False), prompt=prompt)
         lines += [f"{_USES[use]}:", "", "```python", code, "```", ""]
     return lines
-
-
-def _counted(documents: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(documents.items()))

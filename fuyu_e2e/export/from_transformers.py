@@ -18,10 +18,12 @@ from fuyu_e2e.model.image_layout import ImagePolicy
 RELEASED_SIZE = {"height": 1080, "width": 1920}
 """The size in pixels that the released Fuyu scales larger images down to fit."""
 EXPECTED: dict[Dialect, dict[str, Any]] = {
-    "fuyu": {"hidden_act": "relu2", "qk_layernorm": True},
-    "qwen3": {"hidden_act": "silu", "attention_bias": False},
+    "fuyu": {"hidden_act": "relu2", "qk_layernorm": True, "partial_rotary_factor": 0.5},
+    "qwen3": {"hidden_act": "silu", "attention_bias": False, "partial_rotary_factor": 1.0},
 }
 """Settings of the text model that each dialect fixes."""
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+"""Settings of the text model that are whole numbers of at least 1."""
 
 
 def read_transformers(folder: Path, tokenizer: Path | None = None) -> StoredModel:
@@ -68,37 +70,25 @@ def decoder_config(folder: Path) -> FuyuConfig:
     text = settings.get("text_config") or {"model_type": "persimmon"}
     if not isinstance(text, dict):
         raise UserError(f"{path} says text_config {text!r}, which is no object: fetch it again.")
-    dialects = [dialect for dialect, name in TEXT_MODELS.items() if name == text.get("model_type", "persimmon")]
-    if not dialects:
+    named = text.get("model_type", "persimmon")
+    dialect = next((dialect for dialect, name in TEXT_MODELS.items() if name == named), None)
+    if dialect is None:
         raise UserError(
             f"{path} says text_config.model_type {text.get('model_type')!r}; only "
             f"{' and '.join(map(repr, TEXT_MODELS.values()))} compute what a dialect of ours does."
         )
-    dialect: Dialect = "fuyu" if dialects[0] == "fuyu" else "qwen3"
     full = _completed(settings, path)
     known = full.text_config
     rope = known.rope_parameters
-    rotary_part = 0.5 if dialect == "fuyu" else 1.0
-    found = {name: getattr(known, name) for name in EXPECTED[dialect]} | {
-        "rope_type": rope.get("rope_type", "default"),
-        "partial_rotary_factor": rope.get("partial_rotary_factor", rotary_part),
-        "num_channels": full.num_channels,
-    }
-    expected = EXPECTED[dialect] | {
-        "rope_type": "default",
-        "partial_rotary_factor": rotary_part,
-        "num_channels": 3,
-    }
-    for name, value in found.items():
-        if value != expected[name]:
+    stated = vars(known) | rope | {"num_channels": full.num_channels}
+    for name, expected in (EXPECTED[dialect] | {"rope_type": "default", "num_channels": 3}).items():
+        if (value := stated.get(name, expected)) != expected:
             raise UserError(
-                f"{path} says {name} {value!r}, but the dialect {dialect!r} computes with {expected[name]!r}: this "
-                "model can't be imported."
+                f"{path} says {name} {value!r}, but the dialect {dialect!r} computes with {expected!r}: this model "
+                "can't be imported."
             )
     fuyu = dialect == "fuyu"
-    sizes = {"patch_size": full.patch_size, "vocab_size": known.vocab_size, "hidden_size": known.hidden_size}
-    sizes |= {"num_hidden_layers": known.num_hidden_layers, "intermediate_size": known.intermediate_size}
-    sizes |= {"num_attention_heads": known.num_attention_heads}
+    sizes = {"patch_size": full.patch_size} | {name: getattr(known, name) for name in SIZES}
     for name, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{path} says {name} {value!r}, but it must be a whole number of at least 1.")

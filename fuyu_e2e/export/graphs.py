@@ -45,10 +45,7 @@ def export_prefill(decoder: Decoder, *, tokens: int, patches: int, capacity: int
             "`fuyu-e2e generate`."
         )
     if decoder.config.grid_embeddings is not None or not decoder.config.connector.one_per_patch:
-        raise UserError(
-            "A decoder that reads the grids of images has no graph of fixed shapes for prompts of any: generate with "
-            "`fuyu-e2e generate`."
-        )
+        raise _no_graph("parts that read the grids of images", "prompts of one length may have any grids")
     if capacity < tokens:
         raise UserError(f"A cache of {capacity} places doesn't hold a prompt of {tokens} tokens: raise the capacity.")
     device = decoder.embed_tokens.weight.device
@@ -83,20 +80,20 @@ def export_decode_step(decoder: Decoder, *, sequences: int, capacity: int) -> Ex
 
 def _check_dense(decoder: Decoder) -> None:
     if decoder.config.rotary == "2d":
-        raise UserError(
-            "A decoder with decoder.rotary '2d' has no graph of fixed shapes, as positions depend on the grids of "
-            "images: generate with `fuyu-e2e generate`."
-        )
-    if decoder.config.connector.gives_features:
-        raise UserError(
-            f"A decoder with the connector {type(decoder.config.connector).__name__} has no graph of fixed shapes, as "
-            "its blocks read features of images beside the cache: generate with `fuyu-e2e generate`."
+        raise _no_graph("decoder.rotary '2d'", "positions depend on the grids of images")
+    connector = decoder.config.connector
+    if connector.gives_features:
+        raise _no_graph(
+            f"the connector {type(connector).__name__}", "its blocks read features of images beside the cache"
         )
     for block in decoder.selecting.values():
-        raise UserError(
-            f"A decoder with {block.kind} blocks has no graph of fixed shapes, as what its cache holds depends on "
-            "what passes: generate with `fuyu-e2e generate`."
-        )
+        raise _no_graph(f"{block.kind} blocks", "what its cache holds depends on what passes")
+
+
+def _no_graph(held: str, why: str) -> UserError:
+    return UserError(
+        f"A decoder with {held} has no graph of fixed shapes, as {why}: generate with `fuyu-e2e generate`."
+    )
 
 
 def _stores(cache: KeyValueCache) -> tuple[list[Tensor], list[Tensor]]:

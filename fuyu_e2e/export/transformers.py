@@ -27,11 +27,12 @@ from fuyu_e2e.model.attention.mask import AttentionMask
 from fuyu_e2e.model.blocks.dense import DenseConfig
 from fuyu_e2e.model.config import LINEAR, FuyuConfig
 from fuyu_e2e.model.decoder import meta_decoder
+from fuyu_e2e.model.dialects import Dialect
 from fuyu_e2e.model.image_layout import ImagePolicy
 
 SUPPORTED = "5.16 to 5.24"
 """Versions of transformers that exported folders are made for; both ends are tested."""
-TEXT_MODELS = {"qwen3": "qwen3", "fuyu": "persimmon"}
+TEXT_MODELS: dict[Dialect, str] = {"qwen3": "qwen3", "fuyu": "persimmon"}
 """The text model that computes each dialect."""
 PAD_ID = 0
 """The padding token of transformers' Fuyu processor, regardless of the tokenizer."""
@@ -297,48 +298,39 @@ def _check_stock(config: FuyuConfig) -> int | None:
     """Refuses a decoder that transformers has no model for; returns the window of its blocks, or None."""
     for name, default in (("connector", LINEAR), ("image_norm", False), ("grid_embeddings", None)):
         if (value := getattr(config, name)) != default:
-            raise UserError(
-                f"A decoder with decoder.{name} {value} can't be exported as transformers' FuyuForCausalLM, whose "
-                "patches pass one linear layer and nothing else: export it with `--to fuyu-e2e`."
-            )
+            raise _no_stock(f"decoder.{name} {value}", "whose patches pass one linear layer and nothing else")
     for block in meta_decoder(config).selecting.values():
-        raise UserError(
-            f"A decoder with {block.kind} blocks can't be exported as transformers' FuyuForCausalLM, which would run "
-            "every token through every block: export it with `--to fuyu-e2e`, and generate with `fuyu-e2e generate`."
-        )
+        raise _no_stock(f"{block.kind} blocks", "which would run every token through every block")
     if config.rotary != "1d":
-        raise UserError(
-            f"A decoder with decoder.rotary {config.rotary!r} can't be exported as transformers' FuyuForCausalLM, "
-            "which counts positions along the sequence ('1d'): export it with `--to fuyu-e2e`."
-        )
+        raise _no_stock(f"decoder.rotary {config.rotary!r}", "which counts positions along the sequence ('1d')")
     for kind in config.blocks:
         if type(kind) is not DenseConfig:
-            raise UserError(
-                f"A decoder with decoder.blocks of the kind {type(kind).__name__} can't be exported as transformers' "
-                "FuyuForCausalLM, which has dense ones alone (DenseConfig): export it with `--to fuyu-e2e`."
-            )
+            held = f"decoder.blocks of the kind {type(kind).__name__}"
+            raise _no_stock(held, "which has dense ones alone (DenseConfig)")
+    masks = "decoder.masks that hold"
     for mask in config.block_masks:
         if type(mask) is not AttentionMask:
-            raise _no_stock_mask(f"a {type(mask).__name__}", "whose text model knows windows of AttentionMask alone")
+            raise _no_stock(
+                f"{masks} a {type(mask).__name__}", "whose text model knows windows of AttentionMask alone"
+            )
         if mask.sinks:
-            raise _no_stock_mask(f"{mask.sinks:,} sinks", "whose text model has 0")
+            raise _no_stock(f"{masks} {mask.sinks:,} sinks", "whose text model has 0")
         if mask.images != "causal":
-            raise _no_stock_mask(f"images {mask.images!r}", "whose text model reads images as 'causal'")
+            raise _no_stock(f"{masks} images {mask.images!r}", "whose text model reads images as 'causal'")
     windows = sorted({mask.window for mask in config.block_masks if mask.window is not None})
     if len(windows) > 1:
         held = " and ".join(f"{window:,}" for window in windows)
-        raise _no_stock_mask(f"windows of {held}", "whose text model has one size for all blocks with a window")
+        raise _no_stock(f"{masks} windows of {held}", "whose text model has one size for all blocks with a window")
     if windows and config.dialect != "qwen3":
-        raise _no_stock_mask(
-            f"a window of {windows[0]:,} in the dialect {config.dialect!r}", "which knows windows in 'qwen3' alone"
-        )
+        held = f"a window of {windows[0]:,} in the dialect {config.dialect!r}"
+        raise _no_stock(f"{masks} {held}", "which knows windows in 'qwen3' alone")
     return windows[0] if windows else None
 
 
-def _no_stock_mask(held: str, why: str) -> UserError:
+def _no_stock(held: str, why: str) -> UserError:
     return UserError(
-        f"A decoder with decoder.masks that hold {held} can't be exported as transformers' FuyuForCausalLM, {why}: "
-        "export it with `--to fuyu-e2e`, and generate with `fuyu-e2e generate`."
+        f"A decoder with {held} can't be exported as transformers' FuyuForCausalLM, {why}: export it with "
+        "`--to fuyu-e2e`, and generate with `fuyu-e2e generate`."
     )
 
 

@@ -14,18 +14,12 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from fuyu_e2e.checkpoint.atomic import (
-    check,
-    is_whole,
-    link,
-    remove,
-    staging_directory,
-    unfinished_place,
-)
+from fuyu_e2e.checkpoint.atomic import check, is_whole, link, remove, staging_directory
 from fuyu_e2e.checkpoint.lightning_io import publish_checkpoint, read_checkpoint, write_file
 from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint, run_checkpoints, written_last_first
 from fuyu_e2e.checkpoint.run_directory import shown
 from fuyu_e2e.checkpoint.sharded_files import write_shards
+from fuyu_e2e.distributed import from_first
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.gradients import local
 
@@ -81,17 +75,8 @@ class ShardedCheckpointIO(WholeCheckpointIO):
         self.group = group
 
     def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
-        trouble: list[str | None] = [None]
         with ExitStack() as stack:
-            if dist.get_rank() == 0:
-                try:
-                    stack.enter_context(staging_directory(target))
-                except OSError as error:
-                    trouble = [str(error)]
-            dist.broadcast_object_list(trouble, src=0, group=self.group)
-            if trouble[0] is not None:
-                raise OSError(trouble[0])
-            place = unfinished_place(target)
+            place = from_first(lambda: stack.enter_context(staging_directory(target)), OSError, self.group)
             write_shards(checkpoint, place, self.group)
             if dist.get_rank() == 0:
                 publish_checkpoint(checkpoint, place, target)
@@ -105,18 +90,7 @@ def resolve(path: Path) -> Path:
     Raises:
         UserError: There is none.
     """
-    if not dist.is_initialized():
-        return _resolve(path)
-    answer: list[Path | str] = [""]
-    if dist.get_rank() == 0:
-        try:
-            answer = [_resolve(path)]
-        except UserError as error:
-            answer = [str(error)]
-    dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], str):
-        raise UserError(answer[0])
-    return answer[0]
+    return from_first(lambda: _resolve(path), UserError)
 
 
 def _resolve(path: Path) -> Path:

@@ -2,14 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-import yaml
 from lightning.pytorch.cli import LightningArgumentParser
-from rich.console import Console
 
 from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.packing import Packer, pack_row
@@ -19,9 +15,9 @@ from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import Cost, cost
 from fuyu_e2e.model.memory import Memory, Precision, memory
 from fuyu_e2e.training.device_limits import matmul_rate, named_peak
+from fuyu_e2e.training.settings.arguments import values_of
 from fuyu_e2e.training.settings.own_options import add_estimate_options
-from fuyu_e2e.training.settings.recipe import FuyuCLI
-from fuyu_e2e.training.settings.setting_errors import groups_given, recipes_of
+from fuyu_e2e.training.settings.recipe import RecipeReader
 
 ASSUMED_DOCUMENT = 512
 """Tokens of a document if the recipe names no data: half of them patches, a quarter supervised."""
@@ -34,22 +30,6 @@ PRECISIONS: dict[str, Precision] = {
     "bf16-true": "bf16-true",
 }
 """Lightning's precision names, and which of ours needs the same memory and time."""
-
-
-class EstimateCLI(FuyuCLI):
-    """A recipe that is read but not run."""
-
-    def __init__(self, args: Sequence[str]) -> None:
-        super().__init__(args, run=False)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the options of `estimate`."""
-        super().add_arguments_to_parser(parser)
-        add_estimate_options(parser)
-
-    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Returns a trainer that writes nothing; `estimate` doesn't use it."""
-        return pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,17 +79,28 @@ def estimated(args: Sequence[str]) -> Estimate:
     Raises:
         UserError: A setting is wrong, or the device or precision is unknown.
     """
-    cli = EstimateCLI(args)
+
+    def add_options(parser: LightningArgumentParser) -> None:
+        add_estimate_options(parser)
+        if values_of(args, "--device")[0]:
+            parser.set_defaults({"trainer.precision": "bf16-mixed"})  # FuyuCLI's default on a GPU
+
+    cli = RecipeReader(args, add_options)
     if cli.datamodule.tokenizer_path.is_file():  # else the named size's own vocabulary
         cli.model.fit_vocabulary(cli.datamodule)
     settings, config = cli.config.trainer, cli.model.config
-    check_counts(settings, cli.config.rows_per_step)
+    counts = {
+        "trainer.num_nodes": settings.num_nodes,
+        "trainer.accumulate_grad_batches": settings.accumulate_grad_batches,
+        "rows_per_step": cli.config.rows_per_step,
+    }
+    for name, value in counts.items():  # `fit` refuses them at its start
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}, but must be at least 1.")
     if not 0 < cli.config.mfu <= 1:
         raise UserError(f"--mfu is {cli.config.mfu}, but is a share: set it above 0 and at most 1.")
     named = cli.config.device
     asked = str(settings.precision or "32-true")
-    if named is not None and not _says_precision(args):
-        asked = "bf16-mixed"  # FuyuCLI's default on a GPU
     if asked not in PRECISIONS:
         raise UserError(f"trainer.precision {asked} can't be estimated: it has to be one of {', '.join(PRECISIONS)}.")
     precision = PRECISIONS[asked]
@@ -142,26 +133,6 @@ def estimated(args: Sequence[str]) -> Estimate:
         rate=named_peak(named, dtype) if named is not None else matmul_rate(here, dtype, rounds=3),
         mfu=cli.config.mfu,
     )
-
-
-def check_counts(trainer: Any, rows_per_step: int | None) -> None:
-    """Refuses counts that `fit` would refuse at its start.
-
-    Raises:
-        UserError: A count is less than 1; names the setting.
-    """
-    counts = {
-        "trainer.num_nodes": trainer.num_nodes,
-        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "rows_per_step": rows_per_step,
-    }
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}, but must be at least 1.")
-    devices = trainer.devices
-    listed = devices if isinstance(devices, list) else str(devices).strip(",").split(",")
-    if devices != "auto" and (str(devices) == "0" or not all(str(one).lstrip("-").isdigit() for one in listed)):
-        raise UserError(f"trainer.devices is {devices!r}, but must be at least 1, or auto.")
 
 
 def _row(data: FuyuDataModule, config: FuyuConfig) -> Row:
@@ -198,21 +169,17 @@ def _row(data: FuyuDataModule, config: FuyuConfig) -> Row:
 
 
 def _devices(asked: Any, where: str) -> int:
-    """Returns the number of devices that a Lightning setting names; `auto` is all GPUs of this machine, or one CPU."""
-    if str(asked).lstrip("-").isdigit() and int(asked) > 0:
-        return int(asked)
-    if isinstance(asked, str | list) and asked not in ("auto", "-1"):
-        return len(asked.strip(",").split(",") if isinstance(asked, str) else asked)
-    return max(1, torch.cuda.device_count()) if where == "cuda" else 1
+    """Returns the number of devices that a Lightning setting names; `auto` is all GPUs of this machine, or one CPU.
 
-
-def _says_precision(args: Sequence[str]) -> bool:
-    """Returns whether the command line or one of its recipes sets `trainer.precision`."""
-    recipes = (yaml.safe_load(Path(path).read_text()) for path in recipes_of(args) if Path(path).is_file())
-    groups = [*groups_given("trainer", args), *(recipe.get("trainer") or {} for recipe in recipes)]
-    return any(argument.startswith("--trainer.precision") for argument in args) or any(
-        "precision" in group for group in groups
-    )
+    Raises:
+        UserError: It names none.
+    """
+    if str(asked) in ("auto", "-1"):
+        return max(1, torch.cuda.device_count()) if where == "cuda" else 1
+    listed = asked if isinstance(asked, list) else str(asked).strip(",").split(",")
+    if str(asked) == "0" or not all(str(one).isdigit() for one in listed):
+        raise UserError(f"trainer.devices is {asked!r}, but must be at least 1, or auto.")
+    return int(asked) if str(asked).isdigit() else len(listed)
 
 
 def show(found: Estimate) -> None:
@@ -235,10 +202,9 @@ def show(found: Estimate) -> None:
         lines += [("tokens of the run", f"{found.tokens:.4g}"), ("hours of the run", f"{found.hours:.3g}")]
     else:
         lines.append(("tokens of the run", "no end: trainer.max_steps is not set"))
-    console = Console(highlight=False, soft_wrap=True)
     for name, value in lines:
-        console.print(f"{name:20} {value}")
-    console.print(
+        print(f"{name:20} {value}")
+    print(
         "Memory is that of tensors; CUDA's context and the process itself come on top. On a CPU, glibc may hold twice "
         "that unless MALLOC_MMAP_THRESHOLD_=65536 is set."
     )

@@ -9,11 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-
-Spread = tuple[DeviceMesh, tuple[int, ...]]
-"""A mesh, and the mesh dimensions over which a tensor is sharded."""
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -26,16 +22,9 @@ def weights_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
-def _by_spread(weights: Iterable[nn.Parameter]) -> dict[Spread | None, list[Tensor]]:
-    groups: dict[Spread | None, list[Tensor]] = {}
-    for weight in weights:
-        if (gradient := weight.grad) is not None:
-            spread = None
-            if isinstance(gradient, DTensor):
-                parted = [n for n, placement in enumerate(gradient.placements) if not placement.is_replicate()]
-                spread = gradient.device_mesh, tuple(parted)
-            groups.setdefault(spread, []).append(local(gradient))
-    return groups
+def gradients_of(weights: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the parts of the gradients on this device, of all weights that have one."""
+    return [local(weight.grad) for weight in weights if weight.grad is not None]
 
 
 def squared_norm_part(weights: Sequence[nn.Parameter], processes: int) -> Float64[Tensor, ""]:
@@ -47,25 +36,28 @@ def squared_norm_part(weights: Sequence[nn.Parameter], processes: int) -> Float6
         weights: Whole or sharded; weights without a gradient count as 0.
         processes: The number of processes.
     """
-    device = local(weights[0]).device
-    squares = torch.zeros((), dtype=torch.float64, device=device)
-    for spread, gradients in _by_spread(weights).items():
-        parts = 1
-        if spread is not None:
-            mesh, dimensions = spread
-            parts = math.prod(mesh.size(dimension) for dimension in dimensions)
+    by_parts: dict[int, list[Tensor]] = {}
+    for weight in weights:
+        if (gradient := weight.grad) is not None:
+            parts = 1
+            if isinstance(gradient, DTensor):
+                sizes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
+                parts = math.prod(size for size, placement in sizes if not placement.is_replicate())
+            by_parts.setdefault(parts, []).append(local(gradient))
+    squares = torch.zeros((), dtype=torch.float64, device=local(weights[0]).device)
+    for parts, gradients in by_parts.items():
         squares = squares + torch.nn.utils.get_total_norm(gradients).double().square() * (parts / processes)
     return squares
 
 
 def clamp_gradients(weights: Iterable[nn.Parameter], limit: float) -> None:
     """Clamps every entry of the gradients of `weights` to [-limit, limit], in place."""
-    for gradients in _by_spread(weights).values():
+    if gradients := gradients_of(weights):
         torch._foreach_clamp_min_(gradients, -limit)
         torch._foreach_clamp_max_(gradients, limit)
 
 
 def scale_gradients(weights: Iterable[nn.Parameter], factor: Float[Tensor, ""]) -> None:
     """Multiplies the gradients of `weights` by `factor`, in place."""
-    for gradients in _by_spread(weights).values():
+    if gradients := gradients_of(weights):
         torch._foreach_mul_(gradients, factor)

@@ -3,10 +3,7 @@
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from fuyu_e2e.data.datamodule import FuyuDataModule
@@ -14,23 +11,7 @@ from fuyu_e2e.data.inspection import draw_sequence, show_tokens
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.training.settings.own_options import add_inspect_options
-from fuyu_e2e.training.settings.recipe import FuyuCLI
-
-
-class InspectCLI(FuyuCLI):
-    """A recipe that is read to look at one of its samples."""
-
-    def __init__(self, args: Sequence[str]) -> None:
-        super().__init__(args, run=False)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the options of `inspect`."""
-        super().add_arguments_to_parser(parser)
-        add_inspect_options(parser)
-
-    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Returns a trainer that writes nothing; `inspect` doesn't use it."""
-        return pl.Trainer(logger=False, enable_checkpointing=False)
+from fuyu_e2e.training.settings.recipe import RecipeReader
 
 
 def inspect_sample(args: Sequence[str]) -> None:
@@ -39,7 +20,7 @@ def inspect_sample(args: Sequence[str]) -> None:
     Raises:
         UserError: A setting is wrong, there is no such sample, or it can't be used.
     """
-    cli = InspectCLI(args)
+    cli = RecipeReader(args, add_inspect_options)
     data: FuyuDataModule = cli.datamodule
     stats = SampleStats()
     index = cli.config.index

@@ -9,7 +9,10 @@ from fuyu_e2e.model.decoder import TokenScores
 
 
 class Mean(Metric):
-    """A mean from sums over batches and ranks, in float64, in which torchmetrics' MeanMetric doesn't add."""
+    """A mean from sums over batches and ranks, in float64.
+
+    torchmetrics' MeanMetric takes means, which a row without supervised tokens has none of, and adds in float32.
+    """
 
     full_state_update = False
     is_differentiable = False

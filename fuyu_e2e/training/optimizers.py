@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.training.gradients import local
+from fuyu_e2e.training.gradients import gradients_of, local
 
 MUON_BYTES = 2**28
 """Bytes of float32 matrices that a device orthogonalizes at once (at least one matrix): enough work for a GPU even if
@@ -87,9 +87,10 @@ def build_optimizer(decoder: Decoder, config: OptimizerConfig) -> "MuonAdamW":
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) and AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) in one optimizer.
 
-    A single object, because Lightning's automatic optimization takes one. Each group names its `kind`, `muon` or
-    `adamw`. Muon's update is scaled by sqrt(max(1, rows / columns)), as in the reference. Each device updates its part
-    of sharded weights; only Muon's matrices have to be gathered.
+    A single object, because Lightning's automatic optimization takes one. torch.optim.Muon updates one matrix at a
+    time, in bfloat16 on CPUs too, and can't be told on the device to skip a step. Each group names its `kind`, `muon`
+    or `adamw`. Muon's update is scaled by sqrt(max(1, rows / columns)), as in the reference. Each device updates its
+    part of sharded weights; only Muon's matrices have to be gathered.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -132,7 +133,7 @@ class MuonAdamW(torch.optim.Optimizer):
             state["step"] = state["step"].to(own[0].device)
         adamw(
             own,
-            _gradients(weights),
+            gradients_of(weights),
             [local(state["exp_avg"]) for state in states],
             [local(state["exp_avg_sq"]) for state in states],
             [],
@@ -165,7 +166,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def _step_muon_alike(self, group: dict[str, Any], weights: list[Tensor]) -> None:
         """Updates matrices of one shape and one placement on the devices."""
         first, own = weights[0], [local(weight) for weight in weights]
-        gradients, momenta = _gradients(weights), [local(self.state[weight]["momentum"]) for weight in weights]
+        gradients, momenta = gradients_of(weights), [local(self.state[weight]["momentum"]) for weight in weights]
         rate: float | Tensor = group["lr"]
         if self.found_inf is not None:
             rate = rate * (1 - self.found_inf.double())
@@ -178,10 +179,6 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_mul_(own, 1 - rate * group["weight_decay"])
         updates = updates.to(own[0].dtype).mul_(rate * max(1.0, first.shape[0] / first.shape[1]) ** 0.5)
         torch._foreach_sub_(own, list(updates.unbind()))
-
-
-def _gradients(weights: list[Tensor]) -> list[Tensor]:
-    return [local(weight.grad) for weight in weights if weight.grad is not None]
 
 
 def _orthogonalize_parts(parts: Tensor, like: DTensor) -> Tensor:

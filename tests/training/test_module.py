@@ -372,7 +372,7 @@ def test_skipped_samples_are_counted_and_shown(
     run = trainer(tmp_path, max_steps=6, log_every_n_steps=1, callbacks=[report, Ending()])
     with caplog.at_level("INFO"):
         run.fit(module(config), data_module)
-    stats = report.all_stats["train"]
+    stats = report.training()
     assert stats.skipped["text-empty"] >= 4
     assert run.callback_metrics["data/skipped/text-empty"] == stats.skipped["text-empty"]
     assert stats.read == stats.used + stats.skipped.total() + stats.waiting

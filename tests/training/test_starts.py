@@ -577,8 +577,13 @@ def test_a_job_of_a_cluster_that_lightning_cannot_place_is_refused_with_its_word
 def test_each_process_ends_where_the_first_cannot_write_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     """None of the others waits for it: it says what was wrong before they meet again."""
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    monkeypatch.setattr(type(trainer.strategy), "is_global_zero", False)
-    monkeypatch.setattr(trainer.strategy, "broadcast", lambda own: own or "closed")
+
+    def receive(told: list[Any], **_: Any) -> None:
+        told[0] = UserError("closed")
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", receive)
     with pytest.raises(UserError, match="closed"):
         SaveRecipe.on_train_start(object.__new__(SaveRecipe), trainer, pl.LightningModule())
 

@@ -24,8 +24,8 @@ class DataReport(Callback):
     """
 
     def __init__(self) -> None:
-        self.all_stats: dict[str, SampleStats] = {}
-        self._before = SampleStats()
+        self._evaluated = SampleStats()
+        self._before, self._trained = SampleStats(), SampleStats()
         self._of_this_step = SampleStats()
         self._counts = True
 
@@ -43,22 +43,17 @@ class DataReport(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resets the counts of this run; those of the runs before are added when counts are shown."""
-        self.all_stats["train"] = SampleStats()
-        self._of_this_step = SampleStats()
+        self._trained, self._of_this_step = SampleStats(), SampleStats()
 
     def training(self) -> SampleStats:
         """Returns the counts of training over all processes and resumed runs; a collective."""
-        total = SampleStats.from_dict(self._before.to_dict())
-        total.add(_over_ranks(self.all_stats.get("train", SampleStats())))
-        return total
+        return _total(self._before, *all_ranks(self._trained))
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Resets the counts."""
-        self.all_stats["val"] = SampleStats()
+        """Resets the counts of a validation or test."""
+        self._evaluated = SampleStats()
 
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Resets the counts."""
-        self.all_stats["test"] = SampleStats()
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
@@ -67,7 +62,7 @@ class DataReport(Callback):
         self._add(self._of_this_step, trainer)
         if accumulates(trainer):
             return
-        self.all_stats["train"].add(self._of_this_step.take())
+        self._trained.add(self._of_this_step.take())
         if trainer.global_step % steps_between_logs(trainer) == 0:
             stats = self.training()
             pl_module.log("data/read", float(stats.read))
@@ -88,12 +83,10 @@ class DataReport(Callback):
             pl_module.log(f"data/epoch/{source.name}", stats.read_of[source.name] / documents)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Counts a batch of validation."""
-        self._add(self.all_stats["val"], trainer)
+        """Counts a batch of a validation or test."""
+        self._add(self._evaluated, trainer)
 
-    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Counts a batch of the test."""
-        self._add(self.all_stats["test"], trainer)
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def _add(self, stats: SampleStats, trainer: pl.Trainer) -> None:
         if self._counts:
@@ -102,27 +95,26 @@ class DataReport(Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints the validation data's counts if anything was skipped or cut."""
         if not trainer.sanity_checking:
-            self._print("val", only_losses=True)
+            self._print("val", self._evaluated, only_losses=True)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints the test data's counts."""
-        self._print("test")
+        self._print("test", self._evaluated)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints the counts of the documents to be continued."""
-        self.all_stats["predict"] = trainer.datamodule.prompt_tally  # type: ignore[attr-defined]
-        self._print("predict")
+        self._print("predict", trainer.datamodule.prompt_tally)  # type: ignore[attr-defined]
 
-    def _print(self, split: str, only_losses: bool = False) -> None:
-        stats = _over_ranks(self.all_stats[split])
+    def _print(self, split: str, own: SampleStats, only_losses: bool = False) -> None:
+        stats = _total(*all_ranks(own))
         if not only_losses or stats.skipped or stats.tokens_cut:
             rank_zero_info(f"\n{split} data: {stats.summary()}")
         for example in stats.examples.values():
             rank_zero_warn(f"{split} data, skipped for example: {example}")
 
 
-def _over_ranks(stats: SampleStats) -> SampleStats:
+def _total(*parts: SampleStats) -> SampleStats:
     total = SampleStats()
-    for one in all_ranks(stats):
-        total.add(one)
+    for part in parts:
+        total.add(part)
     return total

@@ -32,12 +32,9 @@ class GarbageCollection(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Turns the automatic collector on again."""
-        self._give_back()
+        if self._was_on:
+            gc.enable()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Turns the automatic collector on again."""
-        self._give_back()
-
-    def _give_back(self) -> None:
-        if self._was_on:
-            gc.enable()
+        self.on_train_end(trainer, pl_module)

@@ -48,9 +48,8 @@ class Heartbeat(Callback):
     A thread writes the name of that host to stderr and exits with code 5, even if the main thread hangs in a
     collective. A collective that fails waits for that message before its traceback. A second thread talks to the
     store: its calls hang, whatever their timeout, if the lost host is the one that keeps the store. While the whole
-        process is stopped,
-    it doesn't count the silence of others, but is silent itself. On a single host nothing is monitored: there the
-    launcher sees processes die.
+    process is stopped, it doesn't count the silence of others, but is silent itself. On a single host nothing is
+    monitored: there the launcher sees processes die.
 
     Args:
         limit: Seconds that a host may be silent; None turns the heartbeat off. Under torchrun, less than the 30
@@ -142,16 +141,13 @@ class Heartbeat(Callback):
         # Without the store all hosts seem silent.
         lost = [host for host, count in zip(others, silent, strict=True) if count >= TICKS - SLACK]
         lost = [keeper] if unanswered >= TICKS - SLACK else lost
-        # pytest and notebooks replace sys.stderr by an object without a file descriptor.
-        log = sys.__stderr__
-        if log is not None:
-            names = " and ".join(map(str, lost))
-            log.write(
-                f"\nfuyu-e2e: {names} {'is' if len(lost) == 1 else 'are'} lost: not heard for {self.limit:g} s "
-                f"(hosts.limit) after step {self._step}. This rank ends; the last checkpoint is as it was: go on from "
-                "it with --ckpt_path last.\n"
-            )
-            log.flush()
+        print(
+            f"\nfuyu-e2e: {' and '.join(map(str, lost))} {'is' if len(lost) == 1 else 'are'} lost: not heard for "
+            f"{self.limit:g} s (hosts.limit) after step {self._step}. This rank ends; the last checkpoint is as it "
+            "was: go on from it with --ckpt_path last.",
+            file=sys.__stderr__,
+            flush=True,
+        )
         os._exit(HOST_LOST)
 
 

@@ -21,7 +21,8 @@ class RandomState(Callback):
     that step, like everything else in it. Validation begins with the state that training left and restores it at the
     end, as a resumed run doesn't repeat it.
 
-    Comes before all other callbacks, so that they draw from the restored state.
+    Comes before all other callbacks, so that they draw from the restored state. Lightning restores generators around
+    its check before training (`isolate_rng`), and stores none in checkpoints.
     """
 
     def __init__(self) -> None:

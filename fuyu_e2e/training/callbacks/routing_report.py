@@ -139,9 +139,7 @@ class _Sums:
 
     def __init__(self) -> None:
         self.blocks: list[int] = []
-        self.tokens: Tensor | None = None
-        self.passed: Tensor | None = None
-        self.dropped: Tensor | None = None
+        self.tokens = self.passed = self.dropped = torch.tensor(0)
         self.spread: Tensor | None = None
 
     def add(self, row: Row | None) -> None:
@@ -153,14 +151,15 @@ class _Sums:
         passed = torch.stack([(kinds & routed.passed).sum(dim=1) for routed in blocks])
         dropped = torch.stack([(routed.chosen & ~routed.passed).sum() for routed in blocks])
         scores = [routed.scores for routed in blocks if routed.scores is not None]
-        self.tokens = kinds.sum(dim=1) if self.tokens is None else self.tokens + kinds.sum(dim=1)
-        self.passed = passed if self.passed is None else self.passed + passed
-        self.dropped = dropped if self.dropped is None else self.dropped + dropped
+        # 0 on the host adds to a tensor of any device without a copy.
+        self.tokens = self.tokens + kinds.sum(dim=1)
+        self.passed = self.passed + passed
+        self.dropped = self.dropped + dropped
         self.spread = torch.stack([score.std() for score in scores]) if scores else None
 
     def figures(self, prefix: str) -> dict[str, Tensor]:
         """Returns the figures to log, by name."""
-        if self.tokens is None or self.passed is None or self.dropped is None:
+        if not self.blocks:
             return {}
         figures = {}
         for row, block in enumerate(self.blocks):

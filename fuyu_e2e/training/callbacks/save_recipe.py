@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
 
+from fuyu_e2e.distributed import from_first
 from fuyu_e2e.errors import UserError
 
 
@@ -24,14 +25,7 @@ class SaveRecipe(SaveConfigCallback):
         Raises:
             UserError: The directory can't be written; raised on all processes, so that none waits for another.
         """
-        trouble = ""
-        if trainer.is_global_zero:
-            try:
-                self.save_config(trainer, pl_module, "fit")
-            except UserError as error:
-                trouble = str(error)
-        if trouble := trainer.strategy.broadcast(trouble):
-            raise UserError(trouble)
+        from_first(lambda: self.save_config(trainer, pl_module, "fit"), UserError)
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Writes the recipe atomically, by a rename: the directory has either the old or the new one, complete.
@@ -40,18 +34,15 @@ class SaveRecipe(SaveConfigCallback):
             UserError: The directory can't be written.
         """
         root = Path(trainer.default_root_dir)
+        recipe = self.config.clone()
+        recipe.pop("ckpt_path", None)  # of this start, not of the run
+        unfinished = root / f".unfinished-{self.config_filename}"
         try:
-            self._write(root)
+            root.mkdir(parents=True, exist_ok=True)
+            unfinished.touch()  # the system says better than jsonargparse why it can't be written
+            self.parser.save(recipe, unfinished, skip_none=False, overwrite=True)
+            unfinished.replace(root / self.config_filename)
         except (PermissionError, NotADirectoryError, FileNotFoundError, FileExistsError) as error:
             raise UserError(
                 f"trainer.default_root_dir {root} can't be written ({error.strerror}): name another directory."
             ) from error
-
-    def _write(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        recipe = self.config.clone()
-        recipe.pop("ckpt_path", None)  # of this start, not of the run
-        unfinished = root / f".unfinished-{self.config_filename}"
-        unfinished.touch()  # the system says better than jsonargparse why it can't be written
-        self.parser.save(recipe, unfinished, skip_none=False, overwrite=True)
-        unfinished.replace(root / self.config_filename)

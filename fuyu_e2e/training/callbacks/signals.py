@@ -107,16 +107,15 @@ class StopSignals(Callback):
         """
         if not self._previous:
             return
+        stops = self._heard is not None
         if is_sharded(trainer):
-            if any_rank(trainer, self._heard is not None):
-                raise StopIteration
-            return
-        store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
-        if self._heard:
-            if store is not None:
+            stops = any_rank(trainer, stops)
+        elif dist.is_initialized():
+            store = dist.distributed_c10d._get_default_store()
+            if stops:
                 store.set(STORE_KEY, "1")
-            raise StopIteration
-        if store is not None and store.check([STORE_KEY]):
+            stops = stops or store.check([STORE_KEY])
+        if stops:
             raise StopIteration
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

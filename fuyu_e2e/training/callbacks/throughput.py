@@ -1,4 +1,7 @@
-"""Measures how fast a run is, where its time goes, and which rank the others wait for."""
+"""Measures how fast a run is, where its time goes, and which rank the others wait for.
+
+Lightning's ThroughputMonitor tells none of the padding of packed rows, waiting for data, and differences of ranks.
+"""
 
 import resource
 import sys
@@ -87,12 +90,12 @@ class Throughput(Callback):
         self.tokens += row.tokens
         self.seconds += now - self._last_end
         self._last_end = now
-        if not accumulates(trainer):
-            window.steps += 1
-        if accumulates(trainer) or trainer.global_step % steps_between_logs(trainer):
+        if accumulates(trainer):
             return
-        self._log(trainer, pl_module)
-        self._window = _Window()
+        window.steps += 1
+        if trainer.global_step % steps_between_logs(trainer) == 0:
+            self._log(trainer, pl_module)
+            self._window = _Window()
 
     def _log(self, trainer: pl.Trainer, pl_module: FuyuModule) -> None:
         window, place = self._window, DataRank.of(trainer)

@@ -30,18 +30,13 @@ class TimeLimit(Callback):
 
     Attributes:
         seconds: The limit in seconds from the first step of a start, validation included; None for no limit.
+
+    Raises:
+        UserError: The value is not a time.
     """
 
     def __init__(self, max_time: str | timedelta | dict[str, int] | None = None) -> None:
-        self.set(max_time)
         self._ends_at = 0.0
-
-    def set(self, max_time: str | timedelta | dict[str, int] | None) -> None:
-        """Sets the limit from a value of `trainer.max_time`.
-
-        Raises:
-            UserError: The value is not a time.
-        """
         try:
             self.seconds: float | None = Timer(max_time).time_remaining()
         except (MisconfigurationException, TypeError) as error:

@@ -1,4 +1,8 @@
-"""Ends a run that makes no progress, and logs where each rank was."""
+"""Ends a run that makes no progress, and logs where each rank was.
+
+Python's `faulthandler.dump_traceback_later` exits with code 1, names no rank, and counts time in which the process is
+stopped.
+"""
 
 import faulthandler
 import os
@@ -80,14 +84,13 @@ class Watchdog(Callback):
             idle = idle + 1 if seen == self._beats else 0
             seen = self._beats
         self._expired = True
-        # pytest and notebooks replace sys.stderr by an object without a file descriptor.
-        log = sys.__stderr__
-        if log is not None:
-            log.write(
-                f"\nfuyu-e2e: rank {self._rank} made no step in {limit:g} s (watchdog.limit) after step {self._step}; "
-                "its threads are here, the main one last:\n"
-            )
-            log.flush()
-            faulthandler.dump_traceback(log)
+        print(
+            f"\nfuyu-e2e: rank {self._rank} made no step in {limit:g} s (watchdog.limit) after step {self._step}; its "
+            "threads are here, the main one last:",
+            file=sys.__stderr__,  # pytest and notebooks replace sys.stderr by an object without a file descriptor
+            flush=True,
+        )
+        if sys.__stderr__ is not None:
+            faulthandler.dump_traceback(sys.__stderr__)
         time.sleep(min(FAREWELL, limit))
         os._exit(STUCK)

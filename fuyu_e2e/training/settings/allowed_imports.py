@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from fuyu_e2e.checkpoint.run_directory import run_of
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.training.settings.arguments import CommandParser
+from fuyu_e2e.training.settings.arguments import values_of
 from fuyu_e2e.training.settings.setting_errors import SettingError, follows, groups_given
 
 OPTION = "--allow-imports"
@@ -169,10 +169,8 @@ def take_allowed(args: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         UserError: Something other than a package was named.
     """
-    parser = CommandParser(prog="fuyu-e2e fit", add_help=False)
-    parser.add_argument(OPTION, action="append", default=[], metavar="PACKAGE[,PACKAGE]")
-    options, rest = parser.parse_known_args(args)
-    named = [name for value in options.allow_imports for name in value.split(",")]
+    values, rest = values_of(args, OPTION)
+    named = [name for value in values for name in value.split(",")]
     for name in named:
         if not all(part.isidentifier() for part in name.split(".")) or name.split(".")[0] == "jsonargparse":
             raise UserError(f"{OPTION} {name!r} is no package that can be allowed: name one as Python imports it.")

@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
@@ -76,6 +76,14 @@ class CommandParser(argparse.ArgumentParser):
         if message.endswith(NO_VALUE):
             raise UserError(without_value(message, f"{self.prog} --help"))
         raise UserError(f"{message}; {self.prog} --help tells more.")
+
+
+def values_of(args: Sequence[str], *names: str) -> tuple[list[str], list[str]]:
+    """Returns all values that a command line of a recipe gives an option, and the remaining arguments."""
+    parser = CommandParser(prog="fuyu-e2e fit", add_help=False)
+    parser.add_argument(*names, dest="values", action="append", default=[])
+    found, rest = parser.parse_known_args(args)
+    return found.values, rest
 
 
 class _Import(argparse.Action):

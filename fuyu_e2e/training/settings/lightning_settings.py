@@ -206,14 +206,11 @@ def check_monitors(trainer: pl.Trainer) -> None:
             if figure is not None and figure not in COUNTED and not may_be_logged(figure):
                 raise UserError(f"checkpoint.filename names {figure}, which is not logged: {near(figure)}")
         name = monitor_of(one)
-        if name is None or (name not in VALIDATED and may_be_logged(name)):
-            continue
         setting = "checkpoint.monitor" if type(one).__name__ == "Checkpoints" else f"monitor of {type(one).__name__}"
-        if name in VALIDATED and validated:
-            continue
-        if name in VALIDATED:
+        if name in VALIDATED and not validated:
             raise UserError(f"{setting} is {name}, but there is no data.val to validate on: name its shards.")
-        raise UserError(f"{setting} is {name}, which is not logged: {near(name)}")
+        if name is not None and not may_be_logged(name):
+            raise UserError(f"{setting} is {name}, which is not logged: {near(name)}")
 
 
 def monitor_of(callback: pl.Callback) -> str | None:

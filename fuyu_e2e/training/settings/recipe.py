@@ -1,6 +1,6 @@
 """Builds a run from a recipe: LightningCLI with our module, data and callbacks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ from fuyu_e2e.training.settings.allowed_imports import (
     only_allowed_imports,
     take_allowed,
 )
-from fuyu_e2e.training.settings.arguments import CommandParser
+from fuyu_e2e.training.settings.arguments import values_of
 from fuyu_e2e.training.settings.intervals import set_intervals
 from fuyu_e2e.training.settings.launcher_environment import launched_processes
 from fuyu_e2e.training.settings.lightning_settings import (
@@ -80,7 +80,6 @@ class FuyuCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
         self.throughput = Throughput()
-        self.time_limit = TimeLimit()
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.allowed, rest = take_allowed(args)
         # The texts of settings in dataclasses; finding them takes a second, so only help looks for them.
@@ -96,18 +95,6 @@ class FuyuCLI(LightningCLI):
                 trainer_defaults={
                     "default_root_dir": "runs/default",
                     "precision": "bf16-mixed" if bf16 else "32-true",
-                    "callbacks": [
-                        self.throughput,
-                        DataReport(),
-                        SampleGenerations(),
-                        RoutingReport(),
-                        WritePredictions(),
-                        CheckpointGuard(),
-                        GarbageCollection(),
-                        StopSignals(),
-                        self.time_limit,
-                        Ending(),
-                    ],
                 },
                 parser_kwargs={"prog": "fuyu-e2e", "allow_abbrev": False},
                 auto_configure_optimizers=False,
@@ -191,7 +178,8 @@ class FuyuCLI(LightningCLI):
             ) from error
         except SettingError as error:
             raise UserError(sentence(error, args, named_classes())) from error
-        if settings["data"]["allow_pipe"] and not _allows_pipe(args):
+        allowed = [yaml.safe_load(value) for value in values_of(args, "--data.allow_pipe")[0]]
+        if settings["data"]["allow_pipe"] and allowed[-1:] != [True]:
             raise UserError(
                 "data.allow_pipe would let the recipe run commands in your shell: if you trust it, say "
                 "--data.allow_pipe true on the command line."
@@ -250,7 +238,19 @@ class FuyuCLI(LightningCLI):
         kwargs["plugins"] = [*plugins, BackgroundCheckpointIO()]
         if settings["profiler"] is None:
             kwargs["profiler"] = NoProfiler()
-        self.time_limit.set(settings["max_time"])
+        # They follow those of the recipe and those that have settings of their own.
+        self.trainer_defaults["callbacks"] = [
+            self.throughput,
+            DataReport(),
+            SampleGenerations(),
+            RoutingReport(),
+            WritePredictions(),
+            CheckpointGuard(),
+            GarbageCollection(),
+            StopSignals(),
+            TimeLimit(settings["max_time"]),
+            Ending(),
+        ]
         kwargs["max_time"] = None  # or Lightning adds its own
         kwargs |= launched_processes()
         if settings["enable_checkpointing"] is not False or any(isinstance(one, ModelCheckpoint) for one in named):
@@ -281,6 +281,28 @@ class FuyuCLI(LightningCLI):
         check_device(self.model.attention, self.trainer.strategy.root_device)
 
 
+class RecipeReader(FuyuCLI):
+    """A recipe of a command that doesn't run it.
+
+    Args:
+        args: The command line.
+        add_options: Adds the command's own options to the parser.
+    """
+
+    def __init__(self, args: Sequence[str], add_options: Callable[[LightningArgumentParser], None]) -> None:
+        self._add_options = add_options
+        super().__init__(args, run=False)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the command's own options."""
+        super().add_arguments_to_parser(parser)
+        self._add_options(parser)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Returns a trainer that writes nothing, and that no command uses."""
+        return pl.Trainer(logger=False, enable_checkpointing=False)
+
+
 def _listed(value: Any) -> list[Any]:
     """Returns a setting that may be a value, a list or none as a list."""
     return value if isinstance(value, list) else [] if value is None else [value]
@@ -292,9 +314,3 @@ def _where(path: str, args: Sequence[str]) -> str:
     name = path.rpartition(".")[2]  # the recipe may use another path, or the name alone
     found = (recipe for recipe in recipes if Path(recipe).is_file() and name in Path(recipe).read_text())
     return f"in {recipe} " if (recipe := next(found, None)) else ""
-
-
-def _allows_pipe(args: Sequence[str]) -> bool:
-    parser = CommandParser(prog="fuyu-e2e fit", add_help=False)
-    parser.add_argument("--data.allow_pipe", dest="allow_pipe", default="false")
-    return yaml.safe_load(parser.parse_known_args(args)[0].allow_pipe) is True

@@ -20,9 +20,9 @@ from fuyu_e2e.training.settings.arguments import (
     NO_VALUE,
     REQUIRED,
     UNRECOGNIZED,
-    CommandParser,
     did_you_mean,
     unknown_option,
+    values_of,
     without_value,
 )
 
@@ -65,18 +65,13 @@ def follows(target: str, source: str) -> str:
 
 def recipes_of(args: Sequence[str]) -> list[str]:
     """Returns the recipes that a command line names."""
-    parser = CommandParser(prog="fuyu-e2e fit", add_help=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
-    recipes: list[str] = parser.parse_known_args(args)[0].config
-    return recipes
+    return values_of(args, "-c", "--config")[0]
 
 
 def groups_given(group: str, args: Sequence[str]) -> list[dict[str, Any]]:
     """Returns the groups of settings that a command line gives whole, as `--data '{"workers": 2}'` or as a file."""
-    parser = CommandParser(prog="fuyu-e2e fit", add_help=False)
-    parser.add_argument(f"--{group}", dest="given", action="append", default=[])
     found = []
-    for text in parser.parse_known_args(args)[0].given:
+    for text in values_of(args, f"--{group}")[0]:
         with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # the parser says what is wrong with it
             found.append(yaml.safe_load(text if text.startswith("{") else Path(text).read_text(encoding="utf-8")))
     return [settings for settings in found if isinstance(settings, dict)]
