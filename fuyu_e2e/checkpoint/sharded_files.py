@@ -3,8 +3,8 @@
     __0_0.distcp, __1_0.distcp, …   tensors, each process's parts: weights as `state_dict.NAME`,
                                     optimizer state as `optimizer.WEIGHT.NAME`
     .metadata                       where each part of each tensor is: a pickle, read with a list of allowed classes
-    meta.pt                         everything else that Lightning saves, and the optimizer's settings with weight
-    names
+    meta.pt                         everything else that Lightning saves, and the optimizer's settings with the names
+                                    of weights
 
 Any number of processes can read its parts, however the tensors were sharded. Lightning's own sharded checkpoints
 differ only in the optimizer state, which torch would unpickle: it isn't read.

@@ -54,7 +54,7 @@ def grid_positions(lengths: tuple[int, ...], images: tuple[ImageSpan, ...]) -> I
 
     Args:
         lengths: Tokens of each document, laid end to end.
-            images: Their spans, in order; each has one embedding for each patch.
+        images: Their spans, in order; each has one embedding for each patch.
     """
     counts = np.array(lengths, np.int64)
     ends = np.cumsum(counts)

@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from fuyu_e2e.data.lightning_internals import steps_between_logs
+from fuyu_e2e.data.lightning_internals import accumulates, steps_between_logs
 
 
 class GarbageCollection(Callback):
@@ -27,7 +27,7 @@ class GarbageCollection(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Collects the young generations after a logged step."""
-        if trainer.global_step % steps_between_logs(trainer) == 0:
+        if not accumulates(trainer) and trainer.global_step % steps_between_logs(trainer) == 0:
             gc.collect(1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

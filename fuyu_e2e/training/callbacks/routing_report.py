@@ -29,7 +29,7 @@ class RoutingReport(Callback):
     For each block, in training and in validation: the fraction of patches, newlines, text and answers that passed it.
     In training also its threshold, the spread of its scores and the tokens that exceeded its capacity. At each
     validation: the fraction of choices that changed since the last one on the same documents, and heat maps of some
-        documents.
+    documents.
 
     Args:
         maps: Number of documents with heat maps.

@@ -221,10 +221,8 @@ class FuyuCLI(LightningCLI):
         """
         settings = self._get(self.config_init, "trainer")
         if settings["logger"] is None:
-            trains = self.subcommand in (
-                None,
-                "fit",
-            )  # what only evaluates has no step, and no point in a run's curves
+            # What only evaluates has no step, and no point in a run's curves.
+            trains = self.subcommand in (None, "fit")
             root = settings["default_root_dir"]
             kwargs["logger"] = Curves(root, name="tensorboard", version="") if trains else False
         named, plugins = (_listed(settings[name]) for name in ("callbacks", "plugins"))

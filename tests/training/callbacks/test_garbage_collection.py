@@ -60,3 +60,22 @@ def test_rings_are_freed_behind_steps_that_are_logged(
         trainer.fit(FuyuModule(config), question_data())
         assert litter.alive == [0, 1, 2, 0, 1, 2, 0]
     assert gc.isenabled()
+
+
+def test_micro_batches_of_a_step_collect_nothing(
+    config: FuyuConfig, question_data: Callable[..., FuyuDataModule]
+) -> None:
+    litter = Litter(fails=False)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=4,
+        accumulate_grad_batches=2,
+        log_every_n_steps=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[GarbageCollection(), litter],
+    )
+    trainer.fit(FuyuModule(config), question_data())
+    assert litter.alive == [0, 1, 2, 3, 0, 1, 2, 3]
