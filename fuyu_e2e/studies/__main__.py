@@ -5,6 +5,7 @@ import sys
 from fuyu_e2e.bench.command import run
 
 STUDIES = {
+    "grid": "fuyu_e2e.studies.grid:grid",
     "isoflop": "fuyu_e2e.studies.isoflop:isoflop",
     "optimizers": "fuyu_e2e.studies.optimizers:optimizers",
     "ocr": "fuyu_e2e.studies.ocr:ocr",

@@ -31,6 +31,7 @@ from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 DEPTH_PICTURES = 200
 """Test pictures over which the tokens' depth is averaged."""
+TOKENIZER = "tokenizer.model"
 SHEET_PICTURES = 48
 """Test pictures on the contact sheet."""
 
@@ -49,7 +50,7 @@ class Workplace:
     @property
     def tokenizer(self) -> Path:
         """The trained tokenizer."""
-        return self.data / "tokenizer.model"
+        return self.data / TOKENIZER
 
     @property
     def exported(self) -> Path:
@@ -76,7 +77,7 @@ def run(options: Namespace) -> None:
     started_at = time.perf_counter()
 
     console.rule("1. Pictures")
-    prepare(place, options.seed, options.pictures, options.test_pictures)
+    write_data(place.data, options.seed, options.pictures, options.test_pictures)
     console.print(f"{options.pictures:,} training pictures in {place.data} ({time.perf_counter() - started_at:.0f} s)")
 
     console.rule("2. Training")
@@ -102,15 +103,15 @@ def run(options: Namespace) -> None:
     report(console, place, results, sheet)
 
 
-def prepare(place: Workplace, seed: int, pictures: int, test_pictures: int) -> None:
-    """Writes the shards of all splits, and a tokenizer trained on the training texts."""
-    place.data.mkdir(parents=True, exist_ok=True)
-    shards = write_shards(place.data, split="train", count=pictures, seed=seed, processes=os.cpu_count() or 1)
-    write_shards(place.data, split="val", count=200, seed=TEST_SEED)
-    write_shards(place.data, split="test", count=test_pictures, seed=TEST_SEED)
-    write_shards(place.data, split="test-new-sizes", count=test_pictures, seed=TEST_SEED)
+def write_data(folder: Path, seed: int, pictures: int, test_pictures: int) -> None:
+    """Writes the shards of all splits, and a tokenizer trained on the training texts, into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = write_shards(folder, split="train", count=pictures, seed=seed, processes=os.cpu_count() or 1)
+    write_shards(folder, split="val", count=200, seed=TEST_SEED)
+    write_shards(folder, split="test", count=test_pictures, seed=TEST_SEED)
+    write_shards(folder, split="test-new-sizes", count=test_pictures, seed=TEST_SEED)
     texts = (text for document in read_documents(shards[0], SampleStats()) for text in document.texts)
-    train_tokenizer(texts, VOCAB_SIZE).save(place.tokenizer)
+    train_tokenizer(texts, VOCAB_SIZE).save(folder / TOKENIZER)
 
 
 def recipe_settings(place: Workplace, recipe: str, seed: int, max_steps: int | None) -> list[str]:

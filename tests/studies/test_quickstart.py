@@ -18,7 +18,7 @@ from fuyu_e2e.cli import main
 from fuyu_e2e.cli.quickstart import quickstart
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import Tokenizer
-from fuyu_e2e.studies.quickstart import Workplace, prepare
+from fuyu_e2e.studies.quickstart import write_data
 from fuyu_e2e.tasks.digits import VOCAB_SIZE, write_shards
 from fuyu_e2e.training.callbacks.signals import STOP_SIGNALS, Stopped
 from fuyu_e2e.training.module import FuyuModule
@@ -68,9 +68,9 @@ def test_pictures_to_train_on_are_made_on_all_cores(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("fuyu_e2e.studies.quickstart.write_shards", write)
     monkeypatch.setattr(os, "cpu_count", lambda: 24)
-    prepare(Workplace(tmp_path), seed=0, pictures=2, test_pictures=2)
+    write_data(tmp_path, seed=0, pictures=2, test_pictures=2)
     assert made["train"] == 24
-    assert Tokenizer.from_file(tmp_path / "data" / "tokenizer.model").vocab_size == VOCAB_SIZE
+    assert Tokenizer.from_file(tmp_path / "tokenizer.model").vocab_size == VOCAB_SIZE
 
 
 def test_the_quickstart_with_routed_blocks_shows_its_depth(

@@ -21,7 +21,7 @@ from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.eval.blind import with_images_of
-from fuyu_e2e.studies.quickstart import Workplace, prepare, recipe_settings
+from fuyu_e2e.studies.quickstart import Workplace, recipe_settings, write_data
 
 STEPS = 1_000
 """Of the quickstart's 2,600. Until about step 500 the model reads no picture at all."""
@@ -37,7 +37,7 @@ MACHINES = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     place = Workplace(tmp_path_factory.mktemp("quickstart"))
-    prepare(place, seed=0, pictures=40_000, test_pictures=1)
+    write_data(place.data, seed=0, pictures=40_000, test_pictures=1)
     return place
 
 
