@@ -20,10 +20,11 @@ from fuyu_e2e.eval.question import Question
 from fuyu_e2e.eval.scores import MetricScores, score
 from fuyu_e2e.eval.task import BATCH_TOKENS, Task, load_task
 from fuyu_e2e.model.decoder import Decoder
-from fuyu_e2e.training.callbacks.random_state import put_back, read
+from fuyu_e2e.training.callbacks.random_state import read_random_state, restore_random_state
 from fuyu_e2e.training.callbacks.throughput import Throughput
 from fuyu_e2e.training.module import FuyuModule
 from fuyu_e2e.training.settings.arguments import did_you_mean
+from fuyu_e2e.training.tensorboard import shown_step
 
 
 class EvaluationInTraining(Callback):
@@ -100,7 +101,7 @@ class EvaluationInTraining(Callback):
                 callback.leave_out()
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: FuyuModule, decoder: Decoder) -> None:
-        random_state, training = read(), decoder.training
+        random_state, training = read_random_state(), decoder.training
         model = TrainedModel(decoder.eval(), pl_module.datamodule.builder, trainer.global_step)
         try:
             for task, questions in self._asked:
@@ -109,11 +110,11 @@ class EvaluationInTraining(Callback):
                 self._log(trainer, evaluation, score(evaluation, intervals=False))
         finally:
             decoder.train(training)
-            put_back(random_state)
+            restore_random_state(random_state)
 
     @staticmethod
     def _log(trainer: pl.Trainer, evaluation: Evaluation, scores: Mapping[str, MetricScores]) -> None:
-        name, step = evaluation.task.name, trainer.global_step
+        name, step = evaluation.task.name, shown_step(trainer)
         logged = figures(scores) | {"unusable": float(evaluation.all_stats["image"].skipped.total())}
         for logger in trainer.loggers:
             logger.log_metrics({f"eval/{name}/{figure}": value for figure, value in logged.items()}, step)

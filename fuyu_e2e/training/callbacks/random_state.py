@@ -28,18 +28,18 @@ class RandomState(Callback):
     def __init__(self) -> None:
         self._before_step: dict[str, Any] | None = None
         """The state before the running step; None between steps."""
-        self._aside: dict[str, Any] | None = None
+        self._to_restore: dict[str, Any] | None = None
         """The state for the next micro-batch, from a checkpoint or from before a validation."""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of all ranks, as tensors and primitives; a collective."""
-        own = _in_primitives(self._before_step or self._aside or read())
+        own = _in_primitives(self._before_step or self._to_restore or read_random_state())
         return {"ranks": all_ranks(own)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes this rank's state, if the checkpoint has one, for its next step."""
         rank = dist.get_rank() if dist.is_initialized() else 0
-        self._aside = dict(enumerate(state_dict["ranks"])).get(rank)
+        self._to_restore = dict(enumerate(state_dict["ranks"])).get(rank)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Marks that no step is running."""
@@ -47,10 +47,10 @@ class RandomState(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Restores the stored state only now, since others draw between the start of a run and here."""
-        if self._aside is not None:
-            put_back(self._aside)
-            self._aside = None
-        self._before_step = self._before_step or read()
+        if self._to_restore is not None:
+            restore_random_state(self._to_restore)
+            self._to_restore = None
+        self._before_step = self._before_step or read_random_state()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Ends the step after its last micro-batch."""
@@ -60,10 +60,10 @@ class RandomState(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stores training's state, unless Lightning does so itself, as around its check before training."""
         if not trainer.sanity_checking:
-            self._aside = self._aside or read()
+            self._to_restore = self._to_restore or read_random_state()
 
 
-def read() -> dict[str, Any]:
+def read_random_state() -> dict[str, Any]:
     """Returns the state of this process's global generators, and of its GPU's if that is in use."""
     return {
         "python": random.getstate(),
@@ -79,8 +79,8 @@ def _in_primitives(state: dict[str, Any]) -> dict[str, Any]:
     return state | {"numpy": state["numpy"] | {"state": state["numpy"]["state"] | {"key": words}}}
 
 
-def put_back(state: dict[str, Any]) -> None:
-    """Sets the generators to a state from `read`; a GPU's only if it was in use then and is now."""
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Sets the generators to a state from `read_random_state`; a GPU's only if it was in use then and is now."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

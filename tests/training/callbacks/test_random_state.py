@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 
 from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.model.config import FuyuConfig
-from fuyu_e2e.training.callbacks.random_state import RandomState, put_back
+from fuyu_e2e.training.callbacks.random_state import RandomState, restore_random_state
 from fuyu_e2e.training.module import FuyuModule
 
 
@@ -108,6 +108,6 @@ def test_a_state_comes_back_from_a_checkpoint_as_it_was() -> None:
     torch.save(RandomState().state_dict()["ranks"][0], file)
     for _ in range(2):
         file.seek(0)
-        put_back(torch.load(file, weights_only=True))  # noqa: TID251
+        restore_random_state(torch.load(file, weights_only=True))  # noqa: TID251
         drawn.append((random.gauss(), random.random(), np.random.randn(), np.random.rand(), *torch.rand(2).tolist()))
     assert drawn[0] == drawn[1]
