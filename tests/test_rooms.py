@@ -48,7 +48,7 @@ def test_a_room_imports_only_from_rooms_below_it(path: Path) -> None:
     for other, at_the_top in imports(path):
         assert at_the_top or room == "cli", f"{path.name} imports {other} inside a function"
         if other != room:
-            assert floor(other) > floor(room), f"{room} imports {other}, which stands no lower"
+            assert floor(other) > floor(room), f"{room} imports {other}, which is no lower"
 
 
 def test_the_model_knows_nothing_of_files_lightning_or_tokenizers() -> None:

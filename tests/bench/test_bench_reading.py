@@ -55,7 +55,7 @@ def test_resolution_scores_each_contender_once_at_each_size(tmp_path: Path, monk
 def test_the_reading_recipe_and_its_score_by_the_height_of_letters(
     tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a folder of its own, as docs/ocr.md has it; two fonts stand for those trained on and held out."""
+    """In a folder of its own, as docs/ocr.md has it; two fonts represent those trained on and held out."""
     (fonts := tmp_path / "fonts").mkdir()
     drawn = Path(find_spec("matplotlib").submodule_search_locations[0]) / "mpl-data/fonts/ttf"  # type: ignore
     shutil.copy(drawn / "DejaVuSans.ttf", fonts / "DejaVuSans.ttf")

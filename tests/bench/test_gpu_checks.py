@@ -103,8 +103,8 @@ GOOD = [
 def test_graphs_hold_where_blocks_stay_compiled(script: Callable[[str], ModuleType]) -> None:
     judge = script("graphs").judge
     assert [check["holds"] for check in judge(GOOD, 6)] == [True] * 4
-    anew = [*GOOD[:4], phase("training", 6, 6), *GOOD[5:]]
-    assert [check["holds"] for check in judge(anew, 6)] == [True, False, True, True]
+    again = [*GOOD[:4], phase("training", 6, 6), *GOOD[5:]]
+    assert [check["holds"] for check in judge(again, 6)] == [True, False, True, True]
     eager = [*GOOD[:5], phase("validation", 0, 0), GOOD[6]]
     assert [check["holds"] for check in judge(eager, 6)] == [True, True, True, False]
     training_eager = [phase("training", 0, 0), *GOOD]

@@ -1,6 +1,6 @@
 """What a user can mend ends with one sentence and exit code 2, whichever command it is, and nothing is written.
 
-What `fit` refuses of a recipe's settings stands in `tests/training/test_starts.py`, and typos in `test_typos.py`.
+What `fit` refuses of a recipe's settings is in `tests/training/test_starts.py`, and typos in `test_typos.py`.
 """
 
 import builtins
@@ -280,7 +280,7 @@ def sentence_of(code: int, out: str, err: str, folder: Path, before: dict[str, t
     assert code == 2, out + err
     assert "Traceback" not in out + err
     [sentence] = [line for line in err.splitlines() if line.startswith("fuyu-e2e: ")]
-    assert err.rstrip().endswith(sentence), "nothing behind it"
+    assert err.rstrip().endswith(sentence), "nothing after it"
     assert everything(folder) == before
     return sentence.removeprefix("fuyu-e2e: ")
 

@@ -26,7 +26,7 @@ def sequence(length: int, rows: int = 0, cols: int = 0, key: str = "key") -> Tok
     span = ImageSpan.of_grid(0, rows, cols)
     tokens[span.patch_positions] = PATCH
     loss = np.zeros(length, bool)
-    loss[image:] = True  # a first token too, which nothing stands before
+    loss[image:] = True  # a first token too, which nothing comes before
     patches = np.zeros((rows * cols, 48), np.uint8)
     return TokenSequence(key=key, tokens=tokens, loss=loss, patches=patches, images=(span,) if rows else ())
 

@@ -1,4 +1,4 @@
-"""The layout of sequences: what stands where, and what carries loss."""
+"""The layout of sequences: what comes where, and what carries loss."""
 
 import io
 from collections.abc import Callable

@@ -48,7 +48,7 @@ def test_training_gives_the_size_asked_for_and_learns_words() -> None:
         assert trained.vocab_size == size
     pieces = [trained.piece(token) for token in trained.encode("The quick brown fox")]
     assert len(pieces) <= 6
-    assert [trained.piece(token) for token in trained.encode("12345")] == list("12345"), "digits stand alone"
+    assert [trained.piece(token) for token in trained.encode("12345")] == list("12345"), "each digit is a token"
 
 
 @pytest.mark.parametrize("line", ["quagga " * 90_000, "quaggaquagga" * 1_000 + " quagga" * 40_000])

@@ -1,4 +1,4 @@
-"""The commands of docs/own-pictures.md, as they stand there, make a captioner of a folder of pictures."""
+"""The commands of docs/own-pictures.md, as they are printed there, make a captioner of a folder of pictures."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""The code of docs/python.md runs as it stands, and what it says of callbacks is true."""
+"""The code of docs/python.md runs as it is printed, and what it says of callbacks is true."""
 
 import os
 import re

@@ -31,11 +31,11 @@ def test_only_images_change(segments: list, others: list, data: bytes) -> None:
     assert list(left_out.segments) == texts(document)
     assert left_out.key == exchanged.key == document.key
     images = 0
-    for before, behind in zip(document.segments, exchanged.segments, strict=True):
+    for before, after in zip(document.segments, exchanged.segments, strict=True):
         if isinstance(before, Text):
-            assert behind == before
+            assert after == before
         else:
-            assert behind == theirs[images % len(theirs)]
+            assert after == theirs[images % len(theirs)]
             images += 1
 
 

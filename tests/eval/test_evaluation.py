@@ -151,7 +151,7 @@ def test_one_picture_can_not_be_exchanged(model: TrainedModel, make_question: Ma
 def test_chunks_of_questions_are_exchanged_among_themselves(
     model: TrainedModel, make_question: MakeQuestion, looking: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chunk waits until it and what is left behind it are about two pictures each."""
+    """A chunk waits until it and what is left after it are about two pictures each."""
     monkeypatch.setattr(evaluation_module, "CHUNK", 4)
     images = [1] * 6 + [2] * 5 + [3, 3]
     evaluation = evaluate(model, GENERATE, [make_question(n, image=f"image{i}") for n, i in enumerate(images)])

@@ -297,7 +297,7 @@ def test_a_name_that_no_file_can_have_is_missing(odd: str, tmp_path: Path) -> No
 
 
 def change(benchmark: Benchmark, role: str, path: tuple[str | int, ...], value: Any) -> None:
-    """Sets or, for None, takes away what stands at a path."""
+    """Sets or, for None, takes away what is at a path."""
     place = benchmark.files[role]
     for step in path[:-1]:
         place = place[step]

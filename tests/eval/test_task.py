@@ -1,4 +1,4 @@
-"""A task file is data: what it says is used as it stands, and what it should not say is an error that names it."""
+"""A task file is data: what it says is used as it is, and what it should not say is an error that names it."""
 
 from collections.abc import Callable
 from pathlib import Path

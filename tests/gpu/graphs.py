@@ -1,6 +1,6 @@
 """How many graphs a compiled run makes, and whether its blocks still run compiled after validation and generation.
 
-The real trainer, with `model.compile`: steps, a validation with generated samples behind it, and so on. A block that
+The real trainer, with `model.compile`: steps, a validation with generated samples after it, and so on. A block that
 met more shapes than torch compiles a function for runs uncompiled from then on, which nothing but time tells. On a CPU
 graphs are counted and not compiled.
 """
@@ -45,7 +45,7 @@ class Graphs:
 
 
 class Phases(Callback):
-    """What was made and called in each batch of training and of validation, and in the samples behind it."""
+    """What was made and called in each batch of training and of validation, and in the samples after it."""
 
     def __init__(self, graphs: Graphs) -> None:
         self.graphs = graphs
@@ -68,7 +68,7 @@ class Phases(Callback):
         self._end("validation")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end("generation")  # this callback is behind the one that generates
+        self._end("generation")  # this callback is after the one that generates
 
 
 def judge(phases: list[dict[str, Any]], blocks: int) -> list[dict[str, Any]]:

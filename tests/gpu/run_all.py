@@ -78,7 +78,7 @@ FULL = (
     bench("scale", 80, "--parts", "widths", called="scale-widths"),
     bench("scale", 60, "--parts", "processes", "--processes", "1", called="scale-processes"),
 )
-"""What is right, then what waits and what is compiled anew, then how fast it is: four calls of ten minutes."""
+"""What is right, then what waits and what is recompiled, then how fast it is: four calls of ten minutes."""
 REDUCED = (
     Step("tests", TESTS, 150),
     script("steps", 150),
@@ -98,7 +98,7 @@ REDUCED = (
 def run(step: Step, folder: Path, environment: dict[str, str], seconds: float) -> dict[str, Any]:
     """Runs a step for so many seconds at most; its failure is a part of the result.
 
-    `cut_off` stands in it where the step would have had more time by itself.
+    It has `cut_off` where the step would have had more time by itself.
     """
     out = folder / f"{step.name}.json"
     command = [sys.executable, *(argument.replace("{out}", str(out)) for argument in step.arguments)]
@@ -167,7 +167,7 @@ def versions() -> dict[str, str]:
 
 
 def go_on(out: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """The report that stands in a file, or a new one; one that was made elsewhere goes to another name."""
+    """The report in a file, or a new one; one that was made elsewhere goes to another name."""
     new = about | {"seconds": 0.0, "steps": {}}
     if not out.exists():
         return new

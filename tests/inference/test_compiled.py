@@ -88,7 +88,7 @@ def test_a_routed_decoder_is_not_compiled(routed_decoder: Callable[..., Decoder]
 
 
 def test_under_autocast_the_cache_of_the_last_call_is_taken_again(decoder: Decoder) -> None:
-    """Else a CUDA graph would be recorded anew in each call."""
+    """Else a CUDA graph would be recorded again in each call."""
     with torch.autocast("cpu", torch.bfloat16):
         assert compiled_cache(decoder, 2, 100) is compiled_cache(decoder, 2, 100)
     assert compiled_cache(decoder, 2, 100).dense[0].keys.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Depth is told for every token of a prompt and its continuation, and drawn where the patches stand."""
+"""Depth is told for every token of a prompt and its continuation, and drawn where the patches are."""
 
 from collections.abc import Callable
 

@@ -36,7 +36,7 @@ RandomDocument = Callable[[int], Document]
 
 
 def uncached(decoder: Decoder, prompt: TokenSequence, steps: int, eos_id: int) -> list[int]:
-    """The definition: the whole sequence anew for every token."""
+    """The definition: the whole sequence again for every token."""
     row = pack_row([prompt])
     written: list[int] = []
     while len(written) < steps:
@@ -267,7 +267,7 @@ def test_cached_decoding_chooses_the_tokens_of_the_training_forward(
     skipped: str,
     dtype: torch.dtype,
 ) -> None:
-    """Each document read token by token behind its image, against all at once in a row with a fixed capacity."""
+    """Each document read token by token after its image, against all at once in a row with a fixed capacity."""
     decoder = routed_decoder(share=0.3, skipped=skipped, slack=3.0, explore=0.0).to(dtype)
     same = total = 0
     for seed in range(25):

@@ -77,7 +77,7 @@ def test_cached_greedy_generation_is_the_uncached_forward(
 def test_a_prompt_may_end_with_an_image(
     decoder: Decoder, builder: SequenceBuilder, make_png: Callable[..., bytes], connector: LinearConfig
 ) -> None:
-    """The next token stands behind its longer side, whatever its last token is."""
+    """The next token comes after its longer side, whatever its last token is."""
     reader = Decoder(replace(decoder.config, rotary="2d", connector=connector))
     reader.load_state_dict(decoder.state_dict())
     ours = replace(builder, layout=connector)

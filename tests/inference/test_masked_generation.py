@@ -80,7 +80,7 @@ def test_cached_greedy_generation_is_the_uncached_forward(
 def test_every_step_gives_the_logits_of_the_whole(
     masks: tuple[AttentionMask, ...], decoder: Decoder, builder: SequenceBuilder, random_document: RandomDocument
 ) -> None:
-    """Of a long text behind images, which the greedy choice of one token may hide."""
+    """Of a long text after images, which the greedy choice of one token may hide."""
     reader = masked(decoder, masks)
     sequence = builder.build(
         Document("key", (*random_document(4).segments, Text("What is it? 4072 19 8 3", loss=True)))

@@ -45,7 +45,7 @@ def gradients(decoder: Decoder) -> tuple[float, torch.Tensor]:
 
 
 def test_a_step_is_nearly_that_in_float32(decoder: Decoder) -> None:
-    """e4m3 has 3 bits behind the first: a value is rounded by up to 6 %, a sum of many by much less."""
+    """e4m3 has 3 bits after the first: a value is rounded by up to 6 %, a sum of many by much less."""
     rounded = copy.deepcopy(decoder)
     use_float8(rounded, CPU, emulated=True)
     loss, gradient = gradients(decoder)

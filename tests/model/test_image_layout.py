@@ -27,7 +27,7 @@ MakePng = Callable[..., bytes]
 
 
 class Thumbnail(ImageLayout):
-    """The whole image on one patch, then its left half at full size; newlines behind the latter's rows alone."""
+    """The whole image on one patch, then its left half at full size; newlines after the latter's rows alone."""
 
     def views(self, width: int, height: int, policy: ImagePolicy) -> tuple[View, ...]:
         size = fit_policy(width, height, policy)
@@ -39,7 +39,7 @@ class Thumbnail(ImageLayout):
 
 
 class Resampled(ImageLayout):
-    """Two embeddings for each image, however many patches it has, and a newline behind them."""
+    """Two embeddings for each image, however many patches it has, and a newline after them."""
 
     def tokens(self, grids: tuple[Grid, ...]) -> np.ndarray:
         return np.array([False, False, True])

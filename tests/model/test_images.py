@@ -1,4 +1,4 @@
-"""Connectors and the options behind them, against their definitions in float64."""
+"""Connectors and the options after them, against their definitions in float64."""
 
 import math
 from collections.abc import Callable, Sequence

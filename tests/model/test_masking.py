@@ -1,4 +1,4 @@
-"""Patch masking: which patches a learnt embedding stands in for, and that it does so in training alone."""
+"""Patch masking: which patches a learnt embedding replaces, and that it does so in training alone."""
 
 from collections.abc import Callable
 from dataclasses import replace

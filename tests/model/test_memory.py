@@ -90,7 +90,7 @@ def test_a_routed_block_counts_whole_while_its_share_is_annealed() -> None:
 
 
 def train(config: FuyuConfig, tokens: int) -> None:
-    """Some steps as Lightning makes them: gradients of the last are dropped behind the forward pass."""
+    """Some steps as Lightning makes them: gradients of the last one are dropped after the forward pass."""
     decoder, batch = Decoder(config), row(config, tokens)
     optimizer = torch.optim.AdamW(decoder.parameters())
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""What the backward pass computes anew, counted: kernels for GPUs are replaced by ones that any machine has."""
+"""What the backward pass recomputes, counted: kernels for GPUs are replaced by ones that any machine has."""
 
 import json
 import subprocess

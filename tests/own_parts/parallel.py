@@ -1,4 +1,4 @@
-"""A block of a user's own: attention and a feed-forward layer side by side, behind one norm, as in PaLM (Chowdhery et
+"""A block of a user's own: attention and a feed-forward layer side by side, after one norm, as in PaLM (Chowdhery et
 al. 2022, arXiv 2204.02311, section 2)."""
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The digits task: what stands in a picture is what its truth says, and nothing leaks between splits."""
+"""The digits task: a picture shows what its truth says, and nothing leaks between splits."""
 
 import hashlib
 import json
@@ -55,9 +55,9 @@ def test_digits_stand_inside_apart_and_in_reading_order(seed: int, digits: int, 
         assert 0 <= box.left <= box.left + box.width <= width
         assert 0 <= box.top <= box.top + box.height <= height
         assert box.height >= 12
-    for before, behind in pairwise(boxes):
-        beside = before.left + before.width <= behind.left
-        below = before.top + before.height <= behind.top
+    for before, after in pairwise(boxes):
+        beside = before.left + before.width <= after.left
+        below = before.top + before.height <= after.top
         assert beside or below, "a digit overlaps the one read before it"
 
 

@@ -1,4 +1,4 @@
-"""The reading task: a word stands whole in its picture, as high as its bin says, and nothing leaks between splits."""
+"""The reading task: a word lies whole in its picture, as high as its bin says, and nothing leaks between splits."""
 
 import hashlib
 from importlib.util import find_spec

@@ -38,5 +38,5 @@ def guarded_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tupl
 
 @pytest.fixture
 def read_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has a run read its steps as on a GPU: each when the next one is queued behind it, unless it is to be shown."""
+    """Has a run read its steps as on a GPU: each when the next one is queued after it, unless it is to be shown."""
     monkeypatch.setattr(fuyu_e2e.training.module, "queues", lambda device: True)

@@ -50,7 +50,7 @@ ROW_SECONDS = 0.03
 """What a row takes at least, so that signals come in at many places of a step."""
 DEADLINE = 300.0
 WAITING_ROWS = 6
-"""Rows behind the one that a signal is to come in, after which a rank waits for the signal to be sent."""
+"""Rows after the one that a signal is to come in, after which a rank waits for the signal to be sent."""
 
 
 def tensors(trainer: pl.Trainer, module: Any) -> str:

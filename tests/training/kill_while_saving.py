@@ -118,7 +118,7 @@ def random_kills(name: str, kills: int, rng: random.Random) -> dict[str, int]:
     results: dict[str, int] = {}
     folder = Path(tempfile.mkdtemp(dir=Path.cwd()))
     for number in range(kills):
-        if judge(read, folder) != "whole":  # at the beginning, and anew after a loss
+        if judge(read, folder) != "whole":  # at the beginning, and again after a loss
             shutil.rmtree(folder)
             folder.mkdir()
             for child in run(write, folder, range(1, 2), processes):

@@ -35,7 +35,7 @@ from fuyu_e2e.training.optimizers import OptimizerConfig
 
 STEPS, ROWS_PER_STEP, DOCUMENTS = 8, 6, 48
 SAVED_BEHIND = {"boundary": 18, "mid-accumulation": 28, "epoch-edge": 36}
-"""Rows of all processes behind which a checkpoint is saved."""
+"""Rows of all processes after which a checkpoint is saved."""
 CONFIG = FuyuConfig(
     vocab_size=300,
     patch_size=4,

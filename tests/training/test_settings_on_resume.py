@@ -109,7 +109,7 @@ def test_rates_and_schedule_are_those_given_from_the_first_step_on(
 def test_a_run_goes_on_as_if_its_settings_had_been_changed_in_its_midst(
     fit: Callable[..., Groups], config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path
 ) -> None:
-    """What is kept of each weight is taken over: the weights are those of one run whose groups were set anew."""
+    """What is kept of each weight is taken over: the weights are those of one run whose groups were set again."""
     flat, after = (
         Schedule(warmup=0.0, shape="wsd", decay=0.0),
         replace(BEFORE, lr=1e-3, betas=(0.5, 0.6), muon_lr=2e-3),

@@ -591,7 +591,7 @@ def test_each_process_ends_where_the_first_cannot_write_the_recipe(monkeypatch: 
 def test_a_run_that_goes_on_from_its_end_shows_each_step_once(
     command: Callable[..., tuple[int, str]], folder: Path
 ) -> None:
-    """Lightning alone leaves one out behind a checkpoint that was saved after the last batch."""
+    """Lightning alone leaves one out after a checkpoint that was saved after the last batch."""
     one = ("--trainer.accumulate_grad_batches", "1", "--trainer.val_check_interval", "3", "--data.val", "null")
     fit = (*FIT[:3], "--trainer.default_root_dir", "ended", *one, *LAST)
     for steps in ("3", "4", "6"):

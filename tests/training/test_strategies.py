@@ -113,7 +113,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["fsdp2", "tp"])
 def test_a_run_in_parts_is_the_run_of_one_process(folder: Path, name: str) -> None:
-    """One rank of two has text alone, blocks are routed, gradients clipped, and activations computed anew.
+    """One rank of two has text alone, blocks are routed, gradients clipped, and activations recomputed.
 
     Ranks have unequal numbers of validation rows, and go through as many all the same.
     """

@@ -75,7 +75,7 @@ def settings(folder: Path, name: str, run: Path) -> list[str]:
 
 
 def written(checkpoint: Path) -> list[int]:
-    """Tokens that a checkpoint writes behind a prompt with a picture."""
+    """Tokens that a checkpoint writes after a prompt with a picture."""
     model = load_model(checkpoint, torch.device("cpu"))
     picture = Pillow.fromarray(np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3))
     prompt = Processor(model.builder)(picture, QUESTION)

@@ -210,7 +210,7 @@ def _(original: Original, rng: random.Random) -> bytes:
     return original.data[:at] + put + original.data[at + one(rng, 0, rng.randint(1, 600)) :]
 
 
-@family("archives in, behind and around archives")
+@family("archives in, after and around archives")
 def _(original: Original, rng: random.Random) -> bytes:
     data = original.data
     return one(

@@ -116,7 +116,7 @@ def test_stopped_twenty_times_the_batches_are_those_of_one_uninterrupted_run(
             seen += [digest(next(rows)) for _ in range(ROWS_PER_STEP)]
             processes.steps += 1
         state = processes.state_dict(monkeypatch)
-        # Killed within the step behind: its rows were read, and are read again.
+        # Killed within the next step: its rows were read, and are read again.
         for _ in range(int(rng.integers(0, ROWS_PER_STEP))):
             next(rows)
     assert len(used) == 6

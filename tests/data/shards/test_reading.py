@@ -85,8 +85,8 @@ def test_bad_members_cost_their_sample_and_are_counted(
     tmp_path: Path, members: list[tuple[str, bytes]], reason: str
 ) -> None:
     stats = SampleStats()
-    shard = write(tmp_path / "s.tar", tar_bytes([("0.txt", b"before"), *members, ("9.txt", b"behind")]))
-    assert [document.answer for document in read_documents(shard, stats)] == ["before", "behind"]
+    shard = write(tmp_path / "s.tar", tar_bytes([("0.txt", b"before"), *members, ("9.txt", b"after")]))
+    assert [document.answer for document in read_documents(shard, stats)] == ["before", "after"]
     assert stats.skipped == {reason: 1}
     assert stats.read == 3
 

@@ -894,7 +894,7 @@ def test_what_is_wrong_in_other_tables_is_counted(tmp_path: Path, images: dict[s
     )  # fmt: skip
     report = write_shards(path, tmp_path / "csv", settings=ALL_TRAIN)
     assert report.total.skipped == {"row-columns": 2, "row-not-csv": 3, "text-not-utf8": 1}
-    assert report.total.written == 3, "and the row behind the quote that nobody closes"
+    assert report.total.written == 3, "and the row after the quote that nobody closes"
     assert_adds_up(report, tmp_path / "csv")
 
     path = tmp_path / "t.json"
@@ -1203,7 +1203,7 @@ def test_a_killed_run_leaves_no_process_and_is_gone_on_with(tmp_path: Path, imag
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert len(started) >= 2
-    deadline = time.monotonic() + 60  # anew: beside other work, the processes may have taken that long to begin
+    deadline = time.monotonic() + 60  # a new one: beside other work, the processes may have taken that long to begin
     while any(alive(pid) for pid in started) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not any(alive(pid) for pid in started)

@@ -59,7 +59,7 @@ def make(decoder: Decoder) -> Callable[..., Decoder]:
 
 @pytest.fixture
 def row(builder: SequenceBuilder, random_document: Callable[[int], Document]) -> PackedBatch:
-    """Documents of all kinds, which images of several sizes stand in."""
+    """Documents of all kinds, with images of several sizes."""
     return pack_row([builder.build(random_document(seed)) for seed in (4, 0, 6, 3)])
 
 

@@ -35,7 +35,7 @@ class Told(FuyuModule):
 
 
 class Watch(Callback):
-    """Which steps were validated; may send this process a signal in a validation, or fail behind a step."""
+    """Which steps were validated; may send this process a signal in a validation, or fail after a step."""
 
     def __init__(self, signal_at: int | None = None, fail_at: int | None = None) -> None:
         self.validated: list[int] = []
@@ -55,7 +55,7 @@ class Watch(Callback):
 
 @pytest.fixture
 def fit(config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path) -> Callable[..., FuyuModule]:
-    """Trains six steps of two rows in a directory, with a validation behind every second one."""
+    """Trains six steps of two rows in a directory, with a validation after every second one."""
 
     def fit(name: str, *extra: Callback, resume: Path | None = None, val: bool = True, **kept: Any) -> FuyuModule:
         torch.manual_seed(3)

@@ -44,7 +44,7 @@ def task(tmp_path: Path, write_shard: Callable[..., None], make_png: Callable[..
 
 @pytest.fixture
 def fit(config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path) -> Callable[..., Any]:
-    """Trains four steps of two micro-batches; gives the weights, and what was drawn at random behind them."""
+    """Trains four steps of two micro-batches; gives the weights, and what was drawn at random after them."""
 
     def fit(
         *callbacks: pl.Callback, routed: bool = False, val: str | None = None, **settings: Any

@@ -27,7 +27,7 @@ from fuyu_e2e.training.module import FuyuModule
 
 
 class Look(Callback):
-    """Reads the bar behind each step, and what the step was."""
+    """Reads the bar after each step, and what the step was."""
 
     def __init__(self, bar: Progress) -> None:
         self.bar = bar
@@ -69,7 +69,7 @@ def test_the_bar_shows_each_step_and_curves_those_that_are_logged(
         assert [event.step for event in logged] == [2, 5]
         assert [event.value for event in logged] == pytest.approx([told[event.step] for event in logged])
     assert [event.value for event in events.Scalars("bad_steps/skipped")] == [0, 0]
-    assert len(set(look.monitored)) == 7  # of each step anew, for those who monitor it
+    assert len(set(look.monitored)) == 7  # a new one for each step, for those who monitor it
     for shown, loss, tokens in zip(look.shown[1:], look.monitored, look.tokens, strict=False):
         assert shown["train/loss"] == f"{loss:.3f}"
         assert shown["tokens"] == str(tokens)

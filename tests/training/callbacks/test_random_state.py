@@ -49,14 +49,14 @@ class Draw(Callback):
     def on_validation_start(self, *_: Any) -> None:
         draw()
 
-    def save(self, trainer: pl.Trainer, behind: str) -> None:
+    def save(self, trainer: pl.Trainer, after: str) -> None:
         if self.folder:
-            trainer.save_checkpoint(self.folder / f"{behind}-{len(self.drawn)}.ckpt")
+            trainer.save_checkpoint(self.folder / f"{after}-{len(self.drawn)}.ckpt")
 
 
 @pytest.fixture
 def fit(config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_path: Path) -> Callable[..., Any]:
-    """Trains four steps of two micro-batches, with a validation behind every third of these; gives what was drawn."""
+    """Trains four steps of two micro-batches, with a validation after every third of these; gives what was drawn."""
 
     def fit(draw: Draw, *, resume: str | None = None, workers: int = 0, validate: bool = True) -> Any:
         np.random.seed(3)
@@ -83,7 +83,7 @@ def fit(config: FuyuConfig, question_data: Callable[..., FuyuDataModule], tmp_pa
 
 
 def test_a_resumed_run_draws_what_the_uninterrupted_one_drew(fit: Callable[..., Any], tmp_path: Path) -> None:
-    """From every checkpoint: of a step's end, of one micro-batch in two, of a validation within and behind a step."""
+    """From every checkpoint: of a step's end, of one micro-batch in two, of a validation within and after a step."""
     whole = fit(Draw(tmp_path))
     assert len(set(whole)) == 8
     saved = sorted(path.stem for path in tmp_path.glob("*.ckpt"))

@@ -98,7 +98,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
     stopped_at: int,
     validated: int,
 ) -> None:
-    """It stops behind the running step without validating, within a validation without its other rows."""
+    """It stops after the running step without validating, within a validation without its other rows."""
     whole = fit("whole")
     assert [signal.getsignal(each) for each in SIGNALS] == handlers
     send = Send(number, row, during)

@@ -16,7 +16,7 @@ from fuyu_e2e.training.module import FuyuModule
 
 
 class Clock(Callback):
-    """Time passes as it is told: while a row is waited for, in what a rank does by itself, and behind that."""
+    """Time passes as it is told: while a row is waited for, in what a rank does by itself, and after that."""
 
     now = 0.0
 

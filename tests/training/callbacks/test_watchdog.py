@@ -1,4 +1,4 @@
-"""A run that stands still ends by itself, and each rank's log says where it stood."""
+"""A run that makes no progress ends by itself, and each rank's log says where it was."""
 
 import threading
 import time
