@@ -3,9 +3,7 @@
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,8 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image as Pillow
 
-from fuyu_e2e.data.progress_bar import ProgressBar
-from fuyu_e2e.data.shards.parallel import deaf_to_interrupts
+from fuyu_e2e.data.progress_bar import Advance, ProgressBar
+from fuyu_e2e.data.shards.parallel import run_jobs
 from fuyu_e2e.data.shards.tar_writer import write_samples
 
 Samples = Callable[[range], Iterable[dict[str, Any]]]
@@ -27,7 +25,7 @@ def write_picture_shards(
     """Writes `count` pictures as webdataset shards.
 
     Args:
-        directory: The folder of `{name}-00000.tar` and so on.
+        directory: The folder of `{name}-00000.tar` and so on, created if needed.
         name: Prefix of the shards.
         samples: Draws the samples.
         count: Total number of pictures.
@@ -37,28 +35,27 @@ def write_picture_shards(
     Returns:
         The shards, in order.
     """
+    directory.mkdir(parents=True, exist_ok=True)
     numbers = [range(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
     paths = [directory / f"{name}-{number:05}.tar" for number in range(len(numbers))]
-    write = partial(_write_shard, samples)
     with ProgressBar(f"Drawing {name}", count, "pictures") as progress:
-        if processes == 1 or len(paths) == 1:
-            for path, own in zip(paths, numbers, strict=True):
-                write(path, own)
-                progress.advance(float(len(own)))
-        else:
-            # Not forked: a copy of a process that runs torch's threads can hang. Tasks that draw don't import torch,
-            # so that a new process starts in a fraction of a second.
-            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-                with deaf_to_interrupts():
-                    written = pool.map(write, paths, numbers)
-                for own, _ in zip(numbers, written, strict=True):
-                    progress.advance(float(len(own)))
+        # Tasks that draw don't import torch, so that a new process starts in a fraction of a second.
+        for _ in run_jobs(partial(_write_shard, samples), list(zip(paths, numbers, strict=True)), processes, progress):
+            pass
     return paths
 
 
-def _write_shard(samples: Samples, path: Path, numbers: range) -> None:
-    with path.open("wb") as file:
-        write_samples(file, ((sample.pop("__key__"), sample) for sample in samples(numbers)))
+def _write_shard(samples: Samples, job: tuple[Path, range], advance: Advance) -> None:
+    """Writes a shard under a temporary name, then renames it: a shard is whole or absent."""
+    path, numbers = job
+    temporary = path.with_suffix(".tar.writing")
+    try:
+        with temporary.open("wb") as file:
+            write_samples(file, ((sample.pop("__key__"), sample) for sample in samples(numbers)))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    advance(float(len(numbers)))
 
 
 def jpeg(pixels: UInt8[ndarray, "H W 3"]) -> bytes:
