@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from PIL import Image as Pillow
 from fuyu_e2e.data.progress_bar import Advance, ProgressBar
 from fuyu_e2e.data.shards.parallel import run_jobs
 from fuyu_e2e.data.shards.tar_writer import write_samples
+from fuyu_e2e.errors import UserError
 
 Samples = Callable[[range], Iterable[dict[str, Any]]]
-"""Returns the samples of a shard, in webdataset's form, for the numbers of its pictures; must be picklable."""
+"""Returns the samples of a shard, in webdataset's form, for the numbers of its pictures: each a dict of its
+`__key__`, unique and without dots and slashes, and of bytes by extension, such as `jpg` and `json`."""
 
 
 def write_picture_shards(
@@ -27,14 +30,26 @@ def write_picture_shards(
     Args:
         directory: The folder of `{name}-00000.tar` and so on, created if needed.
         name: Prefix of the shards.
-        samples: Draws the samples.
+        samples: Draws the samples. More than one process needs it picklable: a function of a module, or
+            `functools.partial` of one, but no lambda and no function within a function.
         count: Total number of pictures.
         processes: Shards written at once; their bytes don't depend on it.
         shard_size: Pictures of a shard.
 
     Returns:
         The shards, in order.
+
+    Raises:
+        UserError: A sample could not be read back from its shard, or `samples` can't be pickled.
     """
+    if processes > 1:
+        try:
+            pickle.dumps(samples)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"{processes} processes can't draw {name} by {samples!r} ({error}): make it functools.partial of a "
+                "function at the top of a module, or draw with 1 process."
+            ) from error
     directory.mkdir(parents=True, exist_ok=True)
     numbers = [range(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
     paths = [directory / f"{name}-{number:05}.tar" for number in range(len(numbers))]
@@ -51,11 +66,39 @@ def _write_shard(samples: Samples, job: tuple[Path, range], advance: Advance) ->
     temporary = path.with_suffix(".tar.writing")
     try:
         with temporary.open("wb") as file:
-            write_samples(file, ((sample.pop("__key__"), sample) for sample in samples(numbers)))
+            write_samples(file, _checked(samples(numbers), path.stem))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     advance(float(len(numbers)))
+
+
+def _checked(samples: Iterable[dict[str, Any]], shard: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yields the key and the members of each sample.
+
+    Raises:
+        UserError: A sample could not be read back.
+    """
+    seen: set[str] = set()
+    for sample in samples:
+        key = sample.pop("__key__", None)
+        if not isinstance(key, str) or not key or "." in key or "/" in key:
+            raise UserError(
+                f"{shard}: a sample's __key__ is {key!r}, but must be text without dots and slashes: name it by the "
+                "split and the number of the picture."
+            )
+        if key in seen:
+            raise UserError(
+                f"{shard}: two samples have the __key__ {key!r}: name each by the split and the number of the picture."
+            )
+        seen.add(key)
+        for extension, content in sample.items():
+            if not isinstance(content, bytes):
+                raise UserError(
+                    f"{shard}: {extension} of sample {key} is of type {type(content).__name__}, but must be bytes: "
+                    "jpeg() encodes a picture, conversation() writes the json, and str.encode() a text."
+                )
+        yield key, sample
 
 
 def jpeg(pixels: UInt8[ndarray, "H W 3"]) -> bytes:
@@ -72,8 +115,17 @@ def conversation(key: str, image: str, turns: Sequence[tuple[str, str]], **descr
         key: Name of the sample.
         image: Name of the image.
         turns: Pairs of a question and its answer, with `<image>` at the place of the image.
-        described: Further entries of the JSON.
+        described: Further entries of the JSON, such as `groups={"color": "red"}` and `choices=["yes", "no"]`.
+
+    Raises:
+        UserError: `turns` are no pairs of texts.
     """
-    speakers = ("human", "gpt")
-    said = [{"from": name, "value": text} for turn in turns for name, text in zip(speakers, turn, strict=True)]
+    said = []
+    for turn in turns:
+        if isinstance(turn, str) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise UserError(
+                f"{key}: a turn is {turn!r}, but must be a question and its answer, both text: "
+                '[("<image>\\nHow many?", "3")].'
+            )
+        said += [{"from": name, "value": text} for name, text in zip(("human", "gpt"), turn, strict=True)]
     return json.dumps({"id": key, "image": image, **described, "conversations": said}).encode()
