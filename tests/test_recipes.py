@@ -57,6 +57,15 @@ def test_the_readme_names_every_recipe(repository: Path) -> None:
     assert [recipe.name for recipe in RECIPES if f"recipes/{recipe.name}" not in readme] == []
 
 
+def test_a_task_of_drawn_pictures_names_the_module_that_draws_them(repository: Path) -> None:
+    heads = [task.read_text().partition("\nformat:")[0] for task in shipped("recipes/tasks").glob("*.yaml")]
+    drawing = {path.name for path in (repository / "fuyu_e2e/tasks").glob("*.py")} - {
+        "__init__.py",
+        "picture_shards.py",
+    }
+    assert {name for name in drawing if not any(f"fuyu_e2e/tasks/{name}" in head for head in heads)} == set()
+
+
 def test_shards_write_advises_a_tokenizer_of_the_size_that_its_recipe_has() -> None:
     recipe = yaml.safe_load((shipped("recipes") / "own-pictures.yaml").read_text())
     assert recipe["model"]["decoder"]["vocab_size"] == VOCAB_SIZE
