@@ -89,7 +89,9 @@ def _prompt(
 ) -> TokenSequence:
     if task.answer == "choose":
         if not question.choices:
-            raise UnusableSampleError("no-choices", document.key)
+            raise UnusableSampleError(
+                "no-choices", f'{document.key} needs "choices": [...] in its JSON, see docs/evaluation.md'
+            )
         if question.references[0] not in question.choices:
             raise UnusableSampleError("choices-lack-answer", f"{document.key}: {question.references[0]!r}")
     prompt = model.builder.prompt(document)

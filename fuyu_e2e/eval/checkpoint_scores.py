@@ -48,9 +48,7 @@ def score_checkpoint(options: Namespace) -> None:
             tell=Told(progress),
         )
     if not evaluation.all_stats["image"].used:
-        skipped = read.skipped + evaluation.all_stats["image"].skipped
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.most_common())
-        raise UserError(f"No question of {task.name} could be asked ({reasons or 'there are none'}).")
+        raise UserError(f"No question of {task.name} could be asked{_reasons(read, evaluation.all_stats['image'])}.")
     with ProgressBar(f"Scoring {task.name}"):
         scores = score(evaluation)
     folder = Path(options.out) if options.out else run_folder(stored.source) / "evaluate" / task.name
@@ -75,6 +73,14 @@ def score_checkpoint(options: Namespace) -> None:
     console.print(f"{task.name}, step {stored.provenance.step:,} of {stored.source}", soft_wrap=True)
     print_report(console, evaluation, scores)
     console.print(f"All figures, answers and pictures: {folder}", soft_wrap=True)
+
+
+def _reasons(*all_stats: SampleStats) -> str:
+    """Returns the counts of skipped samples by reason, each with its first sample."""
+    found = [
+        f"{count:,} {stats.examples[reason]}" for stats in all_stats for reason, count in stats.skipped.most_common()
+    ]
+    return f"; by reason, with the first of each: {'; '.join(found)}" if found else ": there are none"
 
 
 class Told:

@@ -79,7 +79,7 @@ def test_the_benchmark_leaves_its_figures(shard: Path, tmp_path: Path, capsys: p
         assert (ours["name"], ours["ours_to_this"]) == (OURS, 1)
     assert [result["scaled_down"] > 0 for result in written["results"]] == [True, False]
     shown = capsys.readouterr().out
-    assert all(install in shown for install in absent.values())
+    assert [install for install in absent.values() if install not in shown] == []
 
 
 def test_a_contender_that_is_not_installed_is_named_with_what_installs_it(
@@ -94,7 +94,7 @@ def test_a_contender_that_is_not_installed_is_named_with_what_installs_it(
     reading, absent_readers = readers([], tmp_path)
     assert set(reading) == {"webdataset"}
     assert {line.name for line in absent_readers} == {"Energon", "Mosaic Streaming"}
-    assert all(" -m pip install " in line.install for line in absent + absent_readers)
+    assert [line for line in absent + absent_readers if " -m pip install " not in line.install] == []
     assert absent[-1].reason == "ModuleNotFoundError: No module named 'torchvision.io'"
 
 

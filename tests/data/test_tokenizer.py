@@ -136,7 +136,7 @@ def test_padding_is_counted_and_a_size_without_rare_tokens_suggested() -> None:
     trained = train_tokenizer(texts, 2_000)
     used = {token for text in texts for token in trained.encode(text)}
     assert 1_000 < trained.padding <= 2_000 - len(used)
-    assert not any(trained.piece(token).startswith("|UNUSED") for token in used)
+    assert [token for token in used if trained.piece(token).startswith("|UNUSED")] == []
     suggested = suggest_vocab_size(trained, texts)
     assert suggested is not None
     assert suggested % 64 == 0

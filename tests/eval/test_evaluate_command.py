@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from fuyu_e2e.cli import main
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.eval.checkpoint_scores import run_folder
+from fuyu_e2e.tasks.picture_shards import conversation, write_picture_shards
 from fuyu_e2e.training.callbacks.evaluation import EvaluationInTraining
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
@@ -121,6 +122,28 @@ def test_what_is_wrong_is_said_in_a_sentence(
     assert code == 2
     assert named in printed
     assert "Traceback" not in printed
+
+
+def test_questions_of_which_none_can_be_asked_are_said_by_reason_with_the_first(
+    run: Callable[..., Any], exported: Path, tmp_path: Path, make_png: Callable[..., bytes]
+) -> None:
+    turns = [("<image>\nHow many?", "3")]
+    extras: list[dict[str, Any]] = [{}, {}, {"groups": {"squares": 3}}]
+
+    def samples(numbers: range) -> Iterator[dict[str, Any]]:
+        for number in numbers:
+            described = conversation(f"a{number}", f"a{number}.png", turns, **extras[number])
+            yield {"__key__": f"a{number}", "png": make_png(8, 8), "json": described}
+
+    write_picture_shards(tmp_path, "test", samples, 3, processes=1, shard_size=3)
+    task = 'format: shards\ndata: {shards: "test-*.tar"}\nanswer: choose\nmetrics: [accuracy]\n'
+    (tmp_path / "c.yaml").write_text(task)
+    code, printed = run("--checkpoint", str(exported), "--task", "c.yaml")
+    assert code == 2
+    told = " ".join(printed.split())
+    assert "No question of c could be asked; by reason, with the first of each: 1 json-type: " in told
+    assert "test-00000.tar: a2: a group or a choice is no text" in told
+    assert '2 no-choices: a0 needs "choices": [...] in its JSON, see docs/evaluation.md.' in told
 
 
 def test_a_recipe_turns_evaluation_on() -> None:

@@ -80,7 +80,7 @@ def test_a_share_of_one_with_unit_gates_is_the_dense_decoder(
     decoder = Decoder(replace(routed.config, routing=None)).eval()
     missing, unexpected = decoder.load_state_dict(routed.state_dict(), strict=False)
     assert not missing
-    assert all(".rule." in weight for weight in unexpected)
+    assert [weight for weight in unexpected if ".rule." not in weight] == []
     with torch.no_grad():
         expected = decoder.logits(batch)
         logits, passed = run(routed, batch)
@@ -235,7 +235,7 @@ def test_the_predictor_of_topk_sends_no_gradient_into_the_decoder(
     read.auxiliary.backward()
     touched = [name for name, weight in decoder.named_parameters() if weight.grad is not None]
     assert touched
-    assert all(".predictor." in name for name in touched)
+    assert [name for name in touched if ".predictor." not in name] == []
 
 
 @pytest.mark.parametrize("routing", [*CAUSAL, {"rule": "topk", "share": 0.3}], ids=label)

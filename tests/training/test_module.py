@@ -379,7 +379,7 @@ def test_skipped_samples_are_counted_and_shown(
     assert f"{stats.read} read, {stats.used} used, {stats.skipped.total()} skipped" in caplog.text
     first = [line for line in caplog.text.splitlines() if "skipped first: " in line]
     assert len(first) == 2
-    assert all(f"{tmp_path / 'bad.tar'}: " in line for line in first)
+    assert [line for line in first if f"{tmp_path / 'bad.tar'}: " not in line] == []
     assert "bad.tar: broken)" in next(line for line in first if "image-unreadable" in line)
 
 

@@ -106,7 +106,7 @@ def test_a_skipped_step_changes_nothing_but_is_a_step(
     events.Reload()
     assert [event.value for event in events.Scalars("bad_steps/skipped")] == [1, 1, 1, 2, 2, 2]
     told = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("bad_steps/samples/text_summary")]
-    assert all(key in told[1] for key in plant.keys[6])
+    assert [key for key in plant.keys[6] if key not in told[1]] == []
 
 
 def test_a_skipped_first_step_leaves_the_optimizers_state_as_new(fit: Callable[..., pl.Trainer]) -> None:
@@ -269,7 +269,7 @@ def test_nan_on_one_rank_is_skipped_on_all_and_the_run_goes_on(
     after = ranks[0]["after_step"]
     assert len(after) == 9
     assert [step for step in range(8) if after[step] == after[step + 1]] == steps
-    assert all(f"Step {step + 1} is skipped" in log for step in steps)
+    assert [step for step in steps if f"Step {step + 1} is skipped" not in log] == []
 
 
 def test_the_samples_of_the_rows_that_are_no_number_are_named(runs: tuple[Path, dict[str, Any]]) -> None:
@@ -285,7 +285,7 @@ def test_the_samples_of_the_rows_that_are_no_number_are_named(runs: tuple[Path, 
 def test_nan_for_ever_ends_the_run_with_a_sentence_and_good_checkpoints(runs: tuple[Path, dict[str, Any]]) -> None:
     folder, results = runs
     logs = [(folder / "for-ever" / f"{rank}.log").read_text() for rank in range(2)]
-    assert all("TooManyBadStepsError: 3 steps in a row were skipped" in log for log in logs)
+    assert [log for log in logs if "TooManyBadStepsError: 3 steps in a row were skipped" not in log] == []
     assert results["for-ever"]["codes"] == [1, 1], "what an exception gives; the command line gives its exit code"
     newest = max((folder / "for-ever").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     state = read_checkpoint(newest)["state_dict"]
