@@ -47,7 +47,7 @@ from fuyu_e2e.data.shards.write_plan import (
 from fuyu_e2e.errors import UnusableSampleError, UserError, of_signal
 from fuyu_e2e.model.image_layout import ImagePolicy
 
-VERSION = 2
+VERSION = 3
 """Version of the written bytes: a folder begun by another version is not continued."""
 PLAN, REPORT = "write-plan.json", "report.json"
 LIMITS = ImagePolicy(patch_size=1)
