@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from fuyu_e2e.cli import main
 from fuyu_e2e.cli.shards import shards as run_shards
 from fuyu_e2e.data.shards.cache import ShardCache
-from fuyu_e2e.data.shards.manifest import NAME, check_complete, facts_of, index, verify
+from fuyu_e2e.data.shards.manifest import NAME, VERSION, check_complete, facts_of, index, verify
 from fuyu_e2e.errors import FAULTY, UserError
 
 Png = Callable[..., bytes]
@@ -116,13 +116,13 @@ def test_a_manifest_that_counted_by_earlier_rules_is_made_again(
     shards: list[str], cache: ShardCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     facts, [place] = index(shards, cache)
-    earlier = json.loads(Path(place).read_text()) | {"version": 2}
+    earlier = json.loads(Path(place).read_text()) | {"version": VERSION - 1}
     for counted in earlier["shards"].values():
         counted["documents"] = 99
     Path(place).write_text(json.dumps(earlier))
     assert facts_of(shards[:1], cache) == (facts[shards[0]],)
     assert "earlier version of fuyu-e2e" in caplog.text
-    assert json.loads(Path(place).read_text())["version"] == 3
+    assert json.loads(Path(place).read_text())["version"] == VERSION
     monkeypatch.setattr("fuyu_e2e.data.shards.manifest.read_bytes", lambda place: json.dumps(earlier).encode())
     with pytest.raises(UserError, match=r"https://host/fuyu-manifest\.json is of an earlier version.*shards index"):
         facts_of(["https://host/train-0.tar"], cache)
@@ -130,7 +130,8 @@ def test_a_manifest_that_counted_by_earlier_rules_is_made_again(
 
 def test_a_file_that_is_no_manifest_is_named(shards: list[str], cache: ShardCache) -> None:
     place = Path(shards[0]).parent / NAME
-    for content in ("[]", "{", '{"version": 99, "shards": {}}', '{"version": 3, "shards": {"a.tar": {"x": 1}}}'):
+    strange = {"version": VERSION, "shards": {"a.tar": {"x": 1}}}
+    for content in ("[]", "{", '{"version": 99, "shards": {}}', json.dumps(strange)):
         place.write_text(content)
         with pytest.raises(UserError, match=r"fuyu-manifest\.json is no manifest of this version"):
             facts_of(shards, cache)
