@@ -223,6 +223,7 @@ def test_a_data_format_is_read_in_training(
 ) -> None:
     asked = [json.dumps({"question": "What is it?", "answer": answer}) for answer in ("a boat", "a cat", "")]
     samples = [{"png": make_png(20, 30, seed=number), "json": said.encode()} for number, said in enumerate(asked)]
+    samples.insert(1, {"json": asked[0].encode()})
     write_shard(folder / "shards/train-00000.tar", samples)
     change(sections["data format"], monkeypatch)
     [command] = sections["data format"].commands
@@ -230,7 +231,7 @@ def test_a_data_format_is_read_in_training(
     [report] = [callback for callback in cli.trainer.callbacks if isinstance(callback, DataReport)]
     stats = report.training()
     assert stats.used > 2
-    assert set(stats.skipped) == {"answer-empty"}
+    assert set(stats.skipped) == {"answer-empty", "image-missing"}
     texts = {tuple(document.texts) for document in cli.datamodule.documents("train", stats)}
     assert texts == {("What is it?", "a boat"), ("What is it?", "a cat")}
 

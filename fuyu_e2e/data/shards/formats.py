@@ -88,6 +88,8 @@ def document(sample: Sample) -> Document:
         _check_names_no_media(described, where)
     for key, segments in FORMATS.items():
         if key in described:
+            if not images and key not in TEXT_ALONE:
+                raise UnusableSampleError("image-missing", f"{where} has {key!r}, but no image")
             return Document(sample.key, segments(described, images, sample))
     if "txt" in members:
         text = _decode(members["txt"], where).strip()
@@ -258,6 +260,8 @@ FORMATS: dict[str, Callable[[dict[str, Any], dict[str, Image], Sample], tuple[Se
 }
 """What makes the segments of a JSON object and the images beside it, by the key that tells the format; the first that
 is there counts."""
+TEXT_ALONE = ("conversations", "segments")
+"""Those of `FORMATS` whose text may be meant without an image; for others, it counts as missing."""
 
 
 def parse_json(data: bytes, where: str, reason: str = "json-invalid") -> Any:

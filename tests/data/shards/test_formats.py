@@ -12,8 +12,9 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.document import Document, Image, Segment, Text
 from fuyu_e2e.data.sample_stats import SampleStats
+from fuyu_e2e.data.shards import formats
 from fuyu_e2e.data.shards.formats import TEXT_BYTES, document, read_documents
 from fuyu_e2e.data.shards.reading import Sample
 from fuyu_e2e.errors import UnusableSampleError
@@ -254,6 +255,19 @@ def test_messages_are_conversations(shard: Shard, name: str) -> None:
              {"role": "assistant", "content": "So."}]  # fmt: skip
     [named], [known] = (read(shard({name: json.dumps({key: turns})})) for key in ("messages", "conversations"))
     assert named.segments == known.segments == (Text("Be brief.", False), Text("Why?", False), Text("So."))
+
+
+def of_answer(described: dict[str, Any], images: dict[str, Image], sample: Sample) -> tuple[Segment, ...]:
+    return (*images.values(), Text(described["answer"]))
+
+
+def test_a_format_is_no_text_alone_unless_its_line_says_so(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(formats.FORMATS, "answer", of_answer)
+    assert read(shard({"0.jpg": A.data, "0.json": {"answer": "a"}})) == [Document("0", (A, Text("a")))]
+    alone = shard({"0.json": {"answer": "a"}})
+    assert reasons(alone) == {"image-missing": 1}
+    monkeypatch.setattr(formats, "TEXT_ALONE", (*formats.TEXT_ALONE, "answer"))
+    assert read(alone) == [Document("0", (Text("a"),))]
 
 
 def turn(speaker: object = "gpt", value: object = "a") -> dict:
