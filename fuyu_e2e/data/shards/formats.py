@@ -13,6 +13,7 @@ in the order of their names, with numbers in them compared as numbers.
 
 import json
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,8 +23,10 @@ from fuyu_e2e.data.progress_bar import Advance, untold
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.extensions import IMAGES, TEXTS, UNREAD, last_extension
 from fuyu_e2e.data.shards.reading import Sample, Shard
-from fuyu_e2e.errors import UnusableSampleError
+from fuyu_e2e.errors import UnusableSampleError, UserError
 
+SegmentReader = Callable[[dict[str, Any], dict[str, Image], Sample], tuple[Segment, ...]]
+"""Makes the segments of a JSON object and the images beside it, by extension."""
 TEXT_BYTES = 2**22
 """Bytes of text above which a document is skipped: 4 MiB, for which sentencepiece takes 60 times as much memory."""
 PLACEHOLDER = "<image>"
@@ -54,7 +57,7 @@ def read_documents(
         advance: Counts the work done.
 
     Raises:
-        UserError: The file can't be read, or is not a tar.
+        UserError: The file can't be read, or is not a tar; or the reader of a format is at fault.
     """
     shard = Shard(path, name)
     for number in range(len(shard)):
@@ -71,6 +74,7 @@ def document(sample: Sample) -> Document:
 
     Raises:
         UnusableSampleError: The sample has no known format, or violates it.
+        UserError: The reader of its format raises another error, or returns something else than segments.
     """
     members, where = sample.members, f"{sample.shard}: {sample.key}"
     if "jsonl" in members:
@@ -90,7 +94,7 @@ def document(sample: Sample) -> Document:
         if key in described:
             if not images and key not in TEXT_ALONE:
                 raise UnusableSampleError("image-missing", f"{where} has {key!r}, but no image")
-            return Document(sample.key, segments(described, images, sample))
+            return Document(sample.key, _read(key, segments, described, images, sample))
     if "txt" in members:
         text = _decode(members["txt"], where).strip()
     elif "caption" in described:
@@ -102,6 +106,30 @@ def document(sample: Sample) -> Document:
     if len(images) > 1:
         raise UnusableSampleError("caption-of-several-images", f"{where}: {', '.join(images)}")
     return Document(sample.key, (*images.values(), Text(text)))
+
+
+def _read(
+    name: str, reader: SegmentReader, described: dict[str, Any], images: dict[str, Image], sample: Sample
+) -> tuple[Segment, ...]:
+    """Returns the segments that the reader of a format makes of a sample; a mistake in the reader ends the run."""
+    said = f"{sample.shard}: {sample.key}: the reader of {name!r}"
+    try:
+        segments = reader(described, images, sample)
+    except (UnusableSampleError, MemoryError):
+        raise
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[:2][-1]  # the line of the reader, if it was called at all
+        raise UserError(
+            f"{said} raises {type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno}): raise "
+            "UnusableSampleError to skip a sample."
+        ) from error
+    if not isinstance(segments, tuple | list):
+        raise UserError(f"{said} returns a {type(segments).__name__}, where a tuple of Text and Image is expected.")
+    for place, segment in enumerate(segments):
+        if not isinstance(segment, Text | Image):
+            kind = type(segment).__name__
+            raise UserError(f"{said} returns a {kind} at place {place}, where Text or Image is expected.")
+    return tuple(segments)
 
 
 def description(sample: Sample) -> dict[str, Any]:
@@ -254,12 +282,11 @@ def _interleaved(described: dict[str, Any], images: dict[str, Image], sample: Sa
     return tuple(segments)
 
 
-FORMATS: dict[str, Callable[[dict[str, Any], dict[str, Image], Sample], tuple[Segment, ...]]] = {
+FORMATS: dict[str, SegmentReader] = {
     "conversations": _conversation,
     "segments": _interleaved,
 }
-"""What makes the segments of a JSON object and the images beside it, by the key that tells the format; the first that
-is there counts."""
+"""The reader of each format, by the JSON key that tells it; the first that is there counts."""
 TEXT_ALONE = ("conversations", "segments")
 """Those of `FORMATS` whose text may be meant without an image; for others, it counts as missing."""
 
