@@ -80,7 +80,7 @@ def run(
 def tokenizer_file(folder: Path) -> Path:
     """Where the recipe expects it."""
     from fuyu_e2e.data.sample_stats import SampleStats
-    from fuyu_e2e.data.shards.formats import read_documents
+    from fuyu_e2e.data.shards.reading import read_documents
     from fuyu_e2e.data.tokenizer import train_tokenizer
 
     path = folder / "runs" / "quickstart" / "data" / "tokenizer.model"

@@ -27,8 +27,8 @@ def tokenizer(args: Sequence[str]) -> int:
     from fuyu_e2e.data.progress_bar import ProgressBar
     from fuyu_e2e.data.sample_stats import SampleStats
     from fuyu_e2e.data.shards.cache import ShardCache
-    from fuyu_e2e.data.shards.formats import read_documents
     from fuyu_e2e.data.shards.locations import expand_patterns
+    from fuyu_e2e.data.shards.reading import read_documents
     from fuyu_e2e.data.tokenizer import OFTEN, suggest_vocab_size, train_tokenizer
 
     found = expand_patterns(options.shards)

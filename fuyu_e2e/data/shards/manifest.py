@@ -21,9 +21,9 @@ from fuyu_e2e.data.image import check_image, image_size
 from fuyu_e2e.data.progress_bar import Advance, untold
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.cache import ShardCache, read_bytes, write_bytes
-from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shards.locations import folder_of, is_local, name_of
 from fuyu_e2e.data.shards.parallel import map_shards
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.model.image_layout import ImagePolicy, ImageSpan, fit_policy
 from fuyu_e2e.version import __version__

@@ -25,9 +25,9 @@ from fuyu_e2e.data.progress_bar import Advance
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shards.cache import ShardCache
-from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shards.manifest import BYTES_PER_TOKEN, DocumentFacts, image_tokens
 from fuyu_e2e.data.shards.parallel import map_shards
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UnusableSampleError, UserError, writing
 from fuyu_e2e.model.image_layout import ImagePolicy

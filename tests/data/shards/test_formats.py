@@ -17,8 +17,8 @@ from PIL import Image as Pillow
 from fuyu_e2e.data.document import Document, Image, Segment, Text
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards import formats
-from fuyu_e2e.data.shards.formats import TEXT_BYTES, document, read_documents
-from fuyu_e2e.data.shards.reading import Sample
+from fuyu_e2e.data.shards.formats import TEXT_BYTES, Sample, document
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
 Shard = Callable[[dict[str, bytes | str | dict | list]], Path]

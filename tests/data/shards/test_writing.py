@@ -27,8 +27,9 @@ from fuyu_e2e.data.document import Document, Image, Segment, Text
 from fuyu_e2e.data.image import ImagePolicy, decode_image
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards import readers, writing
-from fuyu_e2e.data.shards.formats import TEXT_BYTES, read_documents
+from fuyu_e2e.data.shards.formats import TEXT_BYTES
 from fuyu_e2e.data.shards.locations import expand_patterns
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.shards.tables import FORMS
 from fuyu_e2e.data.shards.write_plan import EXAMPLES, Settings, WriteReport
 from fuyu_e2e.data.shards.writing import INTERRUPTED, write_shards
