@@ -43,6 +43,8 @@ def tokenizer(args: Sequence[str]) -> int:
             for document in read_documents(cache.path(shard), stats, shard, progress.advance)
             for text in document.texts
         ]
+    if not any(text.strip("\n") for text in texts):
+        raise UserError(f"The shards hold no text to train a tokenizer on ({stats.summary_with_examples}).")
     with ProgressBar("Training the tokenizer"):
         trained = train_tokenizer(texts, options.vocab_size)
         suggested = suggest_vocab_size(trained, texts)

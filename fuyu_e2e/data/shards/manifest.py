@@ -103,6 +103,12 @@ class ShardFacts:
     """See `DocumentFacts.tokens`."""
     unusable: dict[str, int] = field(default_factory=dict)
     """Unusable documents by reason, as far as headers show."""
+    examples: dict[str, str] = field(default_factory=dict, compare=False)
+    """The first of each reason, in words; not in the manifest."""
+
+    def stored(self) -> dict[str, Any]:
+        """Returns what the manifest holds of the facts."""
+        return {name: value for name, value in asdict(self).items() if name != "examples"}
 
     @classmethod
     def of(cls, path: Path, name: str | None = None, advance: Advance = untold) -> "ShardFacts":
@@ -132,6 +138,7 @@ class ShardFacts:
             images=images,
             tokens_estimate=tokens,
             unusable=dict(stats.skipped),
+            examples=stats.examples,
         )
 
 
@@ -183,7 +190,7 @@ class Manifest:
                 "bytes_per_token": BYTES_PER_TOKEN,
             },
             "totals": totals(self.shards.values()),
-            "shards": {name: asdict(facts) for name, facts in sorted(self.shards.items())},
+            "shards": {name: facts.stored() for name, facts in sorted(self.shards.items())},
         }
         data = (json.dumps(described, indent=1) + "\n").encode()
         if self.folder and write_bytes(_beside(self.folder), data):

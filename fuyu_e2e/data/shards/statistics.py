@@ -119,6 +119,8 @@ class Survey:
     """Usable documents by kind (see `DocumentFacts`)."""
     unusable: Counter[str] = field(default_factory=Counter)
     """Unusable documents by reason, as far as can be seen without decoding images."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first of each reason, in words."""
     longer: Counter[int] = field(default_factory=Counter)
     """Usable documents with more tokens than each of `ROW_LENGTHS`."""
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -150,6 +152,7 @@ class Survey:
     def add(self, other: "Survey") -> None:
         """Adds the statistics of other shards."""
         self.shards += other.shards
+        self.examples = other.examples | self.examples
         for name in ("kinds", "unusable", "longer", "sizes"):
             getattr(self, name).update(getattr(other, name))
         for name in ("widths", "heights", "aspects", "text_bytes", "tokens"):
@@ -294,7 +297,7 @@ def _survey_one(shard: str, advance: Advance, cache: ShardCache, count: TokenCou
             stats.skip(error)
             continue
         found.record(facts.kind, facts.sizes, facts.text_bytes, tokens)
-    found.unusable = stats.skipped
+    found.unusable, found.examples = stats.skipped, stats.examples
     return found
 
 

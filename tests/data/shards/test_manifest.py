@@ -198,6 +198,7 @@ def test_the_commands_print_what_they_find(
     assert code == 0
     assert "caption 1, chat 1, interleaved 1, text 4" in said
     assert "unusable: image-unreadable 1" in said
+    assert "skipped first: image-unreadable: " in said
     assert str(folder / NAME) in said
     assert "judged by their headers, not decoded" in said
     code, said = run("verify", *common)
@@ -210,6 +211,7 @@ def test_the_commands_print_what_they_find(
     assert f"{shards[0]} has 9,728 bytes instead of 10,240" in said
     code, said = run("stats", *common, "--out", str(tmp_path / "stats.png"))
     assert code == 0
+    assert "skipped first: image-unreadable: " in said
     assert "judged by their headers, not decoded" in said
     assert (tmp_path / "stats.png").stat().st_size > 10_000
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
