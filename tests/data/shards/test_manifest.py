@@ -128,6 +128,27 @@ def test_a_manifest_that_counted_by_earlier_rules_is_made_again(
         facts_of(["https://host/train-0.tar"], cache)
 
 
+def test_verify_says_which_manifest_is_of_earlier_rules_and_how_shards_are_counted_again(
+    shards: list[str], cache: ShardCache
+) -> None:
+    _, [place] = index(shards, cache)
+    described = json.loads(Path(place).read_text())
+    Path(place).write_text(json.dumps(described | {"version": VERSION - 1}))
+    said = f"is only in {place}, which is of an earlier version of fuyu-e2e, which took other samples for documents"
+    assert [fault.reason for fault in verify(shards, shards, cache)] == [
+        f"{said}: `fuyu-e2e shards index` counts it again"
+    ] * 3
+    described["shards"]["train-1.tar"]["unusable"] = {"format-unknown": 1}
+    described["shards"]["val-0.tar"]["documents"] = 5
+    Path(place).write_text(json.dumps(described))
+    first, last, other = verify(shards, shards, cache)
+    assert (first.reason, last.reason, other.reason) == (
+        "has 0 unusable documents (format-unknown) instead of 1",
+        "has 1 unusable documents (image-unreadable) instead of 0: `fuyu-e2e shards index` counts them again",
+        "has 4 documents instead of 5: `fuyu-e2e shards index` counts them again",
+    )
+
+
 def test_a_file_that_is_no_manifest_is_named(shards: list[str], cache: ShardCache) -> None:
     place = Path(shards[0]).parent / NAME
     strange = {"version": VERSION, "shards": {"a.tar": {"x": 1}}}
