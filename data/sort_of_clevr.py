@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fuyu_e2e.data.sample_stats import SampleStats
-from fuyu_e2e.data.shards.formats import read_documents
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.tasks.sort_of_clevr import KINDS, OBJECTS, TEST_SEED, VOCAB_SIZE, write_shards
 

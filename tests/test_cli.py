@@ -80,7 +80,7 @@ def run(
 def tokenizer_file(folder: Path) -> Path:
     """Where the recipe expects it."""
     from fuyu_e2e.data.sample_stats import SampleStats
-    from fuyu_e2e.data.shards.formats import read_documents
+    from fuyu_e2e.data.shards.reading import read_documents
     from fuyu_e2e.data.tokenizer import train_tokenizer
 
     path = folder / "runs" / "quickstart" / "data" / "tokenizer.model"
@@ -566,6 +566,21 @@ def test_bad_prompts_and_commands(run: Callable, trained: Path, folder: Path) ->
     code, printed = run("--help")
     assert code == 0
     assert "quickstart" in printed
+
+
+def test_shards_without_a_usable_sample_show_the_first_that_is_skipped(
+    run: Callable, trained: Path, folder: Path
+) -> None:
+    with tarfile.open(folder / "bad.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("s0004.npy"))
+    said = "1 skipped (format-unknown 1); skipped first: format-unknown: bad.tar: s0004 has only npy"
+    inspected = run("inspect", "--config", str(trained / "config.yaml"), "--data.train", "bad.tar", "--index", "0")
+    refused(inspected, "--index 0 is beyond the last", said)
+    refused(
+        run("tokenizer", "train", "--shards", "bad.tar", "--vocab-size", "300", "--out", "never.model"),
+        "hold no text",
+        said,
+    )
 
 
 def test_export_import_and_going_on(

@@ -36,8 +36,8 @@ from fuyu_e2e.data.image import decode_image, image_size, to_patches
 from fuyu_e2e.data.packing import PackedRow, Packer, pack_row
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder, TokenSequence
-from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shards.locations import expand_patterns
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.model.image_layout import ImagePolicy, ImageSpan, fit_policy

@@ -33,7 +33,7 @@ from fuyu_e2e.bench.profile_parts import profile_parts
 from fuyu_e2e.bench.train import CASES, build
 from fuyu_e2e.data.packing import PackedRow, pack_row
 from fuyu_e2e.data.sample_stats import SampleStats
-from fuyu_e2e.data.shards.formats import read_documents
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.inference.generation import generate

@@ -30,7 +30,7 @@ from fuyu_e2e.bench.own_process import peak_memory
 from fuyu_e2e.bench.plots import draw_picture
 from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.data.sample_stats import SampleStats
-from fuyu_e2e.data.shards.formats import read_documents
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.model.batch import PackedBatch

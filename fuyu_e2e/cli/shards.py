@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fuyu_e2e.cli.shards_write import write
+from fuyu_e2e.data.sample_stats import skipped_first
 from fuyu_e2e.data.shards.cache import CACHE_FOLDER, ShardCache
 from fuyu_e2e.data.shards.locations import expand_patterns, folder_of
 from fuyu_e2e.data.shards.manifest import ShardFacts, index, totals, verify
@@ -91,6 +92,8 @@ def _stats(args: Sequence[str]) -> int:
     cache = ShardCache.at(options.cache_dir)
     surveyed = survey(found, cache, options.tokenizer, options.patch_size, options.max_patches, options.processes)
     Console().print(surveyed.table())
+    for line in skipped_first(surveyed.examples):
+        print(line)
     print(HEADERS_ONLY)
     try:
         surveyed.draw(options.out)
@@ -110,3 +113,5 @@ def _print_totals(facts: list[ShardFacts]) -> None:
     print(", ".join(f"{name} {count:,}" for name, count in sorted(sums["kinds"].items())))
     for reason, count in sorted(sums["unusable"].items()):
         print(f"unusable: {reason} {count:,}")
+    for line in skipped_first({reason: said for one in reversed(facts) for reason, said in one.examples.items()}):
+        print(line)

@@ -27,8 +27,8 @@ def tokenizer(args: Sequence[str]) -> int:
     from fuyu_e2e.data.progress_bar import ProgressBar
     from fuyu_e2e.data.sample_stats import SampleStats
     from fuyu_e2e.data.shards.cache import ShardCache
-    from fuyu_e2e.data.shards.formats import read_documents
     from fuyu_e2e.data.shards.locations import expand_patterns
+    from fuyu_e2e.data.shards.reading import read_documents
     from fuyu_e2e.data.tokenizer import OFTEN, suggest_vocab_size, train_tokenizer
 
     found = expand_patterns(options.shards)
@@ -43,6 +43,8 @@ def tokenizer(args: Sequence[str]) -> int:
             for document in read_documents(cache.path(shard), stats, shard, progress.advance)
             for text in document.texts
         ]
+    if not any(text.strip("\n") for text in texts):
+        raise UserError(f"The shards hold no text to train a tokenizer on ({stats.summary_with_examples}).")
     with ProgressBar("Training the tokenizer"):
         trained = train_tokenizer(texts, options.vocab_size)
         suggested = suggest_vocab_size(trained, texts)

@@ -19,10 +19,10 @@ from fuyu_e2e.data.row_loader import RowDataset, RowLoader
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import Prompt, SequenceBuilder
 from fuyu_e2e.data.shards.cache import CACHE_FOLDER, CACHE_GIGABYTES, ShardCache
-from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shards.locations import expand_patterns, is_local
 from fuyu_e2e.data.shards.manifest import ShardFacts, check_complete, facts_of, known_facts, totals
 from fuyu_e2e.data.shards.mixture import MixBy, Source
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.shards.splits import NamedShards, check_disjoint
 from fuyu_e2e.data.shards.stream import Stream, StreamSource
 from fuyu_e2e.data.tokenizer import Tokenizer

@@ -14,12 +14,22 @@ class Text:
     text: str
     loss: bool = True
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise TypeError(f"the text of a Text is a {type(self.text).__name__}, not a str")
+        if not isinstance(self.loss, bool):
+            raise TypeError(f"the loss of a Text is a {type(self.loss).__name__}, not a bool")
+
 
 @dataclass(frozen=True)
 class Image:
     """One encoded image file (JPEG, PNG or WebP), not decoded yet."""
 
     data: bytes
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.data, bytes):
+            raise TypeError(f"the data of an Image is a {type(self.data).__name__}, not bytes")
 
 
 Segment = Text | Image

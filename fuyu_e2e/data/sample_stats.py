@@ -1,6 +1,7 @@
 """Counts what became of every sample, so that no sample is lost silently."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,3 +74,13 @@ class SampleStats:
         skipped = f"{self.skipped.total():,} skipped" + (f" ({reasons})" if reasons else "")
         cut = f", {self.tokens_cut:,} tokens cut" if self.tokens_cut else ""
         return f"{self.read:,} read, {self.used:,} used, {skipped}{cut}"
+
+    @property
+    def summary_with_examples(self) -> str:
+        """The summary, and the first skipped sample of each reason, for the sentence that ends a command."""
+        return "; ".join([self.summary(), *skipped_first(self.examples)])
+
+
+def skipped_first(examples: Mapping[str, str]) -> list[str]:
+    """Returns a line for the first skipped sample of each reason."""
+    return [f"skipped first: {example}" for example in examples.values()]

@@ -8,9 +8,9 @@ from typing import Any
 
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.cache import ShardCache
-from fuyu_e2e.data.shards.formats import description, document
+from fuyu_e2e.data.shards.formats import Sample, description, document
 from fuyu_e2e.data.shards.locations import expand_patterns
-from fuyu_e2e.data.shards.reading import Sample, Shard
+from fuyu_e2e.data.shards.reading import Shard
 from fuyu_e2e.errors import UnusableSampleError
 from fuyu_e2e.eval.question import Question
 

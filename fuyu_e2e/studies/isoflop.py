@@ -27,7 +27,7 @@ from fuyu_e2e.bench.measure import environment, write_json
 from fuyu_e2e.checkpoint.loading import TrainedModel
 from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.sample_stats import SampleStats
-from fuyu_e2e.data.shards.formats import read_documents
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig

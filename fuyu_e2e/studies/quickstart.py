@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fuyu_e2e.checkpoint.loading import TrainedModel, load_model, read_model
 from fuyu_e2e.data.sample_stats import SampleStats
-from fuyu_e2e.data.shards.formats import read_documents
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.errors import UserError

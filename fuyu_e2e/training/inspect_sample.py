@@ -28,7 +28,7 @@ def inspect_sample(args: Sequence[str]) -> None:
         raise UserError(f"--index is {index}, but must be at least 0, the first sample.")
     document = next(islice(data.documents("train", stats), index, None), None)
     if document is None:
-        raise UserError(f"--index {index} is beyond the last usable sample ({stats.summary()}).")
+        raise UserError(f"--index {index} is beyond the last usable sample ({stats.summary_with_examples}).")
     try:
         sequence = data.builder.build(document)
     except UnusableSampleError as error:

@@ -19,6 +19,8 @@ import pytest
 
 from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
 from fuyu_e2e.cli.main import main
+from fuyu_e2e.data.sample_stats import SampleStats
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.callbacks.data_report import DataReport
@@ -223,20 +225,42 @@ def test_a_recipe_with_a_named_size_takes_no_parts(sections: dict[str, Section],
 
 
 def test_a_data_format_is_read_in_training(
-    sections: dict[str, Section], folder: Path, make_png: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+    sections: dict[str, Section],
+    folder: Path,
+    make_png: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked = [json.dumps({"question": "What is it?", "answer": answer}) for answer in ("a boat", "a cat", "")]
-    samples = [{"png": make_png(20, 30, seed=number), "json": said.encode()} for number, said in enumerate(asked)]
-    write_shard(folder / "shards/train-00000.tar", samples)
+    asked = [json.dumps({"question": "What is it?", "answer": answer}).encode() for answer in ("a boat", "a cat", "")]
+    tables = [b"What is it?\ta bird\nReally?\tYes", b"What is it?"]
+    members = [*({"json": said} for said in asked), *({"tsv": said} for said in tables)]
+    samples = [{"png": make_png(20, 30, seed=number), **member} for number, member in enumerate(members)]
+    alone = [members[0], members[3]]
+    write_shard(folder / "shards/train-00000.tar", [samples[0], *alone, *samples[1:]])
+    write_shard(folder / "shards/toy.tar", [samples[0], samples[3]])
     change(sections["data format"], monkeypatch)
-    [command] = sections["data format"].commands
-    cli = fit(command)
+    looking, training = sections["data format"].commands
+    run(looking, monkeypatch)
+    assert re.match(r"1: \d+ tokens, \d+ patches in 1 images, \d+ tokens with loss", capsys.readouterr().out)
+    cli = fit(training)
     [report] = [callback for callback in cli.trainer.callbacks if isinstance(callback, DataReport)]
     stats = report.training()
     assert stats.used > 2
-    assert set(stats.skipped) == {"answer-empty"}
+    assert set(stats.skipped) == {"answer-empty", "image-missing"}
     texts = {tuple(document.texts) for document in cli.datamodule.documents("train", stats)}
-    assert texts == {("What is it?", "a boat"), ("What is it?", "a cat")}
+    assert texts == {
+        ("What is it?", "a boat"),
+        ("What is it?", "a cat"),
+        ("What is it?", "a bird", "Really?", "Yes"),
+    }
+    write_shard(apart := folder / "apart.tar", [{"tsv": tables[0]}])
+    with tarfile.open(apart, "a") as tar:
+        info = tarfile.TarInfo("images/0.png")
+        info.size = len(samples[0]["png"])
+        tar.addfile(info, io.BytesIO(samples[0]["png"]))
+    stats = SampleStats()
+    assert not list(read_documents(apart, stats))
+    assert stats.skipped == {"members-apart": 2}
 
 
 def test_a_task_is_drawn_and_trained_and_scored_also_by_a_new_metric(

@@ -19,7 +19,7 @@ from fuyu_e2e.checkpoint.loading import TrainedModel, load_model
 from fuyu_e2e.data.document import Document
 from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.data.sample_stats import SampleStats
-from fuyu_e2e.data.shards.formats import read_documents
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.eval.blind import with_images_of
 from fuyu_e2e.studies.quickstart import Workplace, recipe_settings, write_data
 

@@ -17,7 +17,7 @@ from PIL import Image as Pillow
 
 from fuyu_e2e.data.document import Image, Text
 from fuyu_e2e.data.sample_stats import SampleStats
-from fuyu_e2e.data.shards.formats import read_documents
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.tasks.sort_of_clevr import (
     COLOURS,

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.shards.manifest import VERSION
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.module import FuyuModule
 
@@ -145,8 +146,9 @@ def test_other_data_is_refused_before_it_spoils_a_run(alone: Path, changed: dict
 
 
 def test_a_run_goes_on_under_the_rules_that_it_began_with(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fuyu_e2e.data.row_loader.VERSION", 4)
-    with pytest.raises(UserError, match=r"trained under rules 3 .* and these are rules 4: go on with the version"):
+    monkeypatch.setattr("fuyu_e2e.data.row_loader.VERSION", VERSION + 1)
+    said = rf"trained under rules {VERSION} .* and these are rules {VERSION + 1}: go on with the version"
+    with pytest.raises(UserError, match=said):
         runs.run(alone, "refused", 0, "boundary")
 
 

@@ -16,8 +16,6 @@ SIGNATURE = re.compile(rb"(?P<jpg>\xff\xd8\xff)|(?P<png>\x89PNG\r\n\x1a\n)|(?P<w
 """First bytes of JPEG, PNG and WebP, which identify image files in tables."""
 COMPRESSED = (".tar.gz", ".tgz")
 """Extensions of shards that must be unpacked, since samples are read from them in any order."""
-TEXTS = ("txt", "json")
-"""Text next to an image, or a sample by itself."""
 
 
 def image_extension(data: bytes) -> str | None:

@@ -13,17 +13,31 @@ in the order of their names, with numbers in them compared as numbers.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fuyu_e2e.data.document import Document, Image, Segment, Text
-from fuyu_e2e.data.progress_bar import Advance, untold
-from fuyu_e2e.data.sample_stats import SampleStats
-from fuyu_e2e.data.shards.extensions import IMAGES, TEXTS, UNREAD, last_extension
-from fuyu_e2e.data.shards.reading import Sample, Shard
-from fuyu_e2e.errors import UnusableSampleError
+from fuyu_e2e.data.shards.extensions import IMAGES, UNREAD, last_extension
+from fuyu_e2e.errors import UnusableSampleError, UserError
 
+
+@dataclass(frozen=True)
+class Sample:
+    """The members of one document by extension: the name after its first dot, in lower case.
+
+    Each line of a `jsonl` member is a document: its key is `sample/line`, its only member `jsonl`.
+    """
+
+    key: str
+    shard: str
+    members: dict[str, bytes] = field(default_factory=dict)
+
+
+SegmentReader = Callable[[dict[str, Any], dict[str, Image], Sample], tuple[Segment, ...]]
+"""Makes the segments of a JSON object and the images beside it, by extension."""
 TEXT_BYTES = 2**22
 """Bytes of text above which a document is skipped: 4 MiB, for which sentencepiece takes 60 times as much memory."""
 PLACEHOLDER = "<image>"
@@ -40,37 +54,12 @@ SPEAKERS = {"human": False, "user": False, "system": False, "gpt": True, "assist
 """Whether the text of a speaker carries loss."""
 
 
-def read_documents(
-    path: Path, stats: SampleStats, name: str | None = None, advance: Advance = untold
-) -> Iterator[Document]:
-    """Yields the usable documents of a local shard, in stored order.
-
-    Counts every document as read, and unusable ones by reason. Adds 1 to `advance` over the whole shard.
-
-    Args:
-        path: The shard.
-        stats: Counts documents.
-        name: What errors call the shard; by default its path.
-        advance: Counts the work done.
-
-    Raises:
-        UserError: The file can't be read, or is not a tar.
-    """
-    shard = Shard(path, name)
-    for number in range(len(shard)):
-        stats.read += 1
-        try:
-            yield document(shard.sample(number))
-        except UnusableSampleError as error:
-            stats.skip(error)
-        advance(1 / len(shard))
-
-
 def document(sample: Sample) -> Document:
     """Returns the document of a sample.
 
     Raises:
         UnusableSampleError: The sample has no known format, or violates it.
+        UserError: The reader of its format raises another error, or returns something else than segments.
     """
     members, where = sample.members, f"{sample.shard}: {sample.key}"
     if "jsonl" in members:
@@ -81,25 +70,46 @@ def document(sample: Sample) -> Document:
     try:
         described = description(sample)
     except UnusableSampleError:
-        if "txt" not in members:
+        if EXTENSIONS.keys().isdisjoint(members):
             raise
-        described = {}  # a txt needs no json
+        described = {}  # a text needs no json
     if not images:
         _check_names_no_media(described, where)
-    for key, segments in FORMATS.items():
-        if key in described:
-            return Document(sample.key, segments(described, images, sample))
-    if "txt" in members:
-        text = _decode(members["txt"], where).strip()
-    elif "caption" in described:
-        text = _string(described["caption"], "caption", where).strip()
-    else:
-        raise UnusableSampleError("format-unknown", _only(sample, described, where))
-    if not text:
-        raise UnusableSampleError("caption-empty" if images else "text-empty", where)
-    if len(images) > 1:
-        raise UnusableSampleError("caption-of-several-images", f"{where}: {', '.join(images)}")
-    return Document(sample.key, (*images.values(), Text(text)))
+    found = next(((key, reader) for key, reader in FORMATS.items() if key in described), None) or next(
+        ((extension, reader) for extension, reader in EXTENSIONS.items() if extension in members), None
+    )
+    if found is not None:
+        return Document(sample.key, _read(*found, described, images, sample))
+    if "caption" in described:
+        return Document(sample.key, _captioned(_string(described["caption"], "caption", where), images, where))
+    raise UnusableSampleError("format-unknown", _only(sample, described, where))
+
+
+def _read(
+    name: str, reader: SegmentReader, described: dict[str, Any], images: dict[str, Image], sample: Sample
+) -> tuple[Segment, ...]:
+    """Returns the segments that the reader of a format makes of a sample; a mistake in the reader ends the run."""
+    where = f"{sample.shard}: {sample.key}"
+    if not images and name not in TEXT_ALONE:
+        raise UnusableSampleError("image-missing", f"{where} has {name!r}, but no image")
+    said = f"{where}: the reader of {name!r}"
+    try:
+        segments = reader(described, images, sample)
+    except (UnusableSampleError, MemoryError):
+        raise
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[:2][-1]  # the line of the reader, if it was called at all
+        raise UserError(
+            f"{said} raises {type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno}): raise "
+            "UnusableSampleError to skip a sample."
+        ) from error
+    if not isinstance(segments, tuple | list):
+        raise UserError(f"{said} returns a {type(segments).__name__}, where a tuple of Text and Image is expected.")
+    for place, segment in enumerate(segments):
+        if not isinstance(segment, Text | Image):
+            kind = type(segment).__name__
+            raise UserError(f"{said} returns a {kind} at place {place}, where Text or Image is expected.")
+    return tuple(segments)
 
 
 def description(sample: Sample) -> dict[str, Any]:
@@ -138,7 +148,8 @@ def _only(sample: Sample, described: dict[str, Any], where: str) -> str:
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
     keys = f", whose json has only {', '.join(map(repr, list(described)[:8]))}" if described else ""
     said = f"{where} has only {shown}{keys}"
-    dotted = {name.rpartition(".")[0] for name in names if "." in name and last_extension(name) in (*IMAGES, *TEXTS)}
+    usable = [name for name in names if (last := last_extension(name)) in IMAGES or is_text(last)]
+    dotted = {name.rpartition(".")[0] for name in usable if "." in name}
     if not dotted:
         return said
     what = "a sample" if len(dotted) == 1 else f"{len(dotted):,} samples"
@@ -189,6 +200,19 @@ def _from_line(key: str, line: bytes, where: str) -> Document:
     if not (text := _string(described["text"], "text", where)).strip():
         raise UnusableSampleError("text-empty", where)
     return Document(key, (Text(text),))
+
+
+def _txt(described: dict[str, Any], images: dict[str, Image], sample: Sample) -> tuple[Segment, ...]:
+    where = f"{sample.shard}: {sample.key}"
+    return _captioned(_decode(sample.members["txt"], where), images, where)
+
+
+def _captioned(text: str, images: dict[str, Image], where: str) -> tuple[Segment, ...]:
+    if not (text := text.strip()):
+        raise UnusableSampleError("caption-empty" if images else "text-empty", where)
+    if len(images) > 1:
+        raise UnusableSampleError("caption-of-several-images", f"{where}: {', '.join(images)}")
+    return (*images.values(), Text(text))
 
 
 def _conversation(described: dict[str, Any], images: dict[str, Image], sample: Sample) -> tuple[Segment, ...]:
@@ -252,12 +276,20 @@ def _interleaved(described: dict[str, Any], images: dict[str, Image], sample: Sa
     return tuple(segments)
 
 
-FORMATS: dict[str, Callable[[dict[str, Any], dict[str, Image], Sample], tuple[Segment, ...]]] = {
+FORMATS: dict[str, SegmentReader] = {
     "conversations": _conversation,
     "segments": _interleaved,
 }
-"""What makes the segments of a JSON object and the images beside it, by the key that tells the format; the first that
-is there counts."""
+"""The reader of each format, by the JSON key that tells it; the first that is there counts."""
+EXTENSIONS: dict[str, SegmentReader] = {"txt": _txt}
+"""The reader of each format that a member's extension tells, if no JSON key does; the first that is there counts."""
+TEXT_ALONE = ("conversations", "segments", "txt")
+"""Formats whose text may be meant without an image; for others, it counts as missing."""
+
+
+def is_text(extension: str) -> bool:
+    """Returns whether a member with this extension may be the text about an image."""
+    return extension == "json" or extension in EXTENSIONS
 
 
 def parse_json(data: bytes, where: str, reason: str = "json-invalid") -> Any:

@@ -2,6 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from fuyu_e2e.errors import UnusableSampleError
 
 Members = dict[str, bytes | Path]
 """The members of a sample by extension; a path is a file to be included as it is."""
+Content = Mapping[str, bytes | Path | dict[str, Any]]
+"""Members whose `json` is not encoded yet."""
+QUESTION_COLUMNS = {"groups": "a JSON object of texts", "choices": "a JSON list of texts"}
+"""Columns about a row as a question of an evaluation, with what it takes there."""
 
 
 class Kind(ABC):
@@ -25,7 +30,7 @@ class Kind(ABC):
         return ()
 
     @abstractmethod
-    def members(self, row: Row) -> Members:
+    def members(self, row: Row) -> Content:
         """Returns the members of a sample for a row.
 
         Raises:
@@ -37,7 +42,7 @@ class Kind(ABC):
 class Pairs(Kind):
     """Images with captions in files next to them."""
 
-    def members(self, row: Row) -> Members:
+    def members(self, row: Row) -> Content:
         """Returns an image and its txt."""
         files: list[Path] = row["files"]
         texts = [path for path in files if extension_of(path) == "txt"]
@@ -57,7 +62,7 @@ class Pairs(Kind):
 class TextFiles(Kind):
     """Files of text."""
 
-    def members(self, row: Row) -> Members:
+    def members(self, row: Row) -> Content:
         """Returns a txt."""
         return {"txt": row["files"][0]}
 
@@ -76,7 +81,7 @@ class Captions(Kind):
         """The two columns that it reads."""
         return (self.image_column, self.text_column)
 
-    def members(self, row: Row) -> Members:
+    def members(self, row: Row) -> Content:
         """Returns an image and its txt."""
         shown = listed(row.get(self.image_column))
         if len(shown) > 1:
@@ -96,7 +101,7 @@ class Texts(Kind):
         """The one column that it reads."""
         return (self.text_column,)
 
-    def members(self, row: Row) -> Members:
+    def members(self, row: Row) -> Content:
         """Returns a txt."""
         return {"txt": _text(row.get(self.text_column), self.text_column)}
 
@@ -115,7 +120,7 @@ class Chats(Kind):
         """The columns of turns and images, and LLaVA's further ones."""
         return ("id", *self.image_columns, *UNREAD_KEYS, self.turns_column)
 
-    def members(self, row: Row) -> Members:
+    def members(self, row: Row) -> Content:
         """Returns the images in order, and a json with the conversation and the row's id."""
         for name in UNREAD_KEYS:
             if row.get(name):
@@ -125,7 +130,7 @@ class Chats(Kind):
         members: Members = {_numbered(number, extension): data for number, (extension, data) in enumerate(found)}
         known_as = {} if row.get("id") is None else {"id": str(row["id"])}
         turns = _turns(row.get(self.turns_column), len(found))
-        return {**members, "json": _json({**known_as, "conversations": turns})}
+        return {**members, "json": {**known_as, "conversations": turns}}
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class Interleaved(Kind):
         """The one column that it reads."""
         return ("segments",)
 
-    def members(self, row: Row) -> Members:
+    def members(self, row: Row) -> Content:
         """Returns the images, and a json whose segments name them by extension."""
         segments = row.get("segments")
         members: Members = {}
@@ -153,7 +158,7 @@ class Interleaved(Kind):
                     name = _numbered(number, extension)
                     members[name] = content
                     segments[number] = {"image": name}
-        return {**members, "json": _json({"segments": segments})}
+        return {**members, "json": {"segments": segments}}
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ class PairedLists(Kind):
         """The two columns that it reads."""
         return ("images", "texts")
 
-    def members(self, row: Row) -> Members:
+    def members(self, row: Row) -> Content:
         """Returns the images, and a json whose segments name them by extension."""
         images, texts = row.get("images"), row.get("texts")
         if not isinstance(images, list) or not isinstance(texts, list):
@@ -182,6 +187,39 @@ class PairedLists(Kind):
         pairs = zip(images, texts, strict=True)
         segments = [{"image": image} if text is None else {"text": text} for image, text in pairs]
         return Interleaved(self.images).members({"segments": segments})
+
+
+def fits_question(name: str, value: Any) -> bool:
+    """Returns whether a value is null or what an evaluation takes for a column of `QUESTION_COLUMNS`."""
+    if value is None:
+        return True
+    if not isinstance(value, dict if name == "groups" else list):
+        return False
+    return all(isinstance(text, str) for text in (_without_nulls(value).values() if name == "groups" else value))
+
+
+def encode_json(content: Content, row: Row, question_columns: Collection[str]) -> Members:
+    """Returns the members with their `json` in bytes, to which it adds what an evaluation reads there.
+
+    That is the row's `question_columns` and, where there is a json and an image, the row's `image` if it is a text:
+    samples with the same text are about one image.
+
+    Raises:
+        UnusableSampleError: A column has a value of another type, or a value can't be written as JSON.
+    """
+    members: Members = {name: value for name, value in content.items() if not isinstance(value, dict)}
+    described: dict[str, Any] = {}
+    for name in question_columns:
+        if not fits_question(name, value := row.get(name)):
+            raise UnusableSampleError("json-type", f"{name} is {value!r:.80}, not {QUESTION_COLUMNS[name]}")
+        if value := _without_nulls(value):
+            described[name] = value
+    described |= written if isinstance(written := content.get("json"), dict) else {}
+    if not described:
+        return members
+    if isinstance(image := row.get("image"), str) and image and members.keys() - {"txt"}:
+        described["image"] = image
+    return {**members, "json": _json(described)}
 
 
 def is_exchange(value: Any) -> bool:
@@ -242,7 +280,7 @@ def _text(value: Any, name: str) -> bytes:
     return _utf8(value or "")
 
 
-def _json(value: Any) -> bytes:
+def _json(value: dict[str, Any]) -> bytes:
     try:
         return _utf8(json.dumps(value, ensure_ascii=False))
     except TypeError as error:

@@ -21,9 +21,9 @@ from fuyu_e2e.data.image import check_image, image_size
 from fuyu_e2e.data.progress_bar import Advance, untold
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.cache import ShardCache, read_bytes, write_bytes
-from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shards.locations import folder_of, is_local, name_of
 from fuyu_e2e.data.shards.parallel import map_shards
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.errors import UnusableSampleError, UserError
 from fuyu_e2e.model.image_layout import ImagePolicy, ImageSpan, fit_policy
 from fuyu_e2e.version import __version__
@@ -36,6 +36,8 @@ rules.
 1: until 29 November 2026. 2: halves of samples, links and kinds that can't be read are not texts (see `formats`).
 3: since 30 November 2026. A JSON that is a list of turns is a conversation; `jpgs` and `videos` can't be read.
 """
+OUTDATED = "is of an earlier version of fuyu-e2e, which took other samples for documents"
+"""What messages say about a manifest whose counts don't hold any more."""
 _log = logging.getLogger(__name__)
 ASSUMED = ImagePolicy(patch_size=16)
 """Image policy for the estimate of tokens, since a manifest belongs to shards, not to a model."""
@@ -103,6 +105,12 @@ class ShardFacts:
     """See `DocumentFacts.tokens`."""
     unusable: dict[str, int] = field(default_factory=dict)
     """Unusable documents by reason, as far as headers show."""
+    examples: dict[str, str] = field(default_factory=dict, compare=False)
+    """The first of each reason, in words; not in the manifest."""
+
+    def stored(self) -> dict[str, Any]:
+        """Returns what the manifest holds of the facts."""
+        return {name: value for name, value in asdict(self).items() if name != "examples"}
 
     @classmethod
     def of(cls, path: Path, name: str | None = None, advance: Advance = untold) -> "ShardFacts":
@@ -132,6 +140,7 @@ class ShardFacts:
             images=images,
             tokens_estimate=tokens,
             unusable=dict(stats.skipped),
+            examples=stats.examples,
         )
 
 
@@ -183,7 +192,7 @@ class Manifest:
                 "bytes_per_token": BYTES_PER_TOKEN,
             },
             "totals": totals(self.shards.values()),
-            "shards": {name: asdict(facts) for name, facts in sorted(self.shards.items())},
+            "shards": {name: facts.stored() for name, facts in sorted(self.shards.items())},
         }
         data = (json.dumps(described, indent=1) + "\n").encode()
         if self.folder and write_bytes(_beside(self.folder), data):
@@ -224,7 +233,7 @@ def facts_of(shards: Sequence[str], cache: ShardCache) -> tuple[ShardFacts, ...]
     unknown = [shard for shard in shards if shard not in known]
     for folder in dict.fromkeys(map(folder_of, unknown)):
         if outdated := Manifest.load(folder, cache).outdated:
-            said = f"{outdated} is of an earlier version of fuyu-e2e, which took other samples for documents"
+            said = f"{outdated} {OUTDATED}"
             if not is_local(folder):
                 raise UserError(f"{said}: run `fuyu-e2e shards index` on the pattern once.")
             _log.warning("%s: its shards are indexed again.", said)
@@ -355,14 +364,16 @@ def verify(
     """
     faults = []
     for folder in dict.fromkeys(map(folder_of, shards)):
-        listed = Manifest.load(folder, cache).shards
+        manifest = Manifest.load(folder, cache)
+        listed = manifest.shards
         here = {name_of(shard): shard for shard in shards if folder_of(shard) == folder}
         for name in sorted(listed.keys() | here.keys()):
             if name not in here:
                 if _matches(name, patterns):
                     faults.append(Fault(f"{folder}/{name}", "is gone"))
             elif name not in listed:
-                faults.append(Fault(here[name], "is in no manifest"))
+                outdated = f"is only in {manifest.outdated}, which {OUTDATED}: `fuyu-e2e shards index` counts it again"
+                faults.append(Fault(here[name], outdated if manifest.outdated else "is in no manifest"))
     known = known_facts(shards, cache)
     indexed = [shard for shard in shards if shard in known]
     compare = partial(_compare, known=known, cache=cache, deep=deep)
@@ -397,13 +408,21 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _differences(said: ShardFacts, found: ShardFacts) -> Iterator[str]:
+    """Yields what differs; if it is the counts alone, which the rules of another version explain, with the remedy."""
+    counts = list(_differing_counts(said, found))
+    if (said.bytes, said.sha256) == (found.bytes, found.sha256) and counts:
+        counts[-1] += ": `fuyu-e2e shards index` counts them again"
     if said.bytes != found.bytes:
         yield f"has {found.bytes:,} bytes instead of {said.bytes:,}"
     elif said.sha256 != found.sha256:
         yield "has another checksum"
+    yield from counts
+
+
+def _differing_counts(said: ShardFacts, found: ShardFacts) -> Iterator[str]:
     if said.documents != found.documents:
         yield f"has {found.documents:,} documents instead of {said.documents:,}"
-    for reason in found.unusable.keys() | said.unusable.keys():
+    for reason in sorted(found.unusable.keys() | said.unusable.keys()):
         if found.unusable.get(reason, 0) != said.unusable.get(reason, 0):
             yield f"has {found.unusable.get(reason, 0):,} unusable documents ({reason}) instead of " + (
                 f"{said.unusable.get(reason, 0):,}"

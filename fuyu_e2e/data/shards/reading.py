@@ -14,14 +14,17 @@ import tarfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Int64
 
-from fuyu_e2e.data.shards.extensions import TEXTS, is_media
+from fuyu_e2e.data.document import Document
+from fuyu_e2e.data.progress_bar import Advance, untold
+from fuyu_e2e.data.sample_stats import SampleStats
+from fuyu_e2e.data.shards.extensions import is_media
+from fuyu_e2e.data.shards.formats import Sample, document, is_text
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
 BLOCK = 512
@@ -36,18 +39,6 @@ MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
 """webdataset's `base_plus_ext`; importing webdataset takes seconds."""
 NAME_BYTES = 2**14
 """Bytes of a header about the next one, such as a long name, above which it counts as damaged."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The members of one document by extension: the name after its first dot, in lower case.
-
-    Each line of a `jsonl` member is a document: its key is `sample/line`, its only member `jsonl`.
-    """
-
-    key: str
-    shard: str
-    members: dict[str, bytes] = field(default_factory=dict)
 
 
 class Shard:
@@ -215,7 +206,7 @@ class _Halves:
         key, _ = _split(infos[0].name)
         extensions = [_split(info.name)[1] for info in infos]
         has_image = any(map(is_media, extensions))
-        if has_image != any(extension in TEXTS for extension in extensions):
+        if has_image != any(map(is_text, extensions)):
             self._found[has_image].extend((number, hash(key.rpartition("/")[2])))
 
     def apart(self) -> frozenset[int]:
@@ -232,6 +223,32 @@ def _check_nothing_behind(file: BinaryIO, end: int) -> None:
             raise tarfile.ReadError(
                 f"goes on after the end of the archive at byte {end}: `tar --concatenate` joins archives, cat doesn't"
             )
+
+
+def read_documents(
+    path: Path, stats: SampleStats, name: str | None = None, advance: Advance = untold
+) -> Iterator[Document]:
+    """Yields the usable documents of a local shard, in stored order.
+
+    Counts every document as read, and unusable ones by reason. Adds 1 to `advance` over the whole shard.
+
+    Args:
+        path: The shard.
+        stats: Counts documents.
+        name: What errors call the shard; by default its path.
+        advance: Counts the work done.
+
+    Raises:
+        UserError: The file can't be read, or is not a tar; or the reader of a format is at fault.
+    """
+    shard = Shard(path, name)
+    for number in range(len(shard)):
+        stats.read += 1
+        try:
+            yield document(shard.sample(number))
+        except UnusableSampleError as error:
+            stats.skip(error)
+        advance(1 / len(shard))
 
 
 def check_header(file: BinaryIO, name: str) -> None:

@@ -25,9 +25,9 @@ from fuyu_e2e.data.progress_bar import Advance
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shards.cache import ShardCache
-from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shards.manifest import BYTES_PER_TOKEN, DocumentFacts, image_tokens
 from fuyu_e2e.data.shards.parallel import map_shards
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UnusableSampleError, UserError, writing
 from fuyu_e2e.model.image_layout import ImagePolicy
@@ -119,6 +119,8 @@ class Survey:
     """Usable documents by kind (see `DocumentFacts`)."""
     unusable: Counter[str] = field(default_factory=Counter)
     """Unusable documents by reason, as far as can be seen without decoding images."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first of each reason, in words."""
     longer: Counter[int] = field(default_factory=Counter)
     """Usable documents with more tokens than each of `ROW_LENGTHS`."""
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -150,6 +152,7 @@ class Survey:
     def add(self, other: "Survey") -> None:
         """Adds the statistics of other shards."""
         self.shards += other.shards
+        self.examples = other.examples | self.examples
         for name in ("kinds", "unusable", "longer", "sizes"):
             getattr(self, name).update(getattr(other, name))
         for name in ("widths", "heights", "aspects", "text_bytes", "tokens"):
@@ -294,7 +297,7 @@ def _survey_one(shard: str, advance: Advance, cache: ShardCache, count: TokenCou
             stats.skip(error)
             continue
         found.record(facts.kind, facts.sizes, facts.text_bytes, tokens)
-    found.unusable = stats.skipped
+    found.unusable, found.examples = stats.skipped, stats.examples
     return found
 
 

@@ -242,11 +242,13 @@ class Lane:
         # The end of one pass and the start of the next may both be bad; with one more, no document of a pass is
         # usable.
         if self.stream.endless and self._unusable[source] > 2 * (self.orders[source].per_epoch - 1):
+            remedies = ["raise data.budget"] if self.stats.skipped[TOO_LONG] else []
+            if any(facts.kinds for facts in self.stream.sources[source].facts):  # other lanes may have usable ones
+                remedies.append("lower data.lanes")
             raise UserError(
                 f"Lane {self.index} of {self.stream.lanes} finds no usable document in a whole pass over its part of "
-                f"{self.stream.sources[source].shards[0]} and the other shards ({self.stats.summary()}): "
-                + ("raise data.budget, or " if self.stats.skipped[TOO_LONG] else "")
-                + "lower data.lanes, or mend the shards."
+                f"{self.stream.sources[source].shards[0]} and the other shards ({self.stats.summary_with_examples}): "
+                f"{', or '.join([*remedies, 'mend the shards'])}."
             )
         return tokens
 

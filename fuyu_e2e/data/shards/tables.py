@@ -14,6 +14,7 @@ once to plan, and once, row by row, as planned. So a reader yields each row with
 number, or file names), by which another process finds the row again, and no row has to be kept.
 """
 
+import logging
 import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from fuyu_e2e.data.shards.extensions import COMPRESSED
 from fuyu_e2e.data.shards.formats import IMAGE_KEYS, are_turns
 from fuyu_e2e.data.shards.image_folder import FILE_NAMES, ImageFolder
 from fuyu_e2e.data.shards.kinds import (
+    QUESTION_COLUMNS,
     Captions,
     Chats,
     Interleaved,
@@ -34,6 +36,8 @@ from fuyu_e2e.data.shards.kinds import (
     Pairs,
     TextFiles,
     Texts,
+    encode_json,
+    fits_question,
     is_exchange,
 )
 from fuyu_e2e.data.shards.readers import READERS, Folder, Parquet, Place, Reader, Row, Table, walk
@@ -59,6 +63,7 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """Splits that Hugging Face's datasets derive from folder names."""
+_log = logging.getLogger(__name__)
 TELLING = 1000
 """Most rows searched for one that shows what a table's texts are."""
 
@@ -69,6 +74,8 @@ class RowSource:
 
     reader: Reader
     kind: Kind
+    question_columns: tuple[str, ...] = ()
+    """Columns of `QUESTION_COLUMNS` that go into the samples' JSON."""
 
     def samples(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Members]]]:
         """Yields (place, maker of the members) of all rows, or of those at `places`.
@@ -79,7 +86,8 @@ class RowSource:
             yield place, partial(self._members, make)
 
     def _members(self, make: Callable[[], Row]) -> Members:
-        return self.kind.members(make())
+        row = make()
+        return encode_json(self.kind.members(row), row, self.question_columns)
 
 
 def open_source(
@@ -108,9 +116,10 @@ def open_source(
     reader = _reader(path)
     row = _first_row(reader, path)
     kind = _kind(row, path, reader.image_columns(row), image_column, text_column, images or path.parent)
+    asked = _question_columns(row, path, kind)
     if isinstance(reader, Parquet):
-        reader = replace(reader, columns=tuple(name for name in kind.columns if name in row))
-    return RowSource(reader, kind)
+        reader = replace(reader, columns=tuple(name for name in (*kind.columns, *asked) if name in row))
+    return RowSource(reader, kind, asked)
 
 
 def _metadata(path: Path) -> tuple[Table, ...]:
@@ -148,7 +157,20 @@ def _open_image_folder(
                 f"{table.path} has no column {lacking[0]!r}, as {first} has: name their columns alike, or write each "
                 "folder with a command of its own."
             )
-    return RowSource(reader, kind)
+    return RowSource(reader, kind, _question_columns(row, first, kind))
+
+
+def _question_columns(row: Row, path: Path, kind: Kind) -> tuple[str, ...]:
+    """Returns the columns about questions that go into the samples' JSON: not those whose first value has another
+    type, as all in a CSV have, which it says."""
+    columns = []
+    for name in sorted(QUESTION_COLUMNS.keys() - set(kind.columns)):
+        if fits_question(name, row.get(name)):
+            columns.append(name)
+        else:
+            takes = QUESTION_COLUMNS[name]
+            _log.warning("%s: %r is not written into the shards: an evaluation takes %s.", path, name, takes)
+    return tuple(columns)
 
 
 def _open_folder(path: Path) -> RowSource:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from fuyu_e2e.data.progress_bar import Advance
-from fuyu_e2e.data.shards.extensions import TEXTS, is_media
+from fuyu_e2e.data.shards.extensions import is_media
+from fuyu_e2e.data.shards.formats import is_text
 from fuyu_e2e.data.shards.reading import BLOCK
 from fuyu_e2e.data.shards.tables import Members, Pairs, Place, TextFiles
 from fuyu_e2e.errors import UnusableSampleError, UserError
@@ -218,7 +219,7 @@ def _weigh(make: Callable[[], Members]) -> tuple[int, bytes]:
     try:
         for name, content in make().items():
             if isinstance(content, bytes):
-                length, said = len(content), content if name in TEXTS else blake2b(content, digest_size=16).digest()
+                length, said = len(content), content if is_text(name) else blake2b(content, digest_size=16).digest()
             else:
                 found = stat_of(name, content)
                 length, said = found.st_size, f"{found.st_size} {found.st_mtime_ns}".encode()

@@ -27,10 +27,9 @@ from typing import IO, Any
 
 from fuyu_e2e.data.image import check_image
 from fuyu_e2e.data.progress_bar import Advance, ProgressBar
-from fuyu_e2e.data.shards.extensions import TEXTS
-from fuyu_e2e.data.shards.formats import TEXT_BYTES, document
+from fuyu_e2e.data.shards.formats import TEXT_BYTES, Sample, document, is_text
 from fuyu_e2e.data.shards.parallel import run_jobs
-from fuyu_e2e.data.shards.reading import SAMPLE_BYTES, Sample
+from fuyu_e2e.data.shards.reading import SAMPLE_BYTES
 from fuyu_e2e.data.shards.tables import Members, RowSource, open_source
 from fuyu_e2e.data.shards.tar_writer import write_samples
 from fuyu_e2e.data.shards.write_plan import (
@@ -47,7 +46,7 @@ from fuyu_e2e.data.shards.write_plan import (
 from fuyu_e2e.errors import UnusableSampleError, UserError, of_signal
 from fuyu_e2e.model.image_layout import ImagePolicy
 
-VERSION = 2
+VERSION = 3
 """Version of the written bytes: a folder begun by another version is not continued."""
 PLAN, REPORT = "write-plan.json", "report.json"
 LIMITS = ImagePolicy(patch_size=1)
@@ -235,7 +234,7 @@ def _load(members: Members) -> dict[str, bytes]:
     loaded, size = {}, 0
     for name, content in members.items():
         loaded[name] = _read(name, content) if isinstance(content, Path) else content
-        if isinstance(content, bytes) and name not in TEXTS:  # an image out of a table
+        if isinstance(content, bytes) and not is_text(name):  # an image out of a table
             check_image(content, LIMITS)
         size += tar_bytes(len(loaded[name]))
         if size > SAMPLE_BYTES:

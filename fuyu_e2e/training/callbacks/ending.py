@@ -11,7 +11,7 @@ from fuyu_e2e.checkpoint.atomic import CheckpointManifest
 from fuyu_e2e.checkpoint.run_checkpoints import best_checkpoint, run_checkpoints
 from fuyu_e2e.checkpoint.run_directory import shown
 from fuyu_e2e.data.datamodule import FuyuDataModule
-from fuyu_e2e.data.sample_stats import SampleStats
+from fuyu_e2e.data.sample_stats import SampleStats, skipped_first
 from fuyu_e2e.training.callbacks.checkpoints import checkpoints_of
 from fuyu_e2e.training.callbacks.data_report import DataReport
 from fuyu_e2e.training.callbacks.step_lines import short_count
@@ -74,7 +74,7 @@ def _places(trainer: pl.Trainer) -> list[str]:
 def _data(stats: SampleStats) -> list[str]:
     waiting = f", {stats.waiting:,} wait in shuffle and packing buffers" if stats.waiting else ""
     lines = [f"  data     {stats.summary()}{waiting}"]
-    return lines + [f"           skipped first: {example}" for example in stats.examples.values()]
+    return lines + [f"           {line}" for line in skipped_first(stats.examples)]
 
 
 def _next_commands(trainer: pl.Trainer) -> list[str]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image as Pillow
 
-from fuyu_e2e.data.document import Document, Image, Text
+from fuyu_e2e.data.document import Document, Image, Segment, Text
 from fuyu_e2e.data.sample_stats import SampleStats
-from fuyu_e2e.data.shards.formats import TEXT_BYTES, document, read_documents
-from fuyu_e2e.data.shards.reading import Sample
-from fuyu_e2e.errors import UnusableSampleError
+from fuyu_e2e.data.shards import formats
+from fuyu_e2e.data.shards.formats import TEXT_BYTES, Sample, document
+from fuyu_e2e.data.shards.reading import read_documents
+from fuyu_e2e.errors import UnusableSampleError, UserError
 
 Shard = Callable[[dict[str, bytes | str | dict | list]], Path]
 
@@ -254,6 +257,40 @@ def test_messages_are_conversations(shard: Shard, name: str) -> None:
              {"role": "assistant", "content": "So."}]  # fmt: skip
     [named], [known] = (read(shard({name: json.dumps({key: turns})})) for key in ("messages", "conversations"))
     assert named.segments == known.segments == (Text("Be brief.", False), Text("Why?", False), Text("So."))
+
+
+def of_answer(described: dict[str, Any], images: dict[str, Image], sample: Sample) -> tuple[Segment, ...]:
+    return (*images.values(), Text(described["answer"]))
+
+
+def test_a_format_is_no_text_alone_unless_its_line_says_so(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(formats.FORMATS, "answer", of_answer)
+    assert read(shard({"0.jpg": A.data, "0.json": {"answer": "a"}})) == [Document("0", (A, Text("a")))]
+    alone = shard({"0.json": {"answer": "a"}})
+    assert reasons(alone) == {"image-missing": 1}
+    monkeypatch.setattr(formats, "TEXT_ALONE", (*formats.TEXT_ALONE, "answer"))
+    assert read(alone) == [Document("0", (Text("a"),))]
+
+
+WRONG_READERS = {
+    "raises KeyError: 'b' (test_formats.py, line ": lambda described, images, sample: (Text(described["b"]),),
+    "raises Type": lambda described, images, sample: (Text(5),),  # the tests' own type checker comes first
+    "raises UnidentifiedImageError: cannot identify": lambda described, images, sample: Pillow.open(io.BytesIO()),
+    "raises TypeError: <lambda>() takes 0 positional": lambda: (),
+    "returns a NoneType, where a tuple of Text and Image is expected": lambda described, images, sample: None,
+    "returns a generator, where": lambda described, images, sample: (image for image in images.values()),
+    "returns a str at place 1, where Text or Image": lambda described, images, sample: (*images.values(), "a"),
+}
+
+
+@pytest.mark.parametrize(("said", "reader"), WRONG_READERS.items(), ids=WRONG_READERS)
+def test_a_mistake_in_a_reader_is_said_with_the_sample(
+    shard: Shard, said: str, reader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(formats.FORMATS, "answer", reader)
+    path = shard({"a/7.jpg": A.data, "a/7.json": {"answer": "a"}})
+    with pytest.raises(UserError, match=re.escape(f"{path}: a/7: the reader of 'answer' {said}")):
+        read(path)
 
 
 def turn(speaker: object = "gpt", value: object = "a") -> dict:

@@ -34,10 +34,10 @@ from PIL import Image as Pillow
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shards.cache import ShardCache
-from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shards.manifest import Manifest, ShardFacts, verify
 from fuyu_e2e.data.shards.mixture import Source
 from fuyu_e2e.data.shards.open_shards import OpenShards
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.shards.stream import Lane, Stream, StreamSource
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.errors import UnusableSampleError, UserError

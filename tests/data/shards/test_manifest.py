@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from fuyu_e2e.cli import main
 from fuyu_e2e.cli.shards import shards as run_shards
 from fuyu_e2e.data.shards.cache import ShardCache
-from fuyu_e2e.data.shards.manifest import NAME, check_complete, facts_of, index, verify
+from fuyu_e2e.data.shards.manifest import NAME, VERSION, check_complete, facts_of, index, verify
 from fuyu_e2e.errors import FAULTY, UserError
 
 Png = Callable[..., bytes]
@@ -116,21 +116,43 @@ def test_a_manifest_that_counted_by_earlier_rules_is_made_again(
     shards: list[str], cache: ShardCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     facts, [place] = index(shards, cache)
-    earlier = json.loads(Path(place).read_text()) | {"version": 2}
+    earlier = json.loads(Path(place).read_text()) | {"version": VERSION - 1}
     for counted in earlier["shards"].values():
         counted["documents"] = 99
     Path(place).write_text(json.dumps(earlier))
     assert facts_of(shards[:1], cache) == (facts[shards[0]],)
     assert "earlier version of fuyu-e2e" in caplog.text
-    assert json.loads(Path(place).read_text())["version"] == 3
+    assert json.loads(Path(place).read_text())["version"] == VERSION
     monkeypatch.setattr("fuyu_e2e.data.shards.manifest.read_bytes", lambda place: json.dumps(earlier).encode())
     with pytest.raises(UserError, match=r"https://host/fuyu-manifest\.json is of an earlier version.*shards index"):
         facts_of(["https://host/train-0.tar"], cache)
 
 
+def test_verify_says_which_manifest_is_of_earlier_rules_and_how_shards_are_counted_again(
+    shards: list[str], cache: ShardCache
+) -> None:
+    _, [place] = index(shards, cache)
+    described = json.loads(Path(place).read_text())
+    Path(place).write_text(json.dumps(described | {"version": VERSION - 1}))
+    said = f"is only in {place}, which is of an earlier version of fuyu-e2e, which took other samples for documents"
+    assert [fault.reason for fault in verify(shards, shards, cache)] == [
+        f"{said}: `fuyu-e2e shards index` counts it again"
+    ] * 3
+    described["shards"]["train-1.tar"]["unusable"] = {"format-unknown": 1}
+    described["shards"]["val-0.tar"]["documents"] = 5
+    Path(place).write_text(json.dumps(described))
+    first, last, other = verify(shards, shards, cache)
+    assert (first.reason, last.reason, other.reason) == (
+        "has 0 unusable documents (format-unknown) instead of 1",
+        "has 1 unusable documents (image-unreadable) instead of 0: `fuyu-e2e shards index` counts them again",
+        "has 4 documents instead of 5: `fuyu-e2e shards index` counts them again",
+    )
+
+
 def test_a_file_that_is_no_manifest_is_named(shards: list[str], cache: ShardCache) -> None:
     place = Path(shards[0]).parent / NAME
-    for content in ("[]", "{", '{"version": 99, "shards": {}}', '{"version": 3, "shards": {"a.tar": {"x": 1}}}'):
+    strange = {"version": VERSION, "shards": {"a.tar": {"x": 1}}}
+    for content in ("[]", "{", '{"version": 99, "shards": {}}', json.dumps(strange)):
         place.write_text(content)
         with pytest.raises(UserError, match=r"fuyu-manifest\.json is no manifest of this version"):
             facts_of(shards, cache)
@@ -197,6 +219,7 @@ def test_the_commands_print_what_they_find(
     assert code == 0
     assert "caption 1, chat 1, interleaved 1, text 4" in said
     assert "unusable: image-unreadable 1" in said
+    assert "skipped first: image-unreadable: " in said
     assert str(folder / NAME) in said
     assert "judged by their headers, not decoded" in said
     code, said = run("verify", *common)
@@ -209,6 +232,7 @@ def test_the_commands_print_what_they_find(
     assert f"{shards[0]} has 9,728 bytes instead of 10,240" in said
     code, said = run("stats", *common, "--out", str(tmp_path / "stats.png"))
     assert code == 0
+    assert "skipped first: image-unreadable: " in said
     assert "judged by their headers, not decoded" in said
     assert (tmp_path / "stats.png").stat().st_size > 10_000
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuyu_e2e.data.sample_stats import SampleStats
-from fuyu_e2e.data.shards.formats import read_documents
-from fuyu_e2e.data.shards.reading import SAMPLE_BYTES, Shard
+from fuyu_e2e.data.shards.reading import SAMPLE_BYTES, Shard, read_documents
 from fuyu_e2e.errors import UnusableSampleError, UserError
 
 

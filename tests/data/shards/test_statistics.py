@@ -20,8 +20,8 @@ from fuyu_e2e.data.image import ImagePolicy, decode_image
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shards.cache import ShardCache
-from fuyu_e2e.data.shards.formats import read_documents
 from fuyu_e2e.data.shards.manifest import ASSUMED, DocumentFacts, ShardFacts
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.shards.statistics import (
     ROW_LENGTHS,
     Distribution,

@@ -27,10 +27,11 @@ from fuyu_e2e.data.image import ImagePolicy, decode_image
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shards.cache import ShardCache
-from fuyu_e2e.data.shards.formats import TEXT_BYTES, read_documents
+from fuyu_e2e.data.shards.formats import TEXT_BYTES
 from fuyu_e2e.data.shards.locations import expand_patterns
 from fuyu_e2e.data.shards.manifest import check_complete, facts_of, verify
 from fuyu_e2e.data.shards.mixture import Source
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.shards.stream import Stream, StreamSource
 from fuyu_e2e.errors import UnusableSampleError, UserError
 

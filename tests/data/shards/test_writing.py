@@ -27,12 +27,14 @@ from fuyu_e2e.data.document import Document, Image, Segment, Text
 from fuyu_e2e.data.image import ImagePolicy, decode_image
 from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards import readers, writing
-from fuyu_e2e.data.shards.formats import TEXT_BYTES, read_documents
+from fuyu_e2e.data.shards.formats import TEXT_BYTES
 from fuyu_e2e.data.shards.locations import expand_patterns
+from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.shards.tables import FORMS
 from fuyu_e2e.data.shards.write_plan import EXAMPLES, Settings, WriteReport
 from fuyu_e2e.data.shards.writing import INTERRUPTED, write_shards
 from fuyu_e2e.errors import UnusableSampleError, UserError
+from fuyu_e2e.eval.shard_questions import read_shards
 
 ALL_TRAIN = Settings(val_share=0.0)
 MANY_SMALL = Settings(val_share=0.2, shard_megabytes=0.02)
@@ -330,6 +332,53 @@ def test_columns_and_the_image_folder_can_be_named(tmp_path: Path, images: dict[
     write_shards(source, tmp_path / "beside", **options)  # the table's own folder is no worse a start
     for out in ("out", "beside"):
         assert [document.segments for document in written(tmp_path / out)] == [(images["pics/a.png"], Text("yes"))]
+
+
+QUESTION = {"groups": {"kind": "relational"}, "choices": ["a", "b"]}
+
+
+@pytest.mark.parametrize("write_table", [lines, parquet], ids=["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("row", "image"),
+    [
+        ({"image": "pics/a.png", "caption": "a"}, "pics/a.png"),
+        ({"image": "pics/a.png", "conversations": turns("?", "a")}, "pics/a.png"),
+        ({"conversations": turns("?", "a")}, "000000000"),
+        ({"segments": [{"image": "pics/a.png"}, {"text": "a"}]}, "000000000"),
+        ({"images": ["pics/a.png", None], "texts": [None, "a"]}, "000000000"),
+        ({"text": "a"}, "000000000"),
+    ],
+    ids=["caption", "chat", "chat without images", "interleaved", "paired lists", "text"],
+)
+def test_what_an_evaluation_reads_of_a_row_is_in_its_sample(
+    tmp_path: Path, images: dict[str, Image], row: dict, image: str, write_table: Callable
+) -> None:
+    others = {"groups": {"kind": None, "place": "left"}, "choices": None}  # Parquet fills each with both keys
+    source = write_table(tmp_path / f"t.{'parquet' if write_table is parquet else 'jsonl'}", [
+        {**row, **QUESTION}, {**row, **others}, row,
+    ])  # fmt: skip
+    write_shards(source, tmp_path / "out", settings=ALL_TRAIN)
+    stats = SampleStats()
+    first, second, third = read_shards(str(tmp_path / "out/train-00000.tar"), stats)
+    assert not stats.skipped
+    assert (first.groups, first.choices, first.image) == (QUESTION["groups"], ("a", "b"), image)
+    assert (second.groups, second.choices) == ({"place": "left"}, ())
+    assert (third.groups, third.choices) == ({}, ())
+
+
+def test_a_question_of_another_type_is_counted_and_a_column_of_it_left_out_aloud(
+    tmp_path: Path, images: dict[str, Image], caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"image": "pics/a.png", "caption": "a"}
+    wrong = [{"groups": "x"}, {"groups": {"kind": 1}}, {"choices": {"a": "b"}}, {"choices": ["a", 1]}]
+    source = lines(tmp_path / "t.jsonl", [{**row, **QUESTION}, *({**row, **each} for each in wrong)])
+    assert write_shards(source, tmp_path / "out", settings=ALL_TRAIN).total.skipped == {"json-type": 4}
+    assert not caplog.messages
+    source = table(tmp_path / "t.csv", [["image", "caption", "choices"], ["pics/a.png", "a", "yes, no"]])
+    write_shards(source, tmp_path / "csv", settings=ALL_TRAIN)
+    assert caplog.messages == [
+        f"{source}: 'choices' is not written into the shards: an evaluation takes a JSON list of texts."
+    ]
 
 
 # Rows that can't be used
