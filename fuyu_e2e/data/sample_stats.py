@@ -65,7 +65,7 @@ class SampleStats:
 
     @property
     def waiting(self) -> int:
-        """Documents that are still in a shuffle buffer or not yet packed."""
+        """Documents that are read but not yet packed."""
         return self.read - self.used - self.skipped.total()
 
     def summary(self) -> str:

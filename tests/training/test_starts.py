@@ -129,7 +129,7 @@ def test_a_run_says_where_it_is_what_it_did_and_what_is_next(trained: str, folde
     assert best is not None
     assert f"best     val/loss {best.value:.4g} at step {best.step}: run/checkpoints/{best.path.name}" in trained
     assert f"last     step 4: run/checkpoints/{find_checkpoint(run).name}" in trained
-    assert re.search(r"\d+ read, \d+ used, 0 skipped, \d+ wait in shuffle and packing buffers", trained)
+    assert re.search(r"\d+ read, \d+ used, 0 skipped, \d+ wait to be packed", trained)
     assert "Done: 4 steps" in trained
     assert "\n  run      run\n" in trained
     assert re.search(r"^step 4/4  loss", trained, re.MULTILINE), "plain lines, as the output is no terminal"

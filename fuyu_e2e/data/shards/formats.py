@@ -1,4 +1,4 @@
-"""Turns the members of a sample into documents, by their extensions alone.
+"""Turns the members of a sample into documents. Extensions and, in JSON, keys tell the format.
 
 caption       jpg|jpeg|jpe|jfif|png|webp + txt, or + json with a "caption": img2dataset writes both; txt is preferred
 chat          json with "conversations" (LLaVA's), "messages" or a list of turns alone (as converters to

@@ -72,7 +72,7 @@ def _places(trainer: pl.Trainer) -> list[str]:
 
 
 def _data(stats: SampleStats) -> list[str]:
-    waiting = f", {stats.waiting:,} wait in shuffle and packing buffers" if stats.waiting else ""
+    waiting = f", {stats.waiting:,} wait to be packed" if stats.waiting else ""
     lines = [f"  data     {stats.summary()}{waiting}"]
     return lines + [f"           {line}" for line in skipped_first(stats.examples)]
 
