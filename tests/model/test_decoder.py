@@ -141,7 +141,7 @@ def test_loss_has_no_more_than_a_chunk_of_logits_in_memory(monkeypatch: pytest.M
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             result = func(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor) and result.shape[-1:] == (5_000,):
