@@ -36,6 +36,8 @@ class Answer:
     loss: float = 0.0
     """Sum over `tokens`, in nats."""
     tokens: int = 0
+    cut: bool = False
+    """Whether generation stopped at `max_new_tokens`, before the answer's end."""
     skipped: str | None = None
     """The reason if the question can't be used."""
 
@@ -122,7 +124,7 @@ def _generate(
             eos_id=model.tokenizer.eos_id,
         )
         for number, ids in zip(batch, written, strict=True):
-            yield number, Answer(text=model.tokenizer.decode(ids))
+            yield number, Answer(text=model.tokenizer.decode(ids), cut=len(ids) == max_new_tokens)
 
 
 def _choose(

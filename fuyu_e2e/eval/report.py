@@ -48,7 +48,12 @@ def counts(evaluation: Evaluation) -> dict[str, Any]:
         "images": len({outcome.image for outcome in evaluation.outcomes}),
         "no_question": {"skipped": dict(evaluation.read.skipped), "examples": evaluation.read.examples},
         "runs": {
-            run: {"used": stats.used, "scored_as_wrong": dict(stats.skipped), "examples": stats.examples}
+            run: {
+                "used": stats.used,
+                "cut": sum(outcome.answers[run].cut for outcome in evaluation.outcomes),
+                "scored_as_wrong": dict(stats.skipped),
+                "examples": stats.examples,
+            }
             for run, stats in evaluation.all_stats.items()
         },
     }
@@ -87,9 +92,16 @@ def print_report(console: Console, evaluation: Evaluation, scores: Mapping[str, 
         for run, scored in found.blind.items():
             _add_row(table, f"  {BLIND[run]}", scored, _share(found, run))
     console.print(table)
-    for group in evaluation.task.groups:
-        if not any(group in outcome.groups for outcome in evaluation.outcomes):
-            console.print(f"No question says its {group}: groups of the task names it.", soft_wrap=True)
+    known = {group for outcome in evaluation.outcomes for group in outcome.groups}
+    for group in (group for group in evaluation.task.groups if group not in known):
+        theirs = f"they have {', '.join(sorted(known))}" if known else "they have none"
+        console.print(f"groups of the task names {group!r}, which no question has; {theirs}.", soft_wrap=True)
+    if cut := sum(outcome.answers["image"].cut for outcome in evaluation.outcomes):
+        console.print(
+            f"{cut:,} of {len(evaluation.outcomes):,} answers were cut at max_new_tokens "
+            f"{evaluation.task.max_new_tokens}: if right answers are longer, raise it in the task.",
+            soft_wrap=True,
+        )
     if evaluation.read.skipped:
         console.print(f"No questions, so without a score: {evaluation.read.summary()}", soft_wrap=True)
     for run in RUNS:

@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ class Section:
         lines = [line for text in texts for line in text.splitlines()]
         for line in lines:
             assert line.startswith("PYTHONPATH=.") == ("--allow-imports" in line), line
-            assert line.startswith(("fuyu-e2e ", "PYTHONPATH=. fuyu-e2e ", "python ")), line
+            assert line.startswith(("fuyu-e2e ", "PYTHONPATH=. fuyu-e2e ", "python ", "mkdir ", "tar ")), line
         found = [shlex.split(line.removeprefix("PYTHONPATH=. ")) for line in lines]
         return [words[1:] if words[0] == "fuyu-e2e" else words for words in found]
 
@@ -236,13 +237,22 @@ def test_a_data_format_is_read_in_training(
     members = [*({"json": said} for said in asked), *({"tsv": said} for said in tables)]
     samples = [{"png": make_png(20, 30, seed=number), **member} for number, member in enumerate(members)]
     alone = [members[0], members[3]]
-    write_shard(folder / "shards/train-00000.tar", [samples[0], *alone, *samples[1:]])
-    write_shard(folder / "shards/toy.tar", [samples[0], samples[3]])
+    rmtree(folder / "shards")
+    for toy, written in (("toy-train", [samples[0], *alone, *samples[1:]]), ("toy-val", samples[:1])):
+        (folder / toy).mkdir()
+        for number, sample in enumerate(written):
+            for extension, data in sample.items():
+                (folder / toy / f"{number}.{extension}").write_bytes(data)
     change(sections["data format"], monkeypatch)
-    looking, training = sections["data format"].commands
+    *packing, train_tokenizer, looking, training = sections["data format"].commands
+    for command in packing:
+        subprocess.run(command, check=True)
+    few = [word.replace("320", "280") for word in train_tokenizer]  # as so few texts hold no more
+    run(few, monkeypatch)
+    capsys.readouterr()
     run(looking, monkeypatch)
-    assert re.match(r"1: \d+ tokens, \d+ patches in 1 images, \d+ tokens with loss", capsys.readouterr().out)
-    cli = fit(training)
+    assert re.match(r"\./3: \d+ tokens, \d+ patches in 1 images, \d+ tokens with loss", capsys.readouterr().out)
+    cli = fit(training, "--model.decoder.vocab_size=280")
     [report] = [callback for callback in cli.trainer.callbacks if isinstance(callback, DataReport)]
     stats = report.training()
     assert stats.used > 2

@@ -81,6 +81,7 @@ def test_a_public_format_is_scored_with_no_code(
     assert results["task_settings"]["data"]["images"] == "val2014"
     assert results["runs"]["image"] == {
         "used": 4,
+        "cut": 4,
         "scored_as_wrong": {"image-unreadable": 2},
         "examples": results["runs"]["image"]["examples"],
     }

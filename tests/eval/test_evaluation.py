@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,21 @@ def test_a_real_model_leaves_a_report(
     printed = capsys.readouterr().out
     for words in ("accuracy per token", "parity even", "blind: without image", "image-unreadable 1"):
         assert words in printed
+
+
+def test_cut_answers_and_groups_that_no_question_has_are_told(
+    model: TrainedModel, make_question: MakeQuestion, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A random model does not end within two tokens."""
+    task = replace(GENERATE, max_new_tokens=2, groups=("parity", "colour"))
+    evaluation = evaluate(model, task, [make_question(number) for number in range(3)])
+    scores = score(evaluation)
+    write_report(evaluation, scores, {}, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["runs"]["image"]["cut"] == 3
+    print_report(Console(width=120), evaluation, scores)
+    printed = capsys.readouterr().out
+    assert "3 of 3 answers were cut at max_new_tokens 2: if right answers are longer" in printed
+    assert "groups of the task names 'colour', which no question has; they have parity." in printed
 
 
 def test_an_empty_answer_is_an_answer() -> None:

@@ -57,8 +57,8 @@ def expand_patterns(patterns: str | Sequence[str], *, allow_pipe: bool = False) 
             raise UserError(f"{pattern!r} names {gone[0]}, which is not there: bring it back, or leave it out.")
         if not found:
             raise UserError(
-                f"{pattern!r} matches no shard: quote the pattern so that the shell leaves it alone, and see that it "
-                "names .tar files or a folder of them."
+                f"{pattern!r} matches no shard: see that it names .tar files or a folder of them, and quote a "
+                "pattern on the command line so that the shell leaves it alone."
             )
         shards.update(dict.fromkeys(found))
     return tuple(shards)
