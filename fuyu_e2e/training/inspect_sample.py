@@ -34,6 +34,8 @@ def inspect_sample(args: Sequence[str]) -> None:
     except UnusableSampleError as error:
         raise UserError(f"Sample {index} can't be used ({error}): it is skipped and counted in training.") from error
     Console(highlight=False).print(show_tokens(sequence, data.tokenizer))
+    if stats.skipped:
+        print(f"Unusable samples before it have no index: {stats.summary_with_examples}.")
     if sequence.images:
         draw_sequence(sequence, data.images.patch_size, Path(cli.config.out))
         print(

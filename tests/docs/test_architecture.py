@@ -251,7 +251,9 @@ def test_a_data_format_is_read_in_training(
     run(few, monkeypatch)
     capsys.readouterr()
     run(looking, monkeypatch)
-    assert re.match(r"\./3: \d+ tokens, \d+ patches in 1 images, \d+ tokens with loss", capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    assert re.match(r"\./3: \d+ tokens, \d+ patches in 1 images, \d+ tokens with loss", shown)
+    assert "skipped first: image-missing: " in shown
     cli = fit(training, "--model.decoder.vocab_size=280")
     [report] = [callback for callback in cli.trainer.callbacks if isinstance(callback, DataReport)]
     stats = report.training()
