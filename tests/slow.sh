@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every test that takes minutes, in one go: about two hours on 2 cores.
+# Every test that takes minutes, in one go: about two and a half hours on 2 cores that other work shares.
 #
 #     tests/slow.sh [--reduced]
 #

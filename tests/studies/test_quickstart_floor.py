@@ -52,7 +52,7 @@ def mean_loss(model: TrainedModel, documents: Sequence[Document]) -> float:
 def test_a_short_run_sees(machine: str, place: Workplace, tmp_path: Path) -> None:
     settings = recipe_settings(place, "recipes/quickstart.yaml", 0, STEPS)
     command = [sys.executable, "-m", "fuyu_e2e", "fit", *settings, f"--trainer.default_root_dir={tmp_path}"]
-    subprocess.run(command, check=True, env=os.environ | MACHINES[machine], capture_output=True, timeout=1_200)
+    subprocess.run(command, check=True, env=os.environ | MACHINES[machine], capture_output=True, timeout=3_600)
     model = load_model(tmp_path / "checkpoints" / "last.ckpt")
     assert model.step == STEPS
     [shard] = place.data.glob("val-*.tar")

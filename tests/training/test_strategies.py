@@ -64,7 +64,7 @@ def run(folder: Path, *runs: dict[str, Any]) -> None:
         env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
