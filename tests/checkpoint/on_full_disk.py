@@ -33,12 +33,12 @@ class Ballast(Callback):
 
 def main(folder: Path) -> None:
     from fuyu_e2e.cli import main as fuyu_e2e  # so that Ballast alone costs little to import
-    from fuyu_e2e.studies.quickstart import Workplace, prepare
+    from fuyu_e2e.studies.quickstart import Workplace, write_data
 
     place, disk = Workplace(folder), folder / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], check=True)
-    prepare(place, seed=0, pictures=100, test_pictures=1)
+    write_data(place.data, seed=0, pictures=100, test_pictures=1)
     told: dict[str, Any] = {}
 
     def call(name: str, *args: Any) -> None:

@@ -187,7 +187,7 @@ def test_a_checkpoint_tells_where_it_comes_from(run: Path) -> None:
     told = read_model(run).provenance
     assert told.step == 4
     assert told.tokens_seen > 100
-    assert set(told.validation) == {"val/loss", "val/perplexity"}
+    assert set(told.validation) == {"val/loss", "val/perplexity", "val/token_accuracy", "val/exact_match"}
     assert len(told.data["train"]) == 64
     assert read_model(run).metadata.images.max_size == (64, 96)
 
