@@ -154,7 +154,7 @@ def score(model: TrainedModel, place: Workplace) -> tuple[dict[str, Any], list[Q
     Returns:
         The figures, and the questions about pictures of trained sizes with what came of each.
     """
-    questions, outcomes, seen = read_pictures(model, place.pattern("test"), ("image", "other_image"))
+    questions, outcomes, seen = read_pictures(model, place.pattern("test"), runs=("image", "other_image"))
     *_, new = read_pictures(model, place.pattern("test-new-sizes"))
     truths = Counter(question.references for question in questions)
     same = sum(count * (count - 1) for count in truths.values())

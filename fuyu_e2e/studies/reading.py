@@ -1,4 +1,4 @@
-"""How many pictures a model reads letter for letter, by the task `digits`: greedy answers and their exact match."""
+"""How many pictures a model reads letter for letter: greedy answers and their exact match, by a shipped task."""
 
 from collections.abc import Collection
 
@@ -13,26 +13,27 @@ WITH_IMAGE: tuple[Run, ...] = ("image",)
 
 
 def read_pictures(
-    model: TrainedModel, shards: str, runs: Collection[Run] = WITH_IMAGE
+    model: TrainedModel, shards: str, task_name: str = "digits", runs: Collection[Run] = WITH_IMAGE
 ) -> tuple[list[Question], list[Outcome], MetricScores]:
     """Asks a model about all pictures of some shards.
 
     Args:
         model: A decoder in evaluation mode, with its processing.
         shards: A path, glob or brace pattern.
+        task_name: The shipped task of these pictures.
         runs: Whether to ask without images, or with another's, too.
 
     Returns:
         The questions, what came of each, and the exact match.
     """
-    task = load_task("digits", {"shards": shards})
+    task = load_task(task_name, {"shards": shards})
     questions = list(task.questions(SampleStats()))
     evaluation = evaluate(model, task, questions, runs=runs)
     return questions, evaluation.outcomes, score(evaluation, intervals=False)["exact_match"]
 
 
-def share_read(model: TrainedModel, shards: str) -> float:
+def share_read(model: TrainedModel, shards: str, task_name: str = "digits") -> float:
     """Returns the fraction of pictures that a model reads right, letter for letter."""
-    *_, found = read_pictures(model, shards)
+    *_, found = read_pictures(model, shards, task_name)
     assert found.all.value is not None
     return found.all.value

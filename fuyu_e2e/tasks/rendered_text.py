@@ -29,8 +29,6 @@ Split = Literal["train", "letters", "easy", "val", "test", "test-known-fonts"]
 QUESTION = "Read the word."
 VOCAB_SIZE = 320
 """Vocabulary of a tokenizer for this task: bytes, special tokens, and the letters."""
-MAX_NEW_TOKENS = 24
-"""Enough tokens for any answer."""
 TEST_SEED = 1_000_003
 """Seed of test and validation pictures, the same for every training seed."""
 LETTERS = (2, 6)

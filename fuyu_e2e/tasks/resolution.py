@@ -28,8 +28,6 @@ Size = tuple[int, int]
 QUESTION = "Read the digit."
 VOCAB_SIZE = 320
 """Vocabulary of a tokenizer for this task: hardly more than bytes and special tokens."""
-MAX_NEW_TOKENS = 4
-"""Enough tokens for any answer."""
 TEST_SEED = 1_000_003
 """Seed of test and validation scenes, the same for every training seed."""
 PATCH_SIZE = 16

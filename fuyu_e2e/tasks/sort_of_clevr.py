@@ -52,8 +52,6 @@ CLOSE_CALL = 8
 VOCAB_SIZE = 448
 """Vocabulary of a tokenizer for this task: bytes, special tokens, and all its words, so that an answer is one
 token."""
-MAX_NEW_TOKENS = 4
-"""Enough tokens for any answer."""
 TEST_SEED = 1_000_003
 """Seed of test and validation pictures, the same for every training seed, so that seeds can be compared."""
 
