@@ -1,4 +1,4 @@
-"""An evaluation, which asks every question three times: with its image, without it, and with another's image."""
+"""An evaluation, which by default asks every question three times: with its image, without it, and with another's."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field

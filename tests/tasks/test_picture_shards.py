@@ -12,7 +12,7 @@ from fuyu_e2e.tasks.picture_shards import conversation, write_picture_shards
 
 
 def samples(breaks_at: int, numbers: range) -> Iterator[dict[str, Any]]:
-    """Draws one-byte pictures; stands for a generator with a mistake that only some pictures show."""
+    """Draws one-byte pictures; like a generator with a mistake that only some pictures show."""
     for number in numbers:
         if number == breaks_at:
             raise ZeroDivisionError

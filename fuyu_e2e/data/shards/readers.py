@@ -128,7 +128,7 @@ class Lines(Table):
 class Elements(Table):
     """A JSON list of objects, found again by their byte offsets, so that the list is never in memory as a whole.
 
-    json's `raw_decode` needs the whole text, and finds nothing behind a broken element; pyarrow reads no lists.
+    json's `raw_decode` needs the whole text, and finds nothing after a broken element; pyarrow reads no lists.
     """
 
     def rows(self, places: Sequence[Any] | None = None) -> Iterator[tuple[Place, Callable[[], Row]]]:
