@@ -38,21 +38,24 @@ class Litter(Callback):
             raise RuntimeError("as planned")
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_rings_are_freed_behind_steps_that_are_logged(
-    fails: bool, config: FuyuConfig, question_data: Callable[..., FuyuDataModule]
-) -> None:
-    litter = Litter(fails)
-    trainer = pl.Trainer(
+def quiet_trainer(litter: Litter, **settings: int) -> pl.Trainer:
+    return pl.Trainer(
         accelerator="cpu",
-        max_steps=7,
-        log_every_n_steps=3,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[GarbageCollection(), litter],
+        **settings,  # type: ignore[arg-type]
     )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rings_are_freed_behind_steps_that_are_logged(
+    fails: bool, config: FuyuConfig, question_data: Callable[..., FuyuDataModule]
+) -> None:
+    litter = Litter(fails)
+    trainer = quiet_trainer(litter, max_steps=7, log_every_n_steps=3)
     if fails:
         with pytest.raises(RuntimeError, match="as planned"):
             trainer.fit(FuyuModule(config), question_data())
@@ -66,16 +69,6 @@ def test_micro_batches_of_a_step_collect_nothing(
     config: FuyuConfig, question_data: Callable[..., FuyuDataModule]
 ) -> None:
     litter = Litter(fails=False)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=4,
-        accumulate_grad_batches=2,
-        log_every_n_steps=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[GarbageCollection(), litter],
-    )
+    trainer = quiet_trainer(litter, max_steps=4, accumulate_grad_batches=2, log_every_n_steps=2)
     trainer.fit(FuyuModule(config), question_data())
     assert litter.alive == [0, 1, 2, 3, 0, 1, 2, 3]
