@@ -37,7 +37,7 @@ from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.inference.generation import generate
-from fuyu_e2e.model.cost import cost, decode_step_flops
+from fuyu_e2e.model.cost import batch_cost, decode_step_flops
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.tasks.digits import VOCAB_SIZE, write_shards
 from fuyu_e2e.training.device_limits import copy_bandwidth, matmul_rate
@@ -110,10 +110,7 @@ def _training(size: str, device: str, rounds: int) -> dict[str, Any]:
     trainee = build(case, ["ours"], device)["ours"]
     seconds = alternate({"step": trainee.epoch}, rounds, warm_up=1)["step"] / case.rows
     rows = [pack_row(row, case.budget) for row in case.documents]
-    costs = [
-        cost(case.config, document_lengths=row.document_lengths, grids=row.grids, targets=len(row.targets))
-        for row in rows
-    ]
+    costs = [batch_cost(case.config, row) for row in rows]
     return {
         "what": f"training step, {size}, row of {case.budget}",
         "seconds": round(seconds, 6),

@@ -14,7 +14,7 @@ from fuyu_e2e.inference.cache import KeyValueCache
 from fuyu_e2e.inference.generation import decode_step, prefill
 from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
-from fuyu_e2e.model.cost import cost
+from fuyu_e2e.model.cost import batch_cost, cost
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.image_layout import ImageSpan
 from fuyu_e2e.model.routing.block import routed_blocks
@@ -189,13 +189,7 @@ def _flops(decoder: Decoder, row: PackedBatch) -> dict[str, int]:
     decoder.logits(row, read)
     blocks = routed_blocks(read)
     passing = [[int(part.sum()) for part in routed.passed.split(row.document_lengths)] for routed in blocks]
-    counted = cost(
-        decoder.config,
-        document_lengths=row.document_lengths,
-        grids=row.grids,
-        targets=len(row.targets),
-        passing=passing,
-    )
+    counted = batch_cost(decoder.config, row, passing=passing)
     reading = cost(decoder.config, document_lengths=row.document_lengths, grids=row.grids, targets=0, passing=passing)
     # One more token of each document; attention to cached tokens is left out for both decoders.
     one = [1] * len(row.document_lengths)

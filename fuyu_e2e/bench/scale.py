@@ -35,7 +35,7 @@ from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
-from fuyu_e2e.model.cost import cost
+from fuyu_e2e.model.cost import batch_cost
 from fuyu_e2e.tasks.digits import VOCAB_SIZE, write_shards
 
 TINY = FuyuConfig(
@@ -176,12 +176,7 @@ def _measure(varied: dict[int, Point], device: str, rounds: int) -> Iterator[lis
     for name, point in varied.items():
         batch = point.batch()
         tokens = len(batch.tokens)
-        counted = cost(
-            point.config,
-            document_lengths=batch.document_lengths,
-            grids=batch.grids,
-            targets=len(batch.targets),
-        )
+        counted = batch_cost(point.config, batch)
         results.append(
             {
                 "value": name,

@@ -26,7 +26,7 @@ from fuyu_e2e.bench.train_report import report
 from fuyu_e2e.data.packing import pack_row
 from fuyu_e2e.data.sequence import TokenSequence
 from fuyu_e2e.model.config import FuyuConfig, named_size
-from fuyu_e2e.model.cost import cost
+from fuyu_e2e.model.cost import batch_cost
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.float8 import has_float8, use_float8
 from fuyu_e2e.model.memory import memory
@@ -183,10 +183,7 @@ def _measure(
     rows = [pack_row(row, case.budget) for row in documents]
     lengths = [length for row in rows for length in row.document_lengths]
     tokens, images = sum(lengths), sum(len(row.images) for row in rows)
-    flops = [
-        cost(case.config, document_lengths=row.document_lengths, grids=row.grids, targets=len(row.targets))
-        for row in rows
-    ]
+    flops = [batch_cost(case.config, row) for row in rows]
     apart = device == "cuda" and _together(case, rows[0], names) > torch.cuda.mem_get_info()[1]
     memories: dict[str, int | str] = {}
     seconds: dict[str, float | str] = {}

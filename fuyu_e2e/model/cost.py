@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.decoder import meta_decoder
 from fuyu_e2e.model.flops import CountedRow, Counts, Flops, Operations
@@ -63,6 +64,20 @@ def cost(
         tokens=sum(document_lengths),
         forward_flops=round(flops.forward),
         training_flops=round(flops.training),
+    )
+
+
+def batch_cost(
+    config: FuyuConfig, batch: PackedBatch, *, passing: Sequence[Counts] | None = None, done: float | None = 1.0
+) -> Cost:
+    """Returns the cost of a packed batch; for the other arguments, see `cost`."""
+    return cost(
+        config,
+        document_lengths=batch.document_lengths,
+        grids=batch.grids,
+        targets=len(batch.targets),
+        passing=passing,
+        done=done,
     )
 
 

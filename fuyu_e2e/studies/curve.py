@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from fuyu_e2e.model.batch import PackedBatch
-from fuyu_e2e.model.cost import cost
+from fuyu_e2e.model.cost import batch_cost
 from fuyu_e2e.training.module import FuyuModule
 
 CURVE = "curve.json"
@@ -48,13 +48,7 @@ class Curve(Callback):
     ) -> None:
         """Counts the operations of a batch, and its time."""
         assert isinstance(pl_module, FuyuModule)
-        self._operations += cost(
-            pl_module.config,
-            document_lengths=batch.document_lengths,
-            grids=batch.grids,
-            targets=len(batch.targets),
-            done=pl_module.decoder.progress.done,
-        ).training_flops
+        self._operations += batch_cost(pl_module.config, batch, done=pl_module.decoder.progress.done).training_flops
         now = time.process_time()
         self._seconds += now - self._since
         self._since = now

@@ -31,7 +31,7 @@ from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.model.batch import PackedBatch
 from fuyu_e2e.model.config import FuyuConfig
-from fuyu_e2e.model.cost import cost
+from fuyu_e2e.model.cost import batch_cost
 from fuyu_e2e.model.decoder import Decoder
 from fuyu_e2e.model.routing.config import RoutingConfig
 from fuyu_e2e.studies.isoflop_report import report
@@ -180,13 +180,7 @@ def stored_rows(folder: Path, seed: int, row_tokens: int) -> StoredRows:
 
 
 def _row_cost(config: FuyuConfig, row: PackedBatch, done: float) -> int:
-    return cost(
-        config,
-        document_lengths=row.document_lengths,
-        grids=row.grids,
-        targets=len(row.targets),
-        done=done,
-    ).training_flops
+    return batch_cost(config, row, done=done).training_flops
 
 
 def _steps(config: FuyuConfig, budget: int, sample: list[PackedBatch]) -> int:

@@ -27,7 +27,7 @@ from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.data.tokenizer import train_tokenizer
 from fuyu_e2e.model.config import FuyuConfig
-from fuyu_e2e.model.cost import cost
+from fuyu_e2e.model.cost import batch_cost
 from fuyu_e2e.studies.reading import share_read
 from fuyu_e2e.tasks.resolution import (
     LONGEST,
@@ -123,12 +123,7 @@ def _train(folder: Path, data: Path, name: str, seed: int, max_steps: int | None
         settings |= {"trainer.max_steps": max_steps, "trainer.val_check_interval": max_steps}
     cli = FuyuCLI(["fit", *(f"--{name}={value}" for name, value in settings.items())])
     costs = [
-        cost(
-            cli.model.config,
-            document_lengths=row.batch.document_lengths,
-            grids=row.batch.grids,
-            targets=len(row.batch.targets),
-        ).training_flops
+        batch_cost(cli.model.config, row.batch).training_flops
         for row in islice(cli.datamodule.stream("train").rows(), COUNTED_ROWS)
     ]
     return round(mean(costs))
@@ -172,7 +167,7 @@ def _score_size(model: TrainedModel, folder: Path, contender: Contender, size: S
     (shard,) = write_shards(
         folder, "test", contender.pictures("test", TEST_SEED, size), count, processes=1, shard_size=count
     )
-    accuracy = share_read(model, str(shard))
+    accuracy = share_read(model, str(shard), "resolution")
     shard.unlink()
     shown = size if contender.square is None else (contender.square, contender.square)
     return {

@@ -16,7 +16,7 @@ from torch import Tensor
 from fuyu_e2e.data.lightning_internals import accumulates, steps_between_logs
 from fuyu_e2e.distributed import DataRank, all_ranks
 from fuyu_e2e.model.batch import PackedBatch
-from fuyu_e2e.model.cost import cost
+from fuyu_e2e.model.cost import batch_cost
 from fuyu_e2e.training.device_limits import known_peak
 from fuyu_e2e.training.module import FuyuModule
 
@@ -75,13 +75,7 @@ class Throughput(Callback):
         """Counts the batch, and logs at every `log_every_n_steps`-th step."""
         assert isinstance(pl_module, FuyuModule)
         window, now = self._window, time.perf_counter()
-        row = cost(
-            pl_module.config,
-            document_lengths=batch.document_lengths,
-            grids=batch.grids,
-            targets=batch.targets.shape[0],
-            done=pl_module.decoder.progress.done,
-        )
+        row = batch_cost(pl_module.config, batch, done=pl_module.decoder.progress.done)
         window.tokens += row.tokens
         window.budget += batch.tokens.shape[0]
         window.images += len(batch.images)
