@@ -79,10 +79,10 @@ def tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(folder: Path, name: str, reference: str, atol: float = 5e-6) -> None:
-    for figure in ("train/loss", "train/gradient_norm", "tokens", "val/loss"):
-        torch.testing.assert_close(
-            losses(folder, name, figure), losses(folder, reference, figure), atol=atol, rtol=0, msg=f"{name}: {figure}"
-        )
+    """Losses to `atol`; gradient norms, which are larger than 10 at first, to 5e-6 of themselves too."""
+    for figure, rtol in {"train/loss": 0.0, "train/gradient_norm": 5e-6, "tokens": 0.0, "val/loss": 0.0}.items():
+        told, wanted = (losses(folder, each, figure) for each in (name, reference))
+        torch.testing.assert_close(told, wanted, atol=atol, rtol=rtol, msg=f"{name}: {figure}")
 
 
 def settled(weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
