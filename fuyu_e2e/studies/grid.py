@@ -7,9 +7,14 @@ A grid is a YAML file of plain values:
     settings:                                 # of all runs, as on the command line of `fuyu-e2e fit`
       data.train: "{data}/train-[0-9]*.tar"   # {data} is the folder of the pictures
       trainer.max_steps: 1300
+      trainer.val_check_interval: 25
     contenders:                               # each with settings of its own; the first is what others are compared to
       default: {}
       rows and columns: {model.decoder.grid_embeddings: 32}
+
+All contenders train for as many operations as the first: the steps of the others, and the steps between their
+validations, follow from what their first rows cost, unless they set `trainer.max_steps` themselves, as those must
+whose mixture changes.
 """
 
 import json
@@ -22,7 +27,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from threading import Lock
 from typing import Any
 
@@ -32,11 +39,17 @@ from fuyu_e2e.bench.measure import environment, write_json
 from fuyu_e2e.bench.plots import draw_picture
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.errors import UserError
+from fuyu_e2e.model.cost import batch_cost
 from fuyu_e2e.studies.curve import CURVE
 from fuyu_e2e.studies.grid_report import compare, draw, print_table
+from fuyu_e2e.training.settings.recipe import RecipeReader
 
 RECORDER = "fuyu_e2e.studies.curve"
 """The module of the callback that records a run's curve."""
+LENGTHS = ("trainer.max_steps", "trainer.val_check_interval")
+"""Settings in steps, which are longer for contenders with cheaper steps."""
+SAMPLED_ROWS = 64
+"""Rows from which the operations of a step are estimated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +82,36 @@ class Grid:
         if not isinstance(contenders, dict) or not all(isinstance(own, dict) for own in contenders.values()):
             raise UserError(f"The grid {path}: contenders must be names, each with its settings or {{}}.")
         return cls(**content)
+
+    def settings_of(self, contender: str, data: Path) -> dict[str, Any]:
+        """Returns all settings of a contender's runs, with the steps that cost as much as the first contender's.
+
+        Raises:
+            UserError: A setting is wrong, or the recipe or the pictures can't be read.
+        """
+        own = {**self.settings, **self.contenders[contender]}
+        reference = next(iter(self.contenders))
+        if contender == reference or "trainer.max_steps" in self.contenders[contender]:
+            return own
+        ratio = self._operations_of_a_step(reference, data) / self._operations_of_a_step(contender, data)
+        lengths = {name: max(1, round(self.settings[name] * ratio)) for name in LENGTHS if name in self.settings}
+        return own | lengths
+
+    def _operations_of_a_step(self, contender: str, data: Path) -> float:
+        """Returns the mean training operations of a contender's first steps, annealing included."""
+        settings = {**self.settings, **self.contenders[contender]}
+        run = RecipeReader(["--config", str(shipped(self.recipe)), *as_options(settings, data)], lambda _: None)
+        rows = [row.batch for row in islice(run.datamodule.stream("train").rows(), SAMPLED_ROWS)]
+        each = fmean(batch_cost(run.model.config, row, done=None).training_flops for row in rows)
+        return each * (run.config.rows_per_step or run.config.trainer.accumulate_grad_batches)
+
+
+def as_options(settings: Mapping[str, Any], data: Path) -> list[str]:
+    """Returns settings as options of the command line, with the folder of the pictures in place of `{data}`."""
+    return [
+        f"--{name}={value.replace('{data}', str(data)) if isinstance(value, str) else json.dumps(value)}"
+        for name, value in settings.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -107,7 +150,8 @@ def grid(args: Sequence[str]) -> None:
     folder = options.runs or Path("runs") / options.file.stem
     out = options.out or Path(f"bench-{options.file.stem}.json")
     data = write_data(plan.data, folder / "data")
-    wanted = [Run(name, seed, {**plan.settings, **plan.contenders[name]}) for seed in options.seeds for name in chosen]
+    settings = {name: plan.settings_of(name, data) for name in chosen}
+    wanted = [Run(name, seed, settings[name]) for seed in options.seeds for name in chosen]
     results = Results(out.with_suffix(".jsonl"))
     train = partial(_train, plan.recipe, data, folder, results)
     with ThreadPoolExecutor(options.processes) as pool:
@@ -170,10 +214,6 @@ def _train(recipe: str, data: Path, folder: Path, results: Results, run: Run) ->
         "trainer.callbacks+": f"{RECORDER}.Curve",
         "ckpt_path": "last",
     }
-    options = [
-        f"--{name}={value.replace('{data}', str(data)) if isinstance(value, str) else json.dumps(value)}"
-        for name, value in settings.items()
-    ]
     command = [
         sys.executable,
         "-m",
@@ -183,7 +223,7 @@ def _train(recipe: str, data: Path, folder: Path, results: Results, run: Run) ->
         RECORDER,
         "--config",
         str(shipped(recipe)),
-        *options,
+        *as_options(settings, data),
     ]
     threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     log = place / "log.txt"

@@ -2,7 +2,7 @@
 
 import json
 import math
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.errors import UserError
-from fuyu_e2e.studies.grid import Grid, grid
+from fuyu_e2e.model.config import FuyuConfig
+from fuyu_e2e.model.cost import batch_cost
+from fuyu_e2e.model.routing.config import RoutingConfig
+from fuyu_e2e.studies.grid import Grid, grid, write_data
 from fuyu_e2e.studies.grid_report import compare, first_reading, median_interval
 
 GRID = {
@@ -53,6 +57,45 @@ def test_a_grid_trains_each_run_once(tmp_path: Path, capfd: pytest.CaptureFixtur
     file.write_text(yaml.safe_dump(GRID | {"settings": GRID["settings"] | {"trainer.max_steps": 2}}))  # type: ignore[operator]
     with pytest.raises(UserError, match="default-3 holds a run with other settings"):
         grid(args)
+
+
+def test_all_contenders_cost_as_much_as_the_first(tmp_path: Path) -> None:
+    """A routed one trains longer; so does one of shorter rows, which is validated after as many operations."""
+    routed = {"model.decoder.layers": 3, "model.decoder.routing": {"share": 0.25, "anneal": 0.2}}
+    own = {
+        "default": {"model.decoder.layers": 3},
+        "routed": routed,
+        "short rows": {"data.budget": 128, "model.decoder.layers": 3},
+        "as it says": {"data.budget": 128, "trainer.max_steps": 50},
+    }
+    settings = {**GRID["settings"], "trainer.max_steps": 40, "trainer.val_check_interval": 8}  # type: ignore[dict-item]
+    file = tmp_path / "equal.yaml"
+    file.write_text(yaml.safe_dump({**GRID, "settings": settings, "contenders": own}, sort_keys=False))
+    plan = Grid.read(file)
+    data = write_data(plan.data, tmp_path / "data")
+    found = {name: plan.settings_of(name, data) for name in own}
+    steps = {name: settings["trainer.max_steps"] for name, settings in found.items()}
+    assert found["routed"].items() >= routed.items()
+
+    def operations(routing: RoutingConfig | None, budget: int, steps: int) -> float:
+        config = FuyuConfig(
+            vocab_size=320, patch_size=8, layers=3, width=96, heads=3, kv_heads=3, head_size=32, feed_forward=256,
+            routing=routing,
+        )  # fmt: skip
+        stream = FuyuDataModule(
+            str(data / "tokenizer.model"), 8, train=str(data / "train-*.tar"), budget=budget, shuffle=8, lanes=4
+        ).stream("train")
+        rows = islice(stream.rows(), steps)
+        return sum(batch_cost(config, row.batch, done=step / steps).training_flops for step, row in enumerate(rows))
+
+    whole = operations(None, 256, 40)
+    assert operations(RoutingConfig(share=0.25, anneal=0.2), 256, steps["routed"]) == pytest.approx(whole, rel=0.05)
+    assert operations(None, 128, steps["short rows"]) == pytest.approx(whole, rel=0.1)
+    assert steps["default"] == 40
+    assert steps["routed"] > 44
+    assert steps["short rows"] > 70
+    assert found["short rows"]["trainer.val_check_interval"] == pytest.approx(steps["short rows"] / 5, abs=1)
+    assert steps["as it says"] == 50
 
 
 def test_a_wrong_grid_is_refused(tmp_path: Path) -> None:
