@@ -24,7 +24,6 @@ from fuyu_e2e.eval.report import BLIND, counts
 from fuyu_e2e.eval.scores import score
 from fuyu_e2e.eval.task import load_task
 from fuyu_e2e.studies.grid import write_data
-from fuyu_e2e.tasks.stamps import QUESTIONS
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 SPLITS = {
@@ -106,19 +105,23 @@ def _table(runs: Sequence[Mapping[str, Any]]) -> Table:
     def add(name: str, metric: str, *path: str) -> None:
         table.add_row(name, *(_mean(_at(run[split]["metrics"][metric], path) for run in runs) for split in SPLITS))
 
-    for language in (question for question in QUESTIONS if question != "box"):
-        add(f"names in {language}", "exact_match", "groups", "question", language)
-    for group in ("stamps", "size"):
-        values = {
-            value for run in runs for split in SPLITS for value in run[split]["metrics"]["box_iou"]["groups"][group]
-        }
-        for value in sorted(values):
-            add(f"boxes, {group} {value}: overlap", "box_iou", "groups", group, value)
-    add("boxes: overlap", "box_iou", "all")
-    add("boxes: overlap of half and more", "box_iou_50", "all")
+    def add_groups(name: str, metric: str, group: str) -> None:
+        known = {value for run in runs for split in SPLITS for value in run[split]["metrics"][metric]["groups"][group]}
+        for value in sorted(known):
+            add(name.format(value), metric, "groups", group, value)
+
+    add("names in English", "exact_match", "groups", "question", "English")
+    add("names in German", "exact_match", "groups", "question", "German")
+    add_groups("names of {}", "exact_match", "named")
+    add_groups("names, the smallest of {} pixels", "exact_match", "smallest")
+    add("overlap of boxes", "box_iou", "all")
+    add("boxes that overlap by half", "box_iou_50", "all")
+    add_groups("overlap among {}", "box_iou", "among")
+    add_groups("overlap, {} pixels", "box_iou", "size")
+    add("all right answers", "exact_match", "all")
     for run_name, name in BLIND.items():
-        add(f"all answers, {name}", "exact_match", "blind", run_name)
-        add(f"boxes: overlap, {name}", "box_iou", "blind", run_name)
+        add(f"all right answers, {name}", "exact_match", "blind", run_name)
+        add(f"overlap of boxes, {name}", "box_iou", "blind", run_name)
     return table
 
 

@@ -100,8 +100,8 @@ class Asked:
     text: str
     answer: str
     groups: dict[str, str]
-    """The groups of its score: `question`, the number of `stamps`, and the `size` of the stamp that it asks for, or of
-    the smallest one to be named."""
+    """The groups of its score: `question`; of names how many are `named`, and the size of the `smallest` stamp; of a
+    box the number of stamps `among` which it is to be found, and its `size`."""
 
 
 @cache
@@ -205,15 +205,15 @@ def compose(rng: np.random.Generator, stamps: Sequence[tuple[Kind, Path]], sides
 
 def ask(rng: np.random.Generator, question: Question, stamps: Sequence[Placed]) -> Asked:
     """Returns a question about stamps in the order from left to right, with its answer."""
+    count = str(len(stamps))
     if question == "box":
-        asked = [stamps[int(rng.integers(len(stamps)))]]
-        answer = "<box>{}, {}, {}, {}</box>".format(*asked[0].box)
-    else:
-        asked = list(stamps)
-        answer = ", ".join(stamp.kind.english if question == "English" else stamp.kind.german for stamp in asked)
-    size = size_bin(min(stamp.side for stamp in asked))
-    groups = {"question": question, "stamps": str(len(stamps)), "size": size}
-    return Asked(TEXTS[question].format(asked[0].kind.english), answer, groups)
+        asked = stamps[int(rng.integers(len(stamps)))]
+        answer = "<box>{}, {}, {}, {}</box>".format(*asked.box)
+        groups = {"question": question, "among": count, "size": size_bin(asked.side)}
+        return Asked(TEXTS[question].format(asked.kind.english), answer, groups)
+    names = [stamp.kind.english if question == "English" else stamp.kind.german for stamp in stamps]
+    smallest = size_bin(min(stamp.side for stamp in stamps))
+    return Asked(TEXTS[question], ", ".join(names), {"question": question, "named": count, "smallest": smallest})
 
 
 def size_bin(side: int) -> str:

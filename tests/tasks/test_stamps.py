@@ -23,6 +23,7 @@ from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.eval.metrics.boxes import read_box
+from fuyu_e2e.studies.stamps import stamps as study
 from fuyu_e2e.tasks import stamps
 from fuyu_e2e.tasks.stamp_kinds import ENGLISH_ARTICLE, GERMAN_ARTICLE, Kind, is_held_out, read_kinds, short_name
 from fuyu_e2e.tasks.stamps import APART, COVERED, OVERLAP, SIDES, SMALL_SIDES, Pictures, write_shards
@@ -245,17 +246,18 @@ def test_answers_say_what_the_picture_shows(kinds: tuple[Kind, ...], number: int
         )
         areas = [(bottom - top) * (right - left) for top, left, bottom, right in (one.box, other.box)]
         assert inter <= OVERLAP * min(areas)
-    assert len({stamp.kind for stamp in placed}) == len(placed) == int(asked.groups["stamps"])
+    assert len({stamp.kind for stamp in placed}) == len(placed)
     if asked.groups["question"] == "box":
         [about] = [stamp for stamp in placed if asked.text == f"Where is the {stamp.kind.english}?"]
         assert read_box(asked.answer) == about.box
-        sides = [about.side]
+        sides, size, count = [about.side], asked.groups["size"], asked.groups["among"]
     else:
         german = asked.groups["question"] == "German"
         assert asked.text == ("Was ist auf dem Bild?" if german else "What is in the picture?")
         assert asked.answer.split(", ") == [stamp.kind.german if german else stamp.kind.english for stamp in placed]
-        sides = [stamp.side for stamp in placed]
-    low, high = map(int, asked.groups["size"].split("-"))
+        sides, size, count = [stamp.side for stamp in placed], asked.groups["smallest"], asked.groups["named"]
+    assert count == str(len(placed))
+    low, high = map(int, size.split("-"))
     assert low <= min(sides) <= high or min(sides) < low == 24
 
 
@@ -301,8 +303,8 @@ def test_a_pair_is_held_out_either_way_around(kinds: tuple[Kind, ...]) -> None:
 def test_questions_and_numbers_of_stamps_occur_equally_often(kinds: tuple[Kind, ...]) -> None:
     for split, numbers in (("test", "123"), ("test-new-combinations", "23"), ("train-one", "1")):
         pictures = Pictures(split=split, seed=0, kinds=kinds)  # type: ignore[arg-type]
-        groups = [pictures.sample(number)[1].groups for number in range(18)]
-        found = [(own["question"], own["stamps"]) for own in groups]
+        drawn = [pictures.sample(number) for number in range(18)]
+        found = [(asked.groups["question"], str(len(composed.stamps))) for composed, asked in drawn]
         expected = {(question, number) for question in ("English", "German", "box") for number in numbers}
         assert set(found) == expected
         assert {found.count(pair) for pair in expected} == {18 // len(expected)}
@@ -341,3 +343,35 @@ def test_the_script_writes_all_splits_and_a_tokenizer(
     script.main([*options, "--processes", "1"])
     assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.model", *(f"{name}-00000.tar" for name in SPLITS)}
     assert "30 training pictures of 10 kinds" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_study_trains_each_seed_once_and_scores_it_on_all_tests(folder: Path, tmp_path: Path) -> None:
+    pictures = f"data/stamps.py --stamps {folder} --pictures 40 --test-pictures 9 --processes 1"
+    options = [
+        "--runs",
+        str(tmp_path),
+        "--pictures",
+        pictures,
+        "--max-steps",
+        "1",
+        "--out",
+        str(tmp_path / "out.json"),
+    ]
+    study([*options, "--seeds", "0"])
+    written_at = (tmp_path / "seed-0/scores.json").stat().st_mtime_ns
+    study([*options, "--seeds", "0", "1"])
+    assert (tmp_path / "seed-0/scores.json").stat().st_mtime_ns == written_at
+    runs = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert [(run["seed"], run["steps"]) for run in runs] == [(0, 1), (1, 1)]
+    for split in SPLITS[3:]:
+        metrics = runs[1][split]["metrics"]
+        by_question = {
+            name: scored["questions"] for name, scored in metrics["exact_match"]["groups"]["question"].items()
+        }
+        assert by_question == {"English": 3, "German": 3, "box": 3}
+        assert metrics["exact_match"]["groups"]["question"]["German"]["value"] == 0
+        assert metrics["box_iou"]["groups"]["question"]["German"]["value"] is None
+        assert metrics["box_iou"]["all"]["value"] == metrics["box_iou_50"]["all"]["value"] == 0
+        assert set(metrics["box_iou"]["blind"]) == {"without_image", "other_image"}
+    assert (tmp_path / "seed-1/test-wrong.png").exists()
