@@ -11,6 +11,7 @@ STUDIES = {
     "ocr": "fuyu_e2e.studies.ocr:ocr",
     "resolution": "fuyu_e2e.studies.resolution:resolution",
     "sort-of-clevr": "fuyu_e2e.studies.sort_of_clevr:sort_of_clevr",
+    "stamps": "fuyu_e2e.studies.stamps:stamps",
 }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from fuyu_e2e.eval.metric import Metric
 from fuyu_e2e.eval.metrics.bleu import Bleu
+from fuyu_e2e.eval.metrics.boxes import BoxOverlap
 from fuyu_e2e.eval.metrics.cider import CiderD
 from fuyu_e2e.eval.metrics.edits import CharacterErrorRate, anls
 from fuyu_e2e.eval.metrics.equality import accuracy, exact_match
@@ -20,4 +21,6 @@ METRICS: Mapping[str, Metric] = {
     "bleu": Bleu(),
     "cider": CiderD(),
     "rouge_l": Mean(rouge_l),
+    "box_iou": BoxOverlap(),
+    "box_iou_50": BoxOverlap(bound=0.5),
 }
