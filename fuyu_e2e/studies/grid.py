@@ -108,10 +108,8 @@ class Grid:
 
 def as_options(settings: Mapping[str, Any], data: Path) -> list[str]:
     """Returns settings as options of the command line, with the folder of the pictures in place of `{data}`."""
-    return [
-        f"--{name}={value.replace('{data}', str(data)) if isinstance(value, str) else json.dumps(value)}"
-        for name, value in settings.items()
-    ]
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+    return [f"--{name}={text.replace('{data}', str(data))}" for name, text in texts.items()]
 
 
 @dataclass(frozen=True)

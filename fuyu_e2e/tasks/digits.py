@@ -20,7 +20,7 @@ from PIL import Image as Pillow
 from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.tasks.picture_shards import conversation, jpeg, write_picture_shards
 
-Split = Literal["train", "val", "test", "test-new-sizes"]
+Split = Literal["train-one", "train-two", "train", "val", "test", "test-new-sizes"]
 
 QUESTION = "Read the digits."
 VOCAB_SIZE = 320
@@ -30,6 +30,8 @@ MAX_NEW_TOKENS = 16
 TEST_SEED = 1_000_003
 """Seed of test and validation pictures, the same for every training seed, so that seeds can be compared."""
 MOST_DIGITS = 4
+EASY: dict[Split, int] = {"train-one": 1, "train-two": 2}
+"""Most digits in pictures to begin with."""
 HEIGHTS, WIDTHS = (16, 64), (16, 128)
 """Smallest and largest side of a picture, in pixels."""
 PIXELS_PER_DIGIT = 700
@@ -182,7 +184,8 @@ def write_shards(
 
     Args:
         directory: The folder of `{split}-00000.tar` and so on.
-        split: Chooses scans and sizes; `test-new-sizes` are test scans at held-out sizes.
+        split: Chooses scans and sizes; `test-new-sizes` are test scans at held-out sizes, `train-one` and `train-two`
+            training scans in pictures of one digit, and of one or two.
         count: Total number of pictures, with one to `most_digits` digits equally often.
         seed: Seeds the pictures; their bytes don't depend on `processes`.
         most_digits: Most digits in a picture.
@@ -201,9 +204,9 @@ def _samples(split: Split, seed: int, most_digits: int, numbers: range) -> Itera
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), numbers.start])
     for number in numbers:
         key = f"{split}-{number:06}"
-        digits = int(rng.integers(1, most_digits + 1))
+        digits = int(rng.integers(1, EASY.get(split, most_digits) + 1))
         size = draw_size(rng, digits, new_sizes=split == "test-new-sizes")
-        pixels, truth = compose(rng, scans, digits, *size, warp=split == "train")
+        pixels, truth = compose(rng, scans, digits, *size, warp=split.startswith("train"))
         turns = [(f"<image>\n{QUESTION}", truth)]
         groups = {"digits": str(digits)}
         yield {"__key__": key, "jpg": jpeg(pixels), "json": conversation(key, f"{key}.jpg", turns, groups=groups)}
