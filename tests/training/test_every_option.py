@@ -50,7 +50,7 @@ RECIPE: dict[str, Any] = {
     "data": {"tokenizer": "tokenizer.model", "train": "train.tar", "val": "val.tar", "budget": 128, "lanes": 2,
              "shuffle": 4},
 }  # fmt: skip
-LADDER = "--data.train null --data.mixture '{a: {shards: train.tar, weight: {0: 2, 1: 1}}}'"
+LADDER = "--data.train null --data.mixture '{a: {shards: train.tar, weight: {0: 2, 1: 1}}, b: {shards: test.tar}}'"
 
 
 @dataclass(frozen=True, kw_only=True)
