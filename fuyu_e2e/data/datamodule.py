@@ -21,7 +21,7 @@ from fuyu_e2e.data.sequence import Prompt, SequenceBuilder
 from fuyu_e2e.data.shards.cache import CACHE_FOLDER, CACHE_GIGABYTES, ShardCache
 from fuyu_e2e.data.shards.locations import expand_patterns, is_local
 from fuyu_e2e.data.shards.manifest import ShardFacts, check_complete, facts_of, known_facts, totals
-from fuyu_e2e.data.shards.mixture import MixBy, Source
+from fuyu_e2e.data.shards.mixture import Climb, MixBy, Source
 from fuyu_e2e.data.shards.reading import read_documents
 from fuyu_e2e.data.shards.splits import NamedShards, check_disjoint
 from fuyu_e2e.data.shards.stream import Stream, StreamSource
@@ -41,6 +41,7 @@ class FuyuDataModule(pl.LightningDataModule):
         patch_size: Side of a patch in pixels; the command line takes it from the decoder.
         train: Shards to train on: a path, URL, glob or brace pattern, a folder, or a list of them. Read endlessly.
         mixture: Several named sources instead of `train`, each with shards and a weight.
+        climb: Makes the keys of the weights rungs of a ladder, and says when to climb it.
         val: Shards for `validate` and for validation during `fit`; read once.
         test: Shards for `test`; read once.
         predict: Shards for `predict`, which continues each document from before its last supervised text.
@@ -69,6 +70,7 @@ class FuyuDataModule(pl.LightningDataModule):
         patch_size: int,
         train: Patterns = None,
         mixture: dict[str, Source] | None = None,
+        climb: Climb | None = None,
         val: Patterns = None,
         test: Patterns = None,
         predict: Patterns = None,
@@ -100,6 +102,13 @@ class FuyuDataModule(pl.LightningDataModule):
             raise UserError("Both data.train and data.mixture are set: leave one of them out.")
         self.patterns: dict[str, Patterns] = {"train": train, "val": val, "test": test, "predict": predict}
         self.mixture = mixture or {}
+        if climb is not None:
+            climb.check(self.mixture)
+            if val is None:
+                raise UserError(
+                    "data.climb is set, but there is no data.val whose figures tell when to climb: name its shards."
+                )
+        self.climb = climb
         self.budget = budget
         self.long_documents: LongDocuments = long_documents
         self.lanes = lanes
@@ -246,6 +255,7 @@ class FuyuDataModule(pl.LightningDataModule):
             shuffle=self.shuffle if training else 0,
             seed=self.seed,
             mix_by=self.mix_by,
+            climb=self.climb if training else None,
             rows_per_step=self._place.size * (self.trainer.accumulate_grad_batches if self.trainer else 1),
         )
 
@@ -271,7 +281,8 @@ class FuyuDataModule(pl.LightningDataModule):
         """Returns training rows without end, from where a resumed run stopped; repeats the first ones to overfit.
 
         Raises:
-            UserError: The trainer would make a new loader in each epoch, which would start over.
+            UserError: The trainer would make a new loader in each epoch, which would start over; or it repeats rows,
+                among which there is nothing to climb.
         """
         assert self.trainer is not None
         if self.trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
@@ -280,6 +291,10 @@ class FuyuDataModule(pl.LightningDataModule):
             )
         overfit = self.trainer.overfit_batches  # type: ignore[attr-defined]
         again = isinstance(overfit, int) and overfit > 0
+        if again and self.climb is not None:
+            raise UserError(
+                "trainer.overfit_batches repeats the first rows, whose weights data.climb can't change: leave one out."
+            )
         return self._loader("train", None if again else partial(completed_rows, self.trainer))
 
     def val_dataloader(self) -> "RowLoader | list[RowLoader]":

@@ -3,6 +3,8 @@
 `tests/data/test_lightning_internals.py` checks them against the installed version, and the package against this list.
 """
 
+from typing import Any
+
 import lightning.pytorch as pl
 from lightning.fabric.utilities import throughput
 
@@ -61,6 +63,21 @@ def completed_rows(trainer: pl.Trainer) -> int:
     if loop._num_ready_batches_reached():  # the last step of an epoch may have fewer micro-batches
         return done.total.processed  # type: ignore[attr-defined]
     return done.total.processed - done.current.processed % trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+
+
+def trained_rows(trainer: pl.Trainer) -> int:
+    """Returns the number of rows of this process that were trained, those of an incomplete step included."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+
+
+def validate_again(loops: dict[str, Any]) -> None:
+    """Changes a checkpoint's state of Lightning's loops so that a validation that is due at its step is done.
+
+    Lightning does it only if it was saved in the midst of it, with a row begun.
+    """
+    progress = loops["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    progress["total"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    progress["current"] |= {"ready": 0, "started": 0, "processed": 0, "completed": 0}
 
 
 def validates_now(trainer: pl.Trainer) -> bool:

@@ -5,7 +5,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from fuyu_e2e.errors import STOP_SIGNALS, UserError
 
 RULES = "rules"
 """The key of a checkpoint for the version of the rules by which samples count as documents."""
+NOT_SET = "not set"
+"""What a checkpoint says, or an earlier one means, of a setting that the run doesn't have."""
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
@@ -66,13 +68,21 @@ class RowDataset(IterableDataset):
         stream = self.stream
         settings = {name: getattr(stream, name) for name in ("seed", "lanes", "shuffle", "budget", "mix_by")}
         digests = {source.name: source.digest for source in stream.sources}
-        return settings | {"long_documents": stream.long_documents, "train": digests, RULES: VERSION}
+        # When to climb may change, as weights may. Whether their keys are rungs may not: the rungs climbed so far are
+        # in the state.
+        climb = "set" if stream.climb else NOT_SET
+        return settings | {
+            "long_documents": stream.long_documents,
+            "train": digests,
+            "climb": climb,
+            RULES: VERSION,
+        }
 
 
 class RowLoader(DataLoader):
     """A loader that Lightning can stop and resume, even with another number of processes and workers.
 
-    Its state is the state of each lane after the last row of a completed optimizer step.
+    Its state is the state of each lane after the last row of a completed optimizer step, and the rungs climbed so far.
 
     Args:
         dataset: The rows of this process.
@@ -98,16 +108,43 @@ class RowLoader(DataLoader):
         self.completed = completed
         self.any_rank_has_rows = any_rank_has_rows
         self._given: deque[StreamRow] = deque()
+        self._outdated = False
+        """Whether the rows that were drawn ahead have to be drawn again."""
 
     def __iter__(self) -> Any:
         if self.completed:
             self._complete()
             self._given.clear()
-        return self._rows(super().__iter__())
+        return self._rows(self._draw())
 
-    def _rows(self, rows: Iterator[StreamRow]) -> Iterator[PackedRow]:
+    def climb(self, trained: int) -> None:
+        """Climbs a rung after so many trained rows of this process; all ranks call it.
+
+        At most one more row was given out, which keeps its weights. Those that were drawn ahead of it are drawn again
+        when the next one is due.
+        """
+        climbed = (*self.rows.stream.climbed, trained * self.rows.world_size)
+        self.rows.stream = replace(self.rows.stream, climbed=climbed)
+        self._outdated = True
+
+    def _draw(self) -> Any:
+        """Returns an iterator over the rows that follow those given out."""
+        self._outdated = False
+        completed = self.rows.start, self.rows.states
+        self.rows.start += len(self._given)
+        self.rows.states = self.rows.states | {row.lane: row.state for row in self._given}
+        rows = super().__iter__()
+        self.rows.start, self.rows.states = completed
+        return rows
+
+    def _rows(self, rows: Any) -> Iterator[PackedRow]:
         try:
-            for row in rows:
+            while True:
+                if self._outdated:
+                    _end(rows)
+                    rows = self._draw()
+                if (row := next(rows, None)) is None:
+                    break
                 if self.completed:
                     self._complete()
                     self._given.append(row)
@@ -117,9 +154,7 @@ class RowLoader(DataLoader):
             while self.any_rank_has_rows and self.any_rank_has_rows(False):
                 yield PackedRow(batch=empty_row(self.rows.stream.builder.images.patch_size))
         except Exception:
-            # After an error, the garbage collector would wait 5 seconds for each worker.
-            if isinstance(rows, _MultiProcessingDataLoaderIter):
-                rows._shutdown_workers()
+            _end(rows)
             raise
 
     def _complete(self) -> None:
@@ -140,10 +175,13 @@ class RowLoader(DataLoader):
             # Each process knows the lanes that it reads; its states of other lanes may be from its start.
             for rank, known in all_ranks((self.rows.rank, states)):
                 states |= {lane: state for lane, state in known.items() if lane % self.rows.world_size == rank}
+        completed = self.rows.start * self.rows.world_size
         return {
-            "rows": self.rows.start * self.rows.world_size,
+            "rows": completed,
             "world_size": self.rows.world_size,
             "lanes": states,
+            # A validation within a step comes again when the step is done again.
+            "climbed": [trained for trained in self.rows.stream.climbed if trained <= completed],
             "data": self.rows.identity,
         }
 
@@ -166,7 +204,7 @@ class RowLoader(DataLoader):
                 f"rules {VERSION}: go on with the version of fuyu-e2e that the run began with, or begin a new run."
             )
         for name, value in self.rows.identity.items():
-            if value != (said := state["data"][name]):
+            if value != (said := state["data"].get(name, NOT_SET)):
                 setting = "data.seed (seed_everything)" if name == "seed" else f"data.{name}"
                 raise UserError(
                     f"The checkpoint was trained on other data: {setting} is not what it was"
@@ -175,3 +213,10 @@ class RowLoader(DataLoader):
                 )
         self.rows.start = state["rows"] // self.rows.world_size
         self.rows.states = {lane: LaneState.from_dict(kept) for lane, kept in state["lanes"].items()}
+        self.rows.stream = replace(self.rows.stream, climbed=tuple(state.get("climbed", ())))
+
+
+def _end(rows: Any) -> None:
+    """Ends the workers of an iterator at once; the garbage collector may wait 5 seconds for each."""
+    if isinstance(rows, _MultiProcessingDataLoaderIter):
+        rows._shutdown_workers()

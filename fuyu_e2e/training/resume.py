@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 
 from fuyu_e2e.checkpoint.metadata import SECTION
+from fuyu_e2e.data.lightning_internals import validate_again
 from fuyu_e2e.distributed import DataRank
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.optimizers import OptimizerConfig
@@ -61,6 +62,8 @@ def restore(
             f"Nothing is left to train: the checkpoint has {checkpoint['global_step']:,} steps, and "
             f"trainer.max_steps is {trainer.max_steps:,}."
         )
+    if getattr(trainer.datamodule, "climb", None) is not None and not checkpoint[SECTION].get("validation"):  # type: ignore[attr-defined]
+        validate_again(checkpoint["loops"])  # which may climb
     _take_trained_weights(checkpoint, trainer)
     _take_settings_of_callbacks(checkpoint, trainer)
     _go_back_to_last_step(checkpoint, trainer)

@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fuyu_e2e.checkpoint.lightning_io import read_checkpoint
 from fuyu_e2e.checkpoint.run_checkpoints import find_checkpoint
 from fuyu_e2e.cli import main
-from fuyu_e2e.data.shards.mixture import Source
+from fuyu_e2e.data.shards.mixture import Climb, Source
 from fuyu_e2e.data.tokenizer import Tokenizer
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.routing.config import RoutingConfig
@@ -50,6 +50,7 @@ RECIPE: dict[str, Any] = {
     "data": {"tokenizer": "tokenizer.model", "train": "train.tar", "val": "val.tar", "budget": 128, "lanes": 2,
              "shuffle": 4},
 }  # fmt: skip
+LADDER = "--data.train null --data.mixture '{a: {shards: train.tar, weight: {0: 2, 1: 1}}, b: {shards: test.tar}}'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -533,6 +534,24 @@ OPTIONS: dict[str, list[Use]] = {
          lambda run: run.last("data/share_asked/a") == 0.75),
         ("--data.train null --data.mixture '{a: {shards: train.tar, weight: -1}}'", "weight of a source is -1"),
     ],
+    "data.climb.help": [("fuyu_e2e.data.shards.mixture.Climb", shown("monitor"))],
+    "data.climb": [
+        (f"'{{monitor: val/loss, at: [99]}}' {LADDER}",
+         lambda run: "climbs from rung 0 to 1" in run.said and run.last("data/rung") == 1),
+        ("'{monitor: val/loss, at: [99]}'", "no data.mixture whose weights could climb"),
+    ],
+    "data.climb.monitor": [
+        (f"val/exact_match --data.climb.at [1] {LADDER}", lambda run: "since val/exact_match is" in run.said),
+        (f"val/los --data.climb.at [1] {LADDER}", "data.climb.monitor is val/los, which is not logged: did you mean"),
+    ],
+    "data.climb.at": [
+        (f"[0] --data.climb.monitor val/loss {LADDER}", lambda run: run.step == 2 and "climbs" not in run.said),
+        (f"[] --data.climb.monitor val/loss {LADDER}", "data.climb.at is []"),
+    ],
+    "data.climb.mode": [
+        (f"max --data.climb.monitor val/loss --data.climb.at [0] {LADDER}", lambda run: "climbs" in run.said),
+        ("up --data.climb.monitor val/loss --data.climb.at [0]", "must be min or max"),
+    ],
     "data.val": [
         ("null", lambda run: run.step == 2 and not run.scalars("val/loss")),
         ("[val.tar]", unchanged),
@@ -584,7 +603,7 @@ def options() -> set[str]:
         ParserOnly(["fit"])
     words = {word for action in ParserOnly.found._actions for word in action.option_strings}
     names = {word.removeprefix("--") for word in words if word.startswith("--") and not word.endswith("+")}
-    within = {"model.decoder": FuyuConfig, "model.routing": RoutingConfig, "data.mixture": Source}
+    within = {"model.decoder": FuyuConfig, "model.routing": RoutingConfig, "data.mixture": Source, "data.climb": Climb}
     return names | {f"{group}.{entry.name}" for group, kind in within.items() for entry in fields(kind)}
 
 

@@ -16,7 +16,7 @@ from fuyu_e2e.data.sample_stats import SampleStats
 from fuyu_e2e.data.sequence import SequenceBuilder
 from fuyu_e2e.data.shards.cache import ShardCache
 from fuyu_e2e.data.shards.manifest import ShardFacts
-from fuyu_e2e.data.shards.mixture import Chooser, MixBy, Source, shares
+from fuyu_e2e.data.shards.mixture import Chooser, Climb, MixBy, Source, shares
 from fuyu_e2e.data.shards.open_shards import OpenShards
 from fuyu_e2e.data.shards.order import Order
 from fuyu_e2e.errors import UnusableSampleError, UserError
@@ -92,11 +92,35 @@ class Stream:
     """The unit of the sources' shares."""
     rows_per_step: int = 1
     """Rows of a global batch, from which weights that change over steps know their step."""
+    climb: Climb | None = None
+    """Set if the keys of weights are rungs instead of steps."""
+    climbed: tuple[int, ...] = ()
+    """For each rung climbed, the rows of all processes that were trained when it was."""
 
     @property
     def endless(self) -> bool:
         """Whether the stream restarts at its end: training streams do, evaluation streams are read once."""
         return self.shuffle > 0
+
+    def rung(self, step: int) -> int:
+        """Returns the rung at a step, counted from 0."""
+        return sum(self.holds_from(trained) <= step for trained in self.climbed)
+
+    def holds_from(self, trained: int) -> int:
+        """Returns the step, counted from 0, from which a rung holds that was climbed after so many trained rows.
+
+        The running step, or the next one, has a row that Lightning has fetched ahead: the rung holds after it.
+        """
+        return trained // self.rows_per_step + 1
+
+    def shares(self, step: int) -> tuple[float, ...]:
+        """Returns the share of each source at a step; they add up to one.
+
+        Raises:
+            UserError: All weights are zero there.
+        """
+        mixture = [source.source for source in self.sources]
+        return shares(mixture, step) if self.climb is None else shares(mixture, self.rung(step), "rung")
 
     def rows(
         self, first: int = 0, step: int = 1, states: Mapping[int, LaneState] | None = None
@@ -190,8 +214,7 @@ class Lane:
     def next_row(self) -> StreamRow | None:
         """Returns the next row, with the stats of what was read to fill it; None after the last row of a finite
         stream."""
-        mixture = [source.source for source in self.stream.sources]
-        wanted = shares(mixture, (self.given * self.stream.lanes + self.index) // self.stream.rows_per_step)
+        wanted = self.stream.shares((self.given * self.stream.lanes + self.index) // self.stream.rows_per_step)
         while not self.packer.full:
             source = self.chooser.choose(wanted)
             if not self.stream.endless and self.positions[source] == self.orders[source].per_epoch:

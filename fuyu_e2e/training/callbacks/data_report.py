@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fuyu_e2e.data.lightning_internals import accumulates, steps_between_logs
 from fuyu_e2e.data.sample_stats import SampleStats
-from fuyu_e2e.data.shards.mixture import shares
+from fuyu_e2e.data.shards.stream import Stream
 from fuyu_e2e.distributed import DataRank, all_ranks
 from fuyu_e2e.model.batch import PackedBatch
 
@@ -19,8 +19,9 @@ class DataReport(Callback):
 
     `Ending` prints those of training.
 
-    For a mixture it also logs the share of each source that was drawn, the share that was asked for, and how many
-    times the source was read. Counts of training continue in a resumed run from its last complete step.
+    For a mixture it also logs the share of each source that was drawn, the share that was asked for, how many times
+    the source was read, and the rung if the mixture climbs. Counts of training continue in a resumed run from its last
+    complete step.
     """
 
     def __init__(self) -> None:
@@ -72,11 +73,11 @@ class DataReport(Callback):
                 self._log_mixture(trainer, pl_module, stats)
 
     def _log_mixture(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stats: SampleStats) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        sources = data.stream_sources("train")
-        drawn = stats.tokens_of if data.mix_by == "tokens" else stats.used_of
-        asked = shares([source.source for source in sources], trainer.global_step)
-        for source, share in zip(sources, asked, strict=True):
+        stream: Stream = trainer.train_dataloader.rows.stream  # type: ignore[union-attr]
+        drawn = stats.tokens_of if stream.mix_by == "tokens" else stats.used_of
+        if stream.climb is not None:
+            pl_module.log("data/rung", float(stream.rung(trainer.global_step)))
+        for source, share in zip(stream.sources, stream.shares(trainer.global_step), strict=True):
             pl_module.log(f"data/share_asked/{source.name}", share)
             pl_module.log(f"data/share_drawn/{source.name}", drawn[source.name] / max(1, drawn.total()))
             documents = sum(facts.documents for facts in source.facts)

@@ -16,6 +16,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.training.callbacks.checkpoints import MONITOR
+from fuyu_e2e.training.callbacks.climbing import Climbing
 from fuyu_e2e.training.strategies import check_strategy
 
 SHARES = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches",
@@ -26,11 +27,13 @@ LEAST = {"accumulate_grad_batches": 1, "val_check_interval": 1, "log_every_n_ste
 """The least value of settings for which Lightning accepts any whole number."""
 COUNTED = ("step", "epoch")
 """Names besides figures that file names may contain."""
-VALIDATED = ("val/loss", "val/perplexity")
+VALIDATED = ("val/loss", "val/perplexity", "val/token_accuracy", "val/exact_match")
 """Figures that a validation logs."""
 LOGGED = ("train/loss", "train/perplexity", "train/gradient_norm", "tokens", "tokens/s", "bad_steps/skipped")
 LOGGED_UNDER = ("lr/", "lr-", "data/", "throughput/", "ranks/", "routing/", "val/routing/")
 """Prefixes of further figures that training logs."""
+SETTINGS = {"Checkpoints": "checkpoint.monitor", "Climbing": "data.climb.monitor"}
+"""By callback, the setting that names its figure."""
 CALLBACKS = {
     "StochasticWeightAveraging": "it counts in epochs, of which an endless stream has none; EMAWeightAveraging works",
     "GradientAccumulationScheduler": "it counts in epochs, of which an endless stream has none; set "
@@ -189,15 +192,22 @@ def check_devices(trainer: Namespace) -> None:
 
 
 def check_monitors(trainer: pl.Trainer) -> None:
-    """Refuses a `monitor`, or a checkpoint file name, with a figure that nothing logs.
+    """Refuses a `monitor`, or a checkpoint file name, with a figure that nothing logs, and `data.climb` without the
+    callback that climbs.
 
     Lightning would notice a monitor late, and write 0 into a file name. If there is a callback that is neither
     Lightning's nor ours, any name is accepted, since that callback may log it.
 
     Raises:
-        UserError: Suggests a figure that is logged.
+        UserError: Suggests a figure that is logged, or the callback.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    climb = getattr(trainer.datamodule, "climb", None)  # type: ignore[attr-defined]
+    if climb is not None and not any(isinstance(one, Climbing) for one in callbacks):
+        raise UserError(
+            "data.climb is set, but no callback climbs: add fuyu_e2e.training.callbacks.climbing.Climbing() to the "
+            "trainer's callbacks."
+        )
     if not all(type(one).__module__.startswith(("lightning.", "fuyu_e2e.")) for one in callbacks):
         return
     validated = getattr(trainer.datamodule, "patterns", {}).get("val") is not None  # type: ignore[attr-defined]
@@ -206,7 +216,7 @@ def check_monitors(trainer: pl.Trainer) -> None:
             if figure is not None and figure not in COUNTED and not may_be_logged(figure):
                 raise UserError(f"checkpoint.filename names {figure}, which is not logged: {near(figure)}")
         name = monitor_of(one)
-        setting = "checkpoint.monitor" if type(one).__name__ == "Checkpoints" else f"monitor of {type(one).__name__}"
+        setting = SETTINGS.get(type(one).__name__, f"monitor of {type(one).__name__}")
         if name in VALIDATED and not validated:
             raise UserError(f"{setting} is {name}, but there is no data.val to validate on: name its shards.")
         if name is not None and not may_be_logged(name):

@@ -23,6 +23,7 @@ from fuyu_e2e.model.attention.mask import AttentionMask
 from fuyu_e2e.training.callbacks.bad_steps import BadSteps
 from fuyu_e2e.training.callbacks.checkpoint_guard import CheckpointGuard
 from fuyu_e2e.training.callbacks.checkpoints import Checkpoints
+from fuyu_e2e.training.callbacks.climbing import Climbing
 from fuyu_e2e.training.callbacks.data_report import DataReport
 from fuyu_e2e.training.callbacks.ending import Ending
 from fuyu_e2e.training.callbacks.evaluation import EvaluationInTraining
@@ -240,6 +241,7 @@ class FuyuCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = [
             self.throughput,
             DataReport(),
+            Climbing(),
             SampleGenerations(),
             RoutingReport(),
             WritePredictions(),

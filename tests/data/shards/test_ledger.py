@@ -5,7 +5,7 @@ import io
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fuyu_e2e.data.datamodule import FuyuDataModule
 from fuyu_e2e.data.packing import PackedRow
 from fuyu_e2e.data.row_loader import RowDataset, RowLoader
 from fuyu_e2e.data.sample_stats import SampleStats
+from fuyu_e2e.data.shards.mixture import Climb, Source
 from fuyu_e2e.data.shards.order import Order
 from fuyu_e2e.data.tokenizer import Tokenizer
 
@@ -121,6 +122,37 @@ def test_stopped_twenty_times_the_batches_are_those_of_one_uninterrupted_run(
             next(rows)
     assert len(used) == 6
     assert seen == [digest(row) for row in whole]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+def test_on_any_processes_and_workers_a_climb_gives_the_rows_of_a_stream_that_knew_of_it(
+    data: FuyuDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Climbs after steps 3 and 4, and stops after some steps, before or after the climb."""
+    weights = ({0: 1.0, 1: 0.0, 2: 1.0}, {0: 0.0, 1: 1.0, 2: 3.0})
+    halves = ([0, 1, 2], [3, 4, 5])
+    data.mixture = {
+        name: Source([f"{tmp_path}/{shard}.tar" for shard in shards], weight)
+        for name, shards, weight in zip("ab", halves, weights, strict=True)
+    }
+    mixed = replace(data.stream("train"), rows_per_step=ROWS_PER_STEP, climb=Climb("val/loss", [1.0, 1.0]))
+    monkeypatch.setattr(data, "stream", lambda split: mixed)
+    knew = replace(mixed, climbed=(3 * ROWS_PER_STEP, 4 * ROWS_PER_STEP)).rows()
+    expected = [digest(next(knew)) for _ in range(8 * ROWS_PER_STEP)]
+    for count, workers, stops in [(1, 3, ()), (2, 3, (3, 4)), (1, 0, (5,)), (2, 0, (2, 3, 6))]:
+        processes = Processes(data, count, workers, None)
+        rows, seen = processes.rows(), []
+        for step in range(1, 9):
+            seen += [digest(next(rows)) for _ in range(ROWS_PER_STEP)]
+            processes.steps += 1
+            if step in (3, 4):
+                for loader in processes.loaders:
+                    loader.climb(step * ROWS_PER_STEP // count)
+            if step in stops:  # goes on with as many workers on the other number of processes
+                count = 3 - count
+                processes = Processes(data, count, workers, processes.state_dict(monkeypatch))
+                rows = processes.rows()
+        assert seen == expected
 
 
 @pytest.mark.parametrize("rows", [1, 40, 41, 150])
