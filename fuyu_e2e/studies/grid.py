@@ -14,7 +14,7 @@ A grid is a YAML file of plain values:
 
 All contenders train for as many operations as the first: the steps of the others, and the steps between their
 validations, follow from what their first rows cost, unless they set `trainer.max_steps` themselves, as those must
-whose mixture changes.
+whose data are others.
 """
 
 import json
