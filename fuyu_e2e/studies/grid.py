@@ -46,6 +46,8 @@ from fuyu_e2e.training.settings.recipe import RecipeReader
 
 RECORDER = "fuyu_e2e.studies.curve"
 """The module of the callback that records a run's curve."""
+CHEAPER = {"trainer.logger": False, "checkpoint.save_top_k": 0}
+"""Settings of all runs by which a validation costs little: no samples are generated, and nothing is saved."""
 LENGTHS = ("trainer.max_steps", "trainer.val_check_interval")
 """Settings in steps, which are longer for contenders with cheaper steps."""
 SAMPLED_ROWS = 64
@@ -206,6 +208,7 @@ def _train(recipe: str, data: Path, folder: Path, results: Results, run: Run) ->
     place = folder / f"{run.contender}-{run.seed}".replace(" ", "-")
     _claim(place, run)
     settings = {
+        **CHEAPER,
         **run.settings,
         "seed_everything": run.seed,
         "trainer.default_root_dir": str(place),
