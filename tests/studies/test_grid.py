@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuyu_e2e.data.datamodule import FuyuDataModule
+from fuyu_e2e.data.shipped import shipped
 from fuyu_e2e.errors import UserError
 from fuyu_e2e.model.config import FuyuConfig
 from fuyu_e2e.model.cost import batch_cost
@@ -110,6 +111,17 @@ def test_a_wrong_grid_is_refused(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(GRID))
     with pytest.raises(UserError, match="no contender 'fast', but default, rows and columns"):
         grid([str(file), "--contenders", "fast"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plateau", "mod"])
+def test_the_shipped_grids_can_run(name: str, tmp_path: Path) -> None:
+    """Every contender's settings are accepted, and lead to runs of as many operations."""
+    plan = Grid.read(shipped(f"recipes/studies/{name}.yaml"))
+    data = write_data("data/digits.py --pictures 400 --test-pictures 2", tmp_path / "data")
+    for contender in plan.contenders:
+        steps = plan.settings_of(contender, data)["trainer.max_steps"]
+        assert 0.9 * plan.settings["trainer.max_steps"] < steps, contender
 
 
 @pytest.mark.parametrize("count", range(1, 11))
