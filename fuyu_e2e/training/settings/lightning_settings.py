@@ -208,6 +208,11 @@ def check_monitors(trainer: pl.Trainer) -> None:
             "data.climb is set, but no callback climbs: add fuyu_e2e.training.callbacks.climbing.Climbing() to the "
             "trainer's callbacks."
         )
+    if climb is not None and not trainer.limit_val_batches:  # type: ignore[attr-defined]
+        raise UserError(
+            "data.climb is set, but trainer.limit_val_batches is 0, so that no validation tells when to climb: leave "
+            "one of them out."
+        )
     if not all(type(one).__module__.startswith(("lightning.", "fuyu_e2e.")) for one in callbacks):
         return
     validated = getattr(trainer.datamodule, "patterns", {}).get("val") is not None  # type: ignore[attr-defined]

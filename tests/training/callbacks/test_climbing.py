@@ -213,5 +213,7 @@ def test_a_run_that_could_not_climb_is_refused_at_its_start(fit: Fit) -> None:
         fit(reaches, callbacks=())
     with pytest.raises(UserError, match=r"trainer\.overfit_batches repeats the first rows"):
         fit(reaches, trainer={"overfit_batches": 2, "num_sanity_val_steps": 0})
+    with pytest.raises(UserError, match=r"trainer\.limit_val_batches is 0, so that no validation tells"):
+        fit(reaches, trainer={"limit_val_batches": 0})
     with pytest.raises(UserError, match=r"data\.climb\.monitor is val/accuracy, which this validation didn't log"):
         fit(Climb("val/accuracy", [EVER, EVER]))
