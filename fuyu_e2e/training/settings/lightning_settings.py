@@ -208,7 +208,7 @@ def check_monitors(trainer: pl.Trainer) -> None:
             "data.climb is set, but no callback climbs: add fuyu_e2e.training.callbacks.climbing.Climbing() to the "
             "trainer's callbacks."
         )
-    if climb is not None and not trainer.limit_val_batches:  # type: ignore[attr-defined]
+    if climb is not None and not trainer.limit_val_batches:
         raise UserError(
             "data.climb is set, but trainer.limit_val_batches is 0, so that no validation tells when to climb: leave "
             "one of them out."
