@@ -26,7 +26,7 @@ from fuyu_e2e.export.folders import export_own, export_to_transformers
 from fuyu_e2e.inference.depth_map import depth_map
 from fuyu_e2e.model.decoder import meta_decoder
 from fuyu_e2e.studies.reading import read_pictures
-from fuyu_e2e.tasks.digits import EASY, QUESTION, TEST_SEED, VOCAB_SIZE, write_shards
+from fuyu_e2e.tasks.digits import QUESTION, TEST_SEED, VOCAB_SIZE, write_shards
 from fuyu_e2e.training.settings.recipe import FuyuCLI
 
 DEPTH_PICTURES = 200
@@ -106,10 +106,7 @@ def run(options: Namespace) -> None:
 def write_data(folder: Path, seed: int, pictures: int, test_pictures: int) -> None:
     """Writes the shards of all splits, and a tokenizer trained on the training texts, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    processes = os.cpu_count() or 1
-    shards = write_shards(folder, split="train", count=pictures, seed=seed, processes=processes)
-    for easy in EASY:
-        write_shards(folder, split=easy, count=max(1, pictures // 5), seed=seed, processes=processes)
+    shards = write_shards(folder, split="train", count=pictures, seed=seed, processes=os.cpu_count() or 1)
     write_shards(folder, split="val", count=200, seed=TEST_SEED)
     write_shards(folder, split="test", count=test_pictures, seed=TEST_SEED)
     write_shards(folder, split="test-new-sizes", count=test_pictures, seed=TEST_SEED)
