@@ -22,7 +22,7 @@ INSTALLED = Path("/usr/share/tuxpaint/stamps")
 
 @contextmanager
 def find_stamps(named: Path | None) -> Iterator[Path]:
-    """Returns a folder of stamps: the named one, the installed one, or a download that is removed afterwards.
+    """Yields a folder of stamps: the named one, the installed one, or a download that is removed afterwards.
 
     Raises:
         UserError: None of them is to be had.

@@ -26,7 +26,7 @@ from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -100,12 +100,23 @@ class Grid:
         return own | lengths
 
     def _operations_of_a_step(self, contender: str, data: Path) -> float:
-        """Returns the mean training operations of a contender's first steps, annealing included."""
         settings = {**self.settings, **self.contenders[contender]}
-        run = RecipeReader(["--config", str(shipped(self.recipe)), *as_options(settings, data)], lambda _: None)
-        rows = [row.batch for row in islice(run.datamodule.stream("train").rows(), SAMPLED_ROWS)]
-        each = fmean(batch_cost(run.model.config, row, done=None).training_flops for row in rows)
-        return each * (run.config.rows_per_step or run.config.trainer.accumulate_grad_batches)
+        return operations_of_a_step(self.recipe, tuple(as_options(settings, data)))
+
+
+@cache  # all contenders are compared to the first
+def operations_of_a_step(recipe: str, options: tuple[str, ...]) -> float:
+    """Returns the mean training operations of the first steps of a shipped recipe with options of the command line.
+
+    Those of blocks that are annealed are the mean over a run.
+
+    Raises:
+        UserError: A setting is wrong, or the recipe or the pictures can't be read.
+    """
+    run = RecipeReader(["--config", str(shipped(recipe)), *options], lambda _: None)
+    rows = [row.batch for row in islice(run.datamodule.stream("train").rows(), SAMPLED_ROWS)]
+    each = fmean(batch_cost(run.model.config, row, done=None).training_flops for row in rows)
+    return each * (run.config.rows_per_step or run.config.trainer.accumulate_grad_batches)
 
 
 def as_options(settings: Mapping[str, Any], data: Path) -> list[str]:

@@ -54,7 +54,7 @@ class Kind:
 
 
 def is_held_out(one: Kind, other: Kind) -> bool:
-    """Returns whether two kinds never stand together in a training picture: one pair in five, by checksum."""
+    """Returns whether two kinds never occur together in a training picture: one pair in five, by checksum."""
     names = sorted((one.english, other.english))
     return zlib.crc32("+".join(names).encode()) % 5 == 0
 

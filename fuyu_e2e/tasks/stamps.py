@@ -62,7 +62,7 @@ OVERLAP = 0.1
 APART = 8
 """Smallest distance of two stamps' centres from left to right, in pixels, so that their order can be seen."""
 TRIES = 50
-"""Places tried for a stamp before the picture is begun anew."""
+"""Places tried for a stamp before the whole picture is drawn again."""
 DRAWS = 1_000
 """Most draws of the kinds of a picture; of many kinds, one in two draws or so can be used."""
 BINS = ((24, 31), (32, 47), (48, 71), (72, 107), (108, 192))
